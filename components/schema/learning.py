@@ -1,0 +1,62 @@
+"""Recipe sections of the adapter and of its update."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from layerloop.components.schema.record import Record
+
+# Attention and feed-forward linears of both streams of a Qwen-Image block (facts: 12 modules a block).
+LORA_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2",
+)  # fmt: skip
+
+
+class LoraRecipe(Record):
+    """Low-rank adapter of the transformer. Defaults: the paper's r=16, alpha=16 on attention and feed-forward."""
+
+    rank: int = Field(default=16, ge=1, le=1024)
+    alpha: float = Field(default=16.0, gt=0)
+    targets: tuple[str, ...] = LORA_TARGETS
+    start_from: str | None = None  # URI of an adapter (peft or diffusers layout) to begin with
+
+
+class NftRecipe(Record):
+    """DiffusionNFT (arXiv 2509.16117): forward-process, likelihood-free."""
+
+    beta: float = Field(default=1.0, gt=0)  # guidance strength between the implicit positive and negative policies
+    timesteps: int = Field(default=4, ge=1)  # forward-process times drawn per candidate and update
+    old_decay: float = Field(default=0.0, ge=0, lt=1)  # EMA decay of the sampling policy towards the trained one
+
+
+class UpdateRecipe(Record):
+    """One iteration's learning. Clip is on log-ratio scale of the chosen RatioNorm."""
+
+    algorithm: Literal["grpo", "nft"] = "grpo"
+    ratio_norm: Literal["sum_rescale", "guard", "mean"] = "sum_rescale"
+    clip_low: float = Field(default=0.02, gt=0, lt=1)
+    clip_high: float = Field(default=0.02, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)  # clipping
+    stop_grad_norm: float = Field(default=1e3, gt=0)  # a larger norm before clipping stops the step
+    steps: int = Field(default=2, ge=1)  # optimizer steps an iteration; the groups are split between them
+    microbatch: int = Field(default=4, ge=1)  # candidates in one forward pass
+    reweight: bool = True  # gradient reweighting over the window's timesteps
+    advantage_epsilon: float = Field(default=1e-4, ge=0)
+    advantage_clip: float = Field(default=5.0, gt=0)
+    min_reward_std: float = Field(default=1e-4, ge=0)  # groups with less spread teach nothing and are filtered
+    kl: float = Field(default=0.0, ge=0)  # weight of the exact per-step KL to the base model
+    ema: float | None = Field(default=None, gt=0, lt=1)  # decay of an averaged adapter, kept beside the trained one
+    nft: NftRecipe = NftRecipe()
+
+    @model_validator(mode="after")
+    def _betas(self) -> Self:
+        for beta in self.adam_betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"recipe.update.adam_betas has {beta}: choose values in [0, 1)")
+        return self

@@ -1,0 +1,162 @@
+"""The recipe: everything that defines a campaign and nothing that belongs to the place where it runs."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.schema.learning import LoraRecipe, UpdateRecipe
+from layerloop.components.schema.record import Record, validate
+
+
+class ModelRecipe(Record):
+    """The frozen base. `base` is "tiny" (shipped), a Hugging Face id, a folder or an s3:// URI of a diffusers folder."""
+
+    base: str = "Qwen/Qwen-Image-Layered"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    prompt: str = "a clean, well composed image"  # the released model's; a basic prompt beats a detailed one (paper)
+    attention: str = "native"  # one backend for rollout and replay
+    fp8_base: bool = False  # store the frozen base in float8_e4m3fn
+    compile: bool = False  # torch.compile of the repeated blocks
+    gradient_checkpointing: bool = True
+    fsdp: bool = False  # shard the frozen base over the ranks of update_lora
+
+
+class DataRecipe(Record):
+    """How source images are normalised and what is refused."""
+
+    resolution: int = Field(default=640, ge=16)  # longest side, pixels
+    multiple: int = Field(default=16, ge=8)  # sides are rounded to this
+    images_per_shard: int = Field(default=256, ge=1)
+    max_megapixels: float = Field(default=100.0, gt=0)  # a larger image is rejected before it is decoded
+    max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
+    duplicate_bits: int = Field(default=3, ge=0, le=64)  # difference-hash distance up to which images are duplicates
+    holdout: int = Field(default=8, ge=0)  # pictures set aside for evaluation
+
+
+class WindowRecipe(Record):
+    """Which steps are stochastic. `fixed` starts at `start`; `random` draws a start per group in [start, stop-size];
+    `sliding` advances by `stride` steps an iteration through the same range, and wraps."""
+
+    size: int = Field(default=4, ge=1)
+    position: Literal["fixed", "random", "sliding"] = "fixed"
+    start: int = Field(default=0, ge=0)
+    stop: int | None = None  # exclusive end of the range; None: steps-1 (the last step is never stochastic)
+    stride: int = Field(default=1, ge=1)
+
+
+class NoiseRecipe(Record):
+    """Noise level eta of the window's steps; `decay` goes linearly from `eta` to `final_eta` over the window."""
+
+    dynamics: Literal["flow_sde", "cps"] = "flow_sde"
+    eta: float = Field(default=0.7, gt=0)
+    schedule: Literal["constant", "decay"] = "constant"
+    final_eta: float = Field(default=0.3, gt=0)
+
+
+class RolloutRecipe(Record):
+    """One iteration's sampling."""
+
+    groups: int = Field(default=16, ge=1)  # images an iteration
+    group_size: int = Field(default=8, ge=2)  # G
+    min_layers: int = Field(default=2, ge=1, le=20)
+    max_layers: int = Field(default=5, ge=1, le=20)
+    steps: int = Field(default=10, ge=2)
+    outside: Literal["heun", "euler"] = "heun"
+    window: WindowRecipe = WindowRecipe()
+    noise: NoiseRecipe = NoiseRecipe()
+    share_prefix: bool = False  # one initial noise and one deterministic prefix for the whole group
+    batch_size: int = Field(default=8, ge=1)  # candidates in one forward pass; changes no result in float32
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        where = "recipe.rollout"
+        if self.min_layers > self.max_layers:
+            raise ValueError(
+                f"{where}.min_layers is {self.min_layers} but max_layers is {self.max_layers}: choose 1..{self.max_layers}"
+            )
+        window, last = self.window, self.steps - 1
+        if window.size > last:
+            raise ValueError(f"{where}.window.size is {window.size} but steps is {self.steps}: choose 1..{last}")
+        stop = last if window.stop is None else window.stop
+        if stop > last:
+            raise ValueError(
+                f"{where}.window.stop is {stop} but steps is {self.steps}: choose {window.size}..{last}, "
+                "the last step is never stochastic"
+            )
+        if window.start + window.size > stop:
+            raise ValueError(
+                f"{where}.window.start is {window.start} with size {window.size}, past its end {stop}: "
+                f"choose 0..{stop - window.size}"
+            )
+        return self
+
+
+class EvaluationRecipe(Record):
+    """What `evaluate_adapter` samples: exactly as at inference."""
+
+    steps: int = Field(default=50, ge=1)  # Heun steps
+    layers: tuple[int, ...] = (2, 3, 4)
+    designs: int = Field(default=32, ge=0)  # held-out designs with ground truth
+    pictures: int = Field(default=8, ge=0)  # held-out unlabelled pictures
+    batch_size: int = Field(default=8, ge=1)
+    max_edits: int = Field(default=5, ge=0, le=5)  # LayerD's merges
+    bootstrap: int = Field(default=2000, ge=100)
+
+
+class Recipe(Record):
+    """A campaign's definition, frozen by its first run."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)
+    seed: int = Field(default=0, ge=0)
+    model: ModelRecipe = ModelRecipe()
+    data: DataRecipe = DataRecipe()
+    rollout: RolloutRecipe = RolloutRecipe()
+    judge: JudgeRecipe = JudgeRecipe()
+    lora: LoraRecipe = LoraRecipe()
+    update: UpdateRecipe = UpdateRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.judge.min_valid > self.rollout.group_size:
+            raise ValueError(
+                f"recipe.judge.min_valid is {self.judge.min_valid} but rollout.group_size is {self.rollout.group_size}: "
+                f"choose 2..{self.rollout.group_size}"
+            )
+        return self
+
+
+def parse_recipe(text: str | bytes) -> Recipe:
+    """A recipe from YAML (or JSON) text.
+
+    Raises:
+        LayerloopError: not YAML, a misspelt key, or an impossible value, in one line that names it and the remedy.
+    """
+    import yaml
+
+    try:
+        value: Any = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise LayerloopError(f"recipe is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value, dict):
+        raise LayerloopError(f"recipe is {type(value).__name__}, not a mapping: start from a file of pipelines/recipes")
+    return validate(Recipe, value, where="recipe")
+
+
+def recipe_differences(ours: Recipe, theirs: Recipe) -> list[str]:
+    """Fields that differ, as `path: theirs -> ours` lines, in a fixed order."""
+
+    def flat(value: Any, path: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}" if path else key).items()}
+        return {path: value}
+
+    left, right = flat(theirs.model_dump(mode="json")), flat(ours.model_dump(mode="json"))
+    return [
+        f"{key}: {left.get(key)!r} -> {right.get(key)!r}" for key in sorted(left | right) if left.get(key) != right.get(key)
+    ]

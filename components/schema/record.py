@@ -1,0 +1,87 @@
+"""What every record shares: no unknown keys, no mutation, one canonical JSON form."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from layerloop.components.schema.errors import LayerloopError
+
+SCHEMA_VERSION = 1  # raised when a stored record changes its meaning; readers refuse other versions
+
+
+class Record(BaseModel):
+    """A frozen pydantic model that refuses unknown keys and infinite or NaN floats."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def to_json(self) -> bytes:
+        """Canonical JSON: sorted keys, two spaces, trailing newline; equal records give equal bytes."""
+        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes | str, *, where: str) -> Self:
+        """Parse and validate; `where` (a path or URI) names the offender in the error.
+
+        Raises:
+            LayerloopError: not JSON, another schema version, an unknown or missing key, or a value out of range.
+        """
+        try:
+            value: Any = json.loads(data)
+        except ValueError as error:
+            raise LayerloopError(f"{where} is not JSON ({error}): it was truncated or is another kind of file") from None
+        version = value.get("schema_version") if isinstance(value, dict) else None
+        if "schema_version" in cls.model_fields and version != SCHEMA_VERSION:
+            raise LayerloopError(
+                f"{where} has schema_version {version!r}, this version of layerloop reads {SCHEMA_VERSION}: "
+                "read it with the version that wrote it"
+            )
+        return validate(cls, value, where=where)
+
+
+R = TypeVar("R", bound="Record")
+
+
+def validate(cls: type[R], value: Any, *, where: str) -> R:
+    """`cls.model_validate` with every problem put into one readable line that begins with `where`."""
+    from pydantic import ValidationError
+
+    try:
+        return cls.model_validate(value)
+    except ValidationError as error:
+        raise LayerloopError("; ".join(_one_line(cls, item, where) for item in error.errors())) from None
+
+
+def _one_line(cls: type[Record], item: Any, where: str) -> str:
+    import difflib
+
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(cls, item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+        return f"{where}.{path} is not a known key: {remedy}"
+    if item["type"] == "missing":
+        return f"{where}.{path} is missing: set it"
+    if item["type"] == "value_error":  # raised by our own validators, already a full sentence
+        message = str(item["ctx"]["error"])
+        return message if message.startswith(where) else f"{where}.{path}: {message}" if path else f"{where}: {message}"
+    return f"{where}.{path} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _fields_at(cls: type[Record], loc: tuple[Any, ...]) -> list[str]:
+    """Names of the fields of the (nested) record that `loc` points at."""
+    current: Any = cls
+    for part in loc:
+        field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
+        if field is None:
+            return []
+        current = next(
+            (a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if hasattr(a, "model_fields")),
+            None,
+        )
+        if current is None:
+            return []
+    return list(current.model_fields)
