@@ -1,0 +1,55 @@
+# The workflow, a target a step. `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint bench lock wheel pretrain clean
+
+PYTHON ?= $(firstword $(shell command -v python3.11) python3)
+VENV := .venv
+READY := $(VENV)/.ready
+TORCH := torch==2.13.0
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(READY) ## make the environment in .venv (done by itself where a target needs it)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), layerloop needs Python 3.11 or newer: name one, as in make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "making the environment in $(VENV) (once; a few minutes, about 3 GB)"
+	@$(PYTHON) -m venv $(VENV)
+# torch first and alone: a build that is already chosen is not replaced by what another package would pull in.
+	@echo "1/2 torch"
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt setuptools $(TORCH)
+	@echo "2/2 layerloop and everything else"
+	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+	  --editable '.[policy,judge,evaluation,pipelines,demo,dev]'
+	@touch $(READY)
+
+# FRESH=1 starts anew. IMAGES, JUDGE_URL, CAMPAIGN and ITERATIONS replace the demo's own.
+demo: $(READY) ## run the whole pipeline on this machine and make a report; again: continue (FRESH=1: start anew)
+	@$(VENV)/bin/layerloop demo $(if $(FRESH),--fresh) $(if $(IMAGES),--images '$(IMAGES)') \
+	  $(if $(JUDGE_URL),--judge-url '$(JUDGE_URL)') $(if $(CAMPAIGN),--campaign '$(CAMPAIGN)') \
+	  $(if $(ITERATIONS),--iterations $(ITERATIONS))
+
+test: $(READY) ## run all tests, lint and types among them
+	@$(VENV)/bin/python -m pytest
+
+lint: $(READY) ## only formatting, lint, types and the arrows between packages
+	@$(VENV)/bin/python -m pytest tests/test_house.py
+
+bench: $(READY) ## measure; writes build/benchmarks.json
+	@$(VENV)/bin/python -m pytest tests/benchmarks
+
+pretrain: $(READY) ## train the shipped tiny policy again (hours)
+	@$(VENV)/bin/python -m layerloop.components.pretrain_policy
+
+wheel: $(READY) ## build dist/*.whl, as the images install it
+	@$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist
+
+lock: $(READY) ## write constraints.txt from the environment, after pyproject.toml has changed
+	@{ sed '/^[^#]/,$$d' constraints.txt; \
+	  $(VENV)/bin/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//'; } > build/constraints.txt
+	@mv build/constraints.txt constraints.txt
+
+clean: ## remove what was made, the environment and the demo's campaign aside
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

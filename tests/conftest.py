@@ -1,0 +1,77 @@
+"""Fixtures that several packages' tests share: a real S3 server, and a store of either kind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+BUCKET = "layerloop-tests"
+
+
+@contextlib.contextmanager
+def served(arguments: list[str], port: int, log: Path, *, seconds: float = 60) -> Iterator[None]:
+    """A server in its own process, from the moment it accepts connections until the end of the block."""
+    with log.open("wb") as output, subprocess.Popen(arguments, stdout=output, stderr=output) as process:
+        try:
+            deadline = time.monotonic() + seconds
+            while True:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                    break
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{arguments[0]} did not start: {log.read_text()[-2000:]}")
+                time.sleep(0.05)
+            yield
+        finally:
+            process.terminate()
+            process.wait(timeout=10)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The variables that lead boto3, here and in subprocesses, to a moto server with an empty bucket."""
+    port = free_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "testing-id",
+        "AWS_SECRET_ACCESS_KEY": "testing-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    server = str(Path(__file__).with_name("s3_server.py"))
+    log = tmp_path_factory.mktemp("moto") / "server.log"
+    with served([sys.executable, server, str(port)], port, log), pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        yield environment
+
+
+@pytest.fixture
+def s3_bucket(s3_environment: dict[str, str]) -> str:
+    """An `s3://bucket/prefix` URI that no other test uses."""
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URI of an empty store: the test runs once in a local folder and once on S3."""
+    return str(tmp_path / "store") if request.param == "folder" else str(request.getfixturevalue("s3_bucket"))

@@ -1,0 +1,120 @@
+"""What is installed: every package and its data, each extra enough for its image, every version pinned."""
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def folders_with_code() -> set[str]:
+    return {
+        "layerloop." + ".".join(path.parent.relative_to(ROOT).parts)
+        for top in ("components", "pipelines")
+        for path in (ROOT / top).rglob("*.py")
+    }
+
+
+def test_every_folder_with_code_is_a_package_that_is_listed() -> None:
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders_with_code()
+    for package in folders_with_code():
+        assert (ROOT / package.removeprefix("layerloop.").replace(".", "/") / "__init__.py").exists()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for folder in ("components", "pipelines"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return next(target.glob("layerloop-*.whl"))
+
+
+def test_the_wheel_carries_every_module_and_every_file_that_code_reads(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    kept = (".py", ".yaml", ".html", ".css", ".js", ".ttf", ".json", ".safetensors", ".jinja", ".txt", ".model")
+    for top in ("components", "pipelines"):
+        for path in (ROOT / top).rglob("*"):
+            if path.is_file() and path.suffix in kept and "__pycache__" not in path.parts:
+                assert f"layerloop/{path.relative_to(ROOT).as_posix()}" in names
+    assert not [name for name in names if not name.startswith(("layerloop/", "layerloop-"))]
+
+
+def test_the_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = (
+        "import layerloop.pipelines.inputs as i, layerloop.components.policy.tiny as t, pathlib\n"
+        "print(i.__file__, len(i.packaged_recipes()), pathlib.Path(t.tiny_folder(), 'model_index.json').exists())"
+    )
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    file, recipes, tiny = result.stdout.split() or pytest.fail(result.stderr)
+    assert file.startswith(str(tmp_path))
+    assert int(recipes) >= 2
+    assert tiny == "True"
+
+
+def requirements() -> dict[str, list[Requirement]]:
+    extras = PROJECT["project"]["optional-dependencies"]
+    listed = {"core": PROJECT["project"]["dependencies"], **extras}
+    return {name: [Requirement(line) for line in lines] for name, lines in listed.items()}
+
+
+def test_every_requirement_has_a_lower_and_an_upper_bound() -> None:
+    for extra, listed in requirements().items():
+        for requirement in listed:
+            operators = {specifier.operator for specifier in requirement.specifier}
+            assert operators == {">=", "<"}, f"{extra}: {requirement}"
+
+
+def test_the_constraints_pin_the_whole_closure_within_the_bounds() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    open_ends = {canonicalize_name(r.name): r for listed in requirements().values() for r in listed}
+    for name, requirement in open_ends.items():
+        assert requirement.specifier.contains(pins[name], prereleases=True), requirement
+    seen: set[str] = set()
+    pending = list(open_ends.values())
+    while pending:  # what is installed may ask for more
+        requirement = pending.pop()
+        name = canonicalize_name(requirement.name)
+        environment = [{"extra": extra} for extra in (*requirement.extras, "")]
+        for text in importlib.metadata.requires(name) or ():
+            needed = Requirement(text)
+            applies = needed.marker is None or any(needed.marker.evaluate(e) for e in environment)
+            if applies and canonicalize_name(needed.name) not in seen and not _gpu(needed.name):
+                seen.add(canonicalize_name(needed.name))
+                pending.append(needed)
+    assert seen <= pins.keys(), f"not pinned: {', '.join(sorted(seen - pins.keys()))}"
+
+
+def _gpu(name: str) -> bool:
+    """Packages that only some builds of torch ask for, each build with exact versions of its own."""
+    return name.startswith(("nvidia", "cuda")) or name == "triton"
+
+
+def test_torch_is_pinned_to_the_same_release_wherever_it_is_named() -> None:
+    named = {
+        path.name: re.findall(r"torch==([\d.]+)", path.read_text())
+        for path in (ROOT / "constraints.txt", ROOT / "Makefile", ROOT / "images" / "Containerfile.policy")
+    }
+    assert {version for versions in named.values() for version in versions} == {"2.13.0"}
+    assert all(named[file] for file in ("constraints.txt", "Makefile"))
+
+
+def test_nobody_depends_on_torchvision_or_lets_torch_float() -> None:
+    assert "torchvision" not in (ROOT / "constraints.txt").read_text()
