@@ -1,0 +1,62 @@
+"""Folders that a library wants on the local disk, a model or an adapter, wherever they are kept."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.stores import LocalStore, open_store
+
+
+def cache_folder() -> Path:
+    """Where copies are kept: LAYERLOOP_CACHE, by default `~/.cache/layerloop`; on a cluster a volume of the node."""
+    return Path(os.environ.get("LAYERLOOP_CACHE") or "~/.cache/layerloop").expanduser()
+
+
+def local_folder(uri: str, *, cache: Path | None = None) -> Path:
+    """A local folder with the objects under `uri`: the folder itself where it is local, else a copy, made once.
+
+    What lies under a URI is taken to be immutable. A copy is known by the URI and by the names and sizes of all
+    objects; of several processes that want it at once one downloads it, and an interrupted download is continued.
+
+    Args:
+        uri: a folder path, `file://` or `s3://bucket/prefix`.
+        cache: where copies are kept, by default `cache_folder()`.
+
+    Raises:
+        LayerloopError: nothing is there.
+    """
+    store = open_store(uri)
+    if isinstance(store, LocalStore):
+        if not store.root.is_dir():
+            raise LayerloopError(f"folder {store.root} does not exist: correct the path, or give an s3:// URI")
+        return store.root
+    sizes = store.sizes()
+    if not sizes:
+        raise LayerloopError(f"{store.uri} has no objects: correct the URI, or upload the files first")
+    text = "\n".join([store.uri, *(f"{name} {size}" for name, size in sorted(sizes.items()))])
+    base = (cache or cache_folder()) / "folders"
+    base.mkdir(parents=True, exist_ok=True)
+    final = base / hashlib.sha256(text.encode()).hexdigest()[:32]
+    partial = final.with_suffix(".partial")
+    with final.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if final.is_dir():
+            return final
+        free = shutil.disk_usage(base).free
+        if free < sum(sizes.values()):
+            raise LayerloopError(
+                f"{store.uri} has {sum(sizes.values()) / 1e9:.1f} GB but {base} has {free / 1e9:.1f} GB left: "
+                "set LAYERLOOP_CACHE to a larger disk"
+            )
+        for name, size in sizes.items():
+            path = partial / name
+            if not path.is_file() or path.stat().st_size != size:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                store.download(name, path)
+        partial.rename(final)
+    return final

@@ -1,0 +1,113 @@
+"""Images in and out of bytes: bounded when they come from outside, exact when they are our own PNGs."""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from layerloop.components.schema.errors import LayerloopError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# What photographs and designs come as. Not EPS (runs Ghostscript) nor formats that nobody sends.
+_KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, JPEG 2000 or AVIF"
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+
+MAX_PIXELS = 100_000_000  # of our own PNGs too: a shard may have been made by someone else
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The first frame of an untrusted image with its header read and its size checked; no pixel is decoded yet.
+
+    Raises:
+        LayerloopError: empty, not an image, without pixels, or larger than `max_pixels`.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not data:
+        raise LayerloopError(f"image is empty (0 bytes): give a {_KINDS}")
+    formats = _formats()
+    # Pillow's own bound may be below ours: it is raised, never lowered, to what the caller allows.
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        raise LayerloopError(f"image begins with {data[:12]!r}, as no known format does: give a {_KINDS}") from None
+    except Image.DecompressionBombError:
+        raise LayerloopError(
+            f"image is more than twice over {max_pixels / 1e6:g} megapixels: make it smaller"
+        ) from None
+    except Exception as error:  # Pillow's parsers raise nearly anything on hostile headers
+        raise LayerloopError(f"image header is damaged ({_short(error)}): save it again") from None
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise LayerloopError(f"image is {width} x {height} pixels: give one with pixels")
+    if width * height > max_pixels:
+        raise LayerloopError(
+            f"image is {width} x {height}, {width * height / 1e6:.1f} megapixels, over the {max_pixels / 1e6:g} "
+            "allowed: make it smaller or raise recipe.data.max_megapixels"
+        )
+    return image
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the first frame of an untrusted image; its size is checked before any pixel is decoded.
+
+    Raises:
+        LayerloopError: as `open_image`, or truncated or damaged.
+    """
+    image = open_image(data, max_pixels=max_pixels)
+    try:
+        image.load()
+    except MemoryError:
+        size = " x ".join(map(str, image.size))
+        raise LayerloopError(f"image of {size} pixels does not fit in memory: make it smaller") from None
+    except Exception as error:  # as above, on hostile pixels
+        raise LayerloopError(f"image is truncated or damaged ({_short(error)}): save it again") from None
+    return image
+
+
+def encode_png(array: np.ndarray) -> bytes:
+    """PNG of (H, W), (H, W, 3) or (H, W, 4) uint8; exact, also for colour under zero alpha.
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    from PIL import Image
+
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ValueError(f"array is {array.dtype}{list(array.shape)}, not uint8 of (H, W), (H, W, 3) or (H, W, 4)")
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG", compress_level=6)
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The array that `encode_png` was given.
+
+    Raises:
+        LayerloopError: as `decode_image`, or a PNG of another kind than `encode_png` makes.
+    """
+    image = decode_image(data, max_pixels=max_pixels)
+    if image.format != "PNG" or image.mode not in ("L", "RGB", "RGBA"):
+        raise LayerloopError(f"image is {image.format} {image.mode}, not an 8-bit PNG of ours: make the shard again")
+    return np.asarray(image)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow reads; it is also told to be quiet of what we refuse or do not use."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:120] or type(error).__name__

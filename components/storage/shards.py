@@ -1,0 +1,163 @@
+"""Shards: WebDataset tars that are byte-reproducible to write and verified before a sample of them is believed.
+
+A sample is a key and its members by suffix, `("i000007-g000003", {"json": ..., "source.png": ...})`; in the tar the
+members lie side by side as `<key>.<suffix>`. Keys have no dots, since WebDataset cuts a name at its first one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tarfile
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Shard
+from layerloop.components.storage.stores import MissingObjectError, Store
+
+Sample = tuple[str, dict[str, bytes]]
+
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+_SUFFIX = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # lower case: WebDataset lowers what it reads
+
+
+def write_shard(store: Store, name: str, samples: Iterable[Sample]) -> Shard:
+    """Write samples as one tar: to a local temporary file, then hashed, then uploaded whole.
+
+    Equal samples in equal order give equal bytes (mtime 0, no owner, members sorted by suffix).
+
+    Raises:
+        ValueError: a key or suffix that WebDataset would misread, a key given twice, or a sample without members.
+    """
+    keys: set[str] = set()
+    with tempfile.NamedTemporaryFile(prefix="layerloop-", suffix=".tar") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, members in samples:
+                if not _KEY.fullmatch(key) or key in keys:
+                    raise ValueError(f"shard {name}: key {key!r} is used twice or is not of A-Z a-z 0-9 _ -")
+                if not members:
+                    raise ValueError(f"shard {name}: sample {key!r} has no members")
+                keys.add(key)
+                for suffix in sorted(members):
+                    if not _SUFFIX.fullmatch(suffix):
+                        raise ValueError(f"shard {name}: suffix {suffix!r} of {key!r} is not lower-case words and dots")
+                    _add_member(tar, f"{key}.{suffix}", members[suffix])
+        file.flush()
+        digest, size = _hash(file)
+        store.upload(name, Path(file.name))
+    return Shard(name=name, bytes=size, sha256=digest, samples=len(keys))
+
+
+def read_shard(store: Store, shard: Shard, *, required: Collection[str] = ()) -> Iterator[Sample]:
+    """Samples of a shard, in order. The whole shard is fetched and checked before the first is yielded.
+
+    Args:
+        required: suffixes that every sample must have.
+
+    Raises:
+        LayerloopError: the shard is missing, its size, sha256 or sample count is not the manifest's, or its tar is not
+            one that `write_shard` makes (members apart, nested names, links, a required member missing).
+    """
+    where = f"{store.uri}/{shard.name}"
+    with store.open(shard.name) as file:
+        digest, size = _hash(file)
+        if (size, digest) != (shard.bytes, shard.sha256):
+            raise LayerloopError(
+                f"{where} has {size} bytes and sha256 {digest[:12]}, its manifest says {shard.bytes} and "
+                f"{shard.sha256[:12]}: it was changed after it was committed, restore it"
+            )
+        count = _check_members(file, where, required)
+        if count != shard.samples:
+            raise LayerloopError(f"{where} has {count} samples, its manifest says {shard.samples}: restore it")
+        yield from _samples(file, where)
+
+
+def existing_shard(store: Store, name: str, keys: Sequence[str]) -> Shard | None:
+    """An earlier shard of that name if it is complete and has exactly those keys in that order, else None."""
+    where = f"{store.uri}/{name}"
+    try:
+        with store.open(name) as file:
+            digest, size = _hash(file)
+            _check_members(file, where, ())
+            if [key for key, _ in _grouped(file, where)] != list(keys):
+                return None
+    except MissingObjectError:
+        return None
+    except LayerloopError:
+        return None  # not a shard of ours: it is written again
+    return Shard(name=name, bytes=size, sha256=digest, samples=len(keys))
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    import io
+
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = len(data), 0o444, 0
+    tar.addfile(info, io.BytesIO(data))
+
+
+def _hash(file: IO[bytes]) -> tuple[str, int]:
+    """sha256 and size in bytes; the file is left at its beginning."""
+    file.seek(0)
+    digest, size = hashlib.sha256(), 0
+    while block := file.read(1 << 20):
+        digest.update(block)
+        size += len(block)
+    file.seek(0)
+    return digest.hexdigest(), size
+
+
+def _grouped(file: BinaryIO, where: str) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Keys and, by suffix, (offset, size) of their members' bytes: one pass over the headers."""
+    file.seek(0)
+    key, members = None, dict[str, tuple[int, int]]()
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                stem, dot, suffix = info.name.partition(".")
+                if not info.isreg() or not dot or not _KEY.fullmatch(stem) or not _SUFFIX.fullmatch(suffix):
+                    raise LayerloopError(f"{where} holds {info.name!r}, not <key>.<suffix>: it is not a shard of ours")
+                if stem != key:
+                    if key is not None:
+                        yield key, members
+                    key, members = stem, {}
+                if suffix in members:
+                    raise LayerloopError(f"{where} holds {info.name!r} twice: it is not a shard of ours")
+                members[suffix] = (info.offset_data, info.size)
+    except tarfile.TarError as error:
+        raise LayerloopError(f"{where} is not a whole tar ({error}): restore it, or delete it") from None
+    if key is not None:
+        yield key, members
+
+
+def _check_members(file: BinaryIO, where: str, required: Collection[str]) -> int:
+    """Number of samples of a well-formed shard."""
+    seen: set[str] = set()
+    end = 0
+    for key, members in _grouped(file, where):
+        if key in seen:
+            raise LayerloopError(f"{where} holds the members of {key} apart from each other: it is not a shard of ours")
+        seen.add(key)
+        missing = sorted(set(required) - members.keys())
+        if missing:
+            raise LayerloopError(f"{where}: sample {key} lacks {', '.join(missing)}: make the shard again")
+        for offset, size in members.values():
+            end = max(end, offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+    file.seek(end)
+    tail = file.read()  # a tar cut between two members reads well, but lacks its two empty blocks
+    if len(tail) < 2 * tarfile.BLOCKSIZE or any(tail) or file.tell() % tarfile.RECORDSIZE:
+        raise LayerloopError(f"{where} has no end-of-archive mark: it was cut short, delete it to have it made again")
+    return len(seen)
+
+
+def _samples(file: BinaryIO, where: str) -> Iterator[Sample]:
+    layout = list(_grouped(file, where))
+    for key, members in layout:
+        data = {}
+        for suffix, (offset, size) in members.items():
+            file.seek(offset)
+            data[suffix] = file.read(size)
+        yield key, data

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.folders import local_folder
+from layerloop.components.storage.stores import Store, open_store
+
+FILES = {"model_index.json": b"{}", "vae/config.json": b"{1}", "vae/weights.safetensors": b"w" * 1000}
+
+
+@pytest.fixture
+def remote(s3_bucket: str) -> Store:
+    store = open_store(s3_bucket)
+    for name, data in FILES.items():
+        store.write(name, data)
+    return store
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_local_folder_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    assert local_folder(str(tmp_path / "model")) == tmp_path / "model"
+    assert local_folder(f"file://{tmp_path}/model") == tmp_path / "model"
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path, s3_bucket: str) -> None:
+    with pytest.raises(LayerloopError, match=f"folder {tmp_path}/nowhere does not exist"):
+        local_folder(str(tmp_path / "nowhere"))
+    with pytest.raises(LayerloopError, match=f"{s3_bucket}/nowhere has no objects"):
+        local_folder(f"{s3_bucket}/nowhere", cache=tmp_path)
+
+
+def test_a_remote_folder_is_copied_once(remote: Store, tmp_path: Path) -> None:
+    first = local_folder(remote.uri, cache=tmp_path)
+    assert contents(first) == FILES
+    remote.write("model_index.json", b"[]")  # of the same size: objects under a base are taken to be immutable
+    assert local_folder(remote.uri, cache=tmp_path) == first
+    assert contents(first) == FILES
+    remote.write("model_index.json", b"[1]")
+    second = local_folder(remote.uri, cache=tmp_path)
+    assert second != first
+    assert contents(second) == FILES | {"model_index.json": b"[1]"}
+
+
+def test_an_interrupted_copy_is_continued(remote: Store, tmp_path: Path) -> None:
+    final = local_folder(remote.uri, cache=tmp_path)
+    partial = final.with_suffix(".partial")
+    final.rename(partial)
+    (partial / "vae" / "weights.safetensors").write_bytes(b"cut")
+    (partial / "model_index.json").write_bytes(b"ok")  # was complete: of the right size, so it is kept
+    assert contents(local_folder(remote.uri, cache=tmp_path)) == FILES | {"model_index.json": b"ok"}
+    assert not partial.exists()
+
+
+def test_several_at_once_share_one_copy(remote: Store, tmp_path: Path) -> None:
+    folders: list[Path] = []
+    threads = [
+        threading.Thread(target=lambda: folders.append(local_folder(remote.uri, cache=tmp_path))) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(folders) == 4
+    assert len(set(folders)) == 1
+    assert contents(folders[0]) == FILES
+
+
+def test_the_cache_is_where_the_environment_says(
+    remote: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "big disk"))
+    assert (tmp_path / "big disk") in local_folder(remote.uri).parents
+
+
+def test_object_names_that_lead_elsewhere_are_not_followed(remote: Store, tmp_path: Path) -> None:
+    import boto3
+
+    bucket, _, prefix = remote.uri.removeprefix("s3://").partition("/")
+    boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/../../evil", Body=b"x")
+    boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/vae/", Body=b"")  # what consoles make for a folder
+    assert contents(local_folder(remote.uri, cache=tmp_path / "cache")) == FILES
+    assert not list(tmp_path.rglob("evil"))

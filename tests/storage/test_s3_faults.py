@@ -1,0 +1,272 @@
+"""The S3 store against servers that misbehave as real ones do: a proxy in front of moto spoils chosen requests."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage import s3
+from layerloop.components.storage.stores import Store, open_store
+
+Spoil = Callable[["Proxy"], bool]  # whether it has answered the request itself
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Forwards to moto, except for what the server's `spoil` does to a request."""
+
+    protocol_version = "HTTP/1.1"
+    server: FaultyServer
+
+    def handle_any(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.seen.append(f"{self.command} {self.path}")
+        if self.server.spoil(self):
+            return
+        status, headers, data = self.forward()
+        self.answer(status, data, headers)
+
+    def forward(self) -> tuple[int, list[tuple[str, str]], bytes]:
+        connection = http.client.HTTPConnection(self.server.upstream, timeout=30)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+        connection.request(self.command, self.path, body=self.body, headers=headers)
+        response = connection.getresponse()
+        data = response.read()
+        kept = [
+            (n, v) for n, v in response.getheaders() if n.lower() not in ("connection", "transfer-encoding", "date")
+        ]
+        return response.status, kept, data
+
+    def answer(self, status: int, data: bytes, headers: list[tuple[str, str]] | None = None) -> None:
+        self.send_response_only(status)
+        for name, value in headers if headers is not None else [("Content-Length", str(len(data)))]:
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def drop(self) -> None:
+        """Cut the connection without an answer."""
+        self.close_connection = True
+        self.connection.shutdown(2)
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class FaultyServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(("127.0.0.1", 0), Proxy)
+        self.upstream = upstream
+        self.seen: list[str] = []
+        self.spoil: Spoil = lambda _: False
+
+
+@pytest.fixture
+def faulty(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+    """A proxy that boto3 is led to; tests set its `spoil`."""
+    server = FaultyServer(urlsplit(s3_environment["AWS_ENDPOINT_URL"]).netloc)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def store(faulty: FaultyServer, s3_bucket: str) -> Store:
+    return open_store(s3_bucket)
+
+
+def probe(request: Proxy) -> bool:
+    return "conditional-write-probe" in request.path
+
+
+NO_CONDITIONS = "no conditional writes here, so create-only writes are check-then-put"
+
+
+def test_a_server_that_overlooks_conditions_is_noticed_once_and_still_creates_only_once(
+    faulty: FaultyServer, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    def overlook(request: Proxy) -> bool:
+        del request.headers["If-None-Match"]
+        return False
+
+    faulty.spoil = overlook
+    assert store.create("a", b"1")
+    assert not store.create("a", b"2")
+    assert store.child("c").create("b", b"3")
+    assert store.read("a") == b"1"
+    assert store.list() == ["a", "c/b"]  # the probe is gone
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [NO_CONDITIONS]
+    assert len([line for line in faulty.seen if line.startswith("PUT") and "probe" in line]) == 2
+
+
+@pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (400, "InvalidArgument")])
+def test_a_server_that_refuses_the_header_is_noticed(
+    faulty: FaultyServer, store: Store, caplog: pytest.LogCaptureFixture, status: int, code: str
+) -> None:
+    def refuse(request: Proxy) -> bool:
+        if "If-None-Match" not in request.headers:
+            return False
+        request.answer(status, f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
+        return True
+
+    faulty.spoil = refuse
+    assert store.create("a", b"1")
+    assert not store.create("a", b"2")
+    assert store.read("a") == b"1"
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [NO_CONDITIONS]
+
+
+def test_a_server_with_conditions_is_probed_once_in_silence(
+    faulty: FaultyServer, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert store.create("a", b"1")
+    assert not store.create("a", b"2")
+    assert store.child("c").create("b", b"3")
+    assert len([line for line in faulty.seen if line.startswith("PUT") and "probe" in line]) == 2
+    assert caplog.records == []
+
+
+def test_a_create_whose_answer_was_lost_knows_itself_as_the_winner(faulty: FaultyServer, store: Store) -> None:
+    lost = itertools.count()
+
+    def lose_first_answer(request: Proxy) -> bool:
+        if request.command == "PUT" and not probe(request) and next(lost) == 0:
+            request.forward()  # the object is made, but nobody is told; boto3's second attempt meets a 412
+            request.drop()
+            return True
+        return False
+
+    faulty.spoil = lose_first_answer
+    assert store.create("m.json", b"mine")
+    assert next(lost) >= 2
+    assert not store.create("m.json", b"mine")
+    assert store.read("m.json") == b"mine"
+
+
+def test_a_conflict_with_a_writer_in_flight_is_settled_by_trying_again(faulty: FaultyServer, store: Store) -> None:
+    puts = itertools.count()
+
+    def conflict(request: Proxy) -> bool:
+        if request.command != "PUT" or probe(request) or next(puts) > 0:
+            return False
+        request.answer(409, b"<Error><Code>ConditionalRequestConflict</Code><Message>busy</Message></Error>")
+        return True
+
+    faulty.spoil = conflict
+    assert store.create("m.json", b"mine")
+    assert store.read("m.json") == b"mine"
+    assert next(puts) == 2
+
+
+def test_throttling_and_broken_connections_are_tried_again(faulty: FaultyServer, store: Store, tmp_path: Path) -> None:
+    count = itertools.count()
+
+    def stumble(request: Proxy) -> bool:
+        turn = next(count) % 3
+        if turn == 0:
+            request.answer(503, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
+        elif turn == 1:
+            request.drop()
+        return turn < 2
+
+    faulty.spoil = stumble
+    store.write("x", b"payload")
+    assert store.read("x") == b"payload"
+    assert store.list() == ["x"]
+
+
+def test_a_body_that_breaks_off_is_fetched_again(faulty: FaultyServer, store: Store) -> None:
+    data = bytes(range(256)) * 4000
+    store.write("x", data)
+    gets = itertools.count()
+
+    def break_off(request: Proxy) -> bool:
+        if request.command != "GET" or next(gets) > 0:
+            return False
+        status, headers, body = request.forward()
+        request.answer(status, body[: len(body) // 2], headers)  # Content-Length promises the whole
+        request.drop()
+        return True
+
+    faulty.spoil = break_off
+    assert store.read("x") == data
+    assert next(gets) >= 2
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (
+            403,
+            "AccessDenied",
+            "access denied (AccessDenied): allow get, put, list and delete to the credentials in use",
+        ),
+        (403, "InvalidAccessKeyId", "the store refused the credentials (InvalidAccessKeyId): renew or correct them"),
+        (418, "Teapot", "the store answered Teapot: see its own log"),
+    ],
+)
+def test_refusals_are_one_line_without_secrets(
+    faulty: FaultyServer, store: Store, status: int, code: str, message: str
+) -> None:
+    def refuse(request: Proxy) -> bool:
+        text = f"<Error><Code>{code}</Code><Message>key testing-id secret testing-secret</Message></Error>"
+        request.answer(status, text.encode())
+        return True
+
+    faulty.spoil = refuse
+    for ask in (lambda: store.write("x", b""), lambda: store.list(), lambda: store.create("x", b"")):
+        with pytest.raises(LayerloopError) as caught:
+            ask()
+        assert message in str(caught.value)
+        assert "testing-" not in str(caught.value)
+
+
+def test_a_bucket_that_does_not_exist_is_one_line(s3_environment: dict[str, str]) -> None:
+    with pytest.raises(LayerloopError, match="bucket no-such-bucket does not exist: create it or correct the URI"):
+        open_store("s3://no-such-bucket/x").create("m.json", b"")
+
+
+def test_a_server_that_is_not_there_is_one_line(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "ATTEMPTS", 2)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(LayerloopError) as caught:
+        open_store(s3_bucket).read("x")
+    assert str(caught.value).startswith(
+        f"{s3_bucket} does not answer at http://127.0.0.1:9 (EndpointConnectionError): "
+    )
+    assert str(caught.value).endswith("check AWS_ENDPOINT_URL and the network")
+
+
+def test_missing_credentials_are_one_line(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(
+        LayerloopError, match="needs credentials and none were found: set AWS_ACCESS_KEY_ID and AWS_SEC"
+    ):
+        open_store(s3_bucket).read("x")
+
+
+def test_nothing_of_the_credentials_is_logged(
+    s3_bucket: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(s3_bucket)
+    store.create("a", b"1")
+    store.create("a", b"1")
+    store.read("a")
+    text = caplog.text + "".join(capfd.readouterr())
+    assert "testing-secret" not in text
+    assert "testing-id" not in text
