@@ -1,0 +1,314 @@
+"""One contract for a step as a command and as a Kubeflow task: flags in, or the executor input; manifests out.
+
+A `container_component` passes `--executor-input {{$}}`, the JSON that the Kubeflow launcher (and kfp.local) makes of a
+task's inputs and outputs. Parameters become the keyword arguments of `run`; of input artifacts only the iteration
+number is read, for they are small manifests that carry lineage while the data is in the campaign. What the step made is
+written where the executor input says, and told in its `outputs.outputFile`. Standard library and pydantic only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import sys
+import time
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layerloop.components.runtime.progress import log
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
+
+_IMPORTED = time.monotonic()
+
+# Where the Kubeflow launcher mounts remote artifacts (kfp/dsl/types/artifact_types.py).
+_MOUNTS = {"s3://": "/s3/", "gs://": "/gcs/", "minio://": "/minio/"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step made, by output name; values live in the campaign, these are what Kubeflow shows."""
+
+    manifests: dict[str, Manifest] = field(default_factory=dict)  # artifact: the manifest's JSON and its counts
+    files: dict[str, bytes] = field(default_factory=dict)  # artifact: these bytes, an HTML report for instance
+    metrics: dict[str, float] = field(default_factory=dict)  # the Metrics artifact named "metrics"
+    parameters: dict[str, str | int | float | bool] = field(default_factory=dict)
+
+
+def step_main(
+    run: Callable[..., StepResult],
+    *,
+    iteration_from: str | None = None,
+    iteration_offset: int = 0,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a step from its command line or from `--executor-input`.
+
+    Args:
+        run: the step; its keyword-only arguments (str, int, float, bool, or one of these | None) become flags, whose
+            help is taken from the `Args:` section of its docstring.
+        iteration_from: the input artifact whose `iteration` metadata gives the argument `iteration` of a Kubeflow task.
+        iteration_offset: what is added to it.
+        argv: arguments, by default the process's own.
+
+    Returns:
+        The exit status: 0, or 2 after a one-line `error: ...` on standard error. Defects keep their traceback.
+    """
+    name = _step_name(run)
+    parser = _parser(run, name)
+    arguments = vars(parser.parse_args(argv))
+    given = arguments.pop("executor_input")
+    try:
+        task: dict[str, Any] = {}
+        if given is not None:
+            task = _parse_executor_input(given)
+            arguments = _task_arguments(run, task, iteration_from, iteration_offset)
+        missing = [_flag(p.name) for p in _parameters(run) if p.name not in arguments and p.default is p.empty]
+        if missing:
+            parser.error(f"these are required: {', '.join(missing)}")
+        log(f"started {name} {_seconds_since_process_start():.3f} s after process start")
+        result = run(**arguments)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank gets here; one of them speaks
+            if given is None:
+                print(json.dumps({"metrics": result.metrics, "parameters": result.parameters}), flush=True)
+            else:
+                _write_outputs(result, task.get("outputs", {}))
+    except LayerloopError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def _parser(run: Callable[..., StepResult], name: str) -> argparse.ArgumentParser:
+    document = inspect.getdoc(run) or ""
+    helps = _argument_helps(document)
+    parser = argparse.ArgumentParser(
+        prog=f"python -m layerloop.components.{name}",
+        description=re.split(r"\n\s*\n\s*(?:Args|Returns|Raises):", document)[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--executor-input", default=None, help=argparse.SUPPRESS)
+    for parameter in _parameters(run):
+        kind = _kind(run, parameter.name)
+        text = helps.get(parameter.name, "").replace("%", "%%")
+        if parameter.default is parameter.empty:
+            text = f"{text} (required)"
+        elif parameter.default not in (None, ""):
+            text = f"{text} (default: {parameter.default})"
+        if kind is bool:
+            parser.add_argument(
+                _flag(parameter.name), dest=parameter.name, action=argparse.BooleanOptionalAction, help=text
+            )
+        else:
+            metavar = {str: "TEXT", int: "N", float: "X"}[kind]
+            parser.add_argument(_flag(parameter.name), dest=parameter.name, type=kind, metavar=metavar, help=text)
+    return parser
+
+
+def _parameters(run: Callable[..., StepResult]) -> list[inspect.Parameter]:
+    return [p for p in inspect.signature(run).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def _kind(run: Callable[..., StepResult], name: str) -> type:
+    """The plain type of an argument, None aside."""
+    hint = typing.get_type_hints(run)[name]
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    kinds = [option for option in options if option is not type(None)]
+    if len(kinds) != 1 or kinds[0] not in (str, int, float, bool):
+        raise TypeError(
+            f"argument {name} of {run.__module__}.run is {hint}: use str, int, float or bool, or one | None"
+        )
+    return kinds[0]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _argument_helps(document: str) -> dict[str, str]:
+    """Help per argument from a docstring's `Args:` section (names indented once, their continuation lines deeper)."""
+    match = re.search(r"^Args:\n(.*?)(?:\n\S|\Z)", document, re.MULTILINE | re.DOTALL)
+    helps: dict[str, str] = {}
+    name = ""
+    for line in match[1].splitlines() if match else ():
+        entry = re.match(r"^ {4}(\w+):\s*(.*)$", line)
+        if entry:
+            name = entry[1]
+            helps[name] = entry[2].strip()
+        elif name and line.strip():
+            helps[name] += f" {line.strip()}"
+    return helps
+
+
+def _step_name(run: Callable[..., StepResult]) -> str:
+    """`score_rollouts` for a `run` of layerloop.components.score_rollouts.step, also when that is run as `__main__`."""
+    module = run.__module__
+    if module == "__main__":
+        spec = run.__globals__.get("__spec__")
+        module = spec.name if spec else Path(run.__globals__.get("__file__", "step")).parent.name
+    return module.removesuffix(".step").removesuffix(".__main__").rpartition(".")[2]
+
+
+# ------------------------------------------------------------------------------------------------------- executor input
+
+
+def _parse_executor_input(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise LayerloopError(f"--executor-input is not JSON ({error}): pass the placeholder {{{{$}}}}") from None
+    if not isinstance(value, dict) or not isinstance(value.get("outputs", {}), dict):
+        raise LayerloopError("--executor-input is not an executor input: pass the placeholder {{$}}")
+    return value
+
+
+def _task_arguments(
+    run: Callable[..., StepResult], task: Mapping[str, Any], iteration_from: str | None, iteration_offset: int
+) -> dict[str, Any]:
+    """Keyword arguments of `run` for a Kubeflow task."""
+    inputs = task.get("inputs") or {}
+    known = [p.name for p in _parameters(run)]
+    arguments: dict[str, Any] = {}
+    for name, value in (inputs.get("parameterValues") or {}).items():
+        if name not in known:
+            raise LayerloopError(
+                f"input parameter {name} is not one of {', '.join(known)}: the image is of another version"
+            )
+        if value is not None:
+            arguments[name] = _cast(name, value, _kind(run, name))
+    if iteration_from is not None and "iteration" in known and "iteration" not in arguments:
+        artifacts = (inputs.get("artifacts") or {}).get(iteration_from, {}).get("artifacts") or []
+        arguments["iteration"] = _iteration_of(iteration_from, artifacts) + iteration_offset
+    return arguments
+
+
+def _cast(name: str, value: Any, kind: type) -> str | int | float | bool:
+    """A parameter in its declared type. Numbers may arrive as floats (protobuf) or, from a schedule, as text; text that
+    looks like a number may arrive as one."""
+    text = value.strip() if isinstance(value, str) else value
+    if kind is str:
+        if isinstance(value, str):
+            return value
+        return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
+    if kind is bool:
+        named = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}.get(str(text).lower())
+        if named is not None:
+            return named
+    elif not isinstance(text, bool):
+        try:
+            number = float(text)
+            if kind is float:
+                return number
+            if number.is_integer():
+                return int(text) if isinstance(text, (str, int)) and str(text).lstrip("+-").isdigit() else int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise LayerloopError(f"input parameter {name} is {value!r}: give {_ARTICLE[kind]}")
+
+
+_ARTICLE = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _iteration_of(name: str, artifacts: Sequence[Mapping[str, Any]]) -> int:
+    """The one iteration all artifacts of an input belong to, from their metadata or, failing that, their manifest."""
+    found = set()
+    for artifact in artifacts:
+        value = (artifact.get("metadata") or {}).get("iteration")
+        if value is None:
+            path = local_path(str(artifact.get("uri", "")))
+            if path.is_file():
+                value = Manifest.from_json(path.read_bytes(), where=str(path)).iteration
+        if value is None:
+            raise LayerloopError(
+                f"input artifact {name} ({artifact.get('uri')}) has no iteration: give a step's manifest"
+            )
+        found.add(int(_cast(f"{name}.iteration", value, int)))
+    if len(found) != 1:
+        state = f"of iterations {', '.join(map(str, sorted(found)))}" if found else "not there"
+        raise LayerloopError(f"input artifact {name} is {state}: give artifacts of one iteration")
+    return found.pop()
+
+
+# -------------------------------------------------------------------------------------------------------------- outputs
+
+
+def local_path(uri: str) -> Path:
+    """Where the launcher has the artifact on this machine; a plain path is itself."""
+    for scheme, mount in _MOUNTS.items():
+        if uri.startswith(scheme):
+            return Path(mount + uri.removeprefix(scheme))
+    return Path(uri)
+
+
+def artifact_metadata(manifest: Manifest) -> dict[str, Any]:
+    """What the Kubeflow UI shows of a manifest, and what the next task reads its iteration from."""
+    metadata: dict[str, Any] = {**manifest.counts, "kind": manifest.kind, "display_name": manifest.kind}
+    if manifest.iteration is not None:
+        metadata |= {"iteration": manifest.iteration, "display_name": f"{manifest.kind} {manifest.iteration}"}
+    return metadata
+
+
+def _write_outputs(result: StepResult, outputs: Mapping[str, Any]) -> None:
+    """Write the artifacts and parameters that the task asks for, and the output file that tells of them."""
+    told: dict[str, Any] = {}
+    for name, listed in (outputs.get("artifacts") or {}).items():
+        artifact = listed["artifacts"][0]
+        data, metadata = _output(result, name)
+        _write(local_path(artifact["uri"]), data)
+        told[name] = {
+            "artifacts": [
+                {
+                    "name": artifact.get("name", name),
+                    "uri": artifact["uri"],
+                    "type": artifact.get("type", {}),
+                    "metadata": {**(artifact.get("metadata") or {}), **metadata},
+                }
+            ]
+        }
+    values = {}
+    for name, output in (outputs.get("parameters") or {}).items():
+        if name not in result.parameters:
+            raise KeyError(f"the task asks for parameter {name}, which the step did not make")
+        values[name] = result.parameters[name]
+        text = values[name] if isinstance(values[name], str) else json.dumps(values[name])
+        _write(Path(output["outputFile"]), str(text).encode())
+    if outputs.get("outputFile"):
+        _write(
+            Path(outputs["outputFile"]),
+            json.dumps({"parameterValues": values, "artifacts": told}, allow_nan=False).encode(),
+        )
+
+
+def _output(result: StepResult, name: str) -> tuple[bytes, dict[str, Any]]:
+    if name in result.manifests:
+        return result.manifests[name].to_json(), artifact_metadata(result.manifests[name])
+    if name in result.files:
+        return result.files[name], {}
+    if name == "metrics":
+        return (json.dumps(result.metrics, indent=2, sort_keys=True) + "\n").encode(), dict(result.metrics)
+    raise KeyError(f"the task asks for artifact {name}, which the step did not make")
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)  # kfp.local does not make them for container components
+    path.write_bytes(data)
+
+
+def _seconds_since_process_start() -> float:
+    """Age of this process, from Linux's /proc; elsewhere, since this module was imported."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22, starttime
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return time.monotonic() - _IMPORTED

@@ -1,0 +1,125 @@
+"""Data parallelism under torchrun: who this process is, and the few collectives that the steps need.
+
+Everything works the same in a single process without torchrun: rank 0 of 1, collectives that do nothing. torch is
+imported where it is used, so that steps without torch may ask for their rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from layerloop.components.schema.errors import LayerloopError
+
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT = timedelta(minutes=30)  # of one collective: ranks may load a 40 GB model at different speeds
+
+
+def rank() -> int:
+    """This process's number among all processes of all nodes; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """`cuda:<local rank>` where there is a GPU, else the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """The device of this process, in a process group (nccl on GPUs, gloo on CPUs) where there is more than one rank."""
+    here = device()
+    if world_size() == 1:
+        yield here
+        return
+    import torch
+    import torch.distributed as dist
+
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield here
+    finally:
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(tensors: Sequence[torch.Tensor]) -> None:
+    """Sum each tensor over the ranks, in place, through one flat buffer of the tensors' dtype (float32 for gradients).
+
+    Every rank ends with the same bits. The order of summation is that of the ranks, so with two ranks that hold one
+    addend each the result is that of adding the two in one process.
+    """
+    if world_size() == 1 or not tensors:
+        return
+    import torch
+    import torch.distributed as dist
+
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    offset = 0
+    for tensor in tensors:
+        tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
+        offset += tensor.numel()
+
+
+def broadcast_json(value: object) -> object:
+    """Rank 0's JSON-like value on every rank (sent as text, never unpickled from bytes of a store)."""
+    if world_size() == 1:
+        return value
+    import json
+
+    import torch
+    import torch.distributed as dist
+
+    data = json.dumps(value).encode() if rank() == 0 else b""
+    size = torch.tensor([len(data)])
+    dist.broadcast(size, src=0)
+    buffer = torch.zeros(int(size), dtype=torch.uint8)
+    if rank() == 0:
+        buffer[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    dist.broadcast(buffer, src=0)
+    return json.loads(bytes(buffer.numpy().tobytes()))
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise on every rank the LayerloopError that any rank raised inside, the lowest rank's first.
+
+    Without this the ranks that have no fault would wait in the next collective for one that has already left.
+    """
+    error: LayerloopError | None = None
+    try:
+        yield
+    except LayerloopError as raised:
+        error = raised
+    if world_size() > 1:
+        import torch
+        import torch.distributed as dist
+
+        text = str(error).encode()[:2000] if error else b""
+        mine = torch.zeros(2000, dtype=torch.uint8)
+        if text:
+            mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        every = [torch.zeros_like(mine) for _ in range(world_size())]
+        dist.all_gather(every, mine)
+        messages = [bytes(one.numpy().tobytes()).rstrip(b"\0").decode(errors="replace") for one in every]
+        first = next((message for message in messages if message), None)
+        if first is not None and (error is None or str(error) != first):
+            raise LayerloopError(first)
+    if error is not None:
+        raise error

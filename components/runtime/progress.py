@@ -1,0 +1,63 @@
+"""What a step says while it works: one line per fact, and progress that suits a terminal as well as a pod's log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LINE_SECONDS = 5.0  # between progress lines where there is no terminal
+
+
+def log(message: str) -> None:
+    """One line on standard error; standard output is left to results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def progress(iterable: Iterable[T], *, what: str, unit: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a bar on a terminal, else a line every few seconds and one at the end.
+
+    Args:
+        what: what is being done, "sampling".
+        unit: what an item is, in the plural, "groups".
+        total: number of items, taken from the iterable where it has a length.
+    """
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(iterable, desc=what, unit=f" {unit}", total=total, dynamic_ncols=True, file=sys.stderr)
+        return
+    start = said = time.monotonic()
+    count = 0
+    for item in iterable:
+        yield item
+        count += 1
+        now = time.monotonic()
+        if now - said >= LINE_SECONDS and count != total:
+            said = now
+            log(progress_line(what, unit, count, total, now - start))
+    log(f"{what}: {count} {unit} in {_duration(time.monotonic() - start)}")
+
+
+def progress_line(what: str, unit: str, count: int, total: int | None, seconds: float) -> str:
+    """`sampling: 12/40 groups, 0.8 groups/s, 35 s left`."""
+    rate = count / seconds if seconds > 0 else 0.0
+    speed = f"{rate:.3g} {unit}/s" if rate >= 1 or not count else f"{seconds / count:.3g} s each"
+    if total is None:
+        return f"{what}: {count} {unit}, {speed}"
+    return (
+        f"{what}: {count}/{total} {unit}, {speed}, {_duration((total - count) / rate) if rate else 'unknown time'} left"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
