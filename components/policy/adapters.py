@@ -1,0 +1,242 @@
+"""Adapters as files and as matrices: reading peft's and diffusers' layouts, and merging several into one.
+
+An adapter replaces a linear layer's W x by W x + (alpha / r) B A x with A `[r, in]` and B `[out, r]`. In memory
+(`Adapter`) keys are those of the transformer, `transformer_blocks.0.attn.to_q.lora_A.weight`; peft's files put
+`base_model.model.` before them, diffusers' files `transformer.`. Putting an adapter on a model, and writing one for a
+model, is in `lora.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from layerloop.components.schema.errors import LayerloopError
+
+NAME = "default"  # peft's name for the one adapter of a model
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
+UNSUPPORTED = {"use_dora": False, "lora_bias": False, "modules_to_save": None, "bias": "none", "fan_in_fan_out": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """`state` maps `<module>.lora_A.weight` `[r, in]` and `<module>.lora_B.weight` `[out, r]` to float32 CPU tensors,
+    in sorted order; every module has rank `rank` and scale `alpha / rank`."""
+
+    state: dict[str, torch.Tensor]
+    rank: int
+    alpha: float
+
+    @property
+    def modules(self) -> list[str]:
+        return [key.removesuffix(".lora_A.weight") for key in self.state if key.endswith(".lora_A.weight")]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.state.values())
+
+
+# ---- reading
+
+
+def read_adapter(path: Path | str) -> Adapter:
+    """Read an adapter: a folder or a safetensors file, in peft's or diffusers' layout, or one that diffusers converts.
+
+    Ranks and scales that differ between modules are made uniform without changing the function: B takes the scale, and
+    smaller ranks are filled up with zeros.
+
+    Raises:
+        LayerloopError: no adapter there, a kind that is not supported, a broken file, or NaN in it.
+    """
+    file = _weights_file(Path(path))
+    tensors, metadata = _read_tensors(file)
+    config = _peft_config(file) if file.name == PEFT_WEIGHTS or (file.parent / PEFT_CONFIG).is_file() else None
+    if config is None and "lora_adapter_metadata" in metadata:
+        config = _transformer_metadata(metadata["lora_adapter_metadata"], file)
+    if any(key.startswith(PEFT_PREFIX) for key in tensors):
+        tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
+    else:
+        tensors = _diffusers_state(tensors, file)
+    return _uniform(tensors, config or {}, file)
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS):
+        if (path / name).is_file():
+            return path / name
+    raise LayerloopError(f"{path} is no adapter: it has neither {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}")
+
+
+def weights_sha256(path: Path | str) -> str:
+    """SHA-256, hex, of an adapter's weights file in either layout.
+
+    Raises:
+        LayerloopError: no adapter there.
+    """
+    with _weights_file(Path(path)).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(str(file), framework="pt") as reader:
+            tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - it is not a mapping
+            metadata = reader.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise LayerloopError(f"{file} cannot be read ({error}): it was truncated or is another kind of file") from None
+    for key, value in tensors.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise LayerloopError(
+                f"{file}: {key} has NaN or infinite values: the adapter is broken, take an earlier one"
+            )
+    return tensors, metadata
+
+
+def _peft_config(file: Path) -> dict[str, Any]:
+    path = file.parent / PEFT_CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise LayerloopError(f"{path} is missing: {file.name} in peft's layout needs it for its alpha") from None
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise LayerloopError(f"{path} is not a JSON object: fetch it again")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise LayerloopError(f"{path} has peft_type {config['peft_type']!r}: only LORA is supported")
+    for name, usual in UNSUPPORTED.items():
+        if config.get(name) not in (usual, None, [], False):
+            raise LayerloopError(f"{path} has {name} {config[name]!r}: only plain LoRA is supported")
+    return config
+
+
+def _transformer_metadata(text: str, file: Path) -> dict[str, Any]:
+    """The peft config that diffusers keeps in a file's metadata, as `transformer.<field>`."""
+    try:
+        fields = json.loads(text)
+        return {k.removeprefix(DIFFUSERS_PREFIX): v for k, v in fields.items() if k.startswith(DIFFUSERS_PREFIX)}
+    except (ValueError, AttributeError):
+        raise LayerloopError(f"{file} has lora_adapter_metadata that is not JSON: write the adapter again") from None
+
+
+def _diffusers_state(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
+    """Keys without `transformer.`; formats of other trainers through diffusers' own conversion."""
+    if not all(key.startswith(DIFFUSERS_PREFIX) and (".lora_A." in key or ".lora_B." in key) for key in tensors):
+        from diffusers import QwenImageLayeredPipeline
+
+        try:
+            tensors = QwenImageLayeredPipeline.lora_state_dict(dict(tensors))
+        except Exception as error:  # whatever its converters meet in a foreign file
+            reason = " ".join(str(error).split())[:200]
+            raise LayerloopError(f"{file} is in no adapter layout that diffusers knows: {reason}") from None
+    return {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in tensors.items()}
+
+
+def _uniform(tensors: dict[str, torch.Tensor], config: dict[str, Any], file: Path) -> Adapter:
+    tensors = {key.replace(f".{NAME}.weight", ".weight"): value.float() for key, value in tensors.items()}
+    modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
+    for key in tensors:
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise LayerloopError(f"{file}: {key} is no LoRA weight: only plain LoRA of linear layers is supported")
+    for module in modules:
+        for side in ("lora_A", "lora_B"):
+            if f"{module}.{side}.weight" not in tensors:
+                raise LayerloopError(f"{file}: {module}.{side}.weight is missing: the adapter is incomplete")
+        a, b = (tensors[f"{module}.{side}.weight"] for side in ("lora_A", "lora_B"))
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise LayerloopError(
+                f"{file}: {module} has lora_A {shape_text(a)} and lora_B {shape_text(b)}, which do not multiply"
+            )
+    if not modules:
+        raise LayerloopError(f"{file} has no LoRA weights")
+    ranks = {module: tensors[f"{module}.lora_A.weight"].shape[0] for module in modules}
+    scales = {module: _scale(module, rank, config) for module, rank in ranks.items()}
+    rank = max(ranks.values())
+    if len(set(scales.values())) == 1 and len(set(ranks.values())) == 1:
+        return Adapter(dict(sorted(tensors.items())), rank, next(iter(scales.values())) * rank)
+    state = {}
+    for module in modules:
+        a, b = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] * scales[module]
+        state[f"{module}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, rank - ranks[module]))
+        state[f"{module}.lora_B.weight"] = torch.nn.functional.pad(b, (0, rank - ranks[module]))
+    return Adapter(dict(sorted(state.items())), rank, float(rank))
+
+
+def shape_text(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def _scale(module: str, rank: int, config: dict[str, Any]) -> float:
+    """alpha / r, or alpha / sqrt(r) with `use_rslora`; without a config alpha is r, as diffusers has it."""
+    alpha = config.get("lora_alpha") if config else None
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if module == pattern.lstrip("^") or module.endswith(f".{pattern.lstrip('^')}"):
+            alpha = value
+            break
+    if alpha is None:
+        return 1.0
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+# ---- merging
+
+
+def merge_adapters(parts: Sequence[tuple[Path | str, float]], *, rank: int | None = None) -> Adapter:
+    """The weighted sum of adapters: its update of every module is sum_i w_i (alpha_i / r_i) B_i A_i.
+
+    Averaging the As and the Bs, as is often done, is not that sum. Here it is exact: the factors are stacked, A from
+    the A_i and B from the w_i (alpha_i / r_i) B_i, so ranks add up (and may differ, as may the modules). With `rank`
+    the sum is cut to its best approximation of that rank (truncated SVD, the least Frobenius error: Eckart and Young
+    1936), computed from the factors in float64.
+
+    Raises:
+        LayerloopError: no adapters, one that cannot be read, or two that disagree about a module's size.
+    """
+    if not parts:
+        raise LayerloopError("no adapters to merge: give at least one folder")
+    adapters = [(read_adapter(path), weight, path) for path, weight in parts]
+    total = sum(adapter.rank for adapter, _, _ in adapters)
+    state = {}
+    for module in sorted({module for adapter, _, _ in adapters for module in adapter.modules}):
+        factors: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for adapter, weight, path in adapters:
+            if f"{module}.lora_A.weight" in adapter.state:
+                scale = weight * adapter.alpha / adapter.rank
+                a = adapter.state[f"{module}.lora_A.weight"].double()
+                b = adapter.state[f"{module}.lora_B.weight"].double() * scale
+                if factors and (a.shape[1], b.shape[0]) != (factors[0][0].shape[1], factors[0][1].shape[0]):
+                    raise LayerloopError(
+                        f"{path}: {module} is {b.shape[0]}x{a.shape[1]}, another adapter's is "
+                        f"{factors[0][1].shape[0]}x{factors[0][0].shape[1]}: they are for different bases"
+                    )
+                factors.append((a, b))
+        stacked = torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)
+        a, b = _cut(*stacked, rank) if rank is not None else stacked
+        width = total if rank is None else rank
+        state[f"{module}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, width - a.shape[0])).float()
+        state[f"{module}.lora_B.weight"] = torch.nn.functional.pad(b, (0, width - b.shape[1])).float()
+    width = total if rank is None else rank
+    return Adapter(state, width, float(width))
+
+
+def _cut(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best rank-`rank` factors of b @ a: SVD of the small core between two QR factors, the root of each singular
+    value on either side."""
+    qb, rb = torch.linalg.qr(b)
+    qa, ra = torch.linalg.qr(a.T)
+    u, s, vt = torch.linalg.svd(rb @ ra.T)
+    keep = min(rank, s.numel())
+    root = s[:keep].sqrt()
+    return root[:, None] * (vt[:keep] @ qa.T), (qb @ u[:, :keep]) * root

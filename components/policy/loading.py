@@ -1,0 +1,188 @@
+"""Finding a base model's files, checking them, and loading diffusers' modules from them one by one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import ModelRecipe
+
+CONFIGS = {"transformer": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}
+TEXT = {"text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
+WEIGHTS = {  # file stems of diffusers and of transformers
+    "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+}  # fmt: skip
+
+
+def local_folder(model: ModelRecipe, *, text_encoder: bool = False) -> Path:
+    """A local folder that holds `model.base`.
+
+    "tiny" is in the package, a folder is itself, a Hugging Face id is downloaded to the hub's cache (only the parts
+    that are needed). An object store's URI has to be fetched by the step, which hands the folder to
+    `LayeredPolicy.load`.
+
+    Raises:
+        LayerloopError: no such folder or repository, or a URI.
+    """
+    base = model.base
+    if base == "tiny":
+        from layerloop.components.policy.tiny import tiny_folder
+
+        try:
+            return tiny_folder()
+        except FileNotFoundError as error:
+            raise LayerloopError(f"recipe.model.base is 'tiny': {error}") from None
+    if "://" in base and not base.startswith("file://"):
+        raise LayerloopError(f"recipe.model.base is {base}: copy it to a local folder first and load that")
+    path = Path(base.removeprefix("file://")).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base):
+        raise LayerloopError(
+            f"recipe.model.base is {base!r}: no such folder; give 'tiny', a folder, an s3:// URI, or a Hugging Face id"
+        )
+    return _from_hub(model, text_encoder=text_encoder)
+
+
+def _from_hub(model: ModelRecipe, *, text_encoder: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    parts = [*CONFIGS, *(TEXT if text_encoder else ())]
+    try:
+        return Path(
+            snapshot_download(model.base, revision=model.revision, allow_patterns=[f"{part}/*" for part in parts])
+        )
+    except Exception as error:  # the hub raises a dozen kinds; each means that there is no model to be had
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise LayerloopError(
+            f"recipe.model.base is {model.base!r}: neither a local folder nor a model that the Hugging Face hub gives "
+            f"({reason}): check the name, recipe.model.revision, and HF_TOKEN or HF_ENDPOINT"
+        ) from None
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """The safetensors files of one part of a diffusers folder, in order, all of them present.
+
+    Raises:
+        LayerloopError: a file is missing, named.
+    """
+    stem = folder / part / WEIGHTS[part]
+    index = Path(f"{stem}.safetensors.index.json")
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise LayerloopError(f"{index} is not an index of safetensors shards: fetch it again") from None
+        files = [folder / part / name for name in shards]
+    else:
+        files = [Path(f"{stem}.safetensors")]
+    for file in files:
+        _require(file)
+    return files
+
+
+def _require(file: Path) -> Path:
+    if not file.is_file():
+        raise LayerloopError(f"{file} is missing: {file.parent.parent} is not a complete diffusers folder of the model")
+    return file
+
+
+def check_folder(folder: Path, *, text_encoder: bool = False) -> None:
+    """Every file that loading needs is there, and the model is a layered one.
+
+    Raises:
+        LayerloopError: naming the first missing file or the setting that is wrong.
+    """
+    for part, name in {**CONFIGS, **(TEXT if text_encoder else {})}.items():
+        _require(folder / part / name)
+        if part in WEIGHTS:
+            weight_files(folder, part)
+    config, vae, scheduler = (_json(folder / part / name) for part, name in CONFIGS.items())
+    for file, name, value, needed in (
+        ("transformer/config.json", "use_additional_t_cond", config.get("use_additional_t_cond"), True),
+        ("transformer/config.json", "use_layer3d_rope", config.get("use_layer3d_rope"), True),
+        ("transformer/config.json", "in_channels", config.get("in_channels"), 64),
+        ("transformer/config.json", "zero_cond_t", config.get("zero_cond_t", False), False),
+        ("transformer/config.json", "guidance_embeds", config.get("guidance_embeds", False), False),
+        ("vae/config.json", "input_channels", vae.get("input_channels"), 4),
+        ("vae/config.json", "z_dim", vae.get("z_dim"), 16),
+        ("scheduler/scheduler_config.json", "stochastic_sampling", scheduler.get("stochastic_sampling", False), False),
+        ("scheduler/scheduler_config.json", "invert_sigmas", scheduler.get("invert_sigmas", False), False),
+    ):
+        if value != needed:
+            raise LayerloopError(
+                f"{folder / file} has {name} {value!r}, not {needed!r}: this is no model of Qwen-Image-Layered's kind"
+            )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise LayerloopError(f"{file} is not a JSON object: fetch it again")
+    return value
+
+
+def load_modules(
+    folder: Path, *, dtype: torch.dtype, text_encoder: bool
+) -> tuple[Any, Any, Any, tuple[Any, Any] | None]:
+    """(transformer, VAE, scheduler, (tokenizer, text encoder) or None) from a local diffusers folder, unchanged.
+
+    The scheduler is the shipped one: its kind of time shift differs between models that share all else.
+    """
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+
+    check_folder(folder, text_encoder=text_encoder)
+    try:
+        transformer = QwenImageTransformer2DModel.from_pretrained(
+            folder, subfolder="transformer", dtype=dtype, local_files_only=True
+        )
+        vae = AutoencoderKLQwenImage.from_pretrained(folder, subfolder="vae", dtype=dtype, local_files_only=True)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
+            folder, subfolder="scheduler", local_files_only=True
+        )
+        text = load_text(folder, dtype=dtype) if text_encoder else None
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise LayerloopError(f"{folder} cannot be loaded: {reason}: fetch it again") from error
+    return transformer, vae, scheduler, text
+
+
+def load_text(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(tokenizer, text encoder) of a local diffusers folder."""
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder / "text_encoder", dtype=dtype, local_files_only=True
+    )
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256, hex, over relative names and contents of all files that decide what the frozen base computes."""
+    files = [folder / part / name for part, name in CONFIGS.items()]
+    files += [file for part in ("transformer", "vae") for file in weight_files(folder, part)]
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter free; 40 GB in shards
+        digests = list(pool.map(_sha256, files))
+    total = hashlib.sha256()
+    for file, digest in sorted(zip(files, digests, strict=True)):
+        total.update(f"{file.relative_to(folder).as_posix()} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    blob = file.resolve().name
+    if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
+        return blob  # the hub's cache names large files by their sha256
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

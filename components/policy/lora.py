@@ -1,0 +1,340 @@
+"""A low-rank adapter on the transformer: which layers it may have, adding and loading one, writing it for others.
+
+The base is of any dtype and frozen; adapter weights are float32. Files and merging are in `adapters.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from layerloop.components.policy.adapters import (
+    DIFFUSERS_PREFIX,
+    DIFFUSERS_WEIGHTS,
+    NAME,
+    PEFT_CONFIG,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS,
+    Adapter,
+    merge_adapters,
+    read_adapter,
+    shape_text,
+)
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.learning import LoraRecipe
+from layerloop.components.schema.seeds import seed_for
+
+__all__ = [
+    "Adapter",
+    "adapter_of",
+    "adapter_state",
+    "add_lora",
+    "dead_modules",
+    "load_adapter",
+    "merge_adapters",
+    "put_adapter",
+    "read_adapter",
+    "set_adapter_state",
+    "start_from",
+    "target_modules",
+    "write_diffusers",
+    "write_peft",
+]
+
+
+# ---- which modules
+
+
+def dead_modules(transformer: Any) -> list[str]:
+    """Linear layers that cannot change the output: the text side of the last block, behind its keys and values.
+
+    The model reads only the image stream after the last block, so there the text stream's attention output (its
+    projection, and its queries, which only that output depends on) and its feed-forward go nowhere: their gradient is
+    absent or exactly zero, which breaks data-parallel training and wastes an optimizer's memory.
+    """
+    last = f"transformer_blocks.{len(transformer.get_submodule('transformer_blocks')) - 1}."
+    dead = ("attn.to_add_out", "attn.add_q_proj", "txt_mlp")
+    return [
+        name
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and any(name == last + part or name.startswith(f"{last}{part}.") for part in dead)
+    ]
+
+
+def target_modules(transformer: Any, targets: Iterable[str]) -> list[str]:
+    """Linear layers whose name is a target or ends with `.<target>`, without the dead ones, in the model's order.
+
+    Raises:
+        LayerloopError: a target matches no linear layer.
+    """
+    names = list(_shapes(transformer))
+    chosen: set[str] = set()
+    for target in targets:
+        hits = {name for name in names if name == target or name.endswith(f".{target}")}
+        if not hits:
+            raise LayerloopError(
+                f"recipe.lora.targets has {target!r}, which is no linear layer of the model: "
+                f"layers of a block are {', '.join(_block_layers(names))}"
+            )
+        chosen |= hits
+    dead = set(dead_modules(transformer))
+    return [name for name in names if name in chosen and name not in dead]
+
+
+def _block_layers(names: Iterable[str]) -> list[str]:
+    prefix = "transformer_blocks.0."
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+# ---- on a transformer
+
+
+def add_lora(transformer: Any, recipe: LoraRecipe, *, seed: int, name: str = NAME) -> None:
+    """Put a new adapter on `transformer`: float32, A gaussian with std 1/r, B zero, so that the policy is the base
+    exactly.
+
+    Each A is drawn by its own seed, hashed from `seed` and the module's name: the same on every rank and for any subset
+    of targets.
+
+    Raises:
+        LayerloopError: a target matches no linear layer.
+    """
+    modules = target_modules(transformer, recipe.targets)
+    shapes = _shapes(transformer)
+    state = {}
+    for module in modules:
+        outputs, inputs = shapes[module]
+        generator = torch.Generator().manual_seed(seed_for(seed, module, "lora_A"))
+        state[f"{module}.lora_A.weight"] = torch.randn(recipe.rank, inputs, generator=generator) / recipe.rank
+        state[f"{module}.lora_B.weight"] = torch.zeros(outputs, recipe.rank)
+    put_adapter(transformer, Adapter(dict(sorted(state.items())), recipe.rank, recipe.alpha), name=name)
+
+
+def put_adapter(transformer: Any, adapter: Adapter, *, name: str = NAME, where: str = "adapter") -> None:
+    """Put `adapter` on `transformer` under `name`, trainable; the base stays frozen.
+
+    Weights of dead modules, which other trainers include, are left out: they change nothing.
+
+    Raises:
+        LayerloopError: a module that the base lacks or a shape that does not fit, the first by name.
+    """
+    from peft import LoraConfig
+
+    fitting = fitted(transformer, adapter, where=where)
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=_alpha(adapter),
+        init_lora_weights=True,
+        **_module_lists(transformer, fitting.modules),
+    )
+    transformer.add_adapter(config, adapter_name=name)
+    set_adapter_state(transformer, fitting.state, name=name)
+
+
+def set_adapter_state(transformer: Any, state: Mapping[str, torch.Tensor], *, name: str = NAME) -> None:
+    """Copy `state` into the adapter `name`, making its weights float32.
+
+    Raises:
+        LayerloopError: keys or shapes are not those of the adapter.
+    """
+    parameters = dict(_lora_linears(transformer, name))
+    for key in sorted(state.keys() | parameters.keys()):
+        if key not in parameters or key not in state:
+            raise LayerloopError(f"adapter weight {key} is {'not in the model' if key in state else 'missing'}")
+        linear, value = parameters[key], state[key]
+        if tuple(linear.weight.shape) != tuple(value.shape):
+            raise LayerloopError(
+                f"adapter weight {key} has shape {shape_text(value)}, the model's is {shape_text(linear.weight)}"
+            )
+        weight = value.detach().to(linear.weight.device, torch.float32)
+        if linear.weight.dtype == torch.float32:
+            with torch.no_grad():
+                linear.weight.copy_(weight)
+        else:
+            linear.weight = torch.nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+
+
+def adapter_state(transformer: Any, *, name: str = NAME) -> dict[str, torch.Tensor]:
+    """The adapter's weights by `Adapter` key, sorted: detached copies on the CPU, float32.
+
+    Raises:
+        LayerloopError: the model has no such adapter.
+    """
+    state = {
+        key: linear.weight.detach().to("cpu", torch.float32, copy=True)
+        for key, linear in _lora_linears(transformer, name)
+    }
+    if not state:
+        raise LayerloopError(f"the model has no adapter {name!r}")
+    return dict(sorted(state.items()))
+
+
+def adapter_of(transformer: Any, *, name: str = NAME) -> Adapter:
+    """The adapter `name` of a transformer, as `put_adapter` takes it."""
+    state = adapter_state(transformer, name=name)
+    config = transformer.peft_config[name]
+    return Adapter(state, int(config.r), float(config.lora_alpha))
+
+
+def load_adapter(policy: Any, folder: Path | str, *, name: str = NAME) -> Adapter:
+    """Read an adapter of either layout and put it on `policy`'s transformer, with its own rank, alpha and targets.
+
+    Raises:
+        LayerloopError: the files are not an adapter, or one that does not fit the base.
+    """
+    adapter = read_adapter(folder)
+    put_adapter(policy.transformer, adapter, name=name, where=str(folder))
+    return adapter
+
+
+def start_from(policy: Any, recipe: LoraRecipe, folder: Path | str, *, name: str = NAME) -> None:
+    """Put a trainable adapter of `recipe`'s rank, alpha and targets on `policy`, with the weights of the one in
+    `folder`.
+
+    Another alpha / r is folded into B, so the function is the same.
+
+    Raises:
+        LayerloopError: its rank or its modules are not the recipe's.
+    """
+    source = fitted(policy.transformer, read_adapter(folder), where=str(folder))
+    if source.rank != recipe.rank:
+        raise LayerloopError(
+            f"{folder} has rank {source.rank} but recipe.lora.rank is {recipe.rank}: "
+            f"set recipe.lora.rank to {source.rank}"
+        )
+    wanted, given = target_modules(policy.transformer, recipe.targets), set(source.modules)
+    for module in sorted(given.symmetric_difference(wanted)):
+        raise LayerloopError(
+            f"{folder} has {'no weights' if module in wanted else 'weights'} for {module}, which recipe.lora.targets "
+            f"{'asks for' if module in wanted else 'leaves out'}: set recipe.lora.targets to the adapter's modules"
+        )
+    ratio = (source.alpha / source.rank) / (recipe.alpha / recipe.rank)
+    state = {k: v * ratio if k.endswith("lora_B.weight") and ratio != 1 else v for k, v in source.state.items()}
+    put_adapter(policy.transformer, Adapter(state, recipe.rank, recipe.alpha), name=name, where=str(folder))
+
+
+def fitted(transformer: Any, adapter: Adapter, *, where: str) -> Adapter:
+    """`adapter` without dead modules, if every other weight of it fits a linear layer of `transformer`.
+
+    Raises:
+        LayerloopError: naming the first key that does not, with both shapes.
+    """
+    shapes, dead = _shapes(transformer), set(dead_modules(transformer))
+    state = {}
+    for key, value in adapter.state.items():
+        module, side = key.removesuffix(".weight").rsplit(".", 1)
+        if module not in shapes:
+            raise LayerloopError(
+                f"{where}: {key} is for {module}, which the base has not: the adapter was made for another base"
+            )
+        outputs, inputs = shapes[module]
+        expected = (adapter.rank, inputs) if side == "lora_A" else (outputs, adapter.rank)
+        if tuple(value.shape) != expected:
+            raise LayerloopError(
+                f"{where}: {key} has shape {shape_text(value)}, the base needs {'x'.join(map(str, expected))}: "
+                "the adapter was made for another base"
+            )
+        if module not in dead:
+            state[key] = value
+    if not state:
+        raise LayerloopError(f"{where} has no weight that reaches the output of the base")
+    return dataclasses.replace(adapter, state=state)
+
+
+def _shapes(transformer: Any) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer of the base, by its name without an adapter on it."""
+    return {
+        name.removesuffix(".base_layer"): (module.out_features, module.in_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name
+    }
+
+
+def _lora_linears(transformer: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """(`Adapter` key, peft's linear) of the adapter `name`."""
+    for path, module in transformer.named_modules():
+        for side in ("lora_A", "lora_B"):
+            if path.endswith(f".{side}.{name}"):
+                yield f"{path.removesuffix(f'.{name}')}.weight", module
+
+
+def _module_lists(transformer: Any, modules: Sequence[str]) -> dict[str, list[str]]:
+    """`target_modules` and `exclude_modules` of a peft config that mean exactly `modules`, as short as suffixes
+    allow."""
+    names, chosen = _shapes(transformer), set(modules)
+    suffixes = sorted({_suffix(name) for name in modules})
+    hit = [n for n in names if any(n == s or n.endswith(f".{s}") for s in suffixes)]
+    excluded = [n for n in hit if n not in chosen]
+    if len(excluded) < len(modules):
+        return {"target_modules": suffixes, "exclude_modules": excluded}
+    return {"target_modules": sorted(modules), "exclude_modules": []}
+
+
+def _alpha(adapter: Adapter) -> float:
+    """As an int where it is one, as other programs write it."""
+    return int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
+
+
+def _suffix(module: str) -> str:
+    """`transformer_blocks.3.attn.to_q` -> `attn.to_q`; a layer outside the blocks keeps its whole name."""
+    parts = module.split(".")
+    return ".".join(parts[2:]) if parts[0] == "transformer_blocks" else module
+
+
+# ---- writing
+
+
+def write_peft(adapter: Adapter, folder: Path | str, *, transformer: Any, base: str | None = None) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`, as `PeftModel.from_pretrained(transformer, folder)`
+    reads them. `transformer` is the base that the adapter is for; `base` its name, for people.
+
+    Raises:
+        LayerloopError: NaN in the adapter, or weights that do not fit the base.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = _config(adapter, transformer, base)
+    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _save({PEFT_PREFIX + key: value for key, value in adapter.state.items()}, folder / PEFT_WEIGHTS, {"format": "pt"})
+
+
+def write_diffusers(adapter: Adapter, folder: Path | str, *, transformer: Any) -> None:
+    """Write `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights(folder)` reads it, with the whole
+    config in its metadata (diffusers fails on a part of one, and takes alpha = r without one).
+
+    Raises:
+        LayerloopError: NaN in the adapter, or weights that do not fit the base.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    exact: dict[str, Any] = {"target_modules": sorted(adapter.modules), "exclude_modules": None}
+    config = {DIFFUSERS_PREFIX + k: v for k, v in (_config(adapter, transformer, None) | exact).items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+    state = {DIFFUSERS_PREFIX + key: value for key, value in adapter.state.items()}
+    _save(state, folder / DIFFUSERS_WEIGHTS, metadata)
+
+
+def _config(adapter: Adapter, transformer: Any, base: str | None) -> dict[str, Any]:
+    """peft's own config of this adapter, as JSON values in a fixed order."""
+    from peft import LoraConfig
+
+    fitted(transformer, adapter, where="adapter")
+    config = LoraConfig(
+        r=adapter.rank, lora_alpha=_alpha(adapter), base_model_name_or_path=base, inference_mode=True,
+        **_module_lists(transformer, adapter.modules),
+    ).to_dict()  # fmt: skip
+    return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
+
+
+def _save(state: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    for key, value in state.items():
+        if not torch.isfinite(value).all():
+            raise LayerloopError(f"adapter weight {key} has NaN or infinite values: nothing was written")
+    save_file({key: value.contiguous() for key, value in state.items()}, file, metadata=metadata)

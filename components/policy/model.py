@@ -1,0 +1,330 @@
+"""The layered model as an RL policy: load, encode a condition, predict a velocity, decode layers.
+
+Diffusers' `QwenImageLayeredPipeline` cannot be trained through (`no_grad`), mixes the layers of different images when
+the batch is larger than one, and has two resolutions. This class runs the same modules with the same arithmetic
+without those limits; a test holds the two equal bit for bit where the pipeline is right (one image).
+
+Tensor dimensions: B batch, L layers, S = (L+1)*h*w packed tokens, where h = H / (2 * VAE factor), w likewise, and
+frame 0 is the regenerated composite; T prompt tokens of width E.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+
+from layerloop.components.policy import sampling
+from layerloop.components.policy.autoencoder import FrameDecoder
+from layerloop.components.policy.loading import fingerprint, load_modules, local_folder
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import ModelRecipe
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What a decomposition is conditioned on: source images and one prompt, all of one size.
+
+    `latents` is `(B, h*w, 64)` float32, clean (never noised); `prompt_embeds` is `(1 or B, T, E)`, without padding
+    (so no attention mask is needed); height and width are pixels.
+    """
+
+    latents: torch.Tensor
+    prompt_embeds: torch.Tensor
+    height: int
+    width: int
+
+    def expand(self, batch: int) -> Condition:
+        """The condition of one image for `batch` candidates of it; no memory is copied."""
+        if self.latents.shape[0] not in (1, batch):
+            raise ValueError(f"a condition of {self.latents.shape[0]} images cannot be expanded to {batch}")
+        return dataclasses.replace(self, latents=self.latents.expand(batch, -1, -1))
+
+    @classmethod
+    def stack(cls, conditions: Sequence[Condition]) -> Condition:
+        """One condition of several images of the same size and the same prompt."""
+        first = conditions[0]
+        if any((c.height, c.width) != (first.height, first.width) for c in conditions):
+            sizes = sorted({f"{c.width}x{c.height}" for c in conditions})
+            raise ValueError(f"a batch shares one size (the model's position encoding does), not {', '.join(sizes)}")
+        return dataclasses.replace(first, latents=torch.cat([c.latents for c in conditions]))
+
+
+@contextlib.contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    """Keep one library module's warnings off the log."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+class LayeredPolicy:
+    """A frozen base model, with an adapter on it or not. Always in evaluation mode: nothing in it is random."""
+
+    packed_channels = 64  # 16 latent channels in 2x2 patches
+
+    def __init__(
+        self,
+        *,
+        transformer: QwenImageTransformer2DModel,
+        vae: AutoencoderKLQwenImage,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        folder: Path | None = None,
+        text: tuple[Any, Any] | None = None,
+    ) -> None:
+        """From diffusers modules, which are used as they are. `text` is (tokenizer, text encoder)."""
+        self.transformer = transformer.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
+        self.scheduler = scheduler
+        self.folder = folder
+        self.text = text
+        self.decoder = FrameDecoder(self.vae)
+        self.vae_factor = 2 ** len(self.vae.temperal_downsample)
+        self.latent_channels = int(self.vae.config.z_dim)
+
+    @classmethod
+    def load(
+        cls,
+        model: ModelRecipe,
+        *,
+        device: str | torch.device = "cpu",
+        text_encoder: bool = False,
+        folder: Path | None = None,
+    ) -> Self:
+        """Load `model.base`: "tiny", a local folder, or a Hugging Face id (of `model.revision`).
+
+        Args:
+            device: where the modules go.
+            text_encoder: load the text encoder too; only the step that caches the prompt embedding needs it.
+            folder: a local copy of the base that the caller fetched, for a base that is an object store's URI.
+
+        Raises:
+            LayerloopError: the base cannot be found, lacks a file, or is not a layered model.
+        """
+        folder = local_folder(model, text_encoder=text_encoder) if folder is None else folder
+        dtype = DTYPES[model.dtype]
+        transformer, vae, scheduler, text = load_modules(folder, dtype=dtype, text_encoder=text_encoder)
+        policy = cls(
+            transformer=transformer.to(device), vae=vae.to(device), scheduler=scheduler, folder=folder, text=text
+        )
+        if text is not None:
+            text[1].to(device)
+        if model.fp8_base:
+            # Storage only: each linear is cast up to `dtype` around its own forward. Before any adapter is added, so
+            # that the adapter's float32 weights stay as they are.
+            policy.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+        try:
+            with _quiet("diffusers.models.modeling_utils"):  # it calls itself experimental every time
+                policy.transformer.set_attention_backend(model.attention)
+        except (ValueError, RuntimeError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise LayerloopError(
+                f"recipe.model.attention is {model.attention!r}, which cannot be had: {reason}"
+            ) from None
+        if model.gradient_checkpointing:
+            policy.transformer.enable_gradient_checkpointing()  # acts only where gradients are enabled
+        if model.compile:
+            policy.transformer.compile_repeated_blocks(fullgraph=True)
+        return policy
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, hex, over names and contents of the configs and weights of transformer, VAE and scheduler."""
+        if self.folder is None:
+            raise ValueError("a policy that was not loaded from a folder has no fingerprint")
+        return fingerprint(self.folder)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the base's arithmetic; the adapter is float32 in any case."""
+        return self.vae.dtype
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Image sides must be multiples of this many pixels."""
+        return 2 * self.vae_factor
+
+    def tokens(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) packed tokens of one frame of `height` x `width` pixels.
+
+        Raises:
+            LayerloopError: a side is not a multiple of `pixel_multiple`.
+        """
+        for name, side in (("height", height), ("width", width)):
+            if side <= 0 or side % self.pixel_multiple:
+                raise LayerloopError(
+                    f"image {name} is {side} pixels: the model needs a multiple of {self.pixel_multiple}, "
+                    f"set recipe.data.multiple to {self.pixel_multiple} or a multiple of it"
+                )
+        return height // self.pixel_multiple, width // self.pixel_multiple
+
+    # ---- condition
+
+    @torch.no_grad()
+    def embed_prompt(self, text: str) -> torch.Tensor:
+        """The prompt's embedding `(T, E)` float32, by the pipeline's own template. Needs `load(...,
+        text_encoder=True)`."""
+        if self.text is None:
+            raise ValueError("this policy was loaded without its text encoder")
+        from diffusers import QwenImageLayeredPipeline
+
+        pipeline = QwenImageLayeredPipeline(
+            scheduler=self.scheduler, vae=self.vae, transformer=self.transformer, processor=None,
+            tokenizer=self.text[0], text_encoder=self.text[1],
+        )  # fmt: skip
+        embeds, mask = pipeline.encode_prompt(text, device=self.text[1].device)
+        assert mask is None  # one prompt has no padding
+        return embeds[0].float().cpu()
+
+    @torch.no_grad()
+    def encode(self, images: np.ndarray, prompt_embeds: torch.Tensor) -> Condition:
+        """Condition on `images` `(B, H, W, 3 or 4)` uint8 and a prompt embedding `(T, E)` or `(1 or B, T, E)`.
+
+        RGB gets an opaque alpha, as in the released application. The posterior's mode is taken, image by image, so
+        that a batch gives what its images give alone.
+        """
+        if images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (3, 4):
+            raise ValueError(f"images are {images.dtype} {images.shape}, not uint8 (B, H, W, 3 or 4)")
+        height, width = images.shape[1:3]
+        self.tokens(height, width)
+        if images.shape[-1] == 3:
+            images = np.concatenate([images, np.full_like(images[..., :1], 255)], axis=-1)
+        pixels = torch.tensor(images).permute(0, 3, 1, 2).to(self.device, torch.float32)
+        pixels = (2.0 * (pixels / 255.0) - 1.0).unsqueeze(2).to(self.dtype)  # (B, 4, 1, H, W) in [-1, 1]
+        latents = torch.cat([self.vae.encode(image).latent_dist.mode() for image in pixels.split(1)])
+        mean, std = self._latent_statistics(latents)
+        frames = ((latents - mean) / std).permute(0, 2, 1, 3, 4)  # (B, 1, 16, 2h, 2w)
+        if prompt_embeds.ndim == 2:
+            prompt_embeds = prompt_embeds[None]
+        return Condition(
+            latents=self._pack(frames).float(), prompt_embeds=prompt_embeds.to(self.device, self.dtype),
+            height=height, width=width,
+        )  # fmt: skip
+
+    # ---- policy
+
+    def velocity(self, latents: torch.Tensor, sigma: float | torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The model's v = eps - x0 at `x_sigma = (1-sigma) x0 + sigma eps`.
+
+        `latents` is `(B, S, 64)` float32; `sigma` in (0, 1] is one number for the batch, or a float32 tensor `(B,)`.
+        Returns `(B, S, 64)` float32. Gradients flow to the adapter; wrap in `torch.no_grad()` where none are wanted.
+
+        The time is rounded exactly as the pipeline rounds it: float32 sigma * 1000, cast to the model's dtype, / 1000.
+        With one sigma for the batch, the time embedding and all modulations are computed once and broadcast: cheaper,
+        and what makes a row's result independent of how many rows stand beside it.
+        """
+        batch, length, _ = latents.shape
+        h, w = self.tokens(condition.height, condition.width)
+        frames, rest = divmod(length, h * w)
+        if rest or frames < 2:
+            raise ValueError(f"{length} tokens are not (L+1) frames of {h}x{w}")
+        condition_latents = condition.latents.expand(batch, -1, -1)
+        hidden = torch.cat([latents, condition_latents], dim=1).to(self.dtype)
+        if not isinstance(sigma, torch.Tensor):
+            sigma = torch.tensor([sigma], dtype=torch.float32)
+        time = (sigma.reshape(-1).to(self.device, torch.float32) * self.scheduler.config.num_train_timesteps).to(
+            self.dtype
+        )
+        output = self.transformer(
+            hidden_states=hidden,
+            timestep=time / 1000,
+            encoder_hidden_states=condition.prompt_embeds.expand(batch, -1, -1),
+            encoder_hidden_states_mask=None,  # all samples share one prompt; some attention backends refuse a mask
+            img_shapes=[[(1, h, w)] * (frames + 1)],  # the position encoding reads the first sample's only
+            additional_t_cond=torch.zeros(time.shape[0], dtype=torch.long, device=self.device),  # "not plain RGB"
+            return_dict=False,
+        )[0]
+        return output[:, :length].float()
+
+    def sigmas(self, steps: int, height: int, width: int) -> tuple[float, ...]:
+        """The inference schedule of `steps` steps for this image size: see `sampling.sigmas`."""
+        h, w = self.tokens(height, width)
+        return sampling.sigmas(self.scheduler, steps, condition_tokens=h * w)
+
+    def noise(self, seed: int, layers: int, height: int, width: int) -> torch.Tensor:
+        """Initial noise `(1, S, 64)` float32 on the CPU: what the pipeline draws with a CPU generator of this seed."""
+        h, w = self.tokens(height, width)
+        generator = torch.Generator().manual_seed(seed)
+        shape = (1, layers + 1, self.latent_channels, 2 * h, 2 * w)
+        return self._pack(torch.randn(shape, generator=generator, dtype=torch.float32))
+
+    # ---- layers
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Straight RGBA layers `(B, L, 4, H, W)` float32 in [0, 1], bottom first, of final latents `(B, S, 64)`.
+
+        Frame 0, the regenerated composite, is dropped. Each layer is decoded as a video of one frame.
+        """
+        h, w = self.tokens(height, width)
+        batch, length, channels = latents.shape
+        frames = length // (h * w)
+        if frames < 2 or length != frames * h * w:
+            raise ValueError(f"{length} tokens are not (L+1) frames of {h}x{w}")
+        grid = latents.to(self.device).view(batch, frames, h, w, channels // 4, 2, 2)
+        grid = grid.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, frames, channels // 4, 2 * h, 2 * w)
+        mean, std = self._latent_statistics(grid)
+        layers = grid[:, 1:].reshape(-1, channels // 4, 1, 2 * h, 2 * w).to(self.dtype)
+        # dividing by the reciprocal, as the pipeline does, for its bits
+        pixels = self.decoder(layers / (1.0 / std.to(self.dtype)) + mean.to(self.dtype))
+        pixels = (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+        return pixels.view(batch, frames - 1, 4, height, width)
+
+    def layers_uint8(self, latents: torch.Tensor, height: int, width: int) -> np.ndarray:
+        """Layer stacks `(B, L, H, W, 4)` uint8 of final latents, rounded to nearest as the pipeline does."""
+        pixels = (self.decode(latents, height, width) * 255).round().to(torch.uint8)
+        return pixels.permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()
+
+    # ---- adapter
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Name -> parameter of what requires a gradient (the adapter's matrices), in the model's order."""
+        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Within this context the policy is the frozen base, bit for bit."""
+        adapted = bool(getattr(self.transformer, "_hf_peft_config_loaded", False))
+        if adapted:
+            self.transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            if adapted:
+                self.transformer.enable_adapters()
+
+    # ---- packing
+
+    def _latent_statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The VAE's per-channel mean and standard deviation, `(1, 16, 1, 1, 1)` as `like`'s dtype and device."""
+        shape = (1, self.latent_channels, 1, 1, 1)
+        mean = torch.tensor(self.vae.config.latents_mean).view(shape).to(like.device, like.dtype)
+        std = torch.tensor(self.vae.config.latents_std).view(shape).to(like.device, like.dtype)
+        return mean, std
+
+    @staticmethod
+    def _pack(frames: torch.Tensor) -> torch.Tensor:
+        """`(B, F, C, 2h, 2w)` -> `(B, F*h*w, 4C)`, channels of a token in the order (c, row, column)."""
+        b, f, c, rows, columns = frames.shape
+        patches = frames.reshape(b, f, c, rows // 2, 2, columns // 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
+        return patches.reshape(b, f * (rows // 2) * (columns // 2), 4 * c)

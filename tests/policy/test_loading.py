@@ -1,0 +1,123 @@
+"""Finding and checking a base model's files: every fault is one line that names the file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from layerloop.components.policy import loading
+from layerloop.components.policy.model import LayeredPolicy
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import ModelRecipe
+
+
+@pytest.fixture
+def folder(random_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_folder, tmp_path / "model"))
+
+
+def load(folder: Path | str, **more: object) -> LayeredPolicy:
+    return LayeredPolicy.load(ModelRecipe(base=str(folder), dtype="float32"), **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(LayerloopError, match=f"{name} is missing"):
+        load(folder)
+
+
+def test_text_files_are_needed_only_for_the_text_encoder(folder: Path) -> None:
+    shutil.rmtree(folder / "text_encoder")
+    assert load(folder).text is None
+    with pytest.raises(LayerloopError, match=r"text_encoder/config\.json is missing"):
+        load(folder, text_encoder=True)
+
+
+def test_a_missing_shard_of_the_weights_is_named(folder: Path) -> None:
+    index = {"weight_map": {"img_in.weight": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
+    (folder / "transformer/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LayerloopError, match=r"00001-of-00002\.safetensors is missing"):
+        load(folder)
+
+
+def test_truncated_weights_are_refused(folder: Path) -> None:
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(LayerloopError, match=r"transformer/diffusion_pytorch_model\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("transformer/config.json", "use_additional_t_cond", False),
+        ("transformer/config.json", "zero_cond_t", True),
+        ("vae/config.json", "input_channels", 3),
+        ("scheduler/scheduler_config.json", "stochastic_sampling", True),
+    ],
+)
+def test_another_kind_of_model_is_refused(folder: Path, name: str, key: str, value: object) -> None:
+    """Such as plain Qwen-Image, whose files are named alike."""
+    config = json.loads((folder / name).read_text()) | {key: value}
+    (folder / name).write_text(json.dumps(config))
+    with pytest.raises(LayerloopError, match=rf"{name} has {key} {value!r}"):
+        load(folder)
+
+
+def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
+    (folder / "vae/config.json").write_text("{")
+    with pytest.raises(LayerloopError, match=r"vae/config\.json is not a JSON object"):
+        load(folder)
+
+
+def test_a_base_that_is_nowhere_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(LayerloopError, match="no such folder; give 'tiny', a folder, an s3:// URI"):
+        load(tmp_path / "absent")
+    with pytest.raises(LayerloopError, match="copy it to a local folder first"):
+        load("s3://bucket/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        LayerloopError, match=r"'someone/some-model': neither a local folder nor a model that the Hugging"
+    ) as e:
+        load("someone/some-model")
+    assert "\n" not in str(e.value)
+
+
+def test_the_fingerprint_is_of_contents_not_of_places(random_folder: Path, folder: Path) -> None:
+    fingerprint = loading.fingerprint(folder)
+    assert fingerprint == loading.fingerprint(random_folder) == load(folder).fingerprint and len(fingerprint) == 64
+    shutil.rmtree(folder / "text_encoder")
+    (folder / "README.md").write_text("not part of the model")
+    assert loading.fingerprint(folder) == fingerprint
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert loading.fingerprint(folder) != fingerprint
+
+
+def test_the_fingerprint_of_a_hub_snapshot_reads_no_weights(folder: Path, tmp_path: Path) -> None:
+    """The hub's cache keeps large files as blobs named by their sha256, which is taken from the name."""
+    fingerprint = loading.fingerprint(folder)
+    for file in loading.weight_files(folder, "transformer"):
+        blob = tmp_path / "blobs" / loading._sha256(file)
+        blob.parent.mkdir(exist_ok=True)
+        file.rename(blob)
+        file.symlink_to(blob)
+        size = blob.stat().st_size
+        blob.write_bytes(bytes(size))  # would show, were it read
+    assert loading.fingerprint(folder) == fingerprint
