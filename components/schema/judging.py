@@ -2,30 +2,100 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from layerloop.components.schema.record import Record
 
+BackdropName = Literal["white", "black", "checker"]
+
 
 class PhaseTwoRecipe(Record):
-    """Side-by-side re-scoring of a group in grids."""
+    """Side-by-side re-scoring of a group: in grids of candidates x layers, or by pairs."""
 
     enabled: bool = True
+    method: Literal["grid", "pairwise"] = "grid"
     repeats: int = Field(default=1, ge=1)  # passes over the group, each in another shuffled order, averaged
+    resolution: int = Field(default=160, ge=32)  # longest side of a grid cell, pixels
+    max_candidates: int = Field(default=12, ge=2)  # in one grid; a larger group is split into overlapping grids
+    max_megapixels: float = Field(default=4.0, gt=0)  # of one grid picture; a larger one is split too
+    overlap: int = Field(default=2, ge=1)  # candidates that neighbouring grids share, to merge them on one scale
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.overlap >= self.max_candidates:
+            raise ValueError(
+                f"recipe.judge.phase2.overlap is {self.overlap} but max_candidates is {self.max_candidates}: "
+                f"choose 1..{self.max_candidates - 1}"
+            )
+        return self
+
+
+class BatchRecipe(Record):
+    """Batch API mode: a file of requests is uploaded, polled for and collected. Slower; cheaper where discounted."""
+
+    enabled: bool = False
+    poll_seconds: float = Field(default=30.0, gt=0)
+    max_hours: float = Field(default=24.0, gt=0)  # a batch that takes longer fails the step, which can be resumed
+    linger_seconds: float = Field(default=5.0, gt=0)  # a batch is sent when no request has joined it for so long
+    max_requests: int = Field(default=20_000, ge=1, le=50_000)  # in one file (OpenAI: 50,000)
+    max_megabytes: int = Field(default=180, ge=1, le=200)  # of one file (OpenAI: 200 MB)
+
+
+class PriceRecipe(Record):
+    """What a judge charges per million tokens, in any currency. Zero: no cost is reported."""
+
+    input: float = Field(default=0.0, ge=0)
+    cached_input: float | None = Field(default=None, ge=0)  # None: as `input`
+    output: float = Field(default=0.0, ge=0)
 
 
 class JudgeRecipe(Record):
     """How candidates are judged. The URL and the key are not here: they belong to the place, not to the campaign."""
 
     model: str = "layerloop-reference-judge"
-    rubric: str = "default"
+    rubric: str = "default"  # a name of components/judge/rubrics, or the path of a YAML file
     resolution: int = Field(default=256, ge=32)  # longest side of an image shown to the judge, pixels
-    concurrency: int = Field(default=16, ge=1)
+    backdrops: tuple[BackdropName, ...] = ("white",)  # what each layer is shown on
+    method: Literal["rubric", "checklist"] = "rubric"  # phase 1: anchors 0..5, or yes/no questions per criterion
+    extraction: Literal["sampled", "expected"] = "sampled"  # the number written, or its mean under top_logprobs
+    samples: int = Field(default=1, ge=1)  # phase-1 judgements of a candidate, averaged (self-ensemble)
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    max_tokens: int = Field(default=1024, ge=64)  # of a reply about one candidate; more candidates get more
+    observations: bool = False  # let the judge write what it sees before the numbers
+    aggregation: Literal["mean", "log"] = "mean"  # of criteria; "log" so that one criterion cannot dominate
+    uncertainty_weighting: bool = False  # weigh a group's update by how far the judge's repeats agree
+    artifact_penalty: float = Field(default=0.0, ge=0, le=1)  # reward lost by a stack whose layers are all bad, by rule
+    canaries: bool = True  # score the known good and bad decompositions every iteration
+    concurrency: int = Field(default=16, ge=1)  # most requests in flight; fewer when the judge asks for it
     timeout_seconds: float = Field(default=120.0, gt=0)
+    impatience: float = Field(
+        default=2.0, ge=0
+    )  # give up a request after so many median latencies; 0: only the timeout
     retries: int = Field(default=4, ge=0)
+    give_up_seconds: float = Field(default=60.0, ge=0)  # without any success, before the circuit breaker may open
     min_valid: int = Field(default=2, ge=2)  # valid candidates a group needs
     max_dropped_fraction: float = Field(default=0.25, ge=0, le=1)  # of groups; more fails the step
+    price: PriceRecipe = PriceRecipe()
+    batch: BatchRecipe = BatchRecipe()
     phase2: PhaseTwoRecipe = PhaseTwoRecipe()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.backdrops or len(set(self.backdrops)) != len(self.backdrops):
+            raise ValueError(f"recipe.judge.backdrops is {list(self.backdrops)}: name each of one or more once")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(
+                f"recipe.judge.samples is {self.samples} but temperature is 0, which repeats one answer: "
+                "choose a temperature above 0"
+            )
+        if self.uncertainty_weighting and self.samples == 1 and self.phase2.repeats == 1:
+            raise ValueError(
+                "recipe.judge.uncertainty_weighting needs repeats to see a spread: "
+                "choose phase2.repeats or samples of 2 or more"
+            )
+        return self
 
 
 class ScoreRow(Record):
@@ -43,3 +113,9 @@ class ScoreRow(Record):
     judge: str
     rubric: str
     rubric_sha256: str
+    weight: float = 1.0  # of the group in the update, [0, 1]; below 1 where the judge disagrees with itself
+    uncertainty: float | None = None  # standard deviation of the reward over repeats; None without repeats
+    reward_phase1: float | None = None  # the reward that phase 1 alone would have given
+    penalty: float = 0.0  # rule-based artifact penalty already taken off the reward
+    rubric_version: str = ""
+    judge_version: str = ""  # what the endpoint said of itself: model and system fingerprint

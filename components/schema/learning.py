@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from layerloop.components.schema.record import Record
+from layerloop.components.schema.record import SCHEMA_VERSION, Record
 
 # Attention and feed-forward linears of both streams of a Qwen-Image block (facts: 12 modules a block).
 LORA_TARGETS = (
@@ -28,6 +28,7 @@ class NftRecipe(Record):
 
     beta: float = Field(default=1.0, gt=0)  # guidance strength between the implicit positive and negative policies
     timesteps: int = Field(default=4, ge=1)  # forward-process times drawn per candidate and update
+    weighting: Literal["adaptive", "uniform"] = "adaptive"  # of those times (paper, section 3.3)
     old_decay: float = Field(default=0.0, ge=0, lt=1)  # EMA decay of the sampling policy towards the trained one
 
 
@@ -45,12 +46,12 @@ class UpdateRecipe(Record):
     max_grad_norm: float = Field(default=1.0, gt=0)  # clipping
     stop_grad_norm: float = Field(default=1e3, gt=0)  # a larger norm before clipping stops the step
     steps: int = Field(default=2, ge=1)  # optimizer steps an iteration; the groups are split between them
-    microbatch: int = Field(default=4, ge=1)  # candidates in one forward pass
+    microbatch: int = Field(default=4, ge=1)  # points in one forward pass; a point is one candidate at one timestep
     reweight: bool = True  # gradient reweighting over the window's timesteps
     advantage_epsilon: float = Field(default=1e-4, ge=0)
     advantage_clip: float = Field(default=5.0, gt=0)
     min_reward_std: float = Field(default=1e-4, ge=0)  # groups with less spread teach nothing and are filtered
-    kl: float = Field(default=0.0, ge=0)  # weight of the exact per-step KL to the base model
+    kl: float = Field(default=0.0, ge=0)  # weight of the exact per-step KL to the base (nft: of the velocity's MSE)
     ema: float | None = Field(default=None, gt=0, lt=1)  # decay of an averaged adapter, kept beside the trained one
     nft: NftRecipe = NftRecipe()
 
@@ -60,3 +61,13 @@ class UpdateRecipe(Record):
             if not 0 <= beta < 1:
                 raise ValueError(f"recipe.update.adam_betas has {beta}: choose values in [0, 1)")
         return self
+
+
+class LearnerState(Record):
+    """Counters of `learner.json`, beside the optimizer's tensors. Everything else derives from the campaign's seed."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    iteration: int = Field(ge=1)
+    algorithm: Literal["grpo", "nft"]
+    optimizer_steps: int = Field(ge=0)  # taken since the campaign began; those of AdamW's bias correction
+    ema_steps: int = Field(ge=0)  # updates of the averaged adapter

@@ -13,7 +13,7 @@ from layerloop.components.schema.record import Record, validate
 
 
 class ModelRecipe(Record):
-    """The frozen base. `base` is "tiny" (shipped), a Hugging Face id, a folder or an s3:// URI of a diffusers folder."""
+    """The frozen base. `base` is "tiny" (shipped), a Hugging Face id, or a folder or s3:// URI in diffusers' layout."""
 
     base: str = "Qwen/Qwen-Image-Layered"
     revision: str | None = None
@@ -77,7 +77,8 @@ class RolloutRecipe(Record):
         where = "recipe.rollout"
         if self.min_layers > self.max_layers:
             raise ValueError(
-                f"{where}.min_layers is {self.min_layers} but max_layers is {self.max_layers}: choose 1..{self.max_layers}"
+                f"{where}.min_layers is {self.min_layers} but max_layers is {self.max_layers}: "
+                f"choose 1..{self.max_layers}"
             )
         window, last = self.window, self.steps - 1
         if window.size > last:
@@ -125,8 +126,8 @@ class Recipe(Record):
     def _consistent(self) -> Self:
         if self.judge.min_valid > self.rollout.group_size:
             raise ValueError(
-                f"recipe.judge.min_valid is {self.judge.min_valid} but rollout.group_size is {self.rollout.group_size}: "
-                f"choose 2..{self.rollout.group_size}"
+                f"recipe.judge.min_valid is {self.judge.min_valid} but rollout.group_size is "
+                f"{self.rollout.group_size}: choose 2..{self.rollout.group_size}"
             )
         return self
 
@@ -153,10 +154,14 @@ def recipe_differences(ours: Recipe, theirs: Recipe) -> list[str]:
 
     def flat(value: Any, path: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
-            return {k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}" if path else key).items()}
+            return {
+                k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}" if path else key).items()
+            }
         return {path: value}
 
     left, right = flat(theirs.model_dump(mode="json")), flat(ours.model_dump(mode="json"))
     return [
-        f"{key}: {left.get(key)!r} -> {right.get(key)!r}" for key in sorted(left | right) if left.get(key) != right.get(key)
+        f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
+        for key in sorted(left | right)
+        if left.get(key) != right.get(key)
     ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from layerloop.components.schema.errors import LayerloopError
 
-SCHEMA_VERSION = 1  # raised when a stored record changes its meaning; readers refuse other versions
+SCHEMA_VERSION: Literal[1] = 1  # raised when a stored record changes its meaning; readers refuse other versions
 
 
 class Record(BaseModel):
@@ -31,7 +31,9 @@ class Record(BaseModel):
         try:
             value: Any = json.loads(data)
         except ValueError as error:
-            raise LayerloopError(f"{where} is not JSON ({error}): it was truncated or is another kind of file") from None
+            raise LayerloopError(
+                f"{where} is not JSON ({error}): it was truncated or is another kind of file"
+            ) from None
         version = value.get("schema_version") if isinstance(value, dict) else None
         if "schema_version" in cls.model_fields and version != SCHEMA_VERSION:
             raise LayerloopError(
