@@ -1,0 +1,282 @@
+"""Batch API mode: requests gather in a file, the file is uploaded and polled for, the answers are dealt out.
+
+The rest of the judge does not notice: `await batches(key, payload)` takes the place of one HTTP request. A batch is sent
+when nothing has joined it for a while, which is when everybody waits, or when it is full. What is under way is entered
+in a ledger, so a step that was killed finds its batches again and pays for nothing twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any, Protocol
+
+from layerloop.components.judge.replies import UnusableError
+from layerloop.components.judge.transport import FATAL, TRANSIENT, Connection, TransportError
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.judging import BatchRecipe
+
+ENDPOINT = "/v1/chat/completions"
+OVER = frozenset({"completed", "failed", "expired", "cancelled"})
+LABEL = "layerloop"  # metadata key under which a batch carries the digest of its requests
+POLL_FAILURES = 20  # in a row, until the judge counts as gone
+
+
+class Ledger(Protocol):
+    """Where batches under way are remembered; the step keeps it in the campaign. Called from worker threads."""
+
+    def entries(self) -> Mapping[str, dict[str, Any]]: ...
+
+    def enter(self, name: str, entry: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class _Gathering:
+    """A file of requests that is not sent yet."""
+
+    file: IO[bytes] = field(default_factory=lambda: tempfile.TemporaryFile(prefix="layerloop-batch-"))
+    waiting: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
+    size: int = 0
+    last: float = field(default_factory=time.monotonic)
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256("\n".join(sorted(self.waiting)).encode()).hexdigest()
+
+
+class Batches:
+    """`Post` by batches. Use as `async with Batches(connection, recipe, ledger) as post`.
+
+    A batch that fails as a whole, or takes longer than the recipe allows, ends everything with a LayerloopError.
+    """
+
+    def __init__(self, connection: Connection, recipe: BatchRecipe, ledger: Ledger) -> None:
+        self.connection, self.recipe, self.ledger = connection, recipe, ledger
+        self.sent = 0  # batches created
+        self._gathering = _Gathering()
+        self._known: dict[str, str] = {}  # request key -> name of the ledger's entry that has it under way
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._waiting: dict[str, dict[str, asyncio.Future[bytes]]] = {}  # entry -> request key -> who waits
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closer: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Read the ledger; batches of an earlier run are picked up as soon as one of their requests is asked again."""
+        self._entries = dict(await asyncio.to_thread(self.ledger.entries))
+        for name, entry in self._entries.items():
+            if not entry.get("collected"):
+                self._known.update(dict.fromkeys(entry["keys"], name))
+
+    async def close(self) -> None:
+        for task in (*self._tasks, *([self._closer] if self._closer else [])):
+            task.cancel()
+        self._gathering.file.close()
+
+    async def __call__(self, key: str, payload: bytes) -> bytes:
+        """The body of one answer.
+
+        Raises:
+            TransportError: this request failed or is missing from its batch; it may be asked again.
+            LayerloopError: its batch failed.
+        """
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        name = self._known.get(key)
+        if name is not None:
+            waiting = self._waiting.setdefault(name, {})
+            waiting[key] = future
+            if len(waiting) == 1:
+                self._start(self._follow(name, waiting))
+            return await future
+        line = b'{"custom_id": "%s", "method": "POST", "url": "%s", "body": %s}\n' % (
+            key.encode(),
+            ENDPOINT.encode(),
+            payload,
+        )
+        limit = self.recipe.max_megabytes << 20
+        if self._gathering.waiting and self._gathering.size + len(line) > limit:
+            self._seal()
+        gathering = self._gathering
+        gathering.file.write(line)
+        gathering.size += len(line)
+        gathering.last = time.monotonic()
+        gathering.waiting[key] = future
+        if len(gathering.waiting) >= self.recipe.max_requests:
+            self._seal()
+        elif self._closer is None or self._closer.done():
+            self._closer = asyncio.create_task(self._seal_when_quiet())
+        return await future
+
+    # ----------------------------------------------------------------------------------------------------------- sending
+
+    async def _seal_when_quiet(self) -> None:
+        while self._gathering.waiting:
+            rest = self._gathering.last + self.recipe.linger_seconds - time.monotonic()
+            if rest <= 0:
+                self._seal()
+                return
+            await asyncio.sleep(rest)
+
+    def _seal(self) -> None:
+        gathering, self._gathering = self._gathering, _Gathering()
+        self._start(self._run(gathering), gathering.waiting)
+
+    def _start(self, work: Any, waiting: Mapping[str, asyncio.Future[bytes]] | None = None) -> None:
+        """Run `work`; what goes wrong in it goes wrong for everyone who waits."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except Exception as error:
+                for future in (waiting or {}).values():
+                    if not future.done():
+                        future.set_exception(error)
+
+        task = asyncio.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, gathering: _Gathering) -> None:
+        """Upload, create, remember, follow. The ledger is told before the batch is made: a batch that a killed step made
+        and did not enter is found by the digest in its metadata."""
+        name = gathering.digest
+        entry: dict[str, Any] = {"keys": sorted(gathering.waiting), "batch": None, "collected": False}
+        await asyncio.to_thread(self.ledger.enter, name, entry)
+        self._entries[name] = entry
+        try:
+            gathering.file.seek(0)
+            data = await asyncio.to_thread(gathering.file.read)
+        finally:
+            gathering.file.close()
+        api = self.connection.openai
+        uploaded = await self._try(lambda: api.files.create(file=("requests.jsonl", data), purpose="batch"))
+        del data
+        batch = await self._try(
+            lambda: api.batches.create(
+                input_file_id=uploaded.id,
+                endpoint=ENDPOINT,  # type: ignore[arg-type]
+                completion_window="24h",
+                metadata={LABEL: name},
+            )
+        )
+        self.sent += 1
+        entry["batch"] = batch.id
+        await asyncio.to_thread(self.ledger.enter, name, entry)
+        await self._collect(name, gathering.waiting)
+
+    async def _follow(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
+        """Pick up a batch of an earlier run. If it was never made, its requests are free to be sent again."""
+        try:
+            await asyncio.sleep(self.recipe.linger_seconds)  # let those who ask again gather, then deal out once
+            entry = self._entries[name]
+            if entry["batch"] is None:
+                entry["batch"] = await self._find(name)
+            if entry["batch"] is None:
+                for key in entry["keys"]:
+                    self._known.pop(key, None)
+                self._deal({}, waiting, "batch_missing")
+                return
+            await self._collect(name, waiting)
+        except Exception as error:
+            for future in waiting.values():
+                if not future.done():
+                    future.set_exception(error)
+
+    async def _find(self, name: str) -> str | None:
+        page = await self._try(lambda: self.connection.openai.batches.list(limit=100))
+        return next((batch.id for batch in page.data if (batch.metadata or {}).get(LABEL) == name), None)
+
+    # --------------------------------------------------------------------------------------------------------- collecting
+
+    async def _collect(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
+        """Wait for a batch to be over and deal out its answers."""
+        entry, api = self._entries[name], self.connection.openai
+        until = time.monotonic() + self.recipe.max_hours * 3600
+        while True:
+            batch = await self._try(lambda: api.batches.retrieve(entry["batch"]))
+            if batch.status in OVER:
+                break
+            if time.monotonic() > until:
+                raise LayerloopError(
+                    f"batch {batch.id} is {batch.status} after {self.recipe.max_hours:g} h: run the step again later, "
+                    "it will collect the same batch"
+                )
+            await asyncio.sleep(self.recipe.poll_seconds)
+        answers: dict[str, tuple[int, bytes]] = {}
+        for file in (batch.output_file_id, batch.error_file_id):
+            if file:
+                content = await self._try(lambda file=file: api.files.content(file))
+                answers |= read_output(content.content)
+        entry["collected"] = True
+        await asyncio.to_thread(self.ledger.enter, name, entry)
+        for key in entry["keys"]:
+            self._known.pop(key, None)
+        if batch.status == "failed" and not answers:
+            errors = [e.message for e in (batch.errors.data or [])] if batch.errors else []
+            raise LayerloopError(f"batch {batch.id} failed ({'; '.join(map(str, errors[:3])) or 'no reason given'})")
+        self._deal(answers, waiting, f"batch_{batch.status}")
+
+    def _deal(
+        self, answers: Mapping[str, tuple[int, bytes]], waiting: Mapping[str, asyncio.Future[bytes]], missing: str
+    ) -> None:
+        for key, future in waiting.items():
+            if future.done():
+                continue
+            if key not in answers:
+                future.set_exception(TransportError(UnusableError(missing)))
+                continue
+            status, body = answers[key]
+            if status == 200:
+                future.set_result(body)
+            elif status in FATAL:
+                future.set_exception(LayerloopError(f"judge {self.connection.url} {FATAL[status]} (HTTP {status})"))
+            else:
+                problem = UnusableError(f"http_{status}", _said(body), retry=status in TRANSIENT or status >= 500)
+                future.set_exception(TransportError(problem, status=status))
+
+    async def _try(self, call: Any) -> Any:
+        """An API call about batches, retried while the judge cannot be reached or is busy."""
+        import openai
+
+        for attempt in range(POLL_FAILURES):
+            try:
+                return await call()
+            except openai.APIStatusError as error:
+                problem = self.connection.status_error(error)
+                if not problem.problem.retry:
+                    raise LayerloopError(
+                        f"judge {self.connection.url} refuses batches ({problem.problem}): "
+                        "set recipe.judge.batch.enabled to false"
+                    ) from None
+                wait = problem.retry_after
+            except openai.APIConnectionError:
+                wait = None
+            await asyncio.sleep(min(self.recipe.poll_seconds, wait or 0.5 * 2**attempt))
+        raise LayerloopError(f"judge {self.connection.url} cannot be reached: run the step again when it is back")
+
+
+def read_output(data: bytes) -> dict[str, tuple[int, bytes]]:
+    """Request key -> (status, body) of an output or error file; lines that are none are left out."""
+    answers: dict[str, tuple[int, bytes]] = {}
+    for line in data.splitlines():
+        try:
+            value = json.loads(line)
+            key = value["custom_id"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        response = value.get("response")
+        if isinstance(response, dict) and isinstance(response.get("status_code"), int):
+            answers[key] = (response["status_code"], json.dumps(response.get("body")).encode())
+        else:
+            answers[key] = (500, json.dumps({"error": value.get("error")}).encode())
+    return answers
+
+
+def _said(body: bytes) -> str:
+    value = json.loads(body)
+    error = value.get("error") if isinstance(value, dict) else None
+    return str(error.get("message") if isinstance(error, dict) else error)[:200]

@@ -1,0 +1,273 @@
+"""The client to any OpenAI-compatible judge: bounded, patient, suspicious, and never asking twice what was answered.
+
+    scores, reply = await judge.ask(request)        or UnusableError with the reason of the mask
+
+Transport failures are retried with jitter, outside their slot. Unusable answers are asked again with another seed.
+Replies are stored by the hash of what was asked as they come, and looked up before anything is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from layerloop.components.judge.dialect import Dialect
+from layerloop.components.judge.expected import sharpen
+from layerloop.components.judge.limiter import Breaker, Limiter, Patience
+from layerloop.components.judge.parsing import Scores, parse
+from layerloop.components.judge.replies import Reply, UnusableError, read_body
+from layerloop.components.judge.requests import Request
+from layerloop.components.judge.transport import BUSY, Connection, TransportError
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.schema.seeds import seed_for
+
+NO_KEY = "none"  # sent where OPENAI_API_KEY is not set: local servers take any
+REDRAW_TEMPERATURE = 0.4  # at least, when an answer was unusable: at 0 the same one would come again
+FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds between attempts, doubling, times a random 0.5..1
+
+
+class ReplyStore(Protocol):
+    """Where replies live; the step keeps them in the campaign. `get` and `put` are called from worker threads."""
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def put(self, key: str, data: bytes) -> None: ...
+
+
+class ReplyMemory(dict[str, bytes]):
+    """A `ReplyStore` that lasts as long as the process."""
+
+    def get(self, key: str) -> bytes:  # type: ignore[override]
+        return self[key]
+
+    def put(self, key: str, data: bytes) -> None:
+        self[key] = data
+
+
+class Post(Protocol):
+    """Another way to have payloads answered than one HTTP request each, such as a batch."""
+
+    async def __call__(self, key: str, payload: bytes) -> bytes: ...
+
+
+@dataclass
+class Statistics:
+    """What judging took."""
+
+    sent: int = 0  # HTTP requests, retries included
+    answered: int = 0  # usable or not
+    recalled: int = 0  # replies found in the store
+    repeated: int = 0  # asked again because the answer was unusable
+    refused: int = 0  # 429 and 503
+    given_up: int = 0  # requests abandoned for being slow
+    unsharpened: int = 0  # scores taken as sampled, though expected values were asked for
+    failures: Counter[str] = field(default_factory=Counter)  # reason -> attempts that failed so
+    tokens_in: int = 0  # of replies, recalled ones not counted
+    tokens_cached: int = 0
+    tokens_out: int = 0
+    latencies: list[float] = field(default_factory=list)  # seconds, of answered requests
+    versions: Counter[str] = field(default_factory=Counter)  # what the judge said it is
+
+    def percentile(self, share: float) -> float:
+        """Latency in seconds that this share of answered requests did not exceed; 0 if there are none."""
+        ordered = sorted(self.latencies)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+class Judge:
+    """An open judge. Use as `async with Judge(url, recipe) as judge`.
+
+    Args:
+        url: Base URL of the API, ending in /v1 as a rule.
+        recipe: How to judge.
+        replies: Where replies are kept and found again.
+        api_key: The environment's OPENAI_API_KEY by default.
+        seed: Of the campaign; the sampling seed of every request follows from it.
+        post: In place of one HTTP request a payload.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        recipe: JudgeRecipe,
+        *,
+        replies: ReplyStore | None = None,
+        api_key: str | None = None,
+        seed: int = 0,
+        post: Post | None = None,
+    ) -> None:
+        self.url, self.recipe, self.seed = url, recipe, seed
+        self.replies: ReplyStore = replies if replies is not None else ReplyMemory()
+        self.limiter = Limiter(recipe.concurrency)
+        self.breaker = Breaker(url, failures=max(8, 2 * recipe.concurrency), seconds=recipe.give_up_seconds)
+        self.patience = Patience(recipe.impatience, recipe.timeout_seconds)
+        self.statistics = Statistics()
+        self.dialect = Dialect(logprobs=recipe.extraction == "expected")
+        self.post = post
+        self._key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
+        self._jitter = random.Random()
+
+    async def __aenter__(self) -> Self:
+        self.connection = Connection(self.url, self._key, connections=self.recipe.concurrency)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.connection.close()
+
+    async def check_reachable(self) -> list[str]:
+        """Ids of the models that are served; empty where the endpoint does not list them.
+
+        Raises:
+            LayerloopError: nothing answers at the URL, it refuses the key, or it does not serve the recipe's model.
+        """
+        models = await self.connection.models(timeout=min(20.0, self.recipe.timeout_seconds))
+        if models and self.recipe.model not in models:
+            served = ", ".join(sorted(models)[:6])
+            what = f"recipe.judge.model is {self.recipe.model!r}, judge {self.url} serves {served}"
+            raise LayerloopError(f"{what}: choose one of these")
+        return models
+
+    async def ask(self, request: Request, *, sample: int = 0, priority: int = 0) -> tuple[Scores, Reply]:
+        """The scores of a request's rows, and the reply they were read from.
+
+        Raises:
+            UnusableError: there is no judgement, for a reason; the caller masks.
+            LayerloopError: there is no judge any more, or it refuses us altogether.
+        """
+        last = UnusableError("no_json")
+        for draw in range(self.recipe.retries + 1):
+            key = self._address(request, sample, draw)
+            try:
+                if key in self.replies:
+                    reply = read_body(await asyncio.to_thread(self.replies.get, key))
+                    self.statistics.recalled += 1
+                else:
+                    reply = await self._fetch(request, key, sample, draw, priority)
+                scores = parse(request, reply)
+                if self.recipe.extraction == "expected":
+                    scores, missed = sharpen(request, reply, scores)
+                    self.statistics.unsharpened += missed
+                return scores, reply
+            except UnusableError as error:
+                last = error
+                if not error.retry:
+                    break
+                self.statistics.repeated += 1
+        raise last
+
+    def _address(self, request: Request, sample: int, draw: int) -> str:
+        recipe = self.recipe
+        what = [request.digest, recipe.model, repr(recipe.temperature), recipe.extraction, self.seed, sample, draw]
+        return hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()
+
+    async def _fetch(self, request: Request, key: str, sample: int, draw: int, priority: int) -> Reply:
+        """One stored reply, over as many attempts as the recipe allows.
+
+        A body that is no completion (HTML of a proxy, half a body) counts as a failure of transport: nothing was paid,
+        so nothing is stored. A completion is stored before it is read for scores.
+        """
+        seed = seed_for(request.digest, self.seed, sample, draw) & 0x7FFFFFFF
+        temperature = max(self.recipe.temperature, REDRAW_TEMPERATURE) if draw else self.recipe.temperature
+        attempts, patient, delay = 0, False, FIRST_DELAY
+        while True:
+            dialect = self.dialect
+            payload = dialect.payload(request, self.recipe, seed=seed, temperature=temperature)
+            try:
+                if self.post is not None:
+                    body = await self.post(key, payload)
+                else:
+                    async with self.limiter.slot(priority):
+                        body = await self._send(payload, (request.kind, request.rows), patient=patient)
+                return await self._accept(key, body)
+            except TransportError as error:
+                problem = error.problem
+            self.statistics.failures[problem.reason] += 1
+            if problem.reason == "slow":
+                patient = True
+                continue
+            if problem.reason in ("http_400", "http_404", "http_422") and self._yield(dialect, problem.detail):
+                continue
+            attempts += 1
+            if not problem.retry or attempts > self.recipe.retries:
+                problem.retry = False  # there was no answer that could be drawn again
+                raise problem
+            await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
+            delay = min(2 * delay, LONGEST_DELAY)
+
+    async def _send(self, payload: bytes, shape: tuple[str, int], *, patient: bool) -> bytes:
+        """One HTTP request in its slot, seen by limiter, breaker and patience."""
+        timeout = self.recipe.timeout_seconds
+        allowed = timeout if patient else self.patience.seconds(shape)
+        start = time.monotonic()
+        self.statistics.sent += 1
+        try:
+            async with asyncio.timeout(allowed):
+                body = await self.connection.post(payload, timeout=timeout)
+        except TimeoutError:
+            if allowed < timeout:
+                self.patience.gave_up(shape, time.monotonic() - start)
+                self.statistics.given_up += 1
+                raise TransportError(UnusableError("slow", f"over {allowed:.1f} s")) from None
+            self.breaker.bad("timeout")
+            raise TransportError(UnusableError("timeout", f"over {timeout:g} s")) from None
+        except TransportError as error:
+            if error.status in BUSY:
+                self.statistics.refused += 1
+                self.limiter.refused(error.retry_after)
+            if error.problem.retry:
+                self.breaker.bad(error.problem.reason)
+            raise
+        seconds = time.monotonic() - start
+        self.patience.saw(shape, seconds)
+        self.statistics.latencies.append(seconds)
+        self.limiter.succeeded()
+        return body
+
+    async def _accept(self, key: str, body: bytes) -> Reply:
+        """Read and store a body that came with status 200.
+
+        Raises:
+            TransportError: it is no completion.
+            UnusableError: the judge refused, or said nothing; that is stored too, for it was paid.
+        """
+        problem: UnusableError | None = None
+        statistics = self.statistics
+        try:
+            reply = read_body(body)
+        except UnusableError as error:
+            if error.reason not in ("refused", "empty"):
+                self.breaker.bad(error.reason)
+                raise TransportError(error) from None
+            problem = error
+        else:
+            statistics.tokens_in += reply.usage.input
+            statistics.tokens_cached += reply.usage.cached_input
+            statistics.tokens_out += reply.usage.output
+            statistics.versions[f"{reply.model} {reply.fingerprint}".strip()] += 1
+        self.breaker.good()
+        statistics.answered += 1
+        await asyncio.to_thread(self.replies.put, key, body)
+        if problem is not None:
+            raise problem
+        return reply
+
+    def _yield(self, used: Dialect, message: str) -> bool:
+        """Whether a refused request may be put in simpler words, which are then everyone's."""
+        if self.dialect == used:
+            simpler = used.without(message)
+            if simpler is None:
+                return False
+            self.dialect = simpler
+        return True  # another request found out meanwhile

@@ -1,0 +1,174 @@
+"""How many requests may be in flight, when to hold back, and when to give up: congestion control for a judge.
+
+All of it runs on one event loop, so there are no locks. Times are the loop's monotonic seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import statistics
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Hashable
+
+from layerloop.components.schema.errors import LayerloopError
+
+LATENCIES = 200  # of a shape of request that are remembered
+PROBE = 20  # rounds of successes at a limit that was once too much, before one more is tried
+
+
+class Limiter:
+    """A bound on requests in flight that shrinks when the judge complains and grows again while it does not.
+
+    Every refusal (429, 503) takes one place, so the bound comes to rest on what the judge took beside it. It grows by
+    one a success up to `good`, what the judge was last seen to take, and from there by one after PROBE rounds of
+    successes. While most answers are refusals the judge is down, not full, and `good` is remembered as it was.
+
+    Waiters are served by priority (lower first), then in order. `limit` starts at `maximum`.
+    """
+
+    def __init__(self, maximum: int) -> None:
+        self.maximum = maximum
+        self.limit = self.lowest = self.good = maximum
+        self.active = 0
+        self._health = 1.0  # share of successes among recent answers
+        self._successes = 0
+        self._held_until = 0.0
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._order = itertools.count()
+        self._timer: asyncio.TimerHandle | None = None
+
+    @contextlib.asynccontextmanager
+    async def slot(self, priority: int = 0) -> AsyncIterator[None]:
+        """Wait for a place and hold it."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (priority, next(self._order), waiter))
+        self._admit()
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled():  # let in, and cancelled before it could run
+                self.active -= 1
+            waiter.cancel()
+            self._admit()
+            raise
+        try:
+            yield
+        finally:
+            self.active -= 1
+            self._admit()
+
+    def refused(self, retry_after: float | None) -> None:
+        """The judge answered 429 or 503 to a request that still holds its slot; wait `retry_after` seconds."""
+        if retry_after is not None:
+            self._held_until = max(self._held_until, asyncio.get_running_loop().time() + retry_after)
+        taken = max(1, min(self.limit, self.active) - 1)
+        if self._health > 0.5:
+            self.good = min(self.good, taken)
+        self._health *= 1 - self._share()
+        self._successes = 0
+        self.limit = taken
+        self.lowest = min(self.lowest, self.limit)
+
+    def succeeded(self) -> None:
+        """A request was answered."""
+        self._health += (1 - self._health) * self._share()
+        if self.limit >= self.maximum:
+            return
+        self._successes += 1
+        if self.limit < self.good or self._successes >= PROBE * self.limit:
+            self._successes = 0
+            self.limit += 1
+            self.good = max(self.good, self.limit)
+            self._admit()
+
+    def _share(self) -> float:
+        return 1 / max(8, self.limit)
+
+    def _admit(self) -> None:
+        loop = asyncio.get_running_loop()
+        wait = self._held_until - loop.time()
+        if wait > 0:
+            if self._timer is None:
+                self._timer = loop.call_later(wait, self._resume)
+            return
+        while self._waiting and self.active < self.limit:
+            _, _, waiter = heapq.heappop(self._waiting)
+            if not waiter.done():
+                self.active += 1
+                waiter.set_result(None)
+
+    def _resume(self) -> None:
+        self._timer = None
+        self._admit()
+
+
+class Breaker:
+    """Opens when the judge is gone: `failures` in a row and no success for `seconds`. It fails the step at once,
+    because everything answered so far is stored and a retry of the step goes on from there."""
+
+    def __init__(self, where: str, *, failures: int, seconds: float) -> None:
+        self.where, self.failures, self.seconds = where, failures, seconds
+        self._row = 0
+        self._last_good: float | None = None
+
+    def good(self) -> None:
+        self._row = 0
+        self._last_good = asyncio.get_running_loop().time()
+
+    def bad(self, reason: str) -> None:
+        """Count a failure of the judge or of the way to it (not an unusable answer).
+
+        Raises:
+            LayerloopError: that was one too many.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._last_good is None:
+            self._last_good = now
+        self._row += 1
+        silent = now - self._last_good
+        if self._row >= self.failures and silent >= self.seconds:
+            raise LayerloopError(
+                f"judge {self.where} failed {self._row} requests in a row, none succeeded for {silent:.0f} s "
+                f"(last: {reason}): see its log; what it has answered is stored, so run the step again when it is back"
+            )
+
+
+class Patience:
+    """How long to wait for an answer before asking again: a multiple of the median latency of requests of its shape.
+
+    A tenth of the requests at most may be given up, so that a judge that became slower as a whole is not asked
+    everything twice.
+    """
+
+    SHARE = 0.1
+    ENOUGH = 20  # latencies seen before the median means something
+
+    def __init__(self, factor: float, timeout: float) -> None:
+        self.factor, self.timeout = factor, timeout
+        self._seen: dict[Hashable, deque[float]] = defaultdict(lambda: deque(maxlen=LATENCIES))
+        self._median: dict[Hashable, float] = {}
+        self.sent = 0
+        self.given_up = 0
+
+    def seconds(self, shape: Hashable) -> float:
+        """What to wait at most for a request sent now."""
+        self.sent += 1
+        median = self._median.get(shape)
+        if not self.factor or median is None or self.given_up >= self.SHARE * self.sent:
+            return self.timeout
+        return min(self.timeout, max(self.factor * median, 0.05))
+
+    def saw(self, shape: Hashable, seconds: float) -> None:
+        """The latency of an answer."""
+        seen = self._seen[shape]
+        seen.append(seconds)
+        if len(seen) >= self.ENOUGH and (len(seen) < LATENCIES or self.sent % 8 == 0):
+            self._median[shape] = statistics.median(seen)
+
+    def gave_up(self, shape: Hashable, seconds: float) -> None:
+        """A request was given up; it would have taken longer still, which counts as a latency too."""
+        self.given_up += 1
+        self.saw(shape, seconds)

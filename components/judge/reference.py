@@ -1,0 +1,171 @@
+"""The reference judge's answers: what `rules.py` thinks, said in the form that the request asks for.
+
+Like a VLM it is coarse about a single candidate (whole numbers 0..5) and finer side by side, where it spreads what it
+compares around the level of the first judgements. It is rules, not a model, and says so in its name and fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import threading
+from collections import OrderedDict
+from typing import Any
+
+from layerloop.components.judge.requests import FORM
+from layerloop.components.judge.rubric import TOP
+from layerloop.components.judge.rules import CRITERIA, Seen, qualities
+from layerloop.components.judge.seeing import BadRequestError, View, candidates, first_scores, look
+
+NAME = "layerloop-reference-judge"
+VERSION = "1"  # raised when an answer to the same request changes
+FINGERPRINT = f"rules-v{VERSION}, pixel rules of layerloop, not a vision-language model"
+STRETCH = 3.0  # how far side-by-side scores are spread, at most, beyond what each is worth on its own
+YES = (0.5, 0.6, 0.7, 0.8)  # quality from which the 1st, 2nd, ... question of a checklist is answered with yes
+TIE = 0.01  # quality difference below which a pair is called equal
+
+
+class Memory:
+    """Opinions by what was seen, so that a candidate shown again (in a grid, say) is not worked out again."""
+
+    def __init__(self, size: int = 4096) -> None:
+        self._size, self._lock = size, threading.Lock()
+        self._known: OrderedDict[bytes, dict[str, float]] = OrderedDict()
+
+    def qualities(self, seen: Seen) -> dict[str, float]:
+        digest = hashlib.blake2b(repr(seen.alpha.shape).encode())
+        for plane in (seen.source, seen.whole, seen.colour, seen.alpha):
+            digest.update(plane.tobytes())
+        key = digest.digest()
+        with self._lock:
+            known = self._known.get(key)
+        if known is None:
+            known = qualities(seen)
+            with self._lock:
+                self._known[key] = known
+                if len(self._known) > self._size:
+                    self._known.popitem(last=False)
+        return known
+
+
+def answer(body: dict[str, Any], memory: Memory) -> tuple[str, list[dict[str, Any]] | None, View]:
+    """The text of the reply, its tokens with log-probabilities if they are asked for, and what was looked at.
+
+    Raises:
+        BadRequestError: the request cannot be judged, or asks for JSON that this judge cannot give.
+    """
+    view = look(body.get("messages"))
+    form = _asked_form(body, view)
+    shown = [memory.qualities(seen) for seen in candidates(view)]
+    reply: dict[str, Any] = {}
+    doubts: list[float] = []  # exact values of the whole numbers in the reply, in order
+    for key, shape in form.items():
+        if key == "observations":
+            reply[key] = f"{len(shown)} decomposition(s) measured by pixel rules."
+        elif key == "scores" and all(name.startswith("candidate_") for name in shape):
+            reply[key] = _side_by_side(shown, first_scores(view.question), shape)
+        elif key == "scores":
+            doubts = [TOP * _known(shown[0], name) for name in shape]
+            reply[key] = {name: math.floor(value + 0.5) for name, value in zip(shape, doubts, strict=True)}
+        elif key == "better" and len(shown) == 2:
+            reply[key] = {name: _better(_known(shown[0], name), _known(shown[1], name)) for name in shape}
+        elif key == "answers":
+            reply[key] = {name: _checked(_known(shown[0], name), questions) for name, questions in shape.items()}
+        else:
+            raise BadRequestError(f"this judge cannot answer {key!r} here", param="response_format")
+    text = json.dumps(reply)
+    return text, (_tokens(text, doubts, body.get("top_logprobs") or 0) if body.get("logprobs") else None), view
+
+
+def _asked_form(body: dict[str, Any], view: View) -> dict[str, Any]:
+    """The keys of the JSON that is asked for, nested: from the schema, else from the words."""
+    wanted = body.get("response_format") or {"type": "text"}
+    if not isinstance(wanted, dict) or wanted.get("type") not in ("text", "json_object", "json_schema"):
+        raise BadRequestError(
+            "'response_format.type' must be text, json_object or json_schema", param="response_format"
+        )
+    if wanted["type"] == "json_schema":
+        schema = wanted.get("json_schema")
+        if not isinstance(schema, dict) or not isinstance(schema.get("schema"), dict) or not schema.get("name"):
+            raise BadRequestError("'response_format.json_schema' needs a name and a schema", param="response_format")
+        form: Any = _keys(schema["schema"])
+    else:
+        try:
+            form = json.JSONDecoder().raw_decode(view.question[view.question.index(FORM) + len(FORM) :].lstrip())[0]
+        except ValueError:
+            raise BadRequestError(f"the last text has no line {FORM!r} with JSON after it", param="messages") from None
+    if not isinstance(form, dict) or not all(isinstance(v, dict) for k, v in form.items() if k != "observations"):
+        raise BadRequestError("this judge gives scores, answers or better as objects", param="response_format")
+    return form
+
+
+def _keys(schema: Any) -> Any:
+    """Property names of a JSON schema of objects, nested; other types become the empty string."""
+    if not isinstance(schema, dict):
+        raise BadRequestError("'response_format.json_schema.schema' is not a JSON schema", param="response_format")
+    if schema.get("type") != "object":
+        return ""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict) or not properties:
+        raise BadRequestError("an object of the schema has no properties", param="response_format")
+    return {name: _keys(item) for name, item in properties.items()}
+
+
+def _known(quality: dict[str, float], name: str) -> float:
+    if name not in quality:
+        raise BadRequestError(f"this judge has no rule for {name!r}, only for {', '.join(CRITERIA)}", param="messages")
+    return quality[name]
+
+
+def _side_by_side(
+    shown: list[dict[str, float]], first: list[dict[str, float]], shape: dict[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Each criterion spread around the level of the first judgements, as far as the scale has room."""
+    if len(shown) != len(shape):
+        raise BadRequestError(f"{len(shown)} rows are shown and {len(shape)} are asked for", param="messages")
+    out: dict[str, dict[str, float]] = {name: {} for name in shape}
+    for criterion in next(iter(shape.values())):
+        values = [_known(quality, criterion) for quality in shown]
+        mean = sum(values) / len(values)
+        told = [scores[criterion] / TOP for scores in first if criterion in scores]
+        level = min(max(sum(told) / len(told), 0.0), 1.0) if len(told) == len(shown) else mean
+        up, down = max(values) - mean, mean - min(values)
+        room = min((1 - level) / up if up > 1e-6 else STRETCH, level / down if down > 1e-6 else STRETCH)
+        stretch = min(STRETCH, max(room, 1.0))
+        for name, value in zip(out, values, strict=True):
+            score = TOP * min(max(level + stretch * (value - mean), 0.0), 1.0)
+            out[name][criterion] = round(score, 2)
+    return out
+
+
+def _better(first: float, second: float) -> int:
+    return 0 if abs(first - second) < TIE else 1 if first > second else 2
+
+
+def _checked(quality: float, questions: dict[str, Any]) -> dict[str, bool]:
+    return {name: quality >= YES[min(index, len(YES) - 1)] for index, name in enumerate(questions)}
+
+
+def _tokens(text: str, doubts: list[float], top: int) -> list[dict[str, Any]]:
+    """Tokens of `text` with log-probabilities: of a score the two whole numbers around its exact value share it all, so
+    that their mean is that value; everything else is certain."""
+    pieces = [piece for piece in re.split(r"(?<=: )(\d)(?=[,}])", text) if piece]
+    left = iter(doubts)
+    out = []
+    for piece in pieces:
+        options = {piece: 1.0}
+        if re.fullmatch(r"\d", piece) and (exact := next(left, None)) is not None:
+            low = min(math.floor(exact), TOP - 1)
+            options = {str(low): 1 - (exact - low), str(low + 1): exact - low}
+        entries = [
+            _token(word, share) for word, share in sorted(options.items(), key=lambda item: -item[1]) if share > 0
+        ]
+        chosen = next((entry for entry in entries if entry["token"] == piece), _token(piece, 1e-9))
+        out.append({**chosen, "top_logprobs": entries[:top]})
+    return out
+
+
+def _token(word: str, share: float) -> dict[str, Any]:
+    return {"token": word, "logprob": math.log(share), "bytes": list(word.encode())}

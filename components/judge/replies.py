@@ -1,0 +1,141 @@
+"""The HTTP body of a reply, read with suspicion: proxies send HTML, half bodies, and errors with status 200."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+MAX_BODY = 8 << 20  # bytes; a judgement with logprobs is under a megabyte
+
+_REFUSAL = re.compile(
+    r"\b(i['\u2019]?m|i am|we['\u2019]re) (very )?(sorry|unable|not able)\b"
+    r"|\bi (can['\u2019]?t|cannot|can not|won['\u2019]?t|will not|must decline|decline to)\b"
+    r"|\b(unable|not able) to (assist|help|comply|evaluate|judge|score|process)\b"
+    r"|\bagainst (my|our|the) (guidelines|policy|policies)\b",
+    re.IGNORECASE,
+)
+
+
+class UnusableError(Exception):
+    """A reply that holds no judgement. `reason` is a short fixed word for masks and metrics; `detail` is for people."""
+
+    def __init__(self, reason: str, detail: str = "", *, retry: bool = True) -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+        self.retry = retry  # whether asking again may help
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens that the endpoint says it used."""
+
+    input: int = 0
+    cached_input: int = 0
+    output: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What an endpoint answered: the text of its first choice, and what it said around it."""
+
+    text: str
+    finish_reason: str
+    usage: Usage
+    model: str = ""
+    fingerprint: str = ""
+    tokens: tuple[dict[str, Any], ...] = ()  # `logprobs.content`, if it was given
+
+    @property
+    def cut(self) -> bool:
+        return self.finish_reason == "length"
+
+
+def read_body(body: bytes) -> Reply:
+    """A chat completion from a response body.
+
+    Raises:
+        UnusableError: body_too_large, body_not_utf8, body_not_json, empty_body, error_body, no_choices, empty or
+        refused.
+    """
+    if len(body) > MAX_BODY:
+        raise UnusableError("body_too_large", f"over {MAX_BODY >> 20} MB")
+    if not body.strip():
+        raise UnusableError("empty_body")
+    try:
+        value: Any = json.loads(body.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise UnusableError("body_not_utf8", repr(body[:40])) from None
+    except (ValueError, RecursionError):
+        raise UnusableError("body_not_json", repr(body[:60])) from None
+    if not isinstance(value, dict):
+        raise UnusableError("body_not_json", f"a JSON {type(value).__name__}")
+    if value.get("error"):
+        error = value["error"]
+        message = error.get("message") if isinstance(error, dict) else error
+        raise UnusableError("error_body", str(message)[:200])
+    choices = value.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise UnusableError("no_choices", f"keys {sorted(map(str, value))[:8]}")
+    choice = choices[0]
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise UnusableError("no_choices", "a choice without a message")
+    finish = str(choice.get("finish_reason") or "")
+    if message.get("refusal"):
+        raise UnusableError("refused", str(message["refusal"])[:200], retry=False)
+    if finish == "content_filter":
+        raise UnusableError("refused", "finish_reason content_filter", retry=False)
+    text = _text_of(message.get("content"))
+    if not text.strip():
+        raise UnusableError("empty", f"no text, finish_reason {finish or 'missing'}")
+    return Reply(
+        text=text,
+        finish_reason=finish,
+        usage=read_usage(value),
+        model=_word(value.get("model")),
+        fingerprint=_word(value.get("system_fingerprint")),
+        tokens=_tokens(choice.get("logprobs")),
+    )
+
+
+def read_usage(value: Any) -> Usage:
+    """Token counts of a decoded body; zeros where the endpoint does not tell."""
+    usage = value.get("usage") if isinstance(value, dict) else None
+    if not isinstance(usage, dict):
+        return Usage()
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    return Usage(_count(usage.get("prompt_tokens")), _count(cached), _count(usage.get("completion_tokens")))
+
+
+def looks_like_refusal(text: str) -> bool:
+    """Whether words without any JSON decline the task."""
+    return "{" not in text and _REFUSAL.search(text[:600]) is not None
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+
+
+def _word(value: Any) -> str:
+    return value[:120] if isinstance(value, str) else ""
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):  # some servers answer in parts
+        return "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return ""
+
+
+def _tokens(logprobs: Any) -> tuple[dict[str, Any], ...]:
+    content = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(content, list) or not all(
+        isinstance(t, dict) and isinstance(t.get("token"), str) for t in content
+    ):
+        return ()
+    return tuple(content)

@@ -1,0 +1,244 @@
+"""`layerloop judge serve`: the reference judge behind the OpenAI chat completions API, standard library only.
+
+    GET  /health                  200 while it runs
+    GET  /v1/models               the one model there is
+    POST /v1/chat/completions     pictures as data URLs, `response_format` text, json_object or json_schema, logprobs
+
+Wrong requests get the API's error objects with a 4xx. It listens on loopback unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from layerloop.components.judge.reference import FINGERPRINT, NAME, Memory, answer
+from layerloop.components.judge.seeing import BadRequestError, View
+from layerloop.components.schema.errors import LayerloopError
+
+MAX_BODY = 64 << 20  # bytes of one request
+IDLE_SECONDS = 120  # after which a silent connection is closed
+PATCH = 28  # pixels a side that count as one input token, as with Qwen's VLMs
+
+
+class JudgeServer(ThreadingHTTPServer):
+    """One thread a connection. `url` is what a client's `base_url` must be."""
+
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, host: str, port: int, *, max_body: int = MAX_BODY) -> None:
+        self.memory, self.max_body, self.started = Memory(), max_body, int(time.time())
+        try:
+            super().__init__((host, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise LayerloopError(
+                f"the judge cannot listen on {host}:{port} ({error}): choose another port or host"
+            ) from None
+
+    @property
+    def url(self) -> str:
+        host, port = self.server_address[:2]
+        return f"http://{host if isinstance(host, str) else host.decode()}:{port}/v1"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is no event; anything else is answered with 500 where it happens."""
+
+
+def serve(host: str = "127.0.0.1", port: int = 8788, *, max_body: int = MAX_BODY) -> None:
+    """Serve until SIGINT or SIGTERM. Port 0 takes a free one; the line that is printed first names it.
+
+    Raises:
+        LayerloopError: the address cannot be listened on.
+    """
+    server = JudgeServer(host, port, max_body=max_body)
+    print(f"listening on {server.url}", flush=True)
+    print(f"model {NAME}: {FINGERPRINT}", flush=True)
+    with contextlib.suppress(ValueError):  # signals can be set in the main thread only
+        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+
+
+@contextlib.contextmanager
+def start_in_thread(host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """A judge in this process, on a free port; yields its base URL."""
+    server = JudgeServer(host, port)
+    thread = threading.Thread(target=server.serve_forever, name="judge", daemon=True)
+    thread.start()
+    try:
+        yield server.url
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: JudgeServer
+    protocol_version = "HTTP/1.1"
+    timeout = IDLE_SECONDS
+    wbufsize = -1  # head and body leave in one packet
+    disable_nagle_algorithm = True
+    server_version = NAME
+    sys_version = ""
+
+    def do_GET(self) -> None:
+        self._answer("GET")
+
+    def do_POST(self) -> None:
+        self._answer("POST")
+
+    def _answer(self, method: str) -> None:
+        path = self.path.partition("?")[0].rstrip("/")
+        try:
+            body = self._body() if method == "POST" else b""
+            routes: dict[str, tuple[str, Callable[[bytes], dict[str, Any]]]] = {
+                "/health": ("GET", lambda _: {"status": "ok", "model": NAME}),
+                "/v1/models": ("GET", lambda _: {"object": "list", "data": [self._model()]}),
+                f"/v1/models/{NAME}": ("GET", lambda _: self._model()),
+                "/v1/chat/completions": ("POST", self._complete),
+            }
+            if path not in routes:
+                raise BadRequestError(f"there is no {self.path[:200]}", status=404, code="not_found")
+            allowed, act = routes[path]
+            if method != allowed:
+                raise BadRequestError(f"{path} takes {allowed}, not {method}", status=405, code="method_not_allowed")
+            self._send(200, act(body))
+        except BadRequestError as error:
+            self._refuse(error)
+        except (TimeoutError, ConnectionError):
+            self.close_connection = True
+        except Exception as error:
+            self._send(500, _error(f"the judge failed: {type(error).__name__}", "server_error"))
+
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        if not length.isascii() or not length.isdigit():
+            raise BadRequestError("give Content-Length", status=411, code="length_required")
+        if int(length) > self.server.max_body:
+            raise BadRequestError(
+                f"the request has {int(length) >> 20} MB, over {self.server.max_body >> 20}",
+                status=413,
+                code="too_large",
+            )
+        data = self.rfile.read(int(length))
+        if len(data) < int(length):
+            raise ConnectionError("the client went away")
+        return data
+
+    def _complete(self, data: bytes) -> dict[str, Any]:
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError):
+            raise BadRequestError("the body is not JSON") from None
+        if not isinstance(body, dict):
+            raise BadRequestError("the body is not a JSON object")
+        check_parameters(body)
+        text, tokens, view = answer(body, self.server.memory)
+        return completion(text, tokens, view)
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": NAME,
+            "object": "model",
+            "created": self.server.started,
+            "owned_by": "layerloop",
+            "description": FINGERPRINT,
+        }
+
+    def _send(self, status: int, value: dict[str, Any]) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(data)
+        self.wfile.flush()
+
+    def _refuse(self, error: BadRequestError) -> None:
+        if error.status in (411, 413):  # the body was not read, so the connection cannot go on
+            self.close_connection = True
+        self._send(error.status, _error(error.message, "invalid_request_error", error.param, error.code))
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """The base class's own complaints (bad request line, unknown method), in the API's form."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self._send(code, _error(message or HTTPStatus(code).phrase, "invalid_request_error"))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are not logged: they carry keys and pictures."""
+
+
+def check_parameters(body: dict[str, Any]) -> None:
+    """Refuse what a completion of this judge cannot honour.
+
+    Raises:
+        BadRequestError: another model, streaming, more than one choice, or a value out of range.
+    """
+    if body.get("model") != NAME:
+        raise BadRequestError(
+            f"the model {str(body.get('model'))[:80]!r} does not exist; there is {NAME!r}", param="model", status=404,
+            code="model_not_found",
+        )  # fmt: skip
+    if body.get("stream"):
+        raise BadRequestError("'stream' is not supported", param="stream")
+    if body.get("n") not in (None, 1):
+        raise BadRequestError("'n' must be 1", param="n")
+    for name, low, high in (("temperature", 0, 2), ("top_p", 0, 1), ("top_logprobs", 0, 20)):
+        value = body.get(name)
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high
+        ):
+            raise BadRequestError(f"{name!r} is {value!r}: give a number from {low} to {high}", param=name)
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = body.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise BadRequestError(f"{name!r} is {value!r}: give a whole number above 0", param=name)
+    if body.get("top_logprobs") and not body.get("logprobs"):
+        raise BadRequestError("'top_logprobs' needs 'logprobs' to be true", param="top_logprobs")
+
+
+def completion(text: str, tokens: list[dict[str, Any]] | None, view: View) -> dict[str, Any]:
+    """A chat completion object around the judge's text."""
+    pictures = [p for p in (view.source, view.whole) if p is not None]
+    pictures += [p for layers in view.layers.values() for p in layers.values()]
+    patches = sum(math.ceil(p.shape[0] / PATCH) * math.ceil(p.shape[1] / PATCH) for p in pictures)
+    patches += sum(math.ceil(cells[..., 0].size / PATCH**2) for cells in view.grids.values())
+    usage = {"prompt_tokens": patches + len(view.question) // 4, "completion_tokens": math.ceil(len(text) / 4)}
+    return {
+        "id": f"chatcmpl-{uuid.uuid4().hex[:24]}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": NAME,
+        "system_fingerprint": FINGERPRINT,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text, "refusal": None},
+                "logprobs": None if tokens is None else {"content": tokens, "refusal": None},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {**usage, "total_tokens": sum(usage.values()), "prompt_tokens_details": {"cached_tokens": 0}},
+    }
+
+
+def _error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,170 @@
+"""From a payload to the body of an answer: the openai client over HTTP, with every failure given a name.
+
+The openai package does the API (URL, key, headers, error classes); its `post` takes our bytes as they are, since its
+typed `create` spends 2 ms a request on looking through the pictures.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from layerloop.components.judge.replies import MAX_BODY, UnusableError
+from layerloop.components.schema.errors import LayerloopError
+
+FATAL = {401: "refuses the key", 403: "refuses access"}
+TRANSIENT = frozenset({408, 409, 425, 429})  # besides all 5xx
+BUSY = frozenset({429, 503, 529})
+LONGEST_RETRY_AFTER = 120.0  # seconds of Retry-After that are obeyed
+
+
+class TransportError(Exception):
+    """An attempt that brought no reply."""
+
+    def __init__(self, problem: UnusableError, *, status: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(str(problem))
+        self.problem, self.status, self.retry_after = problem, status, retry_after
+
+
+class Connection:
+    """An endpoint of the OpenAI API."""
+
+    def __init__(self, url: str, key: str, *, connections: int) -> None:
+        import httpx2
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+        self.url = url
+        client = DefaultAsyncHttpxClient(
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connections + 8),
+            trust_env=not _is_loopback(url),
+            follow_redirects=False,  # nobody who answers for the judge may send pictures and key elsewhere
+            verify=not url.lower().startswith("http://"),  # loading the certificates takes 50 ms
+            headers={"Accept-Encoding": "identity"},  # a body of a few kB; and no bomb can be hidden in it
+            event_hooks={"response": [_bound_body]},
+        )
+        self.openai = AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=client)
+
+    async def close(self) -> None:
+        await self.openai.close()
+
+    async def post(self, payload: bytes, *, timeout: float) -> bytes:
+        """The body of a chat completion with status 200.
+
+        Raises:
+            TransportError: anything else, by name.
+            LayerloopError: the judge refuses us altogether.
+        """
+        import httpx2
+        import openai
+
+        try:
+            response = await self.openai.post(
+                "/chat/completions",
+                cast_to=httpx2.Response,
+                content=payload,
+                options={"headers": {"Content-Type": "application/json"}, "timeout": timeout},
+            )
+            return bytes(response.content)
+        except (openai.APITimeoutError, httpx2.TimeoutException):
+            raise TransportError(UnusableError("timeout", f"over {timeout:g} s")) from None
+        except openai.APIStatusError as error:
+            raise self.status_error(error) from None
+        except _TooLargeError:
+            raise TransportError(UnusableError("body_too_large", f"over {MAX_BODY >> 20} MB")) from None
+        except (openai.APIConnectionError, httpx2.HTTPError, httpx2.StreamError, OSError) as error:
+            cause = (error.__cause__ if isinstance(error, openai.APIConnectionError) else None) or error
+            if isinstance(cause, _TooLargeError):
+                raise TransportError(UnusableError("body_too_large", f"over {MAX_BODY >> 20} MB")) from None
+            raise TransportError(UnusableError("connection", type(cause).__name__)) from None
+
+    def status_error(self, error: Any) -> TransportError:
+        """What a 4xx or 5xx says. Raises LayerloopError where no request could ever succeed."""
+        status, message = int(error.status_code), " ".join(str(error.message).split())[:300]
+        self.stop_if_fatal(status)
+        problem = UnusableError(f"http_{status}", message, retry=status in TRANSIENT or status >= 500)
+        return TransportError(problem, status=status, retry_after=read_retry_after(error.response.headers))
+
+    def stop_if_fatal(self, status: int) -> None:
+        if status in FATAL:
+            what = f"judge {self.url} {FATAL[status]} (HTTP {status})"
+            raise LayerloopError(f"{what}: set OPENAI_API_KEY to a key that it takes")
+
+    async def models(self, *, timeout: float) -> list[str]:
+        """Ids of the models that are served; empty where the endpoint does not list them.
+
+        Raises:
+            LayerloopError: nothing answers at the URL, or it refuses the key.
+        """
+        import openai
+
+        try:
+            page = await self.openai.models.list(timeout=timeout)
+            return [str(model.id) for model in page.data or []]
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            raise LayerloopError(
+                f"judge {self.url} does not answer ({type(cause).__name__}): start it (`layerloop judge serve`), "
+                "or give its URL as judge_url or OPENAI_BASE_URL"
+            ) from None
+        except openai.APIStatusError as error:
+            self.stop_if_fatal(error.status_code)
+            return []
+        except Exception:  # a list that is no list: it is for a better message only
+            return []
+
+
+class _TooLargeError(Exception):
+    """A body that is longer than any judgement."""
+
+
+async def _bound_body(response: Any) -> None:
+    """Event hook: let no body, of an error either, be read beyond MAX_BODY."""
+    import httpx2
+
+    class Bounded(httpx2.AsyncByteStream):
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            size = 0
+            async for chunk in self.stream:
+                size += len(chunk)
+                if size > MAX_BODY:
+                    raise _TooLargeError
+                yield chunk
+
+        async def aclose(self) -> None:
+            await self.stream.aclose()
+
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise _TooLargeError  # we asked for none, so this is no judge of good will
+    response.stream = Bounded(response.stream)
+
+
+def _is_loopback(url: str) -> bool:
+    """Whether the URL is of this machine, where a proxy of the environment would only be in the way."""
+    from urllib.parse import urlsplit
+
+    host = urlsplit(url).hostname or ""
+    return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def read_retry_after(headers: Any) -> float | None:
+    """Seconds of retry-after-ms or Retry-After (a number or a date), bounded; None if there is none."""
+    from email.utils import parsedate_to_datetime
+
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = float(value) * unit
+        except ValueError:
+            try:
+                seconds = parsedate_to_datetime(value).timestamp() - time.time()
+            except ValueError:
+                continue
+        if seconds >= 0:  # NaN fails this too
+            return min(seconds, LONGEST_RETRY_AFTER)
+    return None

@@ -1,0 +1,116 @@
+"""Score rows as files (a WebDataset shard and a parquet table) and as metrics."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from layerloop.components.judge.client import Statistics
+from layerloop.components.schema.judging import PriceRecipe, ScoreRow
+from layerloop.components.schema.trajectory import candidate_key
+from layerloop.components.storage.shards import Sample
+
+
+def samples_of(rows: Sequence[ScoreRow]) -> list[Sample]:
+    """One WebDataset sample a candidate, keyed as its rollout."""
+    return [(candidate_key(r.iteration, r.group, r.candidate), {"json": r.to_json()}) for r in rows]
+
+
+def table_of(rows: Sequence[ScoreRow], names: Sequence[str]) -> bytes:
+    """`scores.parquet`: the rows' fields, criteria as columns `phase1_<criterion>` and `phase2_<criterion>`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    numbers = {"iteration", "group", "candidate", "layers"}
+    texts = {"image_key", "reason", "judge", "rubric", "rubric_sha256", "rubric_version", "judge_version"}
+    fields = [name for name in ScoreRow.model_fields if name not in ("phase1", "phase2")]
+    columns = {}
+    for name in fields:
+        kind = pa.int64() if name in numbers else pa.string() if name in texts else pa.float64()
+        columns[name] = pa.array([getattr(row, name) for row in rows], kind)
+    for phase in ("phase1", "phase2"):
+        for criterion in names:
+            scores = [getattr(row, phase) for row in rows]
+            columns[f"{phase}_{criterion}"] = pa.array(
+                [None if s is None else s[criterion] for s in scores], pa.float64()
+            )
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def reward_metrics(rows: Sequence[ScoreRow], names: Sequence[str]) -> dict[str, float]:
+    """What the rewards look like: level, spread within groups in both phases, masks."""
+    groups: dict[int, list[ScoreRow]] = defaultdict(list)
+    for row in rows:
+        groups[row.group].append(row)
+    kept = [[r for r in group if r.reward is not None] for group in groups.values()]
+    kept = [group for group in kept if group]
+    valid = [row for group in kept for row in group]
+    metrics = {
+        "groups": float(len(groups)),
+        "groups_dropped": float(len(groups) - len(kept)),
+        "candidates": float(len(rows)),
+        "candidates_masked": float(len(rows) - len(valid)),
+    }
+    if valid:
+        metrics["reward_mean"] = _mean([row.reward for row in valid if row.reward is not None])
+        metrics["reward_std_within_group"] = _within([[r.reward for r in g if r.reward is not None] for g in kept])
+        metrics["reward_std_within_group_phase1"] = _within(
+            [[r.reward_phase1 for r in g if r.reward_phase1 is not None] for g in kept]
+        )
+        metrics["weight_mean"] = _mean([group[0].weight for group in kept])
+        for name in names:
+            scores = [phase[name] for row in valid if (phase := row.phase2 or row.phase1) is not None]
+            metrics[f"score_{name}"] = _mean(scores)
+        doubts = [row.uncertainty for row in valid if row.uncertainty is not None]
+        if doubts:
+            metrics["reward_uncertainty"] = math.sqrt(_mean([d * d for d in doubts]))
+    return metrics
+
+
+def mask_reasons(rows: Sequence[ScoreRow]) -> Counter[str]:
+    """Masked candidates by the short form of their reason, such as `phase1: timeout`."""
+    return Counter(":".join(row.reason.split(":")[:2]) for row in rows if row.reason is not None)
+
+
+def judge_metrics(statistics: Statistics, price: PriceRecipe) -> dict[str, float]:
+    """What judging took: requests, tokens, latencies and, with prices, cost."""
+    metrics = {
+        "judge_requests": float(statistics.sent),
+        "judge_replies": float(statistics.answered),
+        "judge_replies_recalled": float(statistics.recalled),
+        "judge_answers_unusable": float(statistics.repeated),
+        "judge_refused": float(statistics.refused),
+        "judge_given_up": float(statistics.given_up),
+        "judge_scores_unsharpened": float(statistics.unsharpened),
+        "judge_attempts_failed": float(sum(statistics.failures.values())),
+        "judge_tokens_input": float(statistics.tokens_in),
+        "judge_tokens_cached": float(statistics.tokens_cached),
+        "judge_tokens_output": float(statistics.tokens_out),
+        "judge_latency_p50_seconds": statistics.percentile(0.50),
+        "judge_latency_p95_seconds": statistics.percentile(0.95),
+        "judge_latency_p99_seconds": statistics.percentile(0.99),
+    }
+    if price.input or price.output:
+        cached = price.input if price.cached_input is None else price.cached_input
+        fresh = statistics.tokens_in - statistics.tokens_cached
+        cost = fresh * price.input + statistics.tokens_cached * cached + statistics.tokens_out * price.output
+        metrics["judge_cost"] = cost / 1e6
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _within(groups: Sequence[Sequence[float]]) -> float:
+    """Root of the mean variance within groups of two or more; 0 where there is none."""
+    variances = []
+    for group in groups:
+        if len(group) > 1:
+            mean = _mean(group)
+            variances.append(_mean([(value - mean) ** 2 for value in group]))
+    return math.sqrt(_mean(variances)) if variances else 0.0

@@ -1,0 +1,174 @@
+"""The step `score_rollouts`: a judge scores every candidate alone, then side by side within its group."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator
+
+from layerloop.components.judge.client import Judge
+from layerloop.components.judge.rubric import load_rubric
+from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.progress import log, progress
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.recipe import Recipe
+from layerloop.components.score_rollouts.calibration import position_share
+from layerloop.components.score_rollouts.replies import StoredReplies
+from layerloop.components.score_rollouts.results import (
+    judge_metrics,
+    mask_reasons,
+    reward_metrics,
+    samples_of,
+    table_of,
+)
+from layerloop.components.score_rollouts.rollouts import Group, read_groups
+from layerloop.components.score_rollouts.scoring import ScoredGroup, Scorer
+from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.manifests import add_file, commit, verify
+from layerloop.components.storage.shards import write_shard
+
+
+def run(*, campaign: str, iteration: int | None = None, judge_url: str = "") -> StepResult:
+    """Let the judge score every candidate on its own, then side by side within its group.
+
+    Replies are stored as they come, so a step that is run again repeats no request. The scores are committed when every
+    group is judged; a failed judgement is a mask with its reason, never a number.
+
+    Args:
+        campaign: Root URI of the campaign.
+        iteration: Which iteration to score; by default the open one, after the head.
+        judge_url: Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8788/v1; by default the
+            environment's OPENAI_BASE_URL. The key is the environment's OPENAI_API_KEY, if there is one.
+    """
+    opened = Campaign.open(campaign)
+    recipe = opened.recipe
+    k = opened.head() + 1 if iteration is None else iteration
+    folder = opened.scores_dir(k)
+    done = opened.find(folder)
+    if done is not None:
+        verify(opened.store, done)
+        log(f"scores of iteration {k} are committed already")
+        return _result(done)
+
+    url = judge_url or os.environ.get("OPENAI_BASE_URL", "")
+    if not url:
+        raise LayerloopError(
+            "judge_url is empty and OPENAI_BASE_URL is not set: give the URL of `layerloop judge serve`"
+        )
+    rubric = load_rubric(recipe.judge.rubric)
+    replies = StoredReplies(opened.store, f"{folder}/replies")
+    total = sum(manifest.counts.get("groups", 0) for manifest in opened.rollouts(k)) or recipe.rollout.groups
+    log(f"judging iteration {k} by {recipe.judge.model} at {url}; {len(replies)} replies are stored from before")
+
+    start = time.monotonic()
+    judge = Judge(url, recipe.judge, replies=replies, seed=recipe.seed)
+    groups = asyncio.run(_judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, k, total))
+    seconds = time.monotonic() - start
+
+    version = ", ".join(sorted(judge.statistics.versions)) or "unknown"
+    rows = [row.model_copy(update={"judge_version": version}) for group in groups for row in group.rows]
+    reasons = mask_reasons(rows)
+    for reason, count in reasons.most_common():
+        log(f"masked {count} of {len(rows)} candidates: {reason}")
+    _refuse_too_many_dropped(groups, recipe, reasons)
+
+    share, beyond_chance = position_share(o for group in groups for o in group.positions)
+    metrics = {
+        **reward_metrics(rows, rubric.names),
+        **judge_metrics(judge.statistics, recipe.judge.price),
+        "position_share": share,
+        "position_share_beyond_chance": beyond_chance,
+        "seconds": seconds,
+    }
+    shard = write_shard(opened.store, f"{folder}/000000.tar", samples_of(rows))
+    table = add_file(opened.store, f"{folder}/scores.parquet", table_of(rows, rubric.names))
+    manifest = Manifest(
+        kind="scores",
+        iteration=k,
+        shards=(shard,),
+        files=(table,),
+        counts={name: int(metrics[name]) for name in ("groups", "groups_dropped", "candidates", "candidates_masked")},
+        metadata={
+            "judge": recipe.judge.model,
+            "judge_version": version,
+            "rubric": rubric.name,
+            "rubric_version": rubric.version,
+            "rubric_sha256": rubric.sha256,
+            "masks": dict(sorted(reasons.items())),
+            "metrics": {name: float(value) for name, value in sorted(metrics.items())},
+        },
+    )
+    return _result(commit(opened.store, f"{folder}/{MANIFEST}", manifest))
+
+
+async def _judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, iteration: int, total: int) -> list[ScoredGroup]:
+    """All groups, several at a time, read from their shards as there is room; in order of their number."""
+    scored: list[ScoredGroup] = []
+    ticks = progress(range(total), what="judging", unit="groups", total=total)
+    next(ticks, None)
+    size = campaign.recipe.rollout.group_size
+    # As many groups as keep the judge busy: a group that is in phase 2 has one request in flight, not `size`.
+    room = asyncio.Semaphore(3 * math.ceil(campaign.recipe.judge.concurrency / size) + 4)
+
+    async def one(group: Group) -> None:
+        try:
+            scored.append(await scorer.score(group))
+            next(ticks, None)
+        finally:
+            room.release()
+
+    async with judge:
+        await judge.check_reachable()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                groups = read_groups(campaign, iteration)
+                await room.acquire()
+                while (group := await asyncio.to_thread(_next, groups)) is not None:
+                    tasks.create_task(one(group))
+                    await room.acquire()
+        except* LayerloopError as errors:
+            raise _first(errors) from None
+    return sorted(scored, key=lambda group: group.rows[0].group)
+
+
+def _next(groups: Iterator[Group]) -> Group | None:
+    return next(groups, None)
+
+
+def _first(errors: BaseExceptionGroup[LayerloopError]) -> LayerloopError:
+    """The first of the errors of tasks that stopped each other."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, LayerloopError)
+    return error
+
+
+def _refuse_too_many_dropped(groups: list[ScoredGroup], recipe: Recipe, reasons: dict[str, int]) -> None:
+    dropped = sum(group.dropped for group in groups)
+    allowed = recipe.judge.max_dropped_fraction
+    if dropped > allowed * len(groups) or dropped == len(groups):
+        common = max(reasons, key=lambda reason: reasons[reason])
+        raise LayerloopError(
+            f"{dropped} of {len(groups)} groups have fewer than {recipe.judge.min_valid} valid candidates "
+            f"(most often {common}), over recipe.judge.max_dropped_fraction {allowed:g}: look at the judge's answers "
+            "in scores/replies, or try `layerloop judge check`"
+        )
+
+
+def _result(manifest: Manifest) -> StepResult:
+    metrics = manifest.metadata.get("metrics")
+    numbers = (
+        {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)} if isinstance(metrics, dict) else {}
+    )
+    return StepResult(manifests={"scores": manifest}, metrics=numbers)
+
+
+main = functools.partial(step_main, run, iteration_from="rollouts")
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,126 @@
+"""`score_rollouts` end to end: real shards, the real openai client, the reference judge over HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pyarrow.parquet as pq
+import pytest
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.judging import ScoreRow
+from layerloop.components.score_rollouts.step import run
+from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.shards import read_shard
+
+MakeCampaign = Callable[..., Campaign]
+
+
+def rows_of(campaign: Campaign) -> list[ScoreRow]:
+    return [
+        ScoreRow.from_json(members["json"], where=key)
+        for shard in campaign.scores(1).shards
+        for key, members in read_shard(campaign.store, shard, required=("json",))
+    ]
+
+
+def test_every_candidate_gets_a_row_and_better_ones_get_more(make_campaign: MakeCampaign, judge_url: str) -> None:
+    campaign = make_campaign(groups=3, size=4, workers=2)
+    result = run(campaign=campaign.uri, judge_url=judge_url)
+
+    rows = rows_of(campaign)
+    assert [(r.group, r.candidate) for r in rows] == [(g, c) for g in range(3) for c in range(4)]
+    for group in range(3):
+        rewards = [r.reward for r in rows if r.group == group]
+        assert rewards == sorted(rewards, reverse=True) and rewards[0] > rewards[-1] + 0.3
+    assert result.metrics["candidates"] == 12 and result.metrics["candidates_masked"] == 0
+    assert result.metrics["judge_requests"] == 3 * (4 + 1)
+    assert result.manifests["scores"].iteration == 1
+
+
+def test_the_table_holds_the_same_numbers_as_the_shard(make_campaign: MakeCampaign, judge_url: str) -> None:
+    campaign = make_campaign(groups=2, size=3)
+    manifest = run(campaign=campaign.uri, iteration=1, judge_url=judge_url).manifests["scores"]
+    with campaign.store.open(manifest.file("scores.parquet").name) as file:
+        table = pq.read_table(file).to_pylist()
+    for row, line in zip(rows_of(campaign), table, strict=True):
+        assert line["reward"] == row.reward and line["rubric_sha256"] == row.rubric_sha256
+        assert row.phase1 is not None and row.phase2 is not None
+        assert line["phase1_alpha_cleanliness"] == row.phase1["alpha_cleanliness"]
+        assert line["phase2_content_validity"] == row.phase2["content_validity"]
+
+
+def test_phase_one_is_whole_numbers_and_phase_two_spreads_what_it_compares(
+    make_campaign: MakeCampaign, judge_url: str
+) -> None:
+    campaign = make_campaign(groups=3, size=6)
+    run(campaign=campaign.uri, judge_url=judge_url)
+    rows = rows_of(campaign)
+    assert all((5 * score).is_integer() for row in rows for score in (row.phase1 or {}).values())
+    assert any(not (5 * score).is_integer() for row in rows for score in (row.phase2 or {}).values())
+
+
+def test_a_second_run_asks_nothing_and_changes_nothing(make_campaign: MakeCampaign, judge_url: str) -> None:
+    campaign = make_campaign()
+    first = run(campaign=campaign.uri, judge_url=judge_url)
+    again = run(campaign=campaign.uri, iteration=1, judge_url="http://127.0.0.1:9/v1")  # nothing listens there
+    assert again.manifests == first.manifests and again.metrics == first.metrics
+
+
+def test_a_step_that_lost_its_output_repeats_no_request(make_campaign: MakeCampaign, judge_url: str) -> None:
+    campaign = make_campaign()
+    first = run(campaign=campaign.uri, judge_url=judge_url)
+    before = rows_of(campaign)
+    folder = campaign.scores_dir(1)
+    for name in ("manifest.json", "scores.parquet", "000000.tar"):
+        campaign.store.delete(f"{folder}/{name}")
+    again = run(campaign=campaign.uri, judge_url=judge_url)
+    assert again.metrics["judge_requests"] == 0
+    assert again.metrics["judge_replies_recalled"] == first.metrics["judge_replies"]
+    assert [r.reward for r in rows_of(campaign)] == [r.reward for r in before]
+
+
+def test_results_do_not_depend_on_workers_or_concurrency(
+    make_campaign: MakeCampaign, judge_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    one = make_campaign(groups=3, workers=1, concurrency=1)
+    run(campaign=one.uri, judge_url=judge_url)
+    rewards = [(r.group, r.candidate, r.reward) for r in rows_of(one)]
+    one.store.root.rename(tmp_path_factory.mktemp("old") / "campaign")  # type: ignore[attr-defined]
+    many = make_campaign(groups=3, workers=3, concurrency=32)
+    run(campaign=many.uri, judge_url=judge_url)
+    assert [(r.group, r.candidate, r.reward) for r in rows_of(many)] == rewards
+
+
+def test_a_judge_that_is_not_there_is_one_clear_line_and_nothing_is_committed(make_campaign: MakeCampaign) -> None:
+    campaign = make_campaign()
+    refusal = r"http://127\.0\.0\.1:9/v1 does not answer.*layerloop judge serve"
+    with pytest.raises(LayerloopError, match=refusal) as caught:
+        run(campaign=campaign.uri, judge_url="http://127.0.0.1:9/v1")
+    assert "\n" not in str(caught.value)
+    assert campaign.find(campaign.scores_dir(1)) is None
+
+
+def test_no_url_at_all_names_both_places_it_can_come_from(
+    make_campaign: MakeCampaign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(LayerloopError, match=r"judge_url is empty and OPENAI_BASE_URL is not set"):
+        run(campaign=make_campaign().uri)
+
+
+def test_another_model_name_is_refused_with_the_names_that_are_served(
+    make_campaign: MakeCampaign, judge_url: str
+) -> None:
+    campaign = make_campaign(model="gpt-nothing")
+    with pytest.raises(LayerloopError, match=r"'gpt-nothing', judge .* serves layerloop-reference-judge"):
+        run(campaign=campaign.uri, judge_url=judge_url)
+
+
+def test_the_manifest_says_who_judged_and_by_which_rubric(make_campaign: MakeCampaign, judge_url: str) -> None:
+    campaign = make_campaign()
+    metadata = run(campaign=campaign.uri, judge_url=judge_url).manifests["scores"].metadata
+    assert "not a vision-language model" in str(metadata["judge_version"])
+    assert len(str(metadata["rubric_sha256"])) == 64 and metadata["rubric"] == "default"
+    json.dumps(metadata)
