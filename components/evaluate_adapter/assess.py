@@ -1,0 +1,116 @@
+"""From decompositions to numbers: every measure of every case, and their comparison between two models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from layerloop.components.evaluate_adapter.cases import Case, Kind
+from layerloop.components.evaluate_adapter.statistics import Comparison, compare
+from layerloop.components.layers import layerd
+from layerloop.components.layers.measure import MEASURES, measure_all, slot_l1
+from layerloop.components.layers.stack import Pixels
+from layerloop.components.schema.seeds import seed_for
+
+Row = dict[str, Any]  # one decomposition: what it is of, and its numbers by column; None where undefined
+Better = Literal["lower", "higher"] | None
+
+LAYERD = ("cost", "rgb_l1", "alpha_iou")
+LAYERD_TITLES = {"cost": "LayerD cost", "rgb_l1": "LayerD RGB L1", "alpha_iou": "LayerD alpha IoU"}
+
+
+def assess(case: Case, stack: Pixels, *, max_edits: int) -> Row:
+    """All numbers of one decomposition, as a flat row.
+
+    Columns besides `measure.MEASURES`: `slot_l1_<k>` of slot k; `layerd_<score>_<edits>`, and `layerd_clean_...` after
+    alpha of 2/255 and less was cleared; `layerd_edits`, the merges that were made.
+    """
+    row: Row = {"key": case.key, "kind": case.kind, "layers": case.layers, "seed": case.seed}
+    row |= {"height": stack.shape[1], "width": stack.shape[2]}
+    row |= measure_all(stack, case.source, case.truth)
+    if case.truth is None:
+        return row
+    row |= {f"slot_l1_{slot}": value for slot, value in enumerate(slot_l1(stack, case.truth))}
+    if min(len(stack), len(case.truth)) < 2:  # the protocol leaves these out
+        return row
+    for prefix, seen in (("layerd", stack), ("layerd_clean", layerd.clear_faint_alpha(stack))):
+        levels = layerd.evaluate(seen, case.truth, max_edits=max_edits)
+        row[f"{prefix}_edits"] = len(levels) - 1
+        for edits in range(max_edits + 1):
+            level = layerd.at_edits(levels, edits)
+            row |= {f"{prefix}_{score}_{edits}": getattr(level, score) for score in LAYERD}
+    return row
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """Two models over the same cases: by kind of case, then by column."""
+
+    by_kind: Mapping[Kind, Mapping[str, Comparison]]
+    slots: Mapping[int, Mapping[str, Comparison]] = field(default_factory=dict)  # layer count -> column -> comparison
+
+    def flat(self) -> dict[str, Comparison]:
+        """By one name each: `designs.bad_layers`, `designs.slot_l1.L3`, `designs.slot_l1.L3.slot0`."""
+        named = {f"{kind}.{column}": value for kind, table in self.by_kind.items() for column, value in table.items()}
+        for layers, table in self.slots.items():
+            for column, value in table.items():
+                tail = column.removeprefix("slot_l1").replace("_", ".slot")
+                named[f"designs.slot_l1.L{layers}{tail}"] = value
+        return named
+
+
+def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, resamples: int, seed: int) -> Comparisons:
+    """Paired comparisons of every numeric column, of rows of the same cases in the same order."""
+
+    def table(kind: Kind, columns: Sequence[str], layers: int | None = None) -> dict[str, Comparison]:
+        pairs = [
+            (b, t) for b, t in zip(base, tuned, strict=True) if b["kind"] == kind and layers in (None, b["layers"])
+        ]
+        found = {}
+        for column in columns:
+            result = compare(
+                [b.get(column) for b, _ in pairs],
+                [t.get(column) for _, t in pairs],
+                resamples=resamples,
+                seed=seed_for(seed, "bootstrap", kind, column, layers or 0),
+            )
+            if result.n:
+                found[column] = result
+        return found
+
+    kinds: list[Kind] = [kind for kind in ("designs", "pictures") if any(row["kind"] == kind for row in base)]
+    columns = list(dict.fromkeys([*MEASURES, *(c for row in base for c in row if c.startswith("layerd_"))]))
+    counts = sorted({row["layers"] for row in base if row["kind"] == "designs"})
+    return Comparisons(
+        by_kind={kind: table(kind, columns) for kind in kinds},
+        slots={
+            count: table("designs", ["slot_l1", *(f"slot_l1_{slot}" for slot in range(count))], count)
+            for count in counts
+        },
+    )
+
+
+def better_of(column: str) -> Better:
+    """Whether a lower or a higher value of a column is better."""
+    if column in MEASURES:
+        return MEASURES[column].better
+    if column.startswith("layerd_") and "alpha_iou" in column:
+        return "higher"
+    if column.endswith("_edits"):
+        return None
+    return "lower"
+
+
+def title_of(column: str) -> str:
+    """A column as people read it."""
+    if column in MEASURES:
+        return MEASURES[column].title
+    if column.startswith("layerd_"):
+        clean = "_clean" in column
+        score, _, edits = column.removeprefix("layerd_").removeprefix("clean_").rpartition("_")
+        if score:
+            tail = ", faint alpha cleared" if clean else ""
+            return f"{LAYERD_TITLES[score]}, {edits} edit{'' if edits == '1' else 's'}{tail}"
+        return "LayerD edits made"
+    return column

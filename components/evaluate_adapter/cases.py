@@ -1,0 +1,153 @@
+"""What is evaluated: held-out designs with their true layers, and unlabelled pictures, each with its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from layerloop.components.layers.stack import Pixels, on_backdrop
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.seeds import seed_for
+from layerloop.components.storage.images import decode_png
+from layerloop.components.storage.shards import Sample, read_shard
+
+if TYPE_CHECKING:
+    from layerloop.components.schema.manifest import Manifest
+    from layerloop.components.schema.recipe import EvaluationRecipe
+    from layerloop.components.storage.campaign import Campaign
+
+Kind = Literal["designs", "pictures"]
+PICTURE_LAYERS = 4  # of unlabelled pictures, as the released model is used
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture to decompose. Base and adapter start from the noise of the same `seed`."""
+
+    key: str
+    kind: Kind
+    layers: int
+    seed: int
+    source: Pixels  # (H, W, 3)
+    truth: Pixels | None  # (L, H, W, 4), straight RGBA, bottom first
+
+    @property
+    def name(self) -> str:
+        """Its key in shards and tables: an image may be decomposed into several layer counts."""
+        return f"{self.key}-l{self.layers:02d}"
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """(L, H, W): cases that agree in it can be sampled in one batch."""
+        return (self.layers, self.source.shape[0], self.source.shape[1])
+
+
+@dataclass(frozen=True)
+class Cases:
+    """All cases of an evaluation, ordered by kind and geometry, and what was left out of the sources."""
+
+    cases: tuple[Case, ...]
+    left_out: Mapping[str, int]  # reason -> number of held-out images
+
+    def of(self, kind: Kind) -> list[Case]:
+        return [case for case in self.cases if case.kind == kind]
+
+
+def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
+    """The held-out images that the recipe's evaluation asks for.
+
+    Designs are taken at their own layer count, when that is one of `recipe.evaluation.layers`, and evenly over the
+    counts. Pictures are taken at 4 layers, or at the most that the recipe evaluates. Within a count, images come in the
+    order of their keys, which are content hashes: a choice that is arbitrary, and the same for every adapter.
+
+    Raises:
+        LayerloopError: nothing is held out, or a shard is damaged.
+    """
+    recipe, seed = campaign.recipe.evaluation, campaign.recipe.seed
+
+    def samples(split: str, members: Iterable[str]) -> Iterator[Sample]:
+        for shard in sources.shards_of(split):
+            yield from read_shard(campaign.store, shard, required=tuple(members))
+
+    chosen, left_out = _choose_designs(samples("designs", ("png", "layer0.png")), recipe)
+    layers = PICTURE_LAYERS if PICTURE_LAYERS in recipe.layers else max(recipe.layers)
+    pictures = sorted(samples("holdout", ("png",)), key=lambda sample: sample[0])
+    if len(pictures) > recipe.pictures:
+        left_out["pictures beyond recipe.evaluation.pictures"] = len(pictures) - recipe.pictures
+    cases = [_design(key, members, seed) for key, members in chosen]
+    cases += [_picture(key, members, layers, seed) for key, members in pictures[: recipe.pictures]]
+    if not cases:
+        raise LayerloopError(
+            f"{campaign.uri} holds out nothing that recipe.evaluation asks for: begin a campaign with designs, "
+            "or with recipe.data.holdout and recipe.evaluation.pictures of 1 or more"
+        )
+    return Cases(tuple(sorted(cases, key=lambda case: (case.kind, case.geometry, case.key))), left_out)
+
+
+def batches(cases: Iterable[Case], size: int) -> Iterator[list[Case]]:
+    """Cases of one geometry, at most `size` together, in order."""
+    batch: list[Case] = []
+    for case in cases:
+        if batch and (len(batch) == size or batch[0].geometry != case.geometry):
+            yield batch
+            batch = []
+        batch.append(case)
+    if batch:
+        yield batch
+
+
+def _choose_designs(samples: Iterable[Sample], recipe: EvaluationRecipe) -> tuple[list[Sample], dict[str, int]]:
+    """`recipe.designs` samples, evenly over the layer counts; pictures stay encoded until they are chosen."""
+    by_count: dict[int, list[Sample]] = {count: [] for count in sorted(set(recipe.layers))}
+    seen = other = 0
+    for key, members in samples:
+        seen += 1
+        count = _layer_count(members)
+        if count not in by_count:
+            other += 1
+            continue
+        by_count[count].append((key, members))
+        by_count[count].sort(key=lambda sample: sample[0])
+        del by_count[count][recipe.designs :]  # no more than could be chosen is kept in memory
+    chosen: list[Sample] = []
+    for rank in range(recipe.designs):
+        for group in by_count.values():
+            if rank < len(group) and len(chosen) < recipe.designs:
+                chosen.append(group[rank])
+    left_out = {}
+    if other:
+        left_out[f"designs with other than {_listed(by_count)} layers"] = other
+    if seen - other > len(chosen):
+        left_out["designs beyond recipe.evaluation.designs"] = seen - other - len(chosen)
+    return chosen, left_out
+
+
+def _layer_count(members: Mapping[str, bytes]) -> int:
+    count = 0
+    while f"layer{count}.png" in members:
+        count += 1
+    return count
+
+
+def _design(key: str, members: Mapping[str, bytes], seed: int) -> Case:
+    count = _layer_count(members)
+    truth = np.stack([decode_png(members[f"layer{index}.png"]) for index in range(count)])
+    source = on_backdrop(decode_png(members["png"]), "white")
+    if truth.shape[1:3] != source.shape[:2] or truth.shape[-1] != 4:
+        raise LayerloopError(
+            f"design {key} is {list(source.shape[:2])} and its layers {list(truth.shape[1:])}: shard the designs again"
+        )
+    return Case(key, "designs", count, seed_for(seed, "evaluation", key, count), source, truth)
+
+
+def _picture(key: str, members: Mapping[str, bytes], layers: int, seed: int) -> Case:
+    source = on_backdrop(decode_png(members["png"]), "white")
+    return Case(key, "pictures", layers, seed_for(seed, "evaluation", key, layers), source, None)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    *most, last = [str(number) for number in numbers]
+    return f"{', '.join(most)} or {last}" if most else last

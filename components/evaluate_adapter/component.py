@@ -1,0 +1,30 @@
+"""KFP declaration of the step `evaluate_adapter`; the work is in `step.py`."""
+
+from kfp import dsl
+from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
+
+
+@dsl.container_component
+def evaluate_adapter(
+    campaign: str,
+    sources: Input[Dataset],
+    policy: Input[Model],
+    report: Output[HTML],
+    evaluation: Output[Artifact],
+    metrics: Output[Metrics],
+) -> dsl.ContainerSpec:
+    """Compare adapter and base on the same seeds, on held-out designs and pictures.
+
+    Args:
+        campaign: Root URI of the campaign.
+        sources: Manifest of the normalised images, held-out splits among them.
+        policy: Manifest of the policy to evaluate.
+        report: Self-contained HTML page with tables and contact sheets.
+        evaluation: Manifest of the evaluation (report, metrics.json, contact sheets).
+        metrics: Every measure for base and adapter.
+    """
+    return dsl.ContainerSpec(
+        image="layerloop-policy",
+        command=["python3", "-m", "layerloop.components.evaluate_adapter"],
+        args=["--executor-input", dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER],
+    )

@@ -1,0 +1,135 @@
+"""Contact sheets: which decompositions are shown, as PNG sheets and as the small tiles of the report."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from layerloop.components.evaluate_adapter.assess import Row
+from layerloop.components.evaluate_adapter.cases import Case, Kind
+from layerloop.components.layers.draw import difference, fit, labelled_grid
+from layerloop.components.layers.measure import measure_layers
+from layerloop.components.layers.stack import Pixels, composite, on_backdrop, resize
+from layerloop.components.schema.seeds import seed_for
+
+GAIN = 4  # of |difference| pictures: a difference of 64 levels is full
+SHEET_SIDE = 128  # longest side of a cell in PNG sheets, pixels
+TILE_SIDE = 160  # longest side of a tile in the report; smaller pictures are embedded as they are
+RANKED_BY: dict[Kind, str] = {"designs": "layerd_cost_0", "pictures": "recomposition_error"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A case that is shown, and why."""
+
+    case: Case
+    why: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One decomposition of a case, as a row of a sheet."""
+
+    model: str  # "Reference", "Base", "Adapter"
+    stack: Pixels
+
+
+def choose(cases: Sequence[Case], base: Sequence[Row], tuned: Sequence[Row], *, seed: int, count: int) -> list[Choice]:
+    """At most `count` cases of one kind: the best, the median and the worst by difference, then a seeded random draw.
+
+    Ranked by the difference adapter - base of LayerD's cost without edits (designs) or of the recomposition error
+    (pictures), where lower is better. Nothing is picked by eye.
+    """
+    column = RANKED_BY[cases[0].kind] if cases else ""
+    ranked = sorted(
+        (index for index in range(len(cases)) if base[index].get(column) is not None),
+        key=lambda index: (tuned[index][column] - base[index][column], cases[index].name),
+    )
+    what = {"designs": "LayerD cost", "pictures": "recomposition error"}
+    chosen: dict[int, str] = {}
+    if len(ranked) >= 3:
+        for label, index in (("best", ranked[0]), ("median", ranked[len(ranked) // 2]), ("worst", ranked[-1])):
+            gap = tuned[index][column] - base[index][column]
+            signed = f"{gap:+.3f}".replace("-", "−")
+            chosen[index] = f"{label} by difference in {what[cases[index].kind]} ({signed})"
+    rest = [index for index in range(len(cases)) if index not in chosen]
+    random.Random(seed_for(seed, "evaluation", "shown")).shuffle(rest)
+    for index in rest[: max(0, count - len(chosen))]:
+        chosen[index] = "drawn at random"
+    return [Choice(cases[index], why) for index, why in list(chosen.items())[:count]]
+
+
+def strips_of(choice: Choice, stacks: Mapping[str, Pixels]) -> list[Strip]:
+    """Rows of a sheet: the reference where there is one, then each model's."""
+    reference = [] if choice.case.truth is None else [Strip("Reference", choice.case.truth)]
+    return [*reference, *(Strip(model, stack) for model, stack in stacks.items())]
+
+
+def caption(layer: Mapping[str, float | bool]) -> tuple[str, list[str]]:
+    """What is said under a layer: its flags ("" for none), and lines of numbers (non-breaking spaces within)."""
+    flags = ", ".join(name for name in ("blank", "glazed", "duplicate") if layer[name])
+    alpha = f"α {layer['mean_alpha']:.2f}"
+    if layer["semi_transparent"] >= 0.005:
+        alpha += f", semi {100 * layer['semi_transparent']:.0f} %"
+    return flags, [line.replace(" ", "\u00a0") for line in (f"covers {100 * layer['coverage']:.0f} %", alpha)]
+
+
+def sheet(choice: Choice, strips: Sequence[Strip]) -> Pixels:
+    """A contact sheet `(H, W, 3)`: source, recomposition, |difference|, layers on a checkerboard, layer 0 first."""
+    source = choice.case.source
+    cells: list[list[Pixels | None]] = []
+    labels: list[list[str]] = []
+    for index, strip in enumerate(strips):
+        whole = on_backdrop(composite(strip.stack), "checker")
+        pictures = (source if index == 0 else None, *recomposed(strip, whole, source))
+        cells.append([None if picture is None else fit(picture, SHEET_SIDE) for picture in pictures])
+        labels.append(["", "", ""])
+        for layer, facts in zip(strip.stack, measure_layers(strip.stack, source), strict=True):
+            flags, lines = caption(facts)
+            cells[-1].append(on_backdrop(fit(layer, SHEET_SIDE), "checker"))
+            labels[-1].append("\n".join([*lines, flags]).strip())
+    columns = headings(max(len(strip.stack) for strip in strips))
+    rows = [strip.model for strip in strips]
+    return labelled_grid(cells, labels, columns=columns, rows=rows, text_size=11, gap=8)
+
+
+def headings(layers: int) -> list[str]:
+    """Of the columns of a sheet."""
+    upper = [f"layer {index}" for index in range(1, layers)]
+    return ["source", "recomposition", f"|difference| ×{GAIN}", "layer 0, inpainted", *upper]
+
+
+def recomposed(strip: Strip, whole: Pixels, source: Pixels) -> tuple[Pixels | None, Pixels | None]:
+    """The recomposition and its difference from the source; the reference's own would only repeat the source."""
+    if strip.model == "Reference":
+        return None, None
+    return whole, difference(on_backdrop(whole, "checker"), source, gain=GAIN)
+
+
+def data_url(pixels: Pixels) -> str:
+    """A tile `(H, W, 3|4)` as a data URL: small ones exactly, larger ones reduced. WebP, or PNG without libwebp."""
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    small = max(height, width) <= TILE_SIDE
+    if not small:
+        scale = TILE_SIDE / max(height, width)
+        pixels = resize(pixels, (max(1, round(width * scale)), max(1, round(height * scale))), "box")
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    if not _has_webp():
+        image.save(buffer, "PNG", optimize=True)
+        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, "WEBP", lossless=small, quality=90 if small else 82, method=4)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@functools.cache
+def _has_webp() -> bool:
+    from PIL import features
+
+    return bool(features.check("webp"))

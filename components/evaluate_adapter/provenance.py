@@ -1,0 +1,108 @@
+"""What was compared and how, for `metrics.json` and for the page."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from layerloop.components.evaluate_adapter.cases import Cases
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.recipe import Recipe
+
+if TYPE_CHECKING:
+    from layerloop.components.policy.model import LayeredPolicy
+
+
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, what: str) -> Iterator[None]:
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - begun
+
+
+def notices(cases: Cases) -> list[str]:
+    """What the reader must know before the numbers."""
+    said = [f"Left out: {count} {reason}." for reason, count in cases.left_out.items()]
+    if not cases.of("designs"):
+        said.append(
+            "This campaign holds out no designs with known layers. LayerD’s protocol, per-slot L1 and the comparison "
+            "of layer 0 with a true background need them and are missing here."
+        )
+    if not cases.of("pictures"):
+        said.append("This campaign holds out no unlabelled pictures, so this page is about designs only.")
+    return said
+
+
+def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: Cases, clock: Clock) -> dict[str, Any]:
+    """What was compared, and how: values for `metrics.json`, from which the page's settings are told."""
+    import resource
+
+    import torch
+
+    from layerloop.components.evaluate_adapter.decompose import evaluations_per_sample
+
+    steps = recipe.evaluation.steps
+    if policy.device.type == "cuda":
+        machine = torch.cuda.get_device_name(policy.device)
+        memory = torch.cuda.max_memory_allocated(policy.device) / 2**30
+    else:
+        machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    sizes = [max(case.source.shape[:2]) for case in cases.cases]
+    return {
+        "campaign": recipe.name,
+        "iteration": adapter.iteration,
+        "adapter_sha256": adapter.metadata.get("adapter_sha256"),
+        "lora": f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}",
+        "base": model_name(recipe),
+        "base_fingerprint": policy.fingerprint,
+        "dtype": recipe.model.dtype,
+        "prompt": recipe.model.prompt,
+        "sampler": "heun",
+        "steps": steps,
+        "model_calls_per_decomposition": evaluations_per_sample(steps),
+        "guidance": False,
+        "seed": recipe.seed,
+        "longest_side": max(sizes),
+        "seconds": {what.replace(" ", "_"): round(seconds, 3) for what, seconds in clock.seconds.items()},
+        "machine": machine,
+        "peak_memory_gib": round(memory, 2),
+        "software": {name: version(name) for name in ("layerloop", "torch", "diffusers")},
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def settings(p: Mapping[str, Any]) -> dict[str, str]:
+    """The provenance as people read it."""
+    sha = (p["adapter_sha256"] or "unknown")[:12]
+    calls = p["model_calls_per_decomposition"]
+    seconds = ", ".join(f"{what.replace('_', ' ')} {value:.1f} s" for what, value in p["seconds"].items())
+    return {
+        "Adapter": f"iteration {p['iteration']}, {p['lora']}, sha256 {sha}",
+        "Base": f"{p['base']}, {p['dtype']}, fingerprint {p['base_fingerprint'][:12]}",
+        "Sampling": f"Heun, {p['steps']} steps ({calls} model calls a decomposition), no guidance, opaque condition",
+        "Prompt": f"“{p['prompt']}”",
+        "Pictures": f"longest side {p['longest_side']} px at most",
+        "Seeds": f"hashed from campaign seed {p['seed']}, image and layer count; the same for base and adapter",
+        "Time": seconds,
+        "Machine": f"{p['machine']}, peak memory {p['peak_memory_gib']:.1f} GiB",
+        "Software": ", ".join(f"{name} {number}" for name, number in p["software"].items()),
+        "Made": p["made"],
+    }
+
+
+def model_name(recipe: Recipe) -> str:
+    """The base, as people know it."""
+    return "the tiny policy" if recipe.model.base == "tiny" else recipe.model.base

@@ -1,0 +1,136 @@
+"""One group, from an image to the samples of its shard."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from layerloop.components.generate_rollouts.plan import GroupPlan, initial_seed, step_seed
+from layerloop.components.layers.measure import bad_layers
+from layerloop.components.policy.model import LayeredPolicy
+from layerloop.components.policy.sampling import Plan, Trajectory, rollout
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import Recipe
+from layerloop.components.schema.trajectory import CandidateRecord, GroupRecord, candidate_key, group_key
+from layerloop.components.storage.images import encode_png
+from layerloop.components.storage.shards import Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledGroup:
+    """A group's record, the samples of its shard, and how many bad layers a decomposition of it has on average."""
+
+    record: GroupRecord
+    samples: list[Sample]
+    bad_layers: float
+
+
+def sample_group(
+    policy: LayeredPolicy,
+    recipe: Recipe,
+    iteration: int,
+    plan: GroupPlan,
+    image_key: str,
+    image: np.ndarray,
+    prompt_embeds: torch.Tensor,
+    adapter_sha256: str | None,
+) -> SampledGroup:
+    """Sample G candidates for `image` `(H, W, 3 or 4)` uint8 and decode them.
+
+    Raises:
+        LayerloopError: sides that the model does not take, or latents that are NaN or infinite.
+    """
+    height, width = image.shape[:2]
+    h, w = policy.tokens(height, width)
+    record = GroupRecord(
+        iteration=iteration,
+        group=plan.group,
+        image_key=image_key,
+        layers=plan.layers,
+        group_size=recipe.rollout.group_size,
+        height=height,
+        width=width,
+        latent_height=h,
+        latent_width=w,
+        sigmas=policy.sigmas(recipe.rollout.steps, height, width),
+        window_start=plan.window_start,
+        window_size=plan.window_size,
+        dynamics=plan.dynamics,
+        etas=plan.etas,
+        share_prefix=recipe.rollout.share_prefix and plan.window_size > 0,
+        outside="heun" if plan.dynamics == "ode" else recipe.rollout.outside,
+        base_fingerprint=policy.fingerprint,
+        adapter_sha256=adapter_sha256,
+    )
+    image = opaque(image)
+    condition = policy.encode(image[None], prompt_embeds)
+    seeds = initial_seeds(recipe.seed, record)
+    trajectory = rollout(
+        policy,
+        condition,
+        torch.cat([policy.noise(seed, record.layers, height, width) for seed in dict.fromkeys(seeds)]),
+        Plan.of(record),
+        step_noise=functools.partial(step_noise, policy, recipe.seed, record),
+        candidates=record.group_size,
+        batch_size=recipe.rollout.batch_size,
+    )
+    check_finite(trajectory, record)
+    stacks = np.concatenate([policy.layers_uint8(final[None], height, width) for final in trajectory.final])
+    samples: list[Sample] = [
+        (
+            group_key(iteration, record.group),
+            {
+                "json": record.to_json(),
+                "source.png": encode_png(image),
+                "condition.safetensors": save({"condition": condition.latents[0].cpu().contiguous()}),
+            },
+        )
+    ]
+    for candidate, (seed, stack) in enumerate(zip(seeds, stacks, strict=True)):
+        latents = {"final": trajectory.final[candidate].cpu().contiguous()}
+        if record.window_size:
+            latents["window"] = trajectory.window[candidate].cpu().contiguous()
+        candidate_record = CandidateRecord(
+            iteration=iteration, group=record.group, candidate=candidate, image_key=image_key, seed=seed
+        )
+        layers = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(stack)}
+        members = {"json": candidate_record.to_json(), "trajectory.safetensors": save(latents), **layers}
+        samples.append((candidate_key(iteration, record.group, candidate), members))
+    return SampledGroup(record, samples, float(np.mean([bad_layers(stack) for stack in stacks])))
+
+
+def opaque(image: np.ndarray) -> np.ndarray:
+    """`(H, W, 4)` of an RGB image; RGBA stays as it is."""
+    if image.shape[-1] == 4:
+        return image
+    return np.concatenate([image, np.full_like(image[..., :1], 255)], axis=-1)
+
+
+def initial_seeds(seed: int, record: GroupRecord) -> list[int]:
+    """Seeds of the candidates' initial noise: one each, or candidate 0's for all where the group shares its prefix."""
+    return [
+        initial_seed(seed, record.iteration, record.image_key, record.group, 0 if record.share_prefix else candidate)
+        for candidate in range(record.group_size)
+    ]
+
+
+def step_noise(policy: LayeredPolicy, seed: int, record: GroupRecord, candidate: int, step: int) -> torch.Tensor:
+    """z `(1, S, 64)` of one candidate in one window step."""
+    drawn = step_seed(seed, record.iteration, record.image_key, record.group, candidate, step)
+    return policy.noise(drawn, record.layers, record.height, record.width)
+
+
+def check_finite(trajectory: Trajectory, record: GroupRecord) -> None:
+    """Raises LayerloopError at the first candidate whose latents are not finite."""
+    for candidate in range(record.group_size):
+        for latents in (trajectory.window[candidate], trajectory.final[candidate]):
+            if not bool(torch.isfinite(latents).all()):
+                raise LayerloopError(
+                    f"latents of candidate {candidate} of group {record.group}, iteration {record.iteration}, are NaN "
+                    "or infinite: the policy has diverged or recipe.model.dtype overflows, go back to an earlier "
+                    "iteration or lower recipe.update.learning_rate"
+                )

@@ -1,0 +1,32 @@
+"""KFP declaration of the step `generate_rollouts`; the work is in `step.py`."""
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input, Metrics, Model, Output
+
+
+@dsl.container_component
+def generate_rollouts(
+    campaign: str,
+    worker: int,
+    workers: int,
+    sources: Input[Dataset],
+    policy: Input[Model],
+    rollouts: Output[Dataset],
+    metrics: Output[Metrics],
+) -> dsl.ContainerSpec:
+    """Sample candidate decompositions of this worker's groups with the current policy.
+
+    Args:
+        campaign: Root URI of the campaign.
+        worker: This worker's number, from 0; it takes the groups g with g % workers == worker.
+        workers: How many workers share the iteration.
+        sources: Manifest of the normalised images.
+        policy: Manifest of the policy to sample with; the iteration is one more than its own.
+        rollouts: Manifest of this worker's trajectory shards.
+        metrics: Groups, candidates, and seconds of the sampler's parts.
+    """
+    return dsl.ContainerSpec(
+        image="layerloop-policy",
+        command=["python3", "-m", "layerloop.components.generate_rollouts"],
+        args=["--executor-input", dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER],
+    )

@@ -1,0 +1,91 @@
+"""What an iteration samples, decided by hashing alone: which images, how many layers, where the noise enters.
+
+Nothing here depends on how many workers there are or in which order they run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from layerloop.components.schema.recipe import Recipe, RolloutRecipe
+from layerloop.components.schema.seeds import seed_for
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """One group of an iteration before its image is read: the image is known by its number in the train split."""
+
+    group: int
+    image: int
+    layers: int
+    window_start: int
+    window_size: int
+    etas: tuple[float, ...]
+    dynamics: Literal["flow_sde", "cps", "ode"]
+
+
+def plan_iteration(recipe: Recipe, iteration: int, images: int) -> list[GroupPlan]:
+    """All groups of `iteration`, of a train split with `images` images.
+
+    The split is passed over again and again, each epoch in another order; an iteration takes up where the one before
+    it stopped. L is uniform in [min_layers, max_layers].
+    """
+    rollout, seed = recipe.rollout, recipe.seed
+    spread = rollout.max_layers - rollout.min_layers + 1
+    first = (iteration - 1) * rollout.groups
+    orders = {
+        epoch: epoch_order(seed, epoch, images)
+        for epoch in range(first // images, (first + rollout.groups - 1) // images + 1)
+    }
+    forward = recipe.update.algorithm == "nft"  # learns from final latents, sampled exactly as at inference
+    return [
+        GroupPlan(
+            group=group,
+            image=orders[(first + group) // images][(first + group) % images],
+            layers=rollout.min_layers + seed_for(seed, iteration, group, "layers") % spread,
+            window_start=0 if forward else window_start(rollout, seed, iteration, group),
+            window_size=0 if forward else rollout.window.size,
+            etas=() if forward else window_etas(rollout),
+            dynamics="ode" if forward else rollout.noise.dynamics,
+        )
+        for group in range(rollout.groups)
+    ]
+
+
+def epoch_order(seed: int, epoch: int, images: int) -> list[int]:
+    """A permutation of range(images) for one pass over the split."""
+    return sorted(range(images), key=lambda image: seed_for(seed, "epoch", epoch, image))
+
+
+def window_start(rollout: RolloutRecipe, seed: int, iteration: int, group: int) -> int:
+    """Index of the first stochastic step. One window per group: drawn per candidate it makes training collapse
+    (verl-omni, common_pitfalls.md), since candidates would be compared that were not sampled alike."""
+    window = rollout.window
+    stop = rollout.steps - 1 if window.stop is None else window.stop
+    places = stop - window.size - window.start + 1
+    match window.position:
+        case "fixed":
+            return window.start
+        case "random":
+            return window.start + seed_for(seed, iteration, group, "window") % places
+        case "sliding":
+            return window.start + (iteration - 1) * window.stride % places
+
+
+def window_etas(rollout: RolloutRecipe) -> tuple[float, ...]:
+    """The noise level of each window step: constant, or linear from `eta` to `final_eta`."""
+    size, noise = rollout.window.size, rollout.noise
+    if noise.schedule == "constant" or size == 1:
+        return (noise.eta,) * size
+    return tuple(noise.eta + (noise.final_eta - noise.eta) * j / (size - 1) for j in range(size))
+
+
+def initial_seed(seed: int, iteration: int, image_key: str, group: int, candidate: int) -> int:
+    """Seed of a candidate's initial noise; of candidate 0, where the group shares it."""
+    return seed_for(seed, iteration, image_key, group, candidate, "initial noise")
+
+
+def step_seed(seed: int, iteration: int, image_key: str, group: int, candidate: int, step: int) -> int:
+    """Seed of the noise that a candidate gets in window step `step`."""
+    return seed_for(seed, iteration, image_key, group, candidate, "step noise", step)

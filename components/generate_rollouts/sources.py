@@ -1,0 +1,66 @@
+"""The images of the groups, read from the train shards that hold them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.storage.images import decode_png
+from layerloop.components.storage.manifests import read_file
+from layerloop.components.storage.shards import read_shard
+from layerloop.components.storage.stores import Store
+
+if TYPE_CHECKING:
+    import torch
+
+
+def train_images(sources: Manifest) -> int:
+    """How many images the train split has.
+
+    Raises:
+        LayerloopError: none.
+    """
+    count = sum(shard.samples for shard in sources.shards_of("train"))
+    if not count:
+        raise LayerloopError("the campaign's sources have no train images: begin a campaign with more images")
+    return count
+
+
+def read_images(store: Store, sources: Manifest, wanted: Sequence[int]) -> Iterator[tuple[int, str, np.ndarray]]:
+    """(number, key, `(H, W, 3 or 4)` uint8) of the wanted images of the train split, by ascending number.
+
+    Each shard that holds one of them is read once.
+    """
+    numbers = sorted(set(wanted))
+    shards = sources.shards_of("train")
+    ends = list(itertools.accumulate(shard.samples for shard in shards))
+    for shard, end in zip(shards, ends, strict=True):
+        inside = [number - (end - shard.samples) for number in numbers if end - shard.samples <= number < end]
+        if not inside:
+            continue
+        for position, (key, members) in enumerate(read_shard(store, shard, required=("png",))):
+            if position in inside:
+                yield end - shard.samples + position, key, decode_png(members["png"])
+
+
+def prompt_embedding(store: Store, sources: Manifest, width: int) -> torch.Tensor:
+    """The cached embedding of the recipe's prompt, `(T, E)` float32, for a model that takes tokens of `width`.
+
+    Raises:
+        LayerloopError: missing, or of another model's width.
+    """
+    from safetensors.torch import load
+
+    file = sources.file("prompt.safetensors")
+    embeds = load(read_file(store, file))["prompt_embeds"]
+    if embeds.ndim != 2 or embeds.shape[1] != width:
+        raise LayerloopError(
+            f"{store.uri}/{file.name} is {tuple(embeds.shape)}, the model takes tokens of width {width}: "
+            "the campaign's sources were made with another model, begin a new campaign"
+        )
+    return embeds

@@ -1,0 +1,32 @@
+"""KFP declaration of the step `publish_adapter`; the work is in `step.py`."""
+
+from kfp import dsl
+from kfp.dsl import Artifact, Input, Markdown, Metrics, Model, Output
+
+
+@dsl.container_component
+def publish_adapter(
+    campaign: str,
+    name: str,
+    policy: Input[Model],
+    evaluation: Input[Artifact],
+    adapter: Output[Model],
+    card: Output[Markdown],
+    metrics: Output[Metrics],
+) -> dsl.ContainerSpec:
+    """Write the adapter in peft and in diffusers layout with a model card, each loaded back and compared first.
+
+    Args:
+        campaign: Root URI of the campaign.
+        name: Folder under `published/`.
+        policy: Manifest of the policy to publish.
+        evaluation: Manifest of its evaluation, which the model card quotes.
+        adapter: Manifest of the published files.
+        card: The model card.
+        metrics: Sizes, and the largest difference between the layouts' outputs.
+    """
+    return dsl.ContainerSpec(
+        image="layerloop-policy",
+        command=["python3", "-m", "layerloop.components.publish_adapter"],
+        args=["--executor-input", dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER],
+    )

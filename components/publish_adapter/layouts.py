@@ -1,0 +1,144 @@
+"""The published files, and the proof that each layout gives what the campaign's adapter gives.
+
+Each layout is loaded back the way its users load it, peft's by `PeftModel.from_pretrained` and diffusers' by
+`QwenImageLayeredPipeline.load_lora_weights`, on the same base in memory, and its velocities are compared with those of the
+adapter as the campaign has it. In float32 they must be equal bit for bit. Where the base is bfloat16, diffusers rounds the
+adapter to bfloat16 on loading, so the difference may be up to `TOLERANCE` of what the adapter changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerloop.components.policy.adapters import NAME, Adapter
+from layerloop.components.policy.lora import put_adapter, write_diffusers, write_peft
+from layerloop.components.policy.model import Condition
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.seeds import seed_for
+
+if TYPE_CHECKING:
+    from layerloop.components.policy.model import LayeredPolicy
+
+PEFT, DIFFUSERS = "peft", "diffusers"  # folders of a publication
+TOLERANCE = 0.1  # of the root mean square of the adapter's effect, for a bfloat16 base
+PROBES = ((1, 0.98), (2, 0.7), (3, 0.2))  # (layers, sigma) of the passes that are compared
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Largest differences of velocity over all probes, absolute; `effect` is the root mean square of the adapter's own."""
+
+    effect: float
+    peft: float
+    diffusers: float
+
+
+def write_layouts(adapter: Adapter, folder: Path, *, policy: LayeredPolicy, base: str) -> list[Path]:
+    """Write `peft/` and `diffusers/` into `folder`; returns the files, relative to it."""
+    write_peft(adapter, folder / PEFT, transformer=policy.transformer, base=base)
+    write_diffusers(adapter, folder / DIFFUSERS, transformer=policy.transformer)
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def prove(adapter: Adapter, folder: Path, *, policy: LayeredPolicy, prompt_embeds: Tensor) -> Proof:
+    """Load both layouts of `folder` back and compare; `policy` is the base, and is the base again afterwards.
+
+    Args:
+        prompt_embeds: `prompt_embeds[T, E]`, what the policy is prompted with.
+
+    Raises:
+        LayerloopError: a layout cannot be loaded, or gives another output.
+    """
+    base = _velocities(policy, prompt_embeds)
+    with _with_campaign_adapter(policy, adapter):
+        wanted = _velocities(policy, prompt_embeds)
+    with _with_peft(policy, folder / PEFT):
+        by_peft = _velocities(policy, prompt_embeds)
+    with _with_diffusers(policy, folder / DIFFUSERS):
+        by_diffusers = _velocities(policy, prompt_embeds)
+    effect = float((wanted - base).square().mean().sqrt())
+    proof = Proof(effect, *(float((wanted - loaded).abs().max()) for loaded in (by_peft, by_diffusers)))
+    allowed = 0.0 if policy.dtype == torch.float32 else TOLERANCE * effect
+    for layout, difference in ((PEFT, proof.peft), (DIFFUSERS, proof.diffusers)):
+        if not difference <= allowed:
+            raise LayerloopError(
+                f"the adapter loaded back from {layout} layout changes the velocity by {difference:.3g} where at most "
+                f"{allowed:.3g} is allowed: nothing is published; check the versions of peft and diffusers"
+            )
+    return proof
+
+
+@torch.no_grad()
+def _velocities(policy: LayeredPolicy, prompt_embeds: Tensor) -> Tensor:
+    """Velocities of all probes in one vector: random latents and condition from hashed seeds, 2 x 4 tokens a frame."""
+    height, width = 2 * policy.pixel_multiple, 4 * policy.pixel_multiple
+    outputs = []
+    for layers, sigma in PROBES:
+        latents = policy.noise(seed_for("publish", layers), layers, height, width).to(policy.device)
+        seen = policy.noise(seed_for("publish", "condition"), 0, height, width).to(policy.device)
+        prompt = prompt_embeds[None].to(policy.device, policy.dtype)
+        condition = Condition(latents=seen, prompt_embeds=prompt, height=height, width=width)
+        outputs.append(policy.velocity(latents, sigma, condition).flatten().cpu())
+    return torch.cat(outputs)
+
+
+@contextmanager
+def _with_campaign_adapter(policy: LayeredPolicy, adapter: Adapter) -> Iterator[None]:
+    put_adapter(policy.transformer, adapter)
+    try:
+        yield
+    finally:
+        policy.transformer.delete_adapters(NAME)
+        _plain(policy.transformer)
+
+
+@contextmanager
+def _with_peft(policy: LayeredPolicy, folder: Path) -> Iterator[None]:
+    from peft import PeftModel
+
+    transformer = policy.transformer
+    try:
+        loaded = PeftModel.from_pretrained(transformer, str(folder))
+    except Exception as error:  # peft raises many kinds; each means that users could not load it either
+        raise LayerloopError(f"peft cannot load the adapter back: {_one_line(error)}: nothing is published") from error
+    policy.transformer = loaded
+    try:
+        yield
+    finally:
+        policy.transformer = loaded.unload()
+
+
+@contextmanager
+def _with_diffusers(policy: LayeredPolicy, folder: Path) -> Iterator[None]:
+    from diffusers import QwenImageLayeredPipeline
+
+    pipeline = QwenImageLayeredPipeline(
+        scheduler=policy.scheduler, vae=policy.vae, transformer=policy.transformer,
+        text_encoder=None, tokenizer=None, processor=None,
+    )  # fmt: skip
+    try:
+        pipeline.load_lora_weights(str(folder))
+    except Exception as error:
+        raise LayerloopError(
+            f"diffusers cannot load the adapter back: {_one_line(error)}: nothing is published"
+        ) from error
+    try:
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+        _plain(policy.transformer)
+
+
+def _plain(transformer: Any) -> None:
+    """Take the empty adapter layers off, so that the next layout is put on the bare base."""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,28 @@
+"""KFP declaration of the step `update_lora`; the work is in `step.py`."""
+
+from kfp import dsl
+from kfp.dsl import Dataset, Input, Metrics, Model, Output
+
+
+@dsl.container_component
+def update_lora(
+    campaign: str,
+    scores: Input[Dataset],
+    previous: Input[Model],
+    policy: Output[Model],
+    metrics: Output[Metrics],
+) -> dsl.ContainerSpec:
+    """One iteration of learning: group-relative advantages, clipped surrogate, LoRA and optimizer state carried on.
+
+    Args:
+        campaign: Root URI of the campaign.
+        scores: Manifest of the iteration's scores.
+        previous: Manifest of the policy that sampled the rollouts.
+        policy: Manifest of the updated policy.
+        metrics: Loss, clip fractions, ratio and gradient norms, groups used and filtered.
+    """
+    return dsl.ContainerSpec(
+        image="layerloop-policy",
+        command=["python3", "-m", "layerloop.components.update_lora"],
+        args=["--executor-input", dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER],
+    )

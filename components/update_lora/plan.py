@@ -1,0 +1,103 @@
+"""Which candidates are learned from in which optimizer step, in which forward pass, on which rank.
+
+A point is one candidate at one timestep: the unit of a forward pass. A microbatch holds points of one group, so that
+its points share image, layer count and size (the model's rotary positions are those of the batch's first sample) and
+every timestep of a candidate can be in one pass. All of this follows from the scores alone, before a trajectory is
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from layerloop.components.update_lora.advantages import GroupAdvantage
+
+
+@dataclass(frozen=True)
+class Point:
+    """One candidate at one timestep: the window's steps for the surrogate, drawn times for DiffusionNFT."""
+
+    candidate: int
+    timestep: int  # index from 0
+    advantage: float
+    weight: float  # 0: computed and not counted, so that ranks stay in step
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Points of one group in one forward pass."""
+
+    group: int
+    layers: int
+    points: tuple[Point, ...]
+
+    @property
+    def cost(self) -> int:
+        """Relative cost of its passes: frames of the model's sequence (L layers, composite, condition) times points."""
+        return (self.layers + 2) * len(self.points)
+
+    def padding(self) -> Microbatch:
+        """The same pass counting for nothing."""
+        return Microbatch(self.group, self.layers, tuple(Point(p.candidate, p.timestep, 0.0, 0.0) for p in self.points))
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """One update of the weights: the microbatches of each rank, and what their sum is divided by."""
+
+    ranks: tuple[tuple[Microbatch, ...], ...]
+    total_weight: float  # of all points of all ranks
+
+
+def plan_steps(
+    groups: Sequence[GroupAdvantage], *, steps: int, timesteps: int, microbatch: int, ranks: int, pad: bool
+) -> tuple[OptimizerStep, ...]:
+    """Split groups among optimizer steps (every `steps`-th to the same), then into microbatches, then among ranks.
+
+    Args:
+        groups: in order of group; fewer of them than `steps` give fewer steps.
+        timesteps: points of a candidate.
+        microbatch: most points in one forward pass.
+        pad: give every rank equally many microbatches, the added ones of weight 0, because the ranks must enter the
+            collectives of a sharded model together.
+    """
+    planned = []
+    for index in range(min(steps, len(groups))):
+        batches = [batch for group in groups[index::steps] for batch in _microbatches(group, timesteps, microbatch)]
+        shares = _share(batches, ranks)
+        if pad:
+            rounds = max(len(share) for share in shares)
+            shares = [share + [batches[0].padding()] * (rounds - len(share)) for share in shares]
+        planned.append(
+            OptimizerStep(
+                ranks=tuple(tuple(share) for share in shares),
+                total_weight=sum(point.weight for batch in batches for point in batch.points),
+            )
+        )
+    return tuple(planned)
+
+
+def _microbatches(group: GroupAdvantage, timesteps: int, size: int) -> list[Microbatch]:
+    """All points of a group in as few passes as `size` allows, of nearly equal sizes."""
+    points = [
+        Point(candidate, timestep, advantage, weight)
+        for candidate, advantage, weight in zip(group.candidates, group.advantages, group.weights, strict=True)
+        for timestep in range(timesteps)
+        if weight > 0
+    ]
+    passes = -(-len(points) // size)
+    bounds = [round(i * len(points) / passes) for i in range(passes + 1)]
+    return [Microbatch(group.group, group.layers, tuple(points[low:high])) for low, high in pairwise(bounds)]
+
+
+def _share(batches: Sequence[Microbatch], ranks: int) -> list[list[Microbatch]]:
+    """Microbatches per rank: the dearest first, each to the rank with least to do; then in their own order again."""
+    load = [0] * ranks
+    owner: dict[int, int] = {}
+    for index in sorted(range(len(batches)), key=lambda i: (-batches[i].cost, i)):
+        rank = load.index(min(load))
+        owner[index] = rank
+        load[rank] += batches[index].cost
+    return [[batch for index, batch in enumerate(batches) if owner[index] == rank] for rank in range(ranks)]

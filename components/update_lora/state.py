@@ -1,0 +1,187 @@
+"""What an iteration hands to the next beside the adapter: AdamW's moments, averages, counters. No pickle.
+
+Files in `iterations/<k>/policy/`, all float32:
+    adapter_model.safetensors, adapter_config.json    the policy that samples next, in peft's layout
+    optimizer.safetensors    exp_avg.<key>, exp_avg_sq.<key>; trained.<key> where the weights that learn are other ones
+    ema.safetensors          the averaged adapter, keys as in adapter_model.safetensors, where recipe.update.ema is set
+    learner.json             a `LearnerState`
+
+Every iteration begins from these files, also within one process, so an interrupted campaign goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from layerloop.components.policy.adapters import NAME, PEFT_PREFIX, PEFT_WEIGHTS, Adapter
+from layerloop.components.policy.lora import adapter_of, write_peft
+from layerloop.components.policy.model import LayeredPolicy
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.learning import LearnerState, UpdateRecipe
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.storage.manifests import read_file
+from layerloop.components.storage.stores import Store
+
+OPTIMIZER, EMA, LEARNER = "optimizer.safetensors", "ema.safetensors", "learner.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TrainingState:
+    """The adapter's parameters by key, the optimizer over them, and what is averaged over time.
+
+    `sampling` holds the weights of the policy that samples where these are not the learning ones (DiffusionNFT with
+    `old_decay`), else None.
+    """
+
+    def __init__(self, policy: LayeredPolicy, update: UpdateRecipe, counters: LearnerState) -> None:
+        self.update, self.counters = update, counters
+        suffix = f".{NAME}.weight"
+        self.parameters = {
+            name.removesuffix(suffix) + ".weight": parameter
+            for name, parameter in policy.trainable_parameters().items()
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=update.learning_rate,
+            betas=update.adam_betas,
+            eps=update.adam_epsilon,
+            weight_decay=update.weight_decay,
+        )
+        self.ema = self._copy() if update.ema is not None else None
+        keeps_sampling = update.algorithm == "nft" and update.nft.old_decay > 0
+        self.sampling = self._copy() if keeps_sampling else None
+
+    @classmethod
+    def resume(
+        cls, policy: LayeredPolicy, update: UpdateRecipe, store: Store, previous: Manifest, iteration: int
+    ) -> Self:
+        """The state after `previous`, whose adapter is on `policy`; a new one where `previous` has none (iteration 0).
+
+        Raises:
+            LayerloopError: a file is missing, changed, or of another adapter.
+        """
+        fresh = LearnerState(iteration=iteration, algorithm=update.algorithm, optimizer_steps=0, ema_steps=0)
+        if not any(file.name.endswith(f"/{LEARNER}") for file in previous.files):
+            return cls(policy, update, fresh)
+        learner = previous.file(LEARNER)
+        stored = LearnerState.from_json(read_file(store, learner), where=f"{store.uri}/{learner.name}")
+        state = cls(policy, update, stored.model_copy(update={"iteration": iteration}))
+        tensors = _tensors(store, previous, OPTIMIZER)
+        if stored.optimizer_steps > 0:
+            for key, parameter in state.parameters.items():
+                moments = {name: _fitting(tensors, f"{name}.{key}", parameter, OPTIMIZER) for name in MOMENTS}
+                step = torch.tensor(float(stored.optimizer_steps))
+                state.optimizer.state[parameter] = {"step": step, **moments}
+        if state.ema is not None:
+            averaged = _tensors(store, previous, EMA)
+            state.ema = {k: _fitting(averaged, PEFT_PREFIX + k, p, EMA) for k, p in state.parameters.items()}
+        if state.sampling is not None:
+            state._put({k: _fitting(tensors, f"trained.{k}", p, OPTIMIZER) for k, p in state.parameters.items()})
+        return state
+
+    def step(self) -> None:
+        """One optimizer step with the gradients that are there, and the averages that follow it."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        counters = {"optimizer_steps": self.counters.optimizer_steps + 1}
+        if self.ema is not None and self.update.ema is not None:
+            # Warm-up as in flow_grpo, so that the first average is not the untrained adapter.
+            n = self.counters.ema_steps
+            decay = min(self.update.ema, (1 + n) / (10 + n))
+            for key, parameter in self.parameters.items():
+                self.ema[key].lerp_(parameter.detach(), 1 - decay)
+            counters["ema_steps"] = n + 1
+        self.counters = self.counters.model_copy(update=counters)
+
+    @contextmanager
+    def sampling_weights(self) -> Iterator[None]:
+        """Within this context the policy is the one that sampled."""
+        if self.sampling is None:
+            yield
+            return
+        trained = self._copy()
+        self._put(self.sampling)
+        try:
+            yield
+        finally:
+            self._put(trained)
+
+    def write(self, policy: LayeredPolicy, folder: Path, *, base: str | None) -> list[Path]:
+        """Write the files above into `folder`; returns them in a fixed order.
+
+        Raises:
+            LayerloopError: NaN in the adapter.
+        """
+        tensors: dict[str, Tensor] = {}
+        for key, parameter in self.parameters.items():
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{name}.{key}": moments[name] for name in MOMENTS if name in moments}
+        if self.sampling is not None:
+            tensors |= {f"trained.{key}": parameter.detach() for key, parameter in self.parameters.items()}
+            decay = self.update.nft.old_decay
+            for key, parameter in self.parameters.items():
+                self.sampling[key].lerp_(parameter.detach(), 1 - decay)
+        with self.sampling_weights():
+            adapter = adapter_of(policy.transformer)
+        write_peft(adapter, folder, transformer=policy.transformer, base=base)
+        _save(tensors, folder / OPTIMIZER)
+        (folder / LEARNER).write_bytes(self.counters.to_json())
+        names = [PEFT_WEIGHTS, "adapter_config.json", OPTIMIZER, LEARNER]
+        if self.ema is not None:
+            _save({PEFT_PREFIX + key: value for key, value in self.ema.items()}, folder / EMA)
+            names.append(EMA)
+        return [folder / name for name in names]
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for key, parameter in self.parameters.items():
+            parameter.copy_(weights[key])
+
+
+def averaged(adapter: Adapter, data: bytes) -> Adapter:
+    """The averaged adapter of `ema.safetensors`, with rank and alpha of the trained one."""
+    tensors = load(data)
+    return Adapter({key: tensors[PEFT_PREFIX + key] for key in adapter.state}, adapter.rank, adapter.alpha)
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    save_file({key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}, file)
+
+
+def _tensors(store: Store, manifest: Manifest, name: str) -> dict[str, Tensor]:
+    try:
+        file = manifest.file(name)
+    except KeyError:
+        raise LayerloopError(
+            f"the policy of iteration {manifest.iteration} of {store.uri} has no {name}: another recipe committed it"
+        ) from None
+    try:
+        return load(read_file(store, file))
+    except SafetensorError as error:
+        raise LayerloopError(f"{store.uri}/{file.name} is not safetensors ({error}): restore it") from None
+
+
+def _fitting(tensors: Mapping[str, Tensor], name: str, parameter: Tensor, file: str) -> Tensor:
+    """A tensor of a state file on the parameter's device.
+
+    Raises:
+        LayerloopError: it is missing or of another shape.
+    """
+    found = tensors.get(name)
+    if found is None or found.shape != parameter.shape:
+        shape = "missing" if found is None else f"of shape {tuple(found.shape)}, not {tuple(parameter.shape)}"
+        raise LayerloopError(
+            f"{file}: {name} is {shape}: it belongs to another adapter, restore the one committed with it"
+        )
+    return found.to(parameter.device, torch.float32).clone()

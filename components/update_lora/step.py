@@ -1,0 +1,211 @@
+"""One iteration of learning: the scores become group-relative advantages, the trajectories become a gradient, the
+adapter takes its steps, and all of it is committed together with the optimizer's state.
+
+Under torchrun every rank runs this; microbatches are shared out, gradients summed, and rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.distributed import broadcast_json, failing_together, process_group, rank, world_size
+from layerloop.components.runtime.progress import log
+from layerloop.components.schema.judging import ScoreRow
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.folders import local_folder
+from layerloop.components.storage.manifests import add_file, commit, read_file, verify
+from layerloop.components.storage.shards import read_shard
+
+if TYPE_CHECKING:
+    import torch
+
+    from layerloop.components.policy.model import LayeredPolicy
+    from layerloop.components.update_lora.advantages import Advantages
+    from layerloop.components.update_lora.diagnostics import Diagnostics
+    from layerloop.components.update_lora.state import TrainingState
+
+
+def run(*, campaign: str, iteration: int | None = None) -> StepResult:
+    """Update the adapter from one iteration's rollouts and scores.
+
+    Args:
+        campaign: Root URI of the campaign.
+        iteration: Which iteration to learn from; by default the one after the last committed policy.
+
+    Raises:
+        LayerloopError: rollouts or scores are missing, or of another model, adapter or schema version; NaN in latents
+            or rewards; a gradient that is not finite or explodes. Nothing is committed then.
+    """
+    begun = time.monotonic()
+    place = Campaign.open(campaign)
+    recipe = place.recipe
+    number = place.head() + 1 if iteration is None else iteration
+    folder = place.policy_dir(number)
+    if (done := place.find(folder)) is not None:
+        verify(place.store, done)
+        log(f"iteration {number} of {place.uri} already has its policy")
+        return _result(done)
+
+    from layerloop.components.update_lora.advantages import advantages_of
+    from layerloop.components.update_lora.learner import learn, timesteps_of
+    from layerloop.components.update_lora.plan import plan_steps
+    from layerloop.components.update_lora.state import TrainingState
+    from layerloop.components.update_lora.trajectories import Expected, read_groups
+
+    with process_group() as device:
+        with failing_together():
+            previous = place.policy(number - 1)
+            rollouts = place.rollouts(number)
+            advantages = advantages_of(score_rows(place, number), recipe.update)
+            steps = plan_steps(
+                advantages.groups,
+                steps=recipe.update.steps,
+                timesteps=timesteps_of(recipe),
+                microbatch=recipe.update.microbatch,
+                ranks=world_size(),
+                pad=recipe.model.fsdp,
+            )
+            if rank() == 0:
+                _say(advantages, number)
+            policy, adapter = load_policy(place, previous, device)
+            wanted: dict[int, set[int]] = {}
+            for step in steps:
+                for microbatch in step.ranks[rank()]:
+                    wanted.setdefault(microbatch.group, set()).update(p.candidate for p in microbatch.points)
+            expected = Expected(number, policy.fingerprint, adapter, recipe.update.algorithm, timesteps_of(recipe))
+            groups = read_groups(place.store, rollouts, wanted, expected)
+            state = TrainingState.resume(policy, recipe.update, place.store, previous, number)
+        prompt_embeds = _prompt_embeds(place).to(device, policy.dtype)
+        diagnostics = learn(policy, state, steps, groups, prompt_embeds, recipe, iteration=number)
+        with failing_together():
+            manifest = None
+            if rank() == 0:
+                manifest = _commit(place, number, policy, state, advantages, diagnostics)
+        text = broadcast_json(manifest.model_dump(mode="json") if manifest else None)
+    result = _result(Manifest.model_validate(text))
+    return StepResult(manifests=result.manifests, metrics=result.metrics | {"seconds": time.monotonic() - begun})
+
+
+def score_rows(place: Campaign, iteration: int) -> list[ScoreRow]:
+    """Every judgement of an iteration, masked candidates among them."""
+    return [
+        ScoreRow.from_json(members["json"], where=f"{place.uri}/{shard.name}:{key}.json")
+        for shard in place.scores(iteration).shards
+        for key, members in read_shard(place.store, shard, required=("json",))
+    ]
+
+
+def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tuple[LayeredPolicy, str | None]:
+    """The base with the adapter of `previous` on it, trainable, and the adapter's sha256 as the rollouts must name it.
+
+    Before the first iteration the adapter is a new one (which leaves the base as it is) or `recipe.lora.start_from`.
+    """
+    from layerloop.components.policy.adapters import weights_sha256
+    from layerloop.components.policy.lora import add_lora, load_adapter, start_from
+    from layerloop.components.policy.model import LayeredPolicy
+
+    recipe = place.recipe
+    sharded = recipe.model.fsdp and world_size() > 1
+    base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
+    policy = LayeredPolicy.load(recipe.model, device="cpu" if sharded else device, folder=base)
+    sha256: str | None = None
+    if previous.iteration:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("adapter_model.safetensors", "adapter_config.json"):
+                (Path(folder) / name).write_bytes(read_file(place.store, previous.file(name)))
+            load_adapter(policy, folder)
+        sha256 = previous.file("adapter_model.safetensors").sha256
+    elif recipe.lora.start_from is not None:
+        source = local_folder(recipe.lora.start_from)
+        start_from(policy, recipe.lora, source)
+        sha256 = weights_sha256(source)
+    else:
+        add_lora(policy.transformer, recipe.lora, seed=recipe.seed)
+    if sharded:
+        from layerloop.components.update_lora.parallel import shard_base
+
+        shard_base(policy, device)
+    return policy, sha256
+
+
+def _prompt_embeds(place: Campaign) -> torch.Tensor:
+    """The cached embedding of the recipe's prompt, `prompt_embeds[T, E]`."""
+    from safetensors.torch import load
+
+    return load(read_file(place.store, place.sources().file("prompt.safetensors")))["prompt_embeds"]
+
+
+def _say(advantages: Advantages, iteration: int) -> None:
+    log(
+        f"iteration {iteration}: learning from {len(advantages.groups)} groups, {len(advantages.flat)} too even and "
+        f"{len(advantages.small)} too small left out, {advantages.masked} candidates masked; reward mean "
+        f"{advantages.reward_mean:.4f}, within-group deviation {advantages.reward_std:.4f}"
+    )
+    if not advantages.groups:
+        log(f"iteration {iteration}: no group teaches anything, so the adapter is committed unchanged")
+
+
+def _commit(
+    place: Campaign,
+    iteration: int,
+    policy: LayeredPolicy,
+    state: TrainingState,
+    advantages: Advantages,
+    diagnostics: Diagnostics,
+) -> Manifest:
+    """Write adapter and state, then the manifest that makes them count."""
+    folder = place.policy_dir(iteration)
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = state.write(policy, Path(temporary), base=place.recipe.model.base)
+        if (done := place.find(folder)) is not None:  # another attempt was faster: its files stay as they are
+            return done
+        files = tuple(add_file(place.store, f"{folder}/{path.name}", path) for path in paths)
+    norms = diagnostics.gradient_norms
+    manifest = Manifest(
+        kind="policy",
+        iteration=iteration,
+        files=files,
+        counts={
+            "groups": len(advantages.groups),
+            "groups_filtered": len(advantages.flat) + len(advantages.small),
+            "candidates": sum(len(group.candidates) for group in advantages.groups),
+            "candidates_masked": advantages.masked,
+            "optimizer_steps": state.counters.optimizer_steps,
+            "adapter_parameters": sum(parameter.numel() for parameter in state.parameters.values()),
+        },
+        metadata={
+            "adapter_sha256": files[0].sha256,
+            "base_fingerprint": policy.fingerprint,
+            "base": place.recipe.model.base,
+            "algorithm": place.recipe.update.algorithm,
+            "filtered_fraction": advantages.filtered_fraction,
+            "reward_mean": advantages.reward_mean,
+            "reward_std": advantages.reward_std,
+            "advantage_std": advantages.advantage_std,
+            "advantages_clipped": advantages.clipped,
+            "gradient_norms": list(norms),
+            "gradient_norm": max(norms, default=0.0),
+            **diagnostics.summary(),
+            "per_timestep": {name: list(row) for name, row in diagnostics.per_timestep().items()},
+        },
+    )
+    return commit(place.store, f"{folder}/{MANIFEST}", manifest)
+
+
+def _result(manifest: Manifest) -> StepResult:
+    """What Kubeflow shows of a committed policy."""
+    numbers = {**manifest.counts, **manifest.metadata}
+    metrics = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
+    return StepResult(manifests={"policy": manifest}, metrics=metrics)
+
+
+main = functools.partial(step_main, run, iteration_from="scores", iteration_offset=0)
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,250 @@
+"""The page: what it says of given numbers, what it shows, and that it stays small."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from layerloop.components.evaluate_adapter import report as report_module
+from layerloop.components.evaluate_adapter.assess import Comparisons, assess, better_of, compare_rows, title_of
+from layerloop.components.evaluate_adapter.cases import Case
+from layerloop.components.evaluate_adapter.charts import Point, curve, whisker
+from layerloop.components.evaluate_adapter.gallery import Shown
+from layerloop.components.evaluate_adapter.pictures import caption, choose, data_url, strips_of
+from layerloop.components.evaluate_adapter.report import Report, number, render, verdict
+from layerloop.components.evaluate_adapter.statistics import Comparison
+from layerloop.components.layers.measure import DEFINITIONS, MEASURES
+from layerloop.components.layers.stack import Pixels
+
+from .conftest import drawn_design, source_of
+
+
+def compared(base: float, tuned: float, low: float, high: float, n: int = 20) -> Comparison:
+    return Comparison(base, tuned, tuned - base, low, high, n)
+
+
+BETTER = compared(0.5, 0.3, -0.3, -0.1)
+WORSE = compared(0.5, 0.7, 0.1, 0.3)
+UNCLEAR = compared(0.5, 0.52, -0.1, 0.2)
+
+
+def page_of(table: Mapping[str, Comparison], **fields: Any) -> str:
+    values: dict[str, Any] = {
+        "title": "Iteration 3 against its base",
+        "campaign": "lab",
+        "model": "the tiny policy",
+        "counts": {"designs": 20},
+        "comparisons": Comparisons(by_kind={"designs": table}),
+        "reference": {},
+        "judge": "Nobody judged.",
+        **fields,
+    }
+    return render(Report(**values)).decode()
+
+
+def text_of(page: str) -> str:
+    return " ".join(re.sub(r"<[^>]*>", " ", page).split())
+
+
+def test_the_summary_names_what_is_clearly_better_and_clearly_worse() -> None:
+    text = text_of(page_of({"bad_layers": BETTER, "slot_l1": WORSE, "evenness": UNCLEAR}))
+    assert "clearly better in bad layers (0.500 → 0.300 )" in text
+    assert "clearly worse in per-slot RGB L1 (0.500 → 0.700 )" in text
+    assert "The one other measure shows no clear difference." in text
+
+
+def test_the_summary_admits_when_nothing_is_clear() -> None:
+    text = text_of(page_of({"bad_layers": UNCLEAR, "slot_l1": UNCLEAR}))
+    assert "differs from the base in none of 2 measures by more than chance would explain" in text
+    assert "clearly better" not in text and "clearly worse" not in text
+
+
+@pytest.mark.parametrize(
+    ("column", "comparison", "expected"),
+    [
+        ("bad_layers", BETTER, "good"),  # lower is better, and it fell
+        ("evenness", BETTER, "bad"),  # higher is better, and it fell
+        ("layerd_alpha_iou_0", WORSE, "good"),
+        ("layerd_clean_cost_3", WORSE, "bad"),
+        ("bad_layers", UNCLEAR, ""),
+        ("coverage", BETTER, ""),  # neither direction is better
+        ("bad_layers", compared(0.5, 0.3, -0.3, -0.1, n=4), ""),  # too few pairs
+    ],
+)
+def test_colour_follows_direction_and_interval(column: str, comparison: Comparison, expected: str) -> None:
+    assert verdict(column, comparison) == expected
+
+
+def test_only_clear_differences_are_coloured_on_the_page() -> None:
+    page = page_of({"bad_layers": UNCLEAR, "evenness": UNCLEAR})
+    assert 'class="chip good"' not in page and '<td class="bad"' not in page and 'var(--good)"' not in page
+    assert '<td class="good">−0.200</td>' in page_of({"bad_layers": BETTER})
+
+
+def test_numbers_are_readable() -> None:
+    assert [number(0.12345), number(-0.5), number(0.5, signed=True), number(-1e-9, signed=True), number(None)] == [
+        "0.123", "−0.500", "+0.500", "0.000", "–",
+    ]  # fmt: skip
+
+
+def test_definitions_are_repeated_verbatim() -> None:
+    text = text_of(page_of(dict.fromkeys(MEASURES, UNCLEAR)))
+    for name, definition in DEFINITIONS.items():
+        if name != "slots":
+            assert definition.replace("'", "&#x27;") in text, name
+
+
+def test_names_from_recipes_cannot_break_the_page() -> None:
+    page = page_of({"bad_layers": BETTER}, campaign="<b>x</b>", judge='"><script>alert(1)</script>', notices=["<i>"])
+    assert "<script" not in page and "<b>x</b>" not in page and "&lt;i&gt;" in page
+
+
+def test_every_column_has_a_title_and_a_direction() -> None:
+    assert title_of("layerd_alpha_iou_1") == "LayerD alpha IoU, 1 edit"
+    assert title_of("layerd_clean_rgb_l1_5") == "LayerD RGB L1, 5 edits, faint alpha cleared"
+    assert title_of("layerd_edits") == "LayerD edits made"
+    assert (better_of("layerd_rgb_l1_0"), better_of("layerd_edits"), better_of("residue")) == ("lower", None, "lower")
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def some_cases(count: int) -> tuple[list[Case], list[Pixels], list[Pixels]]:
+    """Designs, good decompositions of them and bad ones, worse the higher the index."""
+    cases, good, bad = [], [], []
+    for index in range(count):
+        truth = drawn_design(index, 3)
+        cases.append(Case(f"{index:016x}", "designs", 3, index, source_of(truth), truth))
+        spoiled = truth.copy()
+        spoiled[1, ..., 3] = spoiled[1, ..., 3] * (1 - index / count)
+        good.append(truth)
+        bad.append(spoiled)
+    return cases, good, bad
+
+
+def test_best_median_worst_and_a_random_rest_are_shown() -> None:
+    cases, good, bad = some_cases(9)
+    base = [assess(case, stack, max_edits=1) for case, stack in zip(cases, good, strict=True)]
+    tuned = [assess(case, stack, max_edits=1) for case, stack in zip(cases, bad, strict=True)]
+    gaps = [t["layerd_cost_0"] - b["layerd_cost_0"] for b, t in zip(base, tuned, strict=True)]
+    choices = choose(cases, base, tuned, seed=1, count=5)
+    order = np.argsort(gaps, kind="stable")
+    assert [choice.case.key for choice in choices[:3]] == [cases[order[at]].key for at in (0, 4, 8)]
+    assert [choice.why.split()[0] for choice in choices] == ["best", "median", "worst", "drawn", "drawn"]
+    assert len({choice.case.key for choice in choices}) == 5
+    assert choices == choose(cases, base, tuned, seed=1, count=5)
+    assert [c.case.key for c in choices[3:]] != [c.case.key for c in choose(cases, base, tuned, seed=3, count=5)[3:]]
+
+
+def test_fewer_cases_than_wanted_are_all_shown() -> None:
+    cases, good, _ = some_cases(2)
+    rows = [assess(case, stack, max_edits=0) for case, stack in zip(cases, good, strict=True)]
+    assert len(choose(cases, rows, rows, seed=1, count=7)) == 2
+    assert choose([], [], [], seed=1, count=3) == []
+
+
+def test_small_tiles_are_embedded_exactly() -> None:
+    layer = np.random.default_rng(0).integers(0, 256, (40, 48, 4), dtype=np.uint8)
+    kind, _, data = data_url(layer).partition(",")
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGBA"))
+    visible = layer[..., 3] > 0
+    assert kind == "data:image/webp;base64" and np.array_equal(shown[visible], layer[visible])
+    assert np.array_equal(shown[..., 3], layer[..., 3])
+
+
+def test_large_tiles_are_reduced() -> None:
+    data = data_url(np.full((300, 600, 3), 90, np.uint8)).partition(",")[2]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (160, 80)
+
+
+def test_flags_and_numbers_stand_under_a_layer() -> None:
+    flags, lines = caption(
+        {
+            "coverage": 0.613,
+            "mean_alpha": 0.2,
+            "semi_transparent": 0.93,
+            "blank": False,
+            "glazed": True,
+            "duplicate": False,
+        }
+    )
+    assert flags == "glazed" and [line.replace("\u00a0", " ") for line in lines] == ["covers 61 %", "α 0.20, semi 93 %"]
+
+
+def shown_samples(count: int) -> list[Shown]:
+    cases, good, bad = some_cases(count)
+    rows = [assess(case, stack, max_edits=0) for case, stack in zip(cases, good, strict=True)]
+    choices = choose(cases, rows, rows, seed=1, count=count)
+    return [
+        Shown(choice, tuple(strips_of(choice, {"Base": good[choice.case.seed], "Adapter": bad[choice.case.seed]})))
+        for choice in choices
+    ]
+
+
+def test_each_sample_shows_reference_base_and_adapter_with_all_their_layers() -> None:
+    page = page_of({"bad_layers": BETTER}, shown=shown_samples(1))
+    article = page[page.index("<article") : page.index("</article>")]
+    assert re.findall(r'class="side \w+">(\w+)<', article) == ["Reference", "Base", "Adapter"]
+    assert (
+        article.count("<img") == 1 + 2 * 2 + 3 * 3
+    )  # the source, two recompositions and differences, three layers each
+    assert 'width="128" height="128"' in article and 'class="layer pixels"' in article
+
+
+def test_a_page_that_would_grow_too_large_leaves_samples_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shown_samples(6)
+    whole = page_of({"bad_layers": BETTER}, shown=shown)
+    assert whole.count("<article") == 6 and "left out here" not in whole
+    monkeypatch.setattr(report_module, "TARGET_BYTES", len(whole) * 2 // 3)
+    page = page_of({"bad_layers": BETTER}, shown=shown)
+    kept = page.count("<article")
+    assert 1 <= kept < 6 and len(page) <= len(whole) * 2 // 3 + 500
+    assert f"{kept} of 20 cases" in page and f"{6 - kept} more are among the sheets" in page
+
+
+# --------------------------------------------------------------------------------------------------------------- charts
+
+
+def test_a_whisker_ends_where_its_interval_ends() -> None:
+    svg = ElementTree.fromstring(whisker(compared(0, 1, 0.5, 1.5), "good", width=100))
+    zero, bar = svg.findall("line")
+    dot = svg.find("circle")
+    assert dot is not None
+    low, high, middle = float(bar.get("x1", 0)), float(bar.get("x2", 0)), float(zero.get("x1", 0))
+    assert middle == 50 < low < float(dot.get("cx", 0)) < high < 100
+    assert (high - middle) / (low - middle) == pytest.approx(3, rel=0.02)
+
+
+def test_a_curve_has_a_point_for_each_iteration_at_its_height() -> None:
+    points = [Point(k, 0.3 + 0.1 * k, 0.2, 0.9, 7, 8) for k in range(1, 5)]
+    svg = ElementTree.fromstring(curve(points, width=500, height=200))
+    dots = [(float(dot.get("cx", 0)), float(dot.get("cy", 0))) for dot in svg.iter("circle")]
+    assert len(dots) == 4
+    steps = np.diff(np.array(dots), axis=0)
+    assert np.allclose(steps[:, 0], steps[0, 0], atol=0.2) and np.allclose(steps[:, 1], steps[0, 1], atol=0.2)
+    assert steps[0, 0] > 0 > steps[0, 1]  # to the right, and up as rewards rise
+
+
+@pytest.mark.parametrize("count", [1, 2, 61, 700])
+def test_a_curve_of_any_length_is_well_formed_and_sparsely_labelled(count: int) -> None:
+    points = [Point(k, 0.5, 0.5, 0.5, 8, 8) for k in range(1, count + 1)]
+    svg = ElementTree.fromstring(curve(points))
+    labels = [text.text for text in svg.iter("text") if text.get("text-anchor") == "middle"]
+    assert 1 <= len(labels) <= 20
+
+
+def test_comparisons_by_layer_count_are_of_those_designs_only() -> None:
+    cases = [Case(f"{n:016x}", "designs", n, n, source_of(t), t) for n, t in ((n, drawn_design(n, n)) for n in (2, 3))]
+    base = [assess(case, case.truth, max_edits=0) for case in cases if case.truth is not None]
+    tuned = [{**row, "slot_l1": row["layers"] / 10} for row in base]
+    slots = compare_rows(base, tuned, resamples=200, seed=0).slots
+    assert {count: table["slot_l1"].tuned for count, table in slots.items()} == {2: 0.2, 3: 0.3}
+    assert "slot_l1_2" in slots[3] and "slot_l1_2" not in slots[2]

@@ -1,0 +1,89 @@
+"""What an iteration samples is decided by hashing alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from layerloop.components.generate_rollouts.plan import (
+    epoch_order,
+    initial_seed,
+    plan_iteration,
+    step_seed,
+    window_etas,
+    window_start,
+)
+from layerloop.components.schema.recipe import Recipe, RolloutRecipe
+
+
+def recipe(seed: int = 0, algorithm: str = "grpo", **rollout: object) -> Recipe:
+    return Recipe.model_validate({"name": "x", "seed": seed, "rollout": rollout, "update": {"algorithm": algorithm}})
+
+
+def test_an_epoch_shows_every_image_once_and_the_next_in_another_order() -> None:
+    plans = [plan for k in range(1, 11) for plan in plan_iteration(recipe(groups=5), k, images=25)]
+    images = [plan.image for plan in plans]
+    assert sorted(images[:25]) == sorted(images[25:]) == list(range(25))
+    assert images[:25] != images[25:] != list(range(25))
+
+
+def test_more_groups_than_images_pass_over_the_split_again() -> None:
+    plans = plan_iteration(recipe(groups=8), 1, images=3)
+    assert Counter(plan.image for plan in plans[:6]) == {0: 2, 1: 2, 2: 2}
+
+
+def test_another_seed_gives_another_order() -> None:
+    orders = {tuple(epoch_order(seed, 0, 20)) for seed in range(10)}
+    assert len(orders) == 10 and all(sorted(order) == list(range(20)) for order in orders)
+
+
+def test_layer_counts_are_uniform_over_the_range() -> None:
+    plans = [plan for k in range(1, 101) for plan in plan_iteration(recipe(groups=40), k, images=7)]
+    counts = Counter(plan.layers for plan in plans)
+    assert counts.keys() == {2, 3, 4, 5}
+    assert all(abs(count - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5 for count in counts.values())
+
+
+def test_every_iteration_draws_its_layer_counts_anew() -> None:
+    drawn = {tuple(plan.layers for plan in plan_iteration(recipe(groups=16), k, images=16)) for k in range(1, 20)}
+    assert len(drawn) == 19
+
+
+@pytest.mark.parametrize(("position", "starts"), [("fixed", {1}), ("random", {1, 2, 3, 4}), ("sliding", {1, 2, 3, 4})])
+def test_the_window_lies_where_the_recipe_allows(position: str, starts: set[int]) -> None:
+    rollout = RolloutRecipe.model_validate(
+        {"steps": 9, "window": {"size": 3, "position": position, "start": 1, "stop": 7}}
+    )
+    found = [[window_start(rollout, 0, k, group) for group in range(8)] for k in range(1, 13)]
+    assert {start for row in found for start in row} == starts
+    if position != "random":  # of one iteration all groups alike
+        assert all(len(set(row)) == 1 for row in found)
+    if position == "sliding":
+        assert [row[0] for row in found] == [1, 2, 3, 4] * 3
+
+
+def test_noise_is_constant_or_decays_linearly_over_the_window() -> None:
+    def etas(size: int, schedule: str) -> tuple[float, ...]:
+        noise = {"eta": 0.9, "final_eta": 0.3, "schedule": schedule}
+        return window_etas(RolloutRecipe.model_validate({"window": {"size": size}, "noise": noise}))
+
+    assert etas(3, "constant") == (0.9, 0.9, 0.9)
+    assert etas(3, "decay") == pytest.approx((0.9, 0.6, 0.3)) and etas(1, "decay") == (0.9,)
+
+
+def test_forward_process_learning_samples_as_at_inference() -> None:
+    plans = plan_iteration(recipe(algorithm="nft", groups=4), 1, images=4)
+    assert all((p.window_size, p.etas, p.dynamics) == (0, (), "ode") for p in plans)
+
+
+def test_no_two_draws_of_a_campaign_share_a_seed() -> None:
+    seeds = [
+        seed
+        for k in (1, 2)
+        for key in ("aa", "bb")
+        for group in (0, 1)
+        for c in (0, 1)
+        for seed in (initial_seed(7, k, key, group, c), *(step_seed(7, k, key, group, c, j) for j in (0, 1)))
+    ]
+    assert len(set(seeds)) == len(seeds) == 48

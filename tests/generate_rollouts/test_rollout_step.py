@@ -1,0 +1,303 @@
+"""The step: what it commits, resumes, refuses; for any number of workers, ranks and batches the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, load_file, save_file
+
+from layerloop.components.generate_rollouts import candidates
+from layerloop.components.generate_rollouts.plan import initial_seed
+from layerloop.components.generate_rollouts.step import run
+from layerloop.components.policy import lora, sampling
+from layerloop.components.policy.model import LayeredPolicy
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.learning import LoraRecipe
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.trajectory import CandidateRecord, GroupRecord
+from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.images import decode_png
+from layerloop.components.storage.manifests import add_file, commit
+from layerloop.components.storage.shards import read_shard
+
+
+def samples(campaign: Campaign, iteration: int = 1) -> dict[str, dict[str, bytes]]:
+    """All samples of an iteration, by key."""
+    manifests = campaign.rollouts(iteration)
+    return {k: m for manifest in manifests for shard in manifest.shards for k, m in read_shard(campaign.store, shard)}
+
+
+def commit_policy(campaign: Campaign, folder: Path, *, iteration: int = 1, scale: float = 0.05) -> Manifest:
+    """An adapter as `update_lora` commits one."""
+    policy = LayeredPolicy.load(campaign.recipe.model)
+    lora.add_lora(policy.transformer, LoraRecipe(rank=2), seed=0)
+    generator = torch.Generator().manual_seed(iteration)
+    state = {
+        key: torch.randn(value.shape, generator=generator) * scale if "lora_B" in key else value
+        for key, value in lora.adapter_state(policy.transformer).items()
+    }
+    lora.write_peft(lora.Adapter(state, 2, 16), folder, transformer=policy.transformer)
+    files = tuple(
+        add_file(campaign.store, f"{campaign.policy_dir(iteration)}/{path.name}", path)
+        for path in sorted(folder.iterdir())
+    )
+    manifest = Manifest(kind="policy", iteration=iteration, files=files)
+    return commit(campaign.store, f"{campaign.policy_dir(iteration)}/manifest.json", manifest)
+
+
+def test_a_group_is_one_image_with_g_candidates_and_all_that_the_next_steps_need(make_campaign, base_folder) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign()
+    result = run(campaign=campaign.uri)
+    manifest = result.manifests["rollouts"]
+    assert manifest.iteration == 1 and manifest.metadata["groups"] == [0, 1, 2, 3] and len(manifest.shards) == 4
+    assert manifest.counts["candidates"] == 12 and manifest.metadata["adapter_sha256"] is None
+    assert result.metrics["candidates"] == 12 and result.metrics["seconds"] > 0 and "bad_layers" in result.metrics
+
+    policy = LayeredPolicy.load(campaign.recipe.model)
+    assert manifest.metadata["base_fingerprint"] == policy.fingerprint
+    found = samples(campaign)
+    assert len(found) == 4 * (1 + 3)
+    calls = 0
+    for group in range(4):
+        key = f"i000001-g{group:06d}"
+        record = GroupRecord.from_json(found[key]["json"], where=key)
+        source = decode_png(found[key]["source.png"])
+        assert source.shape == (record.height, record.width, 4) and (source[..., 3] == 255).all()
+        assert record.sigmas == policy.sigmas(4, record.height, record.width)
+        assert (record.window_start, record.window_size, record.dynamics, record.etas) == (0, 2, "flow_sde", (0.7, 0.7))
+        condition = load(found[key]["condition.safetensors"])["condition"]
+        tokens = record.latent_height * record.latent_width
+        assert condition.shape == (tokens, 64) and condition.dtype == torch.float32
+        calls += sampling.Plan.of(record).nfe(3)
+        for c in range(3):
+            members = found[f"{key}-c{c:02d}"]
+            candidate = CandidateRecord.from_json(members["json"], where=key)
+            assert candidate.seed == initial_seed(0, 1, record.image_key, group, c)
+            latents = load(members["trajectory.safetensors"])
+            length = (record.layers + 1) * tokens
+            assert latents["window"].shape == (3, length, 64) and latents["final"].shape == (length, 64)
+            assert torch.equal(
+                latents["window"][0], policy.noise(candidate.seed, record.layers, record.height, record.width)[0]
+            )
+            stack = policy.layers_uint8(latents["final"][None], record.height, record.width)[0]
+            pngs = [decode_png(members[f"layer{index}.png"]) for index in range(record.layers)]
+            assert np.array_equal(np.stack(pngs), stack) and f"layer{record.layers}.png" not in members
+    assert manifest.counts["model_calls"] == calls
+
+
+def test_stored_latents_replay_with_the_bits_of_the_rollout(make_campaign) -> None:  # type: ignore[no-untyped-def]
+    """From the shard alone: latents, condition, schedule, and the seeds."""
+    campaign = make_campaign(rollout={"group_size": 2, "batch_size": 2, "groups": 1})
+    run(campaign=campaign.uri)
+    policy, found = LayeredPolicy.load(campaign.recipe.model), samples(campaign)
+    record = GroupRecord.from_json(found["i000001-g000000"]["json"], where="group")
+    prompt = load(campaign.store.read("sources/prompt.safetensors"))["prompt_embeds"]
+    condition = policy.encode(decode_png(found["i000001-g000000"]["source.png"])[None], prompt)
+    assert torch.equal(condition.latents[0], load(found["i000001-g000000"]["condition.safetensors"])["condition"])
+    window = torch.stack(
+        [load(found[f"i000001-g000000-c{c:02d}"]["trajectory.safetensors"])["window"] for c in range(2)]
+    )
+    plan = sampling.Plan.of(record)
+    for j, i in enumerate(plan.window):
+        with torch.no_grad():
+            v = policy.velocity(window[:, j], plan.sigmas[i], condition)
+        mean, s = sampling.replay_mean(window[:, j], v, plan.sigmas, i, plan.etas[j], plan.dynamics)
+        z = torch.cat([candidates.step_noise(policy, campaign.recipe.seed, record, c, j) for c in range(2)])
+        assert torch.equal(mean + s * z, window[:, j + 1])
+
+
+def test_results_are_byte_for_byte_the_same_for_any_workers_and_batch_size(make_campaign) -> None:  # type: ignore[no-untyped-def]
+    one = make_campaign()
+    run(campaign=one.uri)
+    for workers, batch_size in ((2, 3), (3, 1)):
+        other = make_campaign(rollout={"batch_size": batch_size})
+        for worker in reversed(range(workers)):
+            run(campaign=other.uri, worker=worker, workers=workers)
+        assert [m.metadata["groups"] for m in other.rollouts(1)] == [list(range(w, 4, workers)) for w in range(workers)]
+        assert samples(other) == samples(one)
+
+
+def test_a_second_run_finds_everything_done(make_campaign, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign()
+    first = run(campaign=campaign.uri).manifests["rollouts"]
+    monkeypatch.setattr(candidates, "sample_group", None)  # would fail if it were called
+    again = run(campaign=campaign.uri)
+    assert again.manifests["rollouts"] == first and again.metrics["candidates"] == 12
+
+
+def test_an_interrupted_run_is_finished_and_not_redone(make_campaign, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    whole, campaign = make_campaign(), make_campaign()
+    expected = run(campaign=whole.uri).manifests["rollouts"]
+    real, sampled = candidates.sample_group, []
+
+    def killed_at_the_third(policy, recipe, iteration, plan, *rest):  # type: ignore[no-untyped-def]
+        if plan.group == 2 and not sampled[2:]:
+            sampled.append("killed")
+            raise KeyboardInterrupt
+        sampled.append(plan.group)
+        return real(policy, recipe, iteration, plan, *rest)
+
+    monkeypatch.setattr(candidates, "sample_group", killed_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(campaign=campaign.uri)
+    assert campaign.worker_manifests(1) == {}
+    names = campaign.store.list("iterations/")
+    campaign.store.write(
+        f"{campaign.rollouts_dir(1)}/w00of01-000002.tar", campaign.store.read(names[0])[:5000]
+    )  # cut short
+    assert run(campaign=campaign.uri).manifests["rollouts"] == expected
+    assert sampled == [0, 1, "killed", 2, 3]
+
+
+def test_the_policy_of_the_iteration_before_samples(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign(rollout={"groups": 1})
+    with pytest.raises(LayerloopError, match="run update_lora first"):
+        run(campaign=campaign.uri, iteration=2)
+    committed = commit_policy(campaign, tmp_path / "adapter")
+    manifest = run(campaign=campaign.uri).manifests["rollouts"]
+    assert manifest.iteration == 2
+    assert manifest.metadata["adapter_sha256"] == committed.file("adapter_model.safetensors").sha256
+    record = GroupRecord.from_json(samples(campaign, 2)["i000002-g000000"]["json"], where="group")
+    assert record.adapter_sha256 == manifest.metadata["adapter_sha256"]
+
+    policy = LayeredPolicy.load(campaign.recipe.model)
+    lora.load_adapter(policy, tmp_path / "adapter")
+    found = samples(campaign, 2)
+    latents = load(found["i000002-g000000-c00"]["trajectory.safetensors"])["window"]
+    prompt = load(campaign.store.read("sources/prompt.safetensors"))["prompt_embeds"]
+    condition = policy.encode(decode_png(found["i000002-g000000"]["source.png"])[None], prompt)
+    for adapted in (True, False):
+        with torch.no_grad():
+            if adapted:
+                v = policy.velocity(latents[:1].expand(2, -1, -1), 1.0, condition)
+            else:
+                with policy.without_adapter():
+                    v = policy.velocity(latents[:1].expand(2, -1, -1), 1.0, condition)
+        mean, s = sampling.replay_mean(latents[:1], v[:1], record.sigmas, 0, 0.7, "flow_sde")
+        z = candidates.step_noise(policy, 0, record, 0, 0)
+        assert torch.equal((mean + s * z)[0], latents[1]) == adapted
+
+
+def test_a_campaign_may_start_from_an_adapter(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    commit_policy(make_campaign(), tmp_path / "adapter")
+    campaign = make_campaign(
+        lora={"rank": 2, "alpha": 16, "start_from": str(tmp_path / "adapter")}, rollout={"groups": 1}
+    )
+    manifest = run(campaign=campaign.uri).manifests["rollouts"]
+    import hashlib
+
+    weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert manifest.metadata["adapter_sha256"] == hashlib.sha256(weights).hexdigest()
+
+
+def test_a_shared_prefix_gives_a_group_one_start(make_campaign) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign(rollout={"groups": 1, "share_prefix": True, "window": {"size": 1, "start": 2}})
+    run(campaign=campaign.uri)
+    found = samples(campaign)
+    windows = [load(found[f"i000001-g000000-c{c:02d}"]["trajectory.safetensors"])["window"] for c in range(3)]
+    seeds = [json.loads(found[f"i000001-g000000-c{c:02d}"]["json"])["seed"] for c in range(3)]
+    assert len(set(seeds)) == 1
+    assert torch.equal(windows[0][0], windows[1][0]) and not torch.equal(windows[0][1], windows[1][1])
+
+
+def test_forward_process_learning_stores_final_latents_of_pure_heun(make_campaign) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign(update={"algorithm": "nft"}, rollout={"groups": 1, "outside": "euler"})
+    run(campaign=campaign.uri)
+    found = samples(campaign)
+    record = GroupRecord.from_json(found["i000001-g000000"]["json"], where="group")
+    assert (record.window_size, record.dynamics, record.outside, record.etas) == (0, "ode", "heun", ())
+    stored = load(found["i000001-g000000-c01"]["trajectory.safetensors"])
+    assert stored.keys() == {"final"}
+    policy = LayeredPolicy.load(campaign.recipe.model)
+    seed = json.loads(found["i000001-g000000-c01"]["json"])["seed"]
+    prompt = load(campaign.store.read("sources/prompt.safetensors"))["prompt_embeds"]
+    condition = policy.encode(decode_png(found["i000001-g000000"]["source.png"])[None], prompt)
+    noise = policy.noise(seed, record.layers, record.height, record.width)
+    inference = sampling.rollout(policy, condition, noise, sampling.Plan(record.sigmas))
+    assert torch.equal(inference.final[0], stored["final"])
+
+
+def test_a_base_on_s3_is_fetched_once(make_campaign, base_folder, s3_bucket, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    from layerloop.components.storage.stores import open_store
+
+    store = open_store(f"{s3_bucket}/model")
+    for path in base_folder.rglob("*.*"):
+        if path.is_file():
+            store.upload(path.relative_to(base_folder).as_posix(), path)
+    monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "cache"))
+    local, remote = make_campaign(), make_campaign(uri=f"{s3_bucket}/campaign", model={"base": f"{s3_bucket}/model"})
+    for campaign in (local, remote):
+        run(campaign=campaign.uri)
+    assert samples(remote) == samples(local)
+    monkeypatch.setattr("layerloop.components.storage.s3.S3Store.download", None)
+    run(campaign=remote.uri, worker=0, workers=2)  # the copy is used again
+    store.delete("vae/config.json")
+    with pytest.raises(TypeError):  # another listing is another model, which would have to be fetched
+        run(campaign=remote.uri, worker=1, workers=2)
+
+
+# ---- torchrun
+
+
+def test_two_ranks_commit_what_one_process_commits(make_campaign) -> None:  # type: ignore[no-untyped-def]
+    one, two = make_campaign(), make_campaign()
+    expected = run(campaign=one.uri).manifests["rollouts"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "layerloop.components.generate_rollouts", "--campaign", two.uri]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert two.rollouts(1) == [expected] and samples(two) == samples(one)
+
+
+# ---- bad input
+
+
+def test_latents_that_are_nan_stop_the_step_and_nothing_is_committed(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign()
+    commit_policy(campaign, tmp_path / "adapter", scale=1e30)
+    with pytest.raises(LayerloopError, match=r"latents of candidate 0 of group 0, iteration 2, are NaN or infinite"):
+        run(campaign=campaign.uri)
+    assert campaign.worker_manifests(2) == {}
+
+
+def test_an_adapter_of_another_base_is_refused(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign()
+    folder = tmp_path / "adapter"
+    commit_policy(make_campaign(), folder)
+    state = load_file(folder / "adapter_model.safetensors")
+    key = next(key for key in state if "lora_A" in key)
+    state[key] = torch.zeros(2, 96)
+    save_file(state, folder / "adapter_model.safetensors")
+    files = tuple(add_file(campaign.store, f"{campaign.policy_dir(1)}/{p.name}", p) for p in sorted(folder.iterdir()))
+    commit(campaign.store, f"{campaign.policy_dir(1)}/manifest.json", Manifest(kind="policy", iteration=1, files=files))
+    with pytest.raises(LayerloopError, match=r"has shape 2x96, the base needs 2x64"):
+        run(campaign=campaign.uri)
+
+
+def test_images_that_the_model_does_not_take_are_named(make_campaign) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign(sizes=((32, 40),))
+    with pytest.raises(LayerloopError, match="image width is 40 pixels: the model needs a multiple of 16"):
+        run(campaign=campaign.uri)
+
+
+@pytest.mark.parametrize(("worker", "workers"), [(2, 2), (-1, 1), (0, 0)])
+def test_a_worker_that_is_not_one_of_the_workers_is_refused(make_campaign, worker, workers) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(LayerloopError, match=rf"worker is {worker} of {workers}"):
+        run(campaign=make_campaign().uri, worker=worker, workers=workers)
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    command = [sys.executable, "-m", "layerloop.components.generate_rollouts", "--campaign", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "has no recipe.json" in lines[0]

@@ -1,0 +1,89 @@
+"""Pictures made here, and what a step needs besides them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from layerloop.components.storage.stores import open_store
+
+
+@pytest.fixture
+def picture() -> Callable[..., Image.Image]:
+    """Smooth colour with shapes, another for every seed."""
+
+    def make(seed: int = 0, width: int = 96, height: int = 64) -> Image.Image:
+        rng = np.random.default_rng(seed)
+        y, x = np.mgrid[0:height, 0:width] / max(height, width)
+        image = np.stack([a * x + b * y + c for a, b, c in rng.uniform(-0.6, 0.6, (3, 3))], axis=-1) + 0.5
+        for centre_x, centre_y, radius in rng.uniform(0.1, 0.6, (4, 3)):
+            image[(x - centre_x) ** 2 + (y - centre_y) ** 2 < (radius / 3) ** 2] = rng.uniform(size=3)
+        return Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
+
+    return make
+
+
+@pytest.fixture
+def encoded(picture: Callable[..., Image.Image]) -> Callable[..., bytes]:
+    """The bytes of such a picture in some format."""
+
+    def encode(seed: int = 0, kind: str = "PNG", width: int = 96, height: int = 64, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        picture(seed, width, height).save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    return encode
+
+
+@pytest.fixture
+def folder(tmp_path: Path, encoded: Callable[..., bytes]) -> Path:
+    """A folder of seven different pictures, three of them in a subfolder."""
+    root = tmp_path / "pictures"
+    for seed in range(7):
+        path = root / ("more" if seed > 3 else "") / f"{seed}.{'jpg' if seed % 2 else 'png'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(seed, "JPEG" if seed % 2 else "PNG"))
+    return root
+
+
+RECIPE = """
+name: test
+seed: 5
+model: {base: /no/such/model, dtype: float32}
+data: {resolution: 64, images_per_shard: 3, holdout: 2, max_reject_fraction: 0.5}
+"""
+
+
+@pytest.fixture
+def recipe() -> str:
+    return RECIPE
+
+
+@pytest.fixture
+def with_prompt() -> Callable[[str], str]:
+    """Put a prompt embedding into a campaign, as an interrupted run leaves it, so that no model is loaded for one."""
+
+    def put(uri: str) -> str:
+        from safetensors.numpy import save
+
+        open_store(uri).write("sources/prompt.safetensors", save({"prompt_embeds": np.ones((3, 4), np.float32)}))
+        return uri
+
+    return put
+
+
+@pytest.fixture
+def local_campaign(tmp_path: Path, with_prompt: Callable[[str], str]) -> str:
+    """A folder for a campaign that needs no model."""
+    return with_prompt(f"{tmp_path}/campaign")
+
+
+@pytest.fixture
+def campaign_uri(store_uri: str, with_prompt: Callable[[str], str]) -> str:
+    """A place for a campaign, in a folder and on S3, that needs no model."""
+    return with_prompt(f"{store_uri}/campaign")

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.shard_dataset.inputs import Inputs, find_inputs, read_items
+from layerloop.components.storage.stores import open_store
+
+FILES = {
+    "a.png": b"a", "b.JPG": b"bb", "notes.txt": b"x", "sub/c.webp": b"ccc", "sub/deep/d.png": b"dddd",
+    ".hidden/e.png": b"x", "sub/._c.webp": b"x", ".DS_Store": b"x", "[1].png": b"1",
+}  # fmt: skip
+REMEDY = "give a folder of pictures, a glob, WebDataset tars or parquet"
+
+
+@pytest.fixture
+def files_uri(store_uri: str) -> str:
+    store = open_store(store_uri)
+    for name, data in FILES.items():
+        store.write(f"in/{name}", data)
+    return f"{store_uri}/in"
+
+
+def find(uri: str) -> Inputs:
+    return find_inputs(uri, what="images")
+
+
+def read(inputs: Inputs, max_bytes: int = 10**6) -> list[tuple[str, bytes | str]]:
+    return [(item.origin, item.problem or item.load()) for item in read_items(inputs, max_bytes=max_bytes)]
+
+
+def tar_of(members: list[tuple[str, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_a_folder_gives_its_pictures_all_the_way_down(files_uri: str) -> None:
+    for uri in (files_uri, f"{files_uri}/"):
+        found = find(uri)
+        assert found.uri == files_uri
+        assert found.sizes == {"[1].png": 1, "a.png": 1, "b.JPG": 2, "sub/c.webp": 3, "sub/deep/d.png": 4}
+        assert found.pictures == 5
+    assert read(found) == [
+        ("[1].png", b"1"), ("a.png", b"a"), ("b.JPG", b"bb"), ("sub/c.webp", b"ccc"), ("sub/deep/d.png", b"dddd"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.png", ["[1].png", "a.png"]),
+        ("**/*.png", ["[1].png", "a.png", "sub/deep/d.png"]),
+        ("sub/*", ["c.webp"]),
+        ("sub/**", ["c.webp", "deep/d.png"]),
+        ("?.*", ["a.png", "b.JPG"]),
+        ("[a-b].*", ["a.png", "b.JPG"]),
+        ("[!a].*", ["b.JPG"]),
+        ("{a,b}.{png,JPG}", ["a.png", "b.JPG"]),
+        ("*.txt", ["notes.txt"]),  # named by the user, so taken at its word
+        ("s*/**/d.png", ["sub/deep/d.png"]),
+    ],
+)
+def test_a_glob_gives_what_it_matches(files_uri: str, pattern: str, names: list[str]) -> None:
+    assert list(find(f"{files_uri}/{pattern}").sizes) == names
+
+
+def test_numbered_tars_are_given_by_braces(files_uri: str) -> None:
+    store = open_store(files_uri)
+    for number in range(12):
+        store.write(f"data/train-{number:06d}.tar", tar_of([(f"k{number}.png", b"p")]))
+    found = find(f"{files_uri}/data/train-{{000003..000010}}.tar")
+    assert list(found.sizes) == [f"train-{number:06d}.tar" for number in range(3, 11)]
+    assert found.pictures is None
+    assert read(found)[0] == ("train-000003.tar:k3.png", b"p")
+
+
+def test_one_file_is_taken_by_itself(files_uri: str) -> None:
+    assert read(find(f"{files_uri}/sub/c.webp")) == [("c.webp", b"ccc")]
+    assert read(find(f"{files_uri}/notes.txt")) == [("notes.txt", b"x")]
+
+
+def test_a_path_with_brackets_that_exists_is_no_glob(tmp_path: Path) -> None:
+    (tmp_path / "x [1]").mkdir()
+    (tmp_path / "x [1]" / "a.png").write_bytes(b"a")
+    assert read(find(f"{tmp_path}/x [1]")) == [("a.png", b"a")]
+
+
+def test_relative_paths_and_file_uris_are_recorded_as_absolute_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics" / "a.png").write_bytes(b"a")
+    monkeypatch.chdir(tmp_path)
+    for uri in ("pics", "./pics/", f"file://{tmp_path}/pics", str(tmp_path / "pics")):
+        assert find(uri).uri == str(tmp_path / "pics")
+
+
+def test_a_folder_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(LayerloopError) as caught:
+        find(f"{tmp_path}/nowhere")
+    assert str(caught.value) == f"images {tmp_path}/nowhere does not exist: {REMEDY}"
+
+
+def test_an_empty_place_is_one_line(store_uri: str) -> None:
+    if "://" not in store_uri:
+        os.mkdir(store_uri)
+    with pytest.raises(LayerloopError) as caught:
+        find(store_uri)
+    assert str(caught.value) == f"images {store_uri} is empty: {REMEDY}"
+
+
+def test_a_folder_without_pictures_is_one_line(store_uri: str) -> None:
+    open_store(store_uri).write("notes.txt", b"x")
+    open_store(store_uri).write("table.csv", b"x")
+    with pytest.raises(LayerloopError) as caught:
+        find(store_uri)
+    assert str(caught.value) == f"images {store_uri} has 2 files but no picture, tar or parquet: {REMEDY}"
+
+
+def test_a_glob_that_matches_nothing_is_one_line(files_uri: str) -> None:
+    with pytest.raises(LayerloopError) as caught:
+        find(f"{files_uri}/*.gif")
+    assert str(caught.value) == f"images {files_uri}/*.gif matches no file: {REMEDY}"
+
+
+def test_the_fingerprint_tells_names_and_sizes(files_uri: str) -> None:
+    first = find(files_uri).sha256
+    assert find(files_uri).sha256 == first
+    open_store(files_uri).write("notes.txt", b"passed over, so of no matter")
+    assert find(files_uri).sha256 == first
+    open_store(files_uri).write("a.png", b"longer")
+    assert find(files_uri).sha256 != first
+
+
+def test_a_larger_file_than_any_picture_is_a_problem_and_not_read(files_uri: str) -> None:
+    items = dict(read(find(f"{files_uri}/sub"), max_bytes=3))
+    assert items["c.webp"] == b"ccc"
+    assert items["deep/d.png"] == "file has 0 MB, over the 0 allowed: make it smaller"
+
+
+def test_webdataset_samples_give_their_picture_and_not_their_masks(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as tar:
+        for key in ("one", "two"):
+            tar.write(
+                {"__key__": f"dir/{key}", "JPG": b"j" + key.encode(), "json": {"a": 1}, "mask.png": b"m", "txt": "t"}
+            )
+    assert read(find(str(tmp_path))) == [("x.tar:dir/one.JPG", b"jone"), ("x.tar:dir/two.JPG", b"jtwo")]
+
+
+@pytest.mark.parametrize("cut", [1024, 1100, 200])
+def test_a_tar_cut_short_gives_what_is_whole_and_one_problem(tmp_path: Path, cut: int) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of([("a.png", b"a" * 512), ("b.png", b"b" * 512)])[:cut])
+    (tmp_path / "b.tar").write_bytes(tar_of([("c.png", b"c")]))
+    items = read(find(str(tmp_path)))
+    assert [item for item in items if isinstance(item[1], bytes)] == (
+        [("a.tar:a.png", b"a" * 512)] if cut >= 1024 else []
+    ) + [("b.tar:c.png", b"c")]
+    problems = [problem for _, problem in items if isinstance(problem, str)]
+    assert len(problems) == 1
+    assert problems[0].startswith("tar ")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array(
+            [{"bytes": b"one", "path": "1.png"}, {"bytes": b"two", "path": None}, {"bytes": None, "path": "3.png"}]
+        ),
+        pa.array([b"one", b"two", None], pa.binary()),
+        pa.array([b"one", b"two", None], pa.large_binary()),
+    ],
+    ids=["struct", "binary", "large_binary"],
+)
+def test_parquet_gives_the_cells_of_its_image_column(tmp_path: Path, column: pa.Array) -> None:
+    pq.write_table(pa.table({"label": [1, 2, 3], "image": column, "thumbnail": column}), tmp_path / "t.parquet")
+    items = read(find(str(tmp_path / "t.parquet")))
+    assert items[:2] == [("t.parquet:0", b"one"), ("t.parquet:1", b"two")]
+    assert items[2][0] == "t.parquet:2"
+    assert str(items[2][1]).startswith("row has no image bytes")
+
+
+def test_the_only_binary_column_is_the_image_whatever_its_name(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"caption": ["x"], "photo_of_it": [b"one"]}), tmp_path / "t.parquet")
+    assert read(find(str(tmp_path))) == [("t.parquet:0", b"one")]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"caption": ["x"], "n": [1]}, "has no image column among caption, n: "),
+        ({"left": [b"x"], "right": [b"y"]}, "has several image columns among left, right: "),
+    ],
+)
+def test_parquet_without_a_clear_image_column_is_one_line(
+    tmp_path: Path, table: dict[str, list[object]], message: str
+) -> None:
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+    with pytest.raises(
+        LayerloopError, match=f"^{tmp_path}/t.parquet {message}name the one with encoded images 'image'$"
+    ):
+        read(find(str(tmp_path)))
+
+
+def test_a_damaged_parquet_is_one_problem(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 rubbish")
+    items = read(find(str(tmp_path)))
+    assert [origin for origin, _ in items] == ["t.parquet"]
+    assert str(items[0][1]).startswith("parquet is damaged (")
+
+
+def test_pictures_tars_and_parquet_may_lie_in_one_folder(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+    (tmp_path / "p.png").write_bytes(encoded(1))
+    (tmp_path / "t.tar").write_bytes(tar_of([("k.png", encoded(2))]))
+    pq.write_table(pa.table({"image": [encoded(3)]}), tmp_path / "u.parquet")
+    assert [origin for origin, _ in read(find(str(tmp_path)))] == ["p.png", "t.tar:k.png", "u.parquet:0"]

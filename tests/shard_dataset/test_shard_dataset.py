@@ -1,0 +1,591 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from PIL import Image
+
+from layerloop.components.layers.designs import generate_design, write_designs_parquet
+from layerloop.components.layers.stack import composite, on_backdrop
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.shard_dataset.normalise import image_key
+from layerloop.components.shard_dataset.step import hold_out, read_recipe, run
+from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.images import decode_png
+from layerloop.components.storage.manifests import read_file
+from layerloop.components.storage.shards import Sample, read_shard
+from layerloop.components.storage.stores import open_store
+
+Encoded = Callable[..., bytes]
+
+REMEDY = "give a folder of pictures, a glob, WebDataset tars or parquet"
+KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, JPEG 2000 or AVIF"
+
+
+def samples(campaign: str, split: str) -> list[Sample]:
+    place = Campaign.open(campaign)
+    return [
+        s
+        for shard in place.sources().shards_of(split)
+        for s in read_shard(place.store, shard, required=("png", "json"))
+    ]
+
+
+def refused(campaign: str) -> dict[str, tuple[str, str]]:
+    """(kind, reason) by origin, from rejects.parquet."""
+    place = Campaign.open(campaign)
+    table = pq.read_table(io.BytesIO(read_file(place.store, place.sources().file("rejects.parquet"))))
+    return {row["origin"]: (row["kind"], row["reason"]) for row in table.to_pylist()}
+
+
+def bomb() -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+# ---------------------------------------------------------------------------------------------------------- the sources
+
+
+def test_a_folder_becomes_train_and_holdout_shards(campaign_uri: str, recipe: str, folder: Path) -> None:
+    result = run(campaign=campaign_uri, recipe=recipe, images=str(folder))
+    train, holdout = samples(campaign_uri, "train"), samples(campaign_uri, "holdout")
+    assert (len(train), len(holdout)) == (5, 2)
+    assert result.metrics == {
+        "images": 7, "duplicates": 0, "rejects": 0, "train": 5, "holdout": 2, "designs": 0,
+        "megabytes": sum(shard.bytes for shard in result.manifests["sources"].shards) / 1e6,
+    }  # fmt: skip
+    origins = set()
+    for key, members in (*train, *holdout):
+        pixels = decode_png(members["png"])
+        record = json.loads(members["json"])
+        assert pixels.shape == (48, 64, 3)  # 96 x 64 with the longest side 64: 42.7 rounds to 48
+        assert image_key(pixels) == key
+        assert {name: record[name] for name in record if name != "origin"} == {
+            "width": 64, "height": 48, "original_width": 96, "original_height": 64,
+        }  # fmt: skip
+        origins.add(record["origin"])
+    assert origins == {f"{seed}.{'jpg' if seed % 2 else 'png'}" for seed in range(4)} | {
+        "more/4.png",
+        "more/5.jpg",
+        "more/6.png",
+    }
+    manifest = Campaign.open(campaign_uri).sources()
+    assert result.manifests == {"sources": manifest, "policy": Manifest(kind="policy", iteration=0)}
+    assert [(shard.name, shard.samples) for shard in manifest.shards] == [
+        ("sources/train-000000.tar", 3), ("sources/train-000001.tar", 2), ("sources/holdout-000000.tar", 2),
+    ]  # fmt: skip
+    assert refused(campaign_uri) == {}
+
+
+def test_samples_are_ordered_by_key(local_campaign: str, recipe: str, folder: Path) -> None:
+    run(campaign=local_campaign, recipe=recipe, images=str(folder))
+    keys = [key for key, _ in samples(local_campaign, "train")]
+    assert keys == sorted(keys)
+
+
+def test_the_same_input_gives_the_same_bytes(
+    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[[str], str]
+) -> None:
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    first, second = with_prompt(f"{tmp_path}/a"), with_prompt(f"{tmp_path}/b")
+    one = run(campaign=first, recipe=recipe, images=str(folder)).manifests["sources"]
+    two = run(campaign=second, recipe=recipe, images=str(tmp_path / "elsewhere")).manifests["sources"]
+    assert (one.shards, one.files, one.counts) == (two.shards, two.files, two.counts)
+    assert one.metadata["images_sha256"] == two.metadata["images_sha256"]
+
+
+def test_webdataset_reads_the_sources(
+    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[[str], str]
+) -> None:
+    campaign = with_prompt(f"{tmp_path}/c")
+    run(campaign=campaign, recipe=recipe, images=str(folder))
+    shards = [str(path) for path in sorted((tmp_path / "c/sources").glob("train-*.tar"))]
+    dataset = webdataset.WebDataset(shards, shardshuffle=False).decode("pil")
+    images = [sample["png"] for sample in dataset]
+    assert [(image.mode, image.size) for image in images] == [("RGB", (64, 48))] * 5
+
+
+def test_pictures_come_from_s3(s3_bucket: str, recipe: str, folder: Path, with_prompt: Callable[[str], str]) -> None:
+    store = open_store(f"{s3_bucket}/pictures")
+    for path in folder.rglob("*.*"):
+        store.upload(path.relative_to(folder).as_posix(), path)
+    campaign = with_prompt(f"{s3_bucket}/campaign")
+    result = run(campaign=campaign, recipe=recipe, images=f"{s3_bucket}/pictures/")
+    assert result.metrics["images"] == 7
+    assert len(samples(campaign, "train")) == 5
+
+
+def test_our_own_shards_are_a_webdataset_of_pictures(
+    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[[str], str]
+) -> None:
+    first, second = with_prompt(f"{tmp_path}/a"), with_prompt(f"{tmp_path}/b")
+    run(campaign=first, recipe=recipe, images=str(folder))
+    run(campaign=second, recipe=recipe, images=f"{first}/sources/{{train,holdout}}-*.tar")
+    assert {key for key, _ in samples(second, "train")} == {key for key, _ in samples(first, "train")}
+
+
+# -------------------------------------------------------------------------------------------------- rejects, duplicates
+
+
+def test_what_cannot_be_read_is_listed_with_the_reason_and_counted(
+    campaign_uri: str, recipe: str, folder: Path, encoded: Encoded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoiled = {
+        "text.png": b"I am no image",
+        "empty.jpg": b"",
+        "cut.png": encoded(20, "PNG")[:900],
+        "bomb.png": bomb(),
+        "strip.png": encoded(21, "PNG", width=3000, height=2),
+        "phone.heic": b"\0\0\0\x18ftypheic" + bytes(50),
+    }
+    for name, data in spoiled.items():
+        (folder / name).write_bytes(data)
+    result = run(campaign=campaign_uri, recipe=recipe, images=str(folder))
+    assert (result.metrics["images"], result.metrics["rejects"], result.metrics["train"]) == (13, 6, 5)
+    table = refused(campaign_uri)
+    assert set(table) == set(spoiled)
+    reasons = {origin: reason for origin, (kind, reason) in table.items() if kind == "reject"}
+    assert reasons["text.png"].startswith("image begins with b'I am no imag', as no known format does")
+    assert reasons["empty.jpg"].startswith("image is empty (0 bytes)")
+    assert reasons["cut.png"].startswith("image is truncated or damaged")
+    assert reasons["bomb.png"].startswith("image is more than twice over 100 megapixels")
+    assert reasons["strip.png"].startswith("image is 3000 x 2, at most 0.0 pixels on its short side")
+    assert "as no known format does" in reasons["phone.heic"]
+    log = capsys.readouterr().err
+    assert "rejected bomb.png: image is more than twice over 100 megapixels: make it smaller" in log
+    assert "rejected 1 more images, listed in rejects.parquet" in log
+
+
+def test_too_many_rejects_fail_the_step_with_nothing_committed(store_uri: str, recipe: str, folder: Path) -> None:
+    for number in range(8):
+        (folder / f"bad-{number}.png").write_bytes(b"text")
+    with pytest.raises(LayerloopError) as caught:
+        run(campaign=f"{store_uri}/c", recipe=recipe, images=str(folder))
+    assert str(caught.value) == (
+        "8 of 15 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input or allow more; "
+        "the first is bad-0.png: image begins with b'text', as no known format does: give a PNG, JPEG, WebP, GIF, BMP, "
+        "TIFF, JPEG 2000 or AVIF"
+    )
+    assert open_store(store_uri).list() == []
+
+
+def test_duplicates_are_dropped_listed_and_never_held_against_the_input(
+    local_campaign: str, recipe: str, folder: Path, picture: Callable[..., Image.Image]
+) -> None:
+    shutil.copy(folder / "0.png", folder / "x-copy.png")
+    picture(2).save(folder / "x-recompressed.jpg", quality=95, subsampling=0)
+    picture(2).resize((480, 320), Image.Resampling.BICUBIC).save(folder / "x-larger.png")
+    for number in range(9):
+        shutil.copy(folder / "0.png", folder / f"y{number}.png")
+    result = run(campaign=local_campaign, recipe=recipe, images=str(folder))
+    assert (result.metrics["images"], result.metrics["duplicates"], result.metrics["rejects"]) == (19, 12, 0)
+    table = refused(local_campaign)
+    assert {kind for kind, _ in table.values()} == {"duplicate"}
+    key_of = {
+        json.loads(m["json"])["origin"]: key for s in ("train", "holdout") for key, m in samples(local_campaign, s)
+    }
+    assert table["x-recompressed.jpg"] == ("duplicate", f"same picture as {key_of['2.png']}")
+    assert table["x-larger.png"] == ("duplicate", f"same picture as {key_of['2.png']}")
+
+
+def test_flat_pictures_of_different_colours_are_all_kept(
+    tmp_path: Path, recipe: str, with_prompt: Callable[[str], str]
+) -> None:
+    (tmp_path / "flat").mkdir()
+    for number, colour in enumerate(("red", "green", "blue", "white", "black", "#808080")):
+        Image.new("RGB", (50, 50), colour).save(tmp_path / "flat" / f"{number}.png")
+    result = run(campaign=with_prompt(f"{tmp_path}/c"), recipe=recipe, images=str(tmp_path / "flat"))
+    assert (result.metrics["duplicates"], result.metrics["train"] + result.metrics["holdout"]) == (0, 6)
+
+
+# -------------------------------------------------------------------------------------------------------------- holdout
+
+
+def test_the_holdout_depends_on_keys_and_seed_only() -> None:
+    keys = [f"{number:016x}" for number in range(30)]
+    train, holdout = hold_out(keys, 8, seed=1)
+    assert (len(train), len(holdout)) == (22, 8)
+    assert sorted(train + holdout) == keys
+    assert hold_out(list(reversed(keys)), 8, seed=1) == (train, holdout)
+    assert hold_out(keys, 8, seed=2)[1] != holdout
+    assert set(hold_out(keys, 4, seed=1)[1]) < set(holdout)
+    assert not set(hold_out([*keys, "f" * 16], 8, seed=1)[1]) - set(holdout) - {"f" * 16}
+
+
+@pytest.mark.parametrize(("images", "held"), [(1, 0), (2, 0), (3, 1), (5, 1), (6, 2), (30, 8)])
+def test_never_more_than_a_third_is_held_out(images: int, held: int) -> None:
+    train, holdout = hold_out([str(number) for number in range(images)], 8, seed=0)
+    assert (len(train), len(holdout)) == (images - held, held)
+
+
+def test_one_picture_is_enough(
+    tmp_path: Path, recipe: str, encoded: Encoded, with_prompt: Callable[[str], str]
+) -> None:
+    (tmp_path / "one.png").write_bytes(encoded(1))
+    result = run(campaign=with_prompt(f"{tmp_path}/c"), recipe=recipe, images=str(tmp_path / "one.png"))
+    assert (result.metrics["train"], result.metrics["holdout"]) == (1, 0)
+
+
+# -------------------------------------------------------------------------------------------------------------- designs
+
+
+def check_designs(campaign: str, count: int) -> list[Sample]:
+    """Every design recomposes: its layers, composited, are its picture."""
+    designs = samples(campaign, "designs")
+    assert len(designs) == count
+    for key, members in designs:
+        record = json.loads(members["json"])
+        stack = np.stack([decode_png(members[f"layer{index}.png"]) for index in range(record["layers"])])
+        assert f"layer{record['layers']}.png" not in members
+        pixels = decode_png(members["png"])
+        assert stack.shape == (record["layers"], record["height"], record["width"], 4)
+        assert np.array_equal(on_backdrop(composite(stack), "white"), pixels)
+        assert composite(stack)[..., 3].min() == 255
+        assert image_key(pixels) == key
+    return designs
+
+
+def test_designs_in_crellos_columns_become_layered_samples(
+    campaign_uri: str, recipe: str, folder: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    designs = [generate_design(rng, canvas=(320, 240), layers=layers) for layers in (2, 3, 4)]
+    designs[1]["image"][1] = None  # as Crello's text elements are
+    write_designs_parquet(tmp_path / "designs.parquet", designs)
+    result = run(campaign=campaign_uri, recipe=recipe, images=str(folder), designs=str(tmp_path / "designs.parquet"))
+    assert (result.metrics["designs"], result.metrics["rejects"], result.metrics["images"]) == (2, 1, 7)
+    made = check_designs(campaign_uri, 2)
+    assert {json.loads(members["json"])["layers"] for _, members in made} == {2, 4}
+    assert decode_png(made[0][1]["png"]).shape == (48, 64, 3)
+    assert refused(campaign_uri) == {
+        f"designs.parquet:{designs[1]['id']}": (
+            "reject",
+            f"element 1 ({designs[1]['type'][1]}) of design {designs[1]['id']} has no image: it cannot be rendered",
+        )
+    }
+
+
+def layered_folder(root: Path) -> Path:
+    """Designs as folders of numbered PNGs: one opaque, one transparent in places, and one that is damaged."""
+    background = Image.new("RGBA", (128, 96), (250, 240, 200, 255))
+    disc = Image.new("RGBA", (128, 96))
+    disc.paste((200, 30, 30, 255), (20, 20, 60, 60))
+    glass = Image.new("RGBA", (128, 96))
+    glass.paste((0, 0, 200, 128), (40, 40, 120, 90))
+    for name, layers in (("first", [background, disc, glass]), ("second", [disc, Image.new("RGBA", (128, 96)), glass])):
+        (root / name).mkdir(parents=True)
+        for number, layer in enumerate(layers):
+            layer.save(root / name / f"layer_{number + 8}.png")  # 8, 9, 10: numbers, not names, give the order
+        layers[0].save(root / name / "preview.png")
+    (root / "third").mkdir()
+    background.save(root / "third" / "0.png")
+    background.resize((100, 96)).save(root / "third" / "1.png")
+    return root
+
+
+def test_designs_in_folders_of_numbered_layers_become_layered_samples(
+    local_campaign: str, recipe: str, folder: Path, tmp_path: Path
+) -> None:
+    result = run(
+        campaign=local_campaign, recipe=recipe, images=str(folder), designs=str(layered_folder(tmp_path / "designs"))
+    )
+    assert (result.metrics["designs"], result.metrics["rejects"]) == (2, 1)
+    made = {json.loads(members["json"])["origin"]: members for _, members in check_designs(local_campaign, 2)}
+    first = [decode_png(made["first"][f"layer{index}.png"]) for index in range(3)]
+    assert tuple(first[0][0, 0]) == (250, 240, 200, 255)
+    assert tuple(first[1][20, 20]) == (200, 30, 30, 255)
+    assert tuple(first[2][40, 50]) == (0, 0, 200, 128)
+    second = [decode_png(made["second"][f"layer{index}.png"]) for index in range(3)]
+    assert (second[0] == 255).all()  # white below, since nothing else covers; the empty layer is gone
+    assert tuple(second[1][20, 20]) == (200, 30, 30, 255)
+    assert refused(local_campaign)["third"] == (
+        "reject",
+        "layer third/1.png is (100, 96), the first is (128, 96): give one size",
+    )
+
+
+def test_a_picture_of_a_held_out_design_is_not_trained_on(
+    local_campaign: str, recipe: str, folder: Path, tmp_path: Path
+) -> None:
+    root = layered_folder(tmp_path / "designs")
+    flat = [Image.open(root / "first" / f"layer_{number}.png") for number in (8, 9, 10)]
+    whole = Image.alpha_composite(Image.alpha_composite(flat[0], flat[1]), flat[2]).convert("RGB")
+    whole.save(folder / "leak.jpg", quality=90)
+    result = run(campaign=local_campaign, recipe=recipe, images=str(folder), designs=str(root))
+    assert (result.metrics["designs"], result.metrics["duplicates"]) == (2, 1)
+    assert refused(local_campaign)["leak.jpg"][0] == "duplicate"
+
+
+def test_designs_that_are_none_are_one_line(tmp_path: Path, recipe: str, folder: Path, encoded: Encoded) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "0.png").write_bytes(encoded(1))  # numbered, but in no subfolder of its own
+    with pytest.raises(
+        LayerloopError, match=r"/d has no designs: give parquet in Crello's columns, or a folder with a sub"
+    ):
+        run(campaign=f"{tmp_path}/c", recipe=recipe, images=str(folder), designs=str(tmp_path / "d"))
+    pq.write_table(pq.read_table(io.BytesIO(parquet_of({"image": [b"x"]}))), tmp_path / "t.parquet")
+    with pytest.raises(
+        LayerloopError, match=r"/t\.parquet lacks the columns id, length, canvas_width, .*: give parquet in"
+    ):
+        run(campaign=f"{tmp_path}/c", recipe=recipe, images=str(folder), designs=str(tmp_path / "t.parquet"))
+    with pytest.raises(LayerloopError, match=r"^designs /nowhere does not exist"):
+        run(campaign=f"{tmp_path}/c", recipe=recipe, images=str(folder), designs="/nowhere")
+    assert not (tmp_path / "c").exists()
+
+
+def parquet_of(columns: dict[str, list[Any]]) -> bytes:
+    import pyarrow as pa
+
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------- doing it again
+
+
+def test_a_second_run_returns_the_committed_sources_without_reading_anything(
+    campaign_uri: str, recipe: str, folder: Path
+) -> None:
+    first = run(campaign=campaign_uri, recipe=recipe, images=str(folder))
+    for path in folder.rglob("*.*"):
+        path.write_bytes(b"?" * path.stat().st_size)  # unread, so of no matter
+    assert run(campaign=campaign_uri, recipe=recipe, images=str(folder)) == first
+    assert run(campaign=campaign_uri, recipe=recipe, images="") == first
+    shutil.rmtree(folder)
+    assert run(campaign=campaign_uri, recipe=recipe, images=str(folder)) == first
+
+
+def test_other_pictures_than_the_campaigns_are_refused(
+    local_campaign: str, recipe: str, folder: Path, tmp_path: Path
+) -> None:
+    run(campaign=local_campaign, recipe=recipe, images=str(folder))
+    go_on = "leave it empty to go on with the committed sources, or begin another campaign"
+    with pytest.raises(LayerloopError) as caught:
+        run(campaign=local_campaign, recipe=recipe, images=str(folder / "more"))
+    assert str(caught.value) == f"images is {folder}/more but the campaign's sources were made of {folder}: {go_on}"
+    with pytest.raises(LayerloopError) as caught:
+        run(campaign=local_campaign, recipe=recipe, images="", designs=str(tmp_path))
+    assert str(caught.value) == f"designs is {tmp_path} but the campaign's sources were made of none: {go_on}"
+    (folder / "new.png").write_bytes(b"x")
+    with pytest.raises(LayerloopError) as caught:
+        run(campaign=local_campaign, recipe=recipe, images=str(folder))
+    assert str(caught.value) == f"images {folder} has other files than when the campaign's sources were made: {go_on}"
+
+
+def test_another_recipe_is_refused_before_anything_is_read(local_campaign: str, recipe: str, folder: Path) -> None:
+    run(campaign=local_campaign, recipe=recipe, images=str(folder))
+    with pytest.raises(LayerloopError, match=r"was made with another recipe \(data\.resolution: 64 -> 128\)"):
+        run(campaign=local_campaign, recipe=recipe.replace("resolution: 64", "resolution: 128"), images="/nowhere")
+
+
+def test_lost_shards_are_told_and_not_passed_on(local_campaign: str, recipe: str, folder: Path) -> None:
+    run(campaign=local_campaign, recipe=recipe, images=str(folder))
+    open_store(local_campaign).delete("sources/train-000001.tar")
+    with pytest.raises(LayerloopError, match=r"train-000001\.tar is missing but a sources manifest names it"):
+        run(campaign=local_campaign, recipe=recipe, images=str(folder))
+
+
+def test_shards_of_an_interrupted_run_are_kept(campaign_uri: str, recipe: str, folder: Path) -> None:
+    first = run(campaign=campaign_uri, recipe=recipe, images=str(folder)).manifests["sources"]
+    store = open_store(campaign_uri)
+    store.delete("sources/manifest.json")
+    store.write("sources/train-000000.tar", store.read("sources/train-000000.tar")[:-3000])
+    assert run(campaign=campaign_uri, recipe=recipe, images=str(folder)).manifests["sources"] == first
+
+
+def test_a_killed_run_leaves_nothing_committed_and_the_next_one_finishes(
+    tmp_path: Path, recipe: str, encoded: Encoded, with_prompt: Callable[[str], str]
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    for seed in range(60):
+        (tmp_path / "pictures" / f"{seed}.png").write_bytes(encoded(seed))
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("images_per_shard: 3", "images_per_shard: 1"))
+    flags = ["--recipe", str(tmp_path / "recipe.yaml"), "--images", str(tmp_path / "pictures")]
+    command = [sys.executable, "-m", "layerloop.components.shard_dataset", *flags, "--campaign"]
+    clean, killed = with_prompt(f"{tmp_path}/clean"), with_prompt(f"{tmp_path}/killed")
+    subprocess.run([*command, clean], check=True, capture_output=True)
+
+    shards = tmp_path / "killed" / "sources"
+    with subprocess.Popen([*command, killed], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list(shards.glob("train-*.tar"))) < 5:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert 5 <= len(list(shards.glob("train-*.tar"))) < 58, "it was not killed in the middle"
+    assert Campaign.open(killed).find("sources") is None
+
+    subprocess.run([*command, killed], check=True, capture_output=True)
+    assert Campaign.open(killed).sources() == Campaign.open(clean).sources()
+    assert len(samples(killed, "train")) == 58
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("", "images is empty and {campaign} has no sources yet: give a folder of pictures"),
+        ("{tmp}/nowhere", f"images {{tmp}}/nowhere does not exist: {REMEDY}"),
+        ("{tmp}/hollow", f"images {{tmp}}/hollow is empty: {REMEDY}"),
+        ("{tmp}/text.png", "1 of 1 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input or "
+         f"allow more; the first is text.png: image begins with b'text', as no known format does: give a {KINDS}"),
+        ("{tmp}", "campaign {campaign} lies inside images {tmp}: choose a folder outside"),
+    ],
+)  # fmt: skip
+def test_bad_images_are_one_line_and_nothing_is_written(tmp_path: Path, recipe: str, images: str, message: str) -> None:
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "text.png").write_bytes(b"text")
+    place = {"tmp": tmp_path, "campaign": tmp_path / "c"}
+    with pytest.raises(LayerloopError) as caught:
+        run(campaign=f"{tmp_path}/c", recipe=recipe, images=images.format(**place))
+    assert str(caught.value) == message.format(**place)
+    assert not (tmp_path / "c").exists()
+
+
+def test_nothing_left_to_train_on_is_one_line(tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "text.png").write_bytes(b"text")
+    with pytest.raises(LayerloopError, match=r"text\.png has no picture left to train on: give some that can be read"):
+        run(
+            campaign=f"{tmp_path}/c",
+            recipe=recipe.replace("max_reject_fraction: 0.5", "max_reject_fraction: 1.0"),
+            images=str(tmp_path / "text.png"),
+        )
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("", "recipe is empty: give YAML text or the path of a YAML file"),
+        ("{tmp}/nowhere.yaml", "{tmp}/nowhere.yaml does not exist: was it moved or deleted, or is the URI misspelt?"),
+        ("name: test\nroll: {}", "recipe.roll is not a known key: did you mean 'rollout'?"),
+        ("name: [", "recipe is not YAML: "),
+        ("{tmp}/list.yaml", "recipe is list, not a mapping: start from a file of pipelines/recipes"),
+    ],
+)
+def test_bad_recipes_are_one_line(tmp_path: Path, folder: Path, recipe: str, message: str) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(LayerloopError) as caught:
+        run(campaign=f"{tmp_path}/c", recipe=recipe.replace("{tmp}", str(tmp_path)), images=str(folder))
+    assert str(caught.value).startswith(message.replace("{tmp}", str(tmp_path)))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_recipe_is_text_or_a_path_or_a_uri(
+    s3_bucket: str, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = parse_recipe(recipe)
+    (tmp_path / "r.yaml").write_text(recipe)
+    open_store(s3_bucket).write("r.yaml", recipe.encode())
+    monkeypatch.chdir(tmp_path)
+    for given in (recipe, "r.yaml", f"{tmp_path}/r.yaml", f"file://{tmp_path}/r.yaml", f"{s3_bucket}/r.yaml"):
+        assert read_recipe(given) == expected
+    assert read_recipe("name: test").name == "test"
+    assert read_recipe(expected.to_json().decode()) == expected
+
+
+def test_a_campaign_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, recipe: str, folder: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LayerloopError, match="/file/c cannot be written"):
+        run(campaign=f"{tmp_path}/file/c", recipe=recipe, images=str(folder))
+    with pytest.raises(LayerloopError, match="/file is a file, not a folder"):
+        run(campaign=f"{tmp_path}/file", recipe=recipe, images=str(folder))
+
+
+# ----------------------------------------------------------------------------------------------------------- the prompt
+
+
+def test_the_prompt_is_embedded_once_by_the_recipes_model(tmp_path: Path, recipe: str, folder: Path) -> None:
+    from safetensors.numpy import load
+
+    from layerloop.components.policy.model import LayeredPolicy
+    from layerloop.components.policy.tiny import build_tiny_pipeline, save_pipeline
+
+    save_pipeline(build_tiny_pipeline(vae_dim=8, blocks=1, heads=2, seed=3), tmp_path / "base")
+    text = recipe.replace("/no/such/model", str(tmp_path / "base")) + "lora: {rank: 2}\n"
+    run(campaign=f"{tmp_path}/c", recipe=text, images=str(folder))
+    place = Campaign.open(f"{tmp_path}/c")
+    embeds = load(read_file(place.store, place.sources().file("prompt.safetensors")))
+    expected = LayeredPolicy.load(parse_recipe(text).model, text_encoder=True).embed_prompt(
+        parse_recipe(text).model.prompt
+    )
+    assert list(embeds) == ["prompt_embeds"]
+    assert embeds["prompt_embeds"].dtype == np.float32
+    assert np.array_equal(embeds["prompt_embeds"], expected.numpy())
+
+    with pytest.raises(
+        LayerloopError, match=r"recipe\.data\.multiple is 8 but .*/base takes sides that are multiples of 16"
+    ):
+        run(
+            campaign=f"{tmp_path}/d",
+            recipe=text.replace("resolution: 64", "resolution: 64, multiple: 8"),
+            images=str(folder),
+        )
+    assert Campaign.open(f"{tmp_path}/d").find("sources") is None
+
+
+def test_a_model_that_is_not_there_is_one_line_and_nothing_is_committed(
+    tmp_path: Path, recipe: str, folder: Path
+) -> None:
+    with pytest.raises(LayerloopError, match="/no/such/model"):
+        run(campaign=f"{tmp_path}/c", recipe=recipe, images=str(folder))
+    assert Campaign.open(f"{tmp_path}/c").find("sources") is None
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_runs_as_a_kubeflow_task(
+    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[[str], str]
+) -> None:
+    def output(name: str) -> dict[str, Any]:
+        return {"artifacts": [{"name": name, "uri": str(tmp_path / "out" / name), "metadata": {}, "type": {}}]}
+
+    campaign = with_prompt(f"{tmp_path}/c")
+    task = {
+        "inputs": {"parameterValues": {"campaign": campaign, "recipe": recipe, "images": str(folder), "designs": ""}},
+        "outputs": {
+            "artifacts": {name: output(name) for name in ("sources", "policy", "metrics")},
+            "outputFile": str(tmp_path / "out" / "executor_output.json"),
+        },
+    }
+    command = [sys.executable, "-m", "layerloop.components.shard_dataset", "--executor-input", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "out" / "executor_output.json").read_text())["artifacts"]
+    assert told["policy"]["artifacts"][0]["metadata"]["iteration"] == 0
+    assert told["sources"]["artifacts"][0]["metadata"]["train"] == 5
+    assert told["metrics"]["artifacts"][0]["metadata"]["holdout"] == 2
+    sources = Manifest.from_json((tmp_path / "out" / "sources").read_bytes(), where="sources")
+    assert sources == Campaign.open(campaign).sources()
+
+
+def test_the_command_says_bad_input_in_one_line_and_exits_with_2(tmp_path: Path, recipe: str) -> None:
+    flags = ["--campaign", f"{tmp_path}/c", "--recipe", recipe, "--images", f"{tmp_path}/nowhere"]
+    command = [sys.executable, "-m", "layerloop.components.shard_dataset", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("started shard_dataset ")
+    assert lines[1:] == [f"error: images {tmp_path}/nowhere does not exist: {REMEDY}"]

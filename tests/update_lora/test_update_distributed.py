@@ -1,0 +1,85 @@
+"""The step under torchrun: two gloo processes on the CPU, with and without a sharded base."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from layerloop.components.update_lora.step import run
+
+from .conftest import Lab, MakeLab, nan_in_the_last_group
+
+
+def torchrun(lab: Lab, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port),
+        "-m", "layerloop.components.update_lora", "--campaign", lab.uri,
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_two_ranks_give_the_adapter_of_one_process_bit_for_bit_where_the_order_of_summation_is_the_same(
+    make_lab: MakeLab,
+) -> None:
+    """Six groups in three updates: two microbatches each, whose sum does not depend on which rank made which."""
+    labs = []
+    for name in ("alone", "together"):
+        lab = make_lab(name, update={"steps": 3, "microbatch": 8, "ema": 0.9}, rollout={"groups": 6})
+        lab.ready(1)
+        labs.append(lab)
+    alone, together = labs
+    result = run(campaign=alone.uri)
+    completed = torchrun(together)
+    assert completed.returncode == 0, completed.stderr
+    for name in ("adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors", "learner.json"):
+        path = f"{alone.campaign.policy_dir(1)}/{name}"
+        assert alone.store.read(path) == together.store.read(path), name
+    stored = together.campaign.policy(1)
+    assert stored.counts == result.manifests["policy"].counts
+    assert stored.metadata == result.manifests["policy"].metadata, "diagnostics are those of all ranks"
+
+
+def test_two_ranks_with_a_sharded_base_give_the_adapter_of_one_process_to_rounding(make_lab: MakeLab) -> None:
+    """FSDP2, uneven microbatches (so that one rank is padded), three updates, KL (the adapter switched off) and all."""
+    update = {"steps": 3, "microbatch": 3, "kl": 0.01}
+    labs = []
+    for name, fsdp in (("alone", False), ("together", True)):
+        lab = make_lab(name, update=update, rollout={"groups": 5}, model={"fsdp": fsdp, "gradient_checkpointing": True})
+        lab.ready(1)
+        labs.append(lab)
+    alone, together = labs
+    run(campaign=alone.uri)
+    completed = torchrun(together)
+    assert completed.returncode == 0, completed.stderr
+    one, two = load(alone.adapter(1)), load(together.adapter(1))
+    assert one.keys() == two.keys()
+    for key in one:
+        # a step of AdamW is at most the learning rate, 1e-3; rounding of a gradient moves it by parts of 1e-3 of that
+        torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=2e-6)
+
+
+def test_a_fault_that_one_rank_meets_stops_both_with_one_clear_line(make_lab: MakeLab) -> None:
+    lab = make_lab(update={"steps": 1})
+    lab.rollouts(1, change=nan_in_the_last_group)
+    lab.scores(1)
+    completed = torchrun(lab)
+    assert completed.returncode != 0
+    assert "window has NaN or infinite latents" in completed.stderr
+    lines = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2 and len(set(lines)) == 1, "each rank says the same line, none waits for the other"
+    assert not lab.committed(1)

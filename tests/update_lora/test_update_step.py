@@ -1,0 +1,375 @@
+"""The step `update_lora` on real trajectories: gradients, resuming, what it refuses, and that it learns."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load, save
+
+from layerloop.components.policy.lora import add_lora
+from layerloop.components.policy.model import Condition, LayeredPolicy
+from layerloop.components.policy.sampling import Plan, log_prob, replay_mean, rollout
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.trajectory import GroupRecord
+from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.shards import Sample, read_shard
+from layerloop.components.update_lora.step import run
+
+from .conftest import SIZE, WINDOW, G, Lab, MakeLab, nan_in_the_last_group, spread
+
+GRPO_EMA = {"ema": 0.9, "kl": 0.1}
+NFT_DECAY = {"algorithm": "nft", "ema": 0.9, "nft": {"timesteps": 2, "old_decay": 0.3, "beta": 0.5}}
+
+
+def state_of(lab: Lab, iteration: int, name: str = "optimizer.safetensors") -> dict[str, torch.Tensor]:
+    return load(lab.store.read(f"{lab.campaign.policy_dir(iteration)}/{name}"))
+
+
+def first_gradient(lab: Lab) -> dict[str, torch.Tensor]:
+    """The gradient of the only optimizer step taken: AdamW's first moment over 1 - beta_1."""
+    return {
+        key.removeprefix("exp_avg."): value / 0.1
+        for key, value in state_of(lab, 1).items()
+        if key.startswith("exp_avg.")
+    }
+
+
+# ---- the gradient
+
+
+def test_ratio_is_exactly_one_in_the_first_optimizer_step_and_close_to_it_in_the_next(lab: Lab) -> None:
+    metadata = run(campaign=lab.uri).manifests["policy"].metadata
+    assert metadata["first_log_ratio_abs"] == 0.0
+    assert 0.0 < metadata["log_ratio_abs"] < 0.01
+    assert metadata["replay_noise"] == pytest.approx(1.0, abs=0.03), "what is replayed is what was sampled"
+
+
+def test_gradient_is_that_of_the_textbook_surrogate_in_one_large_batch(make_lab: MakeLab) -> None:
+    """Against flow_grpo's form written out: log-probabilities of stored steps, PPO ratio, one autograd graph."""
+    lab = make_lab(update={"steps": 1, "ratio_norm": "mean", "reweight": False, "max_grad_norm": 1e9, "microbatch": 3})
+    lab.ready(1)
+    run(campaign=lab.uri)
+
+    policy = LayeredPolicy.load(lab.recipe.model)
+    add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
+    losses = []
+    (manifest,) = lab.campaign.rollouts(1)
+    for key, members in (sample for shard in manifest.shards for sample in read_shard(lab.store, shard)):
+        if "condition.safetensors" in members:
+            record = GroupRecord.from_json(members["json"], where=key)
+            rewards = torch.tensor([spread(1, record.group, c) for c in range(G)], dtype=torch.float64)
+            advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
+            condition = Condition(load(members["condition.safetensors"])["condition"][None], lab.prompt()[None], 32, 32)
+            continue
+        window = load(members["trajectory.safetensors"])["window"]
+        for j in range(WINDOW):
+            i = record.window_start + j
+            v = policy.velocity(window[j : j + 1], record.sigmas[i], condition)
+            mean, s = replay_mean(window[j : j + 1], v, record.sigmas, i, record.etas[j], record.dynamics)
+            logp = log_prob(window[j + 1 : j + 2], mean, s)
+            losses.append(-float(advantages[int(key[-2:])]) * (logp - logp.detach()).exp())
+    torch.cat(losses).mean().backward()
+
+    ours = first_gradient(lab)
+    for name, parameter in policy.trainable_parameters().items():
+        textbook = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(ours[name.replace(".default", "")], textbook, rtol=2e-4, atol=1e-7)
+    assert max(float(g.abs().max()) for g in ours.values()) > 1e-4, "there was a gradient to compare"
+
+
+@pytest.mark.parametrize("update", [{}, {"algorithm": "nft", "nft": {"timesteps": 2}}], ids=["grpo", "nft"])
+def test_gradient_does_not_depend_on_the_size_of_the_microbatches(make_lab: MakeLab, update: dict[str, Any]) -> None:
+    gradients = []
+    for microbatch in (1, 3, 100):
+        lab = make_lab(f"by-{microbatch}", update={"steps": 1, "microbatch": microbatch, "max_grad_norm": 1e9} | update)
+        lab.ready(1)
+        run(campaign=lab.uri)
+        gradients.append(first_gradient(lab))
+    scale = max(float(g.abs().max()) for g in gradients[0].values())
+    for other in gradients[1:]:
+        for key, gradient in gradients[0].items():
+            torch.testing.assert_close(other[key], gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_gradient_is_clipped_by_its_global_norm(make_lab: MakeLab) -> None:
+    norms = []
+    for limit in (1e9, 1e-3):
+        lab = make_lab(f"limit-{limit}", update={"steps": 1, "max_grad_norm": limit})
+        lab.ready(1)
+        reported = run(campaign=lab.uri).metrics["gradient_norm"]
+        applied = math.sqrt(sum(float((g.double() ** 2).sum()) for g in first_gradient(lab).values()))
+        norms.append((reported, applied))
+    assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-5)
+    assert norms[1][0] == norms[0][0], "reported before clipping"
+    assert norms[1][1] == pytest.approx(1e-3, rel=1e-5)
+
+
+def test_reweighting_gives_every_timestep_the_same_gradient_on_the_velocity(make_lab: MakeLab) -> None:
+    gradients = {}
+    for reweight in (True, False):
+        lab = make_lab(f"reweight-{reweight}", update={"steps": 1, "reweight": reweight})
+        lab.ready(1)
+        gradients[reweight] = run(campaign=lab.uri).manifests["policy"].metadata["per_timestep"]["velocity_gradient"]
+    assert gradients[True][1] == pytest.approx(gradients[True][0], rel=0.05)
+    assert gradients[False][1] > 1.2 * gradients[False][0], "steps of the layered schedule are uneven"
+
+
+def test_kl_to_the_base_is_zero_before_the_first_update_and_positive_after_it(make_lab: MakeLab) -> None:
+    lab = make_lab(update={"kl": 0.1, "steps": 2})
+    lab.ready(1)
+    assert 0.0 < run(campaign=lab.uri).metrics["kl"] < 1e-3
+    one = make_lab("one-step", update={"kl": 0.1, "steps": 1})
+    one.ready(1)
+    assert run(campaign=one.uri).metrics["kl"] == 0.0, "a new adapter leaves the base as it is, bit for bit"
+
+
+@pytest.mark.parametrize("wish", [1, -1], ids=["higher", "lower"])
+@pytest.mark.parametrize("update", [{}, {"algorithm": "nft"}], ids=["grpo", "nft"])
+def test_it_learns_what_is_rewarded(make_lab: MakeLab, update: dict[str, Any], wish: int) -> None:
+    """Reward: the mean of some channels of the final latents, or its negative. The deterministic policy follows."""
+    rewards: dict[tuple[int, int, int], float] = {}
+
+    def judge(samples: list[Sample]) -> list[Sample]:
+        for key, members in samples:
+            if "trajectory.safetensors" in members:
+                final = load(members["trajectory.safetensors"])["final"]
+                rewards[int(key[1:7]), int(key[9:15]), int(key[17:])] = wish * float(final[:, :16].mean())
+        return samples
+
+    lab = make_lab(
+        update={"learning_rate": 1e-2, "microbatch": 64} | update,
+        rollout={"group_size": 16, "noise": {"eta": 1.0}},
+    )
+
+    def value(iteration: int) -> float:
+        policy = lab.policy(iteration)
+        noise = torch.cat([policy.noise(seed, 2, SIZE, SIZE) for seed in range(16)])
+        condition = Condition(torch.ones(1, 4, 64), lab.prompt()[None], SIZE, SIZE)
+        plan = Plan(sigmas=policy.sigmas(10, SIZE, SIZE), outside="euler")
+        return float(rollout(policy, condition, noise, plan).final[..., :16].mean())
+
+    for iteration in range(1, 7):
+        lab.rollouts(iteration, change=judge)
+        lab.scores(iteration, lambda *who: rewards[who])
+        run(campaign=lab.uri)
+    assert wish * (value(6) - value(0)) > 0.01
+
+
+# ---- files and resuming
+
+
+def test_the_adapter_is_peft_layout_and_loads_with_peft_itself(lab: Lab) -> None:
+    run(campaign=lab.uri)
+    folder = Path(lab.uri) / lab.campaign.policy_dir(1)
+    ours = lab.policy(1)
+    theirs = LayeredPolicy.load(lab.recipe.model)
+    latents, condition = ours.noise(3, 2, 32, 32), Condition(torch.ones(1, 4, 64), lab.prompt()[None], 32, 32)
+    with torch.no_grad():
+        before = theirs.velocity(latents, 0.9, condition)
+        theirs.transformer = PeftModel.from_pretrained(theirs.transformer, folder)
+        assert torch.equal(theirs.velocity(latents, 0.9, condition), ours.velocity(latents, 0.9, condition))
+    assert not torch.equal(before, ours.velocity(latents, 0.9, condition))
+
+
+@pytest.mark.parametrize("update", [GRPO_EMA, NFT_DECAY], ids=["grpo-ema", "nft-decay"])
+def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
+    make_lab: MakeLab, tmp_path: Path, update: dict[str, Any]
+) -> None:
+    whole = make_lab(update=update)
+    for iteration in (1, 2):
+        whole.ready(iteration)
+        run(campaign=whole.uri)
+    shutil.copytree(whole.uri, tmp_path / "moved")
+    resumed = Lab(Campaign.open(str(tmp_path / "moved")))
+    for iteration in (3, 4):
+        for lab in (whole, resumed):
+            lab.ready(iteration)
+        run(campaign=whole.uri)
+        subprocess.run(  # in a process that knows nothing of the first two
+            [sys.executable, "-m", "layerloop.components.update_lora", "--campaign", resumed.uri],
+            check=True, capture_output=True, timeout=120,
+        )  # fmt: skip
+    names = ["adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors", "learner.json"]
+    for name in names:
+        path = f"{whole.campaign.policy_dir(4)}/{name}"
+        assert whole.store.read(path) == resumed.store.read(path), name
+    assert whole.adapter(4) != whole.adapter(2)
+
+
+def test_the_average_follows_the_adapter(make_lab: MakeLab) -> None:
+    lab = make_lab(update={"ema": 0.5, "steps": 1})
+    averages = []
+    for iteration in (1, 2):
+        lab.ready(iteration)
+        run(campaign=lab.uri)
+        averages.append((state_of(lab, iteration, "ema.safetensors"), load(lab.adapter(iteration))))
+    (first, weights), (second, later) = averages
+    for key in later:
+        # decays of the warm-up: 1/10, then 2/11
+        expected = 2 / 11 * first[key] + 9 / 11 * later[key]
+        torch.testing.assert_close(second[key], expected)
+    assert any(not torch.equal(weights[key], first[key]) for key in weights)
+
+
+def test_nft_with_decay_samples_from_a_policy_that_lags_behind_the_trained_one(make_lab: MakeLab) -> None:
+    lab = make_lab(update=NFT_DECAY)
+    lab.ready(1)
+    run(campaign=lab.uri)
+    policy = LayeredPolicy.load(lab.recipe.model)
+    add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
+    start = {name.replace(".default", ""): p.detach() for name, p in policy.trainable_parameters().items()}
+    trained = state_of(lab, 1)
+    for key, sampling in load(lab.adapter(1)).items():
+        key = key.removeprefix("base_model.model.")
+        torch.testing.assert_close(sampling, 0.3 * start[key] + 0.7 * trained[f"trained.{key}"])
+
+
+def test_a_committed_iteration_is_returned_and_not_done_again(lab: Lab) -> None:
+    first = run(campaign=lab.uri, iteration=1)
+    before = lab.store.sizes()
+    lab.store.delete("sources/manifest.json")  # nothing is read but what was committed
+    assert run(campaign=lab.uri, iteration=1).manifests == first.manifests
+    assert lab.store.sizes().keys() == before.keys() - {"sources/manifest.json"}
+
+
+def test_files_of_a_killed_attempt_are_replaced(lab: Lab) -> None:
+    lab.store.write(f"{lab.campaign.policy_dir(1)}/adapter_model.safetensors", b"half an adapter")
+    manifest = run(campaign=lab.uri).manifests["policy"]
+    assert len(lab.adapter(1)) == manifest.file("adapter_model.safetensors").bytes
+
+
+def test_without_a_group_that_teaches_the_adapter_stays_and_the_campaign_goes_on(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(campaign=lab.uri)
+    lab.ready(2, lambda *_: 0.7)
+    result = run(campaign=lab.uri)
+    assert lab.adapter(2) == lab.adapter(1)
+    assert state_of(lab, 2).keys() == state_of(lab, 1).keys()
+    filtered = [result.metrics[name] for name in ("groups", "groups_filtered", "filtered_fraction")]
+    assert filtered == [0, 4, 1]
+    assert "no group teaches anything, so the adapter is committed unchanged" in capsys.readouterr().err
+    lab.ready(3)
+    run(campaign=lab.uri)
+    assert lab.adapter(3) != lab.adapter(2)
+
+
+def test_masked_candidates_are_left_out_and_counted(lab: Lab, make_lab: MakeLab) -> None:
+    lab = make_lab("masked")
+    lab.ready(1, lambda k, g, c: None if (g, c) in {(0, 1), (2, 3)} else spread(k, g, c))
+    result = run(campaign=lab.uri)
+    assert (result.metrics["candidates"], result.metrics["candidates_masked"]) == (14, 2)
+
+
+def test_it_starts_from_an_adapter_that_the_recipe_names(lab: Lab, make_lab: MakeLab) -> None:
+    run(campaign=lab.uri)
+    source = Path(lab.uri) / lab.campaign.policy_dir(1)
+    sha256 = lab.campaign.policy(1).metadata["adapter_sha256"]
+    follower = make_lab("follower", lora={"rank": 2, "alpha": 2.0, "start_from": str(source)})
+    policy = lab.policy(1)
+    follower.policy = lambda iteration: policy  # type: ignore[method-assign]
+    follower.rollouts(1, change=changed_record(everywhere=True, adapter_sha256=sha256))
+    follower.scores(1)
+    assert run(campaign=follower.uri).metrics["replay_noise"] == pytest.approx(1.0, abs=0.03)
+    start, now = load(lab.adapter(1)), load(follower.adapter(1))
+    distance = max(float((start[key] - now[key]).abs().max()) for key in start)
+    assert 0 < distance < 3e-3, "two steps of 1e-3 away from where it began"
+
+
+# ---- what it refuses
+
+
+def changed_record(*, everywhere: bool = False, **fields: object) -> Callable[[list[Sample]], list[Sample]]:
+    """Change the record of the last group, or of all."""
+
+    def change(samples: list[Sample]) -> list[Sample]:
+        records = [members for _, members in samples if "condition.safetensors" in members]
+        for members in records if everywhere else records[-1:]:
+            members["json"] = json.dumps(json.loads(members["json"]) | fields).encode()
+        return samples
+
+    return change
+
+
+def short_latents(samples: list[Sample]) -> list[Sample]:
+    tensors = load(samples[1][1]["trajectory.safetensors"])
+    tensors["window"] = tensors["window"][:, :-1].contiguous()
+    samples[1][1]["trajectory.safetensors"] = save(tensors)
+    return samples
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed_record(base_fingerprint="e" * 64), "sampled from a base model with fingerprint eeeeeeeeeeee"),
+        (
+            changed_record(adapter_sha256="f" * 64),
+            "with adapter ffffffffffff, the policy of iteration 0 has none",
+        ),
+        (changed_record(schema_version=2), "has schema_version 2, this version of layerloop reads 1"),
+        (changed_record(iteration=4), "is of iteration 4, not 1"),
+        (changed_record(window_size=1, etas=[0.7]), "has an SDE window of 1 steps"),
+        (nan_in_the_last_group, "i000001-g000003-c03.trajectory.safetensors window has NaN or infinite latents"),
+        (short_latents, "its record says 3 x 8 x any"),
+        (lambda samples: samples[:1] + samples[2:], "lack candidate 0 of group 0, which was scored"),
+    ],
+    ids=["base", "adapter", "schema", "iteration", "window", "nan", "shape", "missing"],
+)
+def test_a_shard_that_this_policy_did_not_sample_is_refused(
+    make_lab: MakeLab, change: Callable[[list[Sample]], list[Sample]], message: str
+) -> None:
+    lab = make_lab()
+    lab.rollouts(1, change=change)
+    lab.scores(1)
+    with pytest.raises(LayerloopError) as raised:
+        run(campaign=lab.uri)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not lab.committed(1)
+
+
+def test_a_reward_that_is_not_a_number_is_refused(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    lab.rollouts(1)
+    lab.scores(1, lambda _, g, c: math.nan if (g, c) == (1, 2) else 0.1 * c)
+    with pytest.raises(LayerloopError, match=r"i000001-g000001-c02.json.reward is nan"):
+        run(campaign=lab.uri)
+    assert not lab.committed(1)
+
+
+def test_an_exploding_gradient_stops_the_step_and_commits_nothing(make_lab: MakeLab) -> None:
+    lab = make_lab(update={"stop_grad_norm": 1e-6})
+    lab.ready(1)
+    with pytest.raises(LayerloopError, match=r"gradient norm of optimizer step 1 of iteration 1 is .* above .* 1e-06"):
+        run(campaign=lab.uri)
+    assert not lab.committed(1)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_step_and_commits_nothing(make_lab: MakeLab) -> None:
+    lab = make_lab(update={"learning_rate": 1e30})  # the second step meets weights of 1e30
+    lab.ready(1)
+    with pytest.raises(LayerloopError, match="gradient norm of optimizer step 2 of iteration 1 is nan"):
+        run(campaign=lab.uri)
+    assert not lab.committed(1)
+
+
+def test_an_iteration_without_scores_names_what_to_run(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    lab.rollouts(1)
+    with pytest.raises(LayerloopError, match="scores is not committed: run score_rollouts first"):
+        run(campaign=lab.uri)
+
+
+def test_an_iteration_ahead_of_its_policy_is_refused(lab: Lab) -> None:
+    with pytest.raises(LayerloopError, match="iterations/000002/policy is not committed: run update_lora first"):
+        run(campaign=lab.uri, iteration=3)
