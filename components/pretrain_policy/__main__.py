@@ -1,0 +1,3 @@
+from layerloop.components.pretrain_policy.step import main
+
+main()

@@ -1,0 +1,133 @@
+"""What both trainings share: a budget in minutes, an averaged copy of the weights, checkpoints, progress lines."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Averaged:
+    """Exponential moving average of a module's parameters; the average forgets over the last `1 / (1 - decay)`
+    steps."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = [parameter.detach().clone() for parameter in module.parameters()]
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in module.parameters()], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        for parameter, average in zip(module.parameters(), self.shadow, strict=True):
+            parameter.copy_(average)
+
+
+class Training:
+    """A resumable optimisation of one module for `minutes`, with cosine decay over that time.
+
+    Time, not steps, is the budget: what a laptop spends an evening on. A checkpoint holds everything but the data,
+    which is drawn anew from the seed and the step.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Module, *, minutes: float, peak: float, decay: float, checkpoint: Path
+    ) -> None:
+        self.name, self.module, self.checkpoint = name, module, checkpoint
+        self.budget, self.peak = minutes * 60, peak
+        self.optimizer = torch.optim.AdamW(
+            module.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        )
+        self.average = Averaged(module, decay)
+        self.step, self.spent = 0, 0.0
+        self._tick = time.monotonic()
+        self._saved = self._told = self._tick
+        if checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True)
+            module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average.shadow = state["average"]
+            self.step, self.spent = state["step"], state["spent"]
+            print(f"{name}: continues at step {self.step} after {self.spent / 60:.1f} min", flush=True)
+
+    @property
+    def done(self) -> bool:
+        return self.spent >= self.budget
+
+    def start_clock(self) -> None:
+        """Count from now: making data and compiling are not part of the budget."""
+        self._tick = self._saved = self._told = time.monotonic()
+
+    def advance(self, loss: torch.Tensor, clip: float = 1.0) -> None:
+        """One optimizer step on `loss`."""
+        rate = learning_rate(min(1.0, self.spent / self.budget), self.peak)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), clip)
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        else:
+            print(f"{self.name}: step {self.step} left out, gradient norm {norm:.2g}", flush=True)
+        self.step += 1
+        self.average.update(self.module, self.step)
+        now = time.monotonic()
+        self.spent += now - self._tick
+        self._tick = now
+        if now - self._saved > 120 or self.done:
+            self.save()
+            self._saved = now
+
+    def tell(self, figures: dict[str, float], every: float = 20.0) -> None:
+        """A progress line every `every` seconds."""
+        now = time.monotonic()
+        if now - self._told < every and not self.done:
+            return
+        self._told = now
+        values = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        print(
+            f"{self.name}: step {self.step}  {self.spent / 60:.1f} of {self.budget / 60:.0f} min  "
+            f"{1000 * self.spent / max(1, self.step):.0f} ms a step  {values}",
+            flush=True,
+        )
+
+    def save(self) -> None:
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.shadow,
+            "step": self.step,
+            "spent": self.spent,
+        }
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.checkpoint)
+
+
+def learning_rate(progress: float, peak: float, warm_up: float = 0.02) -> float:
+    """Linear warm-up, then a cosine to a hundredth of `peak`; `progress` in [0, 1]."""
+    if progress < warm_up:
+        return peak * max(progress, 1e-3) / warm_up
+    along = min(1.0, (progress - warm_up) / (1 - warm_up))
+    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * along)) / 2)
+
+
+def restore_average(module: nn.Module, checkpoint: Path) -> int:
+    """Put a checkpoint's averaged weights into `module`; returns its step. Raises FileNotFoundError where there is
+    none."""
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"{checkpoint} does not exist: run that stage of the training first")
+    state = torch.load(checkpoint, weights_only=True)
+    with torch.no_grad():
+        for parameter, average in zip(module.parameters(), state["average"], strict=True):
+            parameter.copy_(average)
+    module.eval().requires_grad_(False)
+    return int(state["step"])
