@@ -1,0 +1,337 @@
+"""The `layerloop` command. It parses, imports what the command needs, and turns refusals into one line and a status."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from layerloop.components.schema.errors import LayerloopError
+
+DESCRIPTION = """\
+Fine-tune an image layer decomposition model by reinforcement learning, as a Kubeflow pipeline or on this machine.
+
+  layerloop demo                                     everything on embedded defaults, on this machine
+  layerloop run --images photos --campaign mine      the same on your own pictures
+  layerloop compile -o pipeline.yaml                 the pipeline for a Kubeflow cluster
+  layerloop campaign show mine                       how far a campaign is, and its rewards
+"""
+
+RUN_EXAMPLES = """\
+examples:
+  layerloop run --images photos/ --campaign campaigns/mine --judge-url http://127.0.0.1:8000/v1
+  OPENAI_API_KEY=... layerloop run --images 's3://bucket/photos/*' --campaign s3://bucket/mine \\
+      --recipe my-recipe.yaml --judge-url https://api.example.com/v1 --iterations 10
+
+Run it again to continue from the campaign's head. Nothing that is done is done twice.
+"""
+
+COMPILE_EXAMPLES = """\
+examples:
+  layerloop compile -o train.yaml --recipe paper --iterations 5 --workers 4 --cluster cluster.yaml
+  layerloop compile -o nightly.yaml --pipeline evaluate --recipe my-recipe.yaml --cluster cluster.yaml
+
+A run covers a fixed number of iterations; a campaign is a chain of runs. cluster.yaml names images by digest, GPUs,
+queues and secrets: see manifests/README.md.
+"""
+
+SUBMIT_EXAMPLES = """\
+examples:
+  layerloop submit train.yaml --host https://kfp.example.com --wait -p campaign=s3://bucket/mine \\
+      -p images=s3://bucket/photos -p judge_url=http://judge.layerloop.svc/v1
+
+exit status with --wait: 0 when the run succeeded, 1 when it failed, was cancelled or took longer than --timeout.
+"""
+
+SCHEDULE_EXAMPLES = """\
+examples:
+  layerloop schedule apply nightly.yaml --host https://kfp.example.com --name nightly --cron '0 0 2 * * *' \\
+      -p campaign=s3://bucket/mine
+
+The cron expression has six fields, seconds first, in the cluster's time zone. A schedule of the same name is replaced.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: 0 done, 1 a failure, 2 bad input (one `error: ...` line), 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(arguments.handler(arguments) or 0)
+    except LayerloopError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(getattr(error, "status", 2))
+    except KeyboardInterrupt:
+        print("interrupted: what was done is kept, run the same command to go on", file=sys.stderr)
+        return 130
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.demo import run_demo
+
+    folder = Path(arguments.folder)
+    if arguments.images and not arguments.campaign:
+        raise LayerloopError("--campaign is not given: other pictures need another campaign than the demo's, name it")
+    job = _job(arguments, campaign=arguments.campaign or str(folder / "campaign"))
+    run_demo(job, folder=folder, fresh=arguments.fresh)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    import os
+
+    from layerloop.components.schema.recipe import parse_recipe
+    from layerloop.pipelines.inputs import check_judge
+    from layerloop.pipelines.job import run_job, say_what_was_made
+
+    judge_url = arguments.judge_url or os.environ.get("OPENAI_BASE_URL", "")
+    if not judge_url:
+        raise LayerloopError("--judge-url is empty: give an OpenAI-compatible base URL, or run `layerloop judge serve`")
+    job = _job(arguments, campaign=arguments.campaign)
+    judge = parse_recipe(job.recipe).judge
+    check_judge(judge_url, judge)
+    print(f"judge {judge.model} at {judge_url}", flush=True)
+    say_what_was_made(run_job(job, runs=Path(arguments.runs)), job)
+
+
+def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:
+    from layerloop.pipelines.inputs import recipe_text
+    from layerloop.pipelines.job import Job
+
+    return Job(
+        campaign=campaign,
+        images=arguments.images,
+        designs=arguments.designs,
+        recipe=recipe_text(arguments.recipe, arguments.set),
+        judge_url=arguments.judge_url,
+        iterations=arguments.iterations,
+        workers=arguments.workers,
+    )
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.cluster import Cluster, read_cluster
+    from layerloop.pipelines.compiled import write_pipeline
+    from layerloop.pipelines.evaluate import evaluate_pipeline
+    from layerloop.pipelines.inputs import recipe_text
+    from layerloop.pipelines.train import container_tasks, train_pipeline
+
+    recipe = recipe_text(arguments.recipe, arguments.set)
+    cluster = read_cluster(arguments.cluster) if arguments.cluster else Cluster()
+    if arguments.pipeline == "train":
+        counts = {"iterations": arguments.iterations, "workers": arguments.workers}
+        pipeline, tasks = train_pipeline(**counts, recipe=recipe, cluster=cluster), container_tasks(**counts)
+    else:
+        pipeline, tasks = evaluate_pipeline(recipe=recipe, cluster=cluster), 2
+    path = write_pipeline(pipeline, Path(arguments.output))
+    print(f"{path}: {arguments.pipeline} pipeline, {tasks} container tasks, {path.stat().st_size / 1024:.0f} KiB")
+    if not arguments.cluster:
+        print("images are named without a registry: give --cluster FILE for a pipeline that a cluster can run")
+
+
+def _recipe(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.inputs import packaged_recipes, recipe_text
+
+    if arguments.recipe:
+        print(recipe_text(arguments.recipe, arguments.set), end="")
+    for name, text in {} if arguments.recipe else packaged_recipes().items():
+        print(f"{name:8} {text.splitlines()[0].lstrip('# ')}")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.show import campaign_text
+
+    print(campaign_text(arguments.uri))
+
+
+def _judge_serve(arguments: argparse.Namespace) -> None:
+    from layerloop.components.judge.server import serve
+
+    serve(arguments.host, arguments.port)
+
+
+def _judge_check(arguments: argparse.Namespace) -> None:
+    from layerloop.components.schema.judging import JudgeRecipe
+    from layerloop.pipelines.inputs import check_judge
+
+    models = check_judge(arguments.url, JudgeRecipe(model=arguments.model))
+    print(f"judge {arguments.model} at {arguments.url} answers; it serves {', '.join(models) or 'no list of models'}")
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from layerloop.pipelines.submit import connect, submit
+
+    parameters = _parameters(arguments.parameter)
+    return submit(
+        connect(arguments.host),
+        Path(arguments.package),
+        parameters,
+        experiment=arguments.experiment,
+        namespace=arguments.namespace,
+        run_name=arguments.run_name,
+        wait=arguments.wait,
+        timeout=arguments.timeout,
+    )
+
+
+def _schedule(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.submit import apply_schedule, connect
+
+    apply_schedule(
+        connect(arguments.host),
+        Path(arguments.package),
+        _parameters(arguments.parameter),
+        experiment=arguments.experiment,
+        namespace=arguments.namespace,
+        name=arguments.name,
+        cron=arguments.cron,
+    )
+
+
+def _parameters(pairs: Sequence[str]) -> dict[str, str]:
+    """`key=value` arguments; `key=@file` reads a file, a recipe for instance."""
+    parameters = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise LayerloopError(f"parameter {pair!r} has no value: write it as name=value")
+        if value.startswith("@"):
+            try:
+                value = Path(value[1:]).read_text()
+            except (OSError, UnicodeDecodeError):
+                raise LayerloopError(f"parameter {key} names the file {value[1:]}, which cannot be read") from None
+        parameters[key] = value
+    return parameters
+
+
+# --------------------------------------------------------------------------------------------------------------- parser
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; also what the README's commands are tested against."""
+    parser = argparse.ArgumentParser(
+        prog="layerloop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    demo = _command(commands, "demo", _demo, "run everything on this machine with embedded defaults, and make a report")
+    demo.add_argument("--fresh", action="store_true", help="remove the demo's campaign and start anew")
+    demo.add_argument("--folder", default="demo", metavar="DIR", help="where everything goes (default: %(default)s)")
+    demo.add_argument("--campaign", default="", metavar="DIR", help="the campaign (default: DIR/campaign of --folder)")
+    demo.add_argument("--images", default="", metavar="URI", help="your own pictures in place of the demo's")
+    _job_options(demo, recipe="tiny")
+
+    run = _command(
+        commands, "run", _run, "run the training pipeline on this machine on your own pictures", RUN_EXAMPLES
+    )
+    run.add_argument(
+        "--campaign", required=True, metavar="URI", help="folder or s3://bucket/prefix that holds the state"
+    )
+    run.add_argument("--images", required=True, metavar="URI", help="folder, glob, WebDataset or parquet of pictures")
+    run.add_argument("--runs", default="layerloop-runs", metavar="DIR", help="logs of this run (default: %(default)s)")
+    _job_options(run, recipe="tiny")
+
+    compile_ = _command(commands, "compile", _compile, "write a pipeline as YAML for Kubeflow", COMPILE_EXAMPLES)
+    compile_.add_argument("-o", "--output", required=True, metavar="FILE", help="the YAML file to write")
+    compile_.add_argument("--pipeline", choices=("train", "evaluate"), default="train", help="(default: %(default)s)")
+    compile_.add_argument(
+        "--recipe", default="paper", metavar="NAME|FILE", help="default recipe (default: %(default)s)"
+    )
+    compile_.add_argument("--cluster", default="", metavar="FILE", help="YAML: images by digest, GPUs, queues, secrets")
+    _set_option(compile_)
+    _counts(compile_)
+
+    recipe = _command(commands, "recipe", _recipe, "list the packaged recipes, or print one to begin your own with")
+    recipe.add_argument("recipe", nargs="?", metavar="NAME|FILE", help="which to print")
+    _set_option(recipe)
+
+    submit = _command(commands, "submit", _submit, "start a run on a cluster, and wait for it", SUBMIT_EXAMPLES)
+    _client_options(submit)
+    submit.add_argument("--run-name", default=None, help="(default: made by KFP)")
+    submit.add_argument("--wait", action="store_true", help="wait for the end and let the exit status tell it")
+    submit.add_argument("--timeout", type=float, default=None, metavar="SECONDS", help="with --wait: wait no longer")
+
+    schedule = commands.add_parser("schedule", help="recurring runs on a cluster").add_subparsers(required=True)
+    apply = _command(schedule, "apply", _schedule, "create or replace a recurring run", SCHEDULE_EXAMPLES)
+    _client_options(apply)
+    apply.add_argument("--name", required=True, help="name of the recurring run")
+    apply.add_argument("--cron", required=True, help="six fields, seconds first: '0 0 2 * * *'")
+
+    judge = commands.add_parser("judge", help="the reference judge, and a check of any judge").add_subparsers(
+        required=True
+    )
+    serve = _command(judge, "serve", _judge_serve, "serve the reference judge, rules that stand in for a VLM")
+    serve.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
+    serve.add_argument("--port", type=int, default=8788, metavar="N", help="0 takes a free one (default: %(default)s)")
+    check = _command(judge, "check", _judge_check, "ask an OpenAI-compatible endpoint for its models")
+    check.add_argument("--model", default="layerloop-reference-judge", help="model to ask for (default: %(default)s)")
+    check.add_argument("url", metavar="URL", help="base URL; key: OPENAI_API_KEY")
+
+    campaign = commands.add_parser("campaign", help="look into a campaign").add_subparsers(required=True)
+    show = _command(campaign, "show", _show, "head, iterations, rewards and sizes as a table")
+    show.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
+    return parser
+
+
+def _command(commands: Any, name: str, handler: Any, summary: str, examples: str = "") -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _job_options(parser: argparse.ArgumentParser, *, recipe: str) -> None:
+    parser.add_argument("--designs", default="", metavar="URI", help="held-out designs with known layers (parquet)")
+    parser.add_argument(
+        "--judge-url", default="", metavar="URL", help="OpenAI-compatible base URL; key: OPENAI_API_KEY"
+    )
+    parser.add_argument(
+        "--recipe", default=recipe, metavar="NAME|FILE", help="a packaged recipe or a YAML file (default: %(default)s)"
+    )
+    _set_option(parser)
+    _counts(parser)
+
+
+def _set_option(parser: argparse.ArgumentParser) -> None:
+    help_ = "change a value of the recipe, such as judge.model=qwen3-vl (may be repeated)"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_)
+
+
+def _counts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--iterations", type=int, default=3, metavar="N", help="iterations of one run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="pods that share an iteration's rollouts (default: %(default)s)",
+    )
+
+
+def _client_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", metavar="FILE", help="a pipeline that `layerloop compile` wrote")
+    help_ = "a pipeline parameter (may be repeated); NAME=@FILE reads a file"
+    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help=help_)
+    parser.add_argument("--host", default=None, metavar="URL", help="KFP endpoint (default: KFP's own configuration)")
+    parser.add_argument("--namespace", default=None, help="the Kubeflow profile's namespace, in multi-user mode")
+    parser.add_argument("--experiment", default="layerloop", help="(default: %(default)s)")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

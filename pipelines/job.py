@@ -1,0 +1,59 @@
+"""The training job on this machine: the compiled pipeline, run step by step, and what it made."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from layerloop.components.schema.manifest import Manifest
+from layerloop.pipelines.compiled import write_pipeline
+from layerloop.pipelines.inputs import absolute
+from layerloop.pipelines.local import LocalRun, run_pipeline
+from layerloop.pipelines.train import train_pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the training pipeline is run with; paths may be relative to the working directory."""
+
+    campaign: str
+    images: str
+    recipe: str  # YAML text
+    designs: str = ""
+    judge_url: str = ""
+    name: str = ""
+    iterations: int = 3
+    workers: int = 2
+
+
+def run_job(job: Job, *, runs: Path) -> LocalRun:
+    """Compile the training pipeline and run it here, in a folder of its own under `runs`.
+
+    Raises:
+        LayerloopError: bad input, or a step failed.
+    """
+    folder = runs / time.strftime("%Y%m%d-%H%M%S")
+    pipeline = train_pipeline(iterations=job.iterations, workers=job.workers, recipe=job.recipe)
+    package = write_pipeline(pipeline, folder / "pipeline.yaml")
+    arguments = {
+        "campaign": absolute(job.campaign),
+        "images": absolute(job.images),
+        "designs": absolute(job.designs),
+        "judge_url": job.judge_url,
+        "name": job.name,
+    }
+    print(f"{package}: {job.iterations} iterations, {job.workers} workers; logs beside it", flush=True)
+    return run_pipeline(package, arguments, folder=folder)
+
+
+def say_what_was_made(run: LocalRun, job: Job) -> None:
+    """End a run by naming its report and its adapter: paths, or URIs where the campaign is not a folder."""
+    evaluation = Manifest.from_json(run.last("evaluate_adapter").output("evaluation"), where="evaluation manifest")
+    published = Manifest.from_json(run.last("publish_adapter").output("adapter"), where="adapter manifest")
+    root = absolute(job.campaign).removeprefix("file://").rstrip("/")
+    folder = published.file("adapter_model.safetensors").name.rsplit("/", 2)[0]  # above peft/ and diffusers/
+    print()
+    print(f"campaign {root}: iteration {published.iteration}, {len(run.steps)} steps in {run.seconds:.0f} s")
+    print(f"report   {root}/{evaluation.file('report.html').name}")
+    print(f"adapter  {root}/{folder}", flush=True)

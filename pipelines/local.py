@@ -1,0 +1,294 @@
+"""Runs a compiled pipeline on this machine: kfp.local walks the DAG, every step is a process of its own.
+
+kfp.local's SubprocessRunner refuses container components, although their commands run as well where the package is
+installed. `step_processes` below replaces the handler that refuses; nothing else of KFP is changed.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from kfp import components, local
+from kfp.local import status, subprocess_task_handler
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.pipelines.compiled import check_parameters, count_tasks, read_spec
+
+# The input artifact whose metadata tells a step its iteration, and what to add to it: for titles, as in each step.py.
+ITERATION_OF = {
+    "generate_rollouts": ("policy", 1),
+    "score_rollouts": ("rollouts", 0),
+    "update_lora": ("scores", 0),
+    "evaluate_adapter": ("policy", 0),
+    "publish_adapter": ("policy", 0),
+}
+
+
+STARTED = re.compile(r"started \w+ (\d+\.\d+) s after process start")  # runtime/contract.py
+
+
+class StepFailed(LayerloopError):
+    """A step ended with a non-zero status: `status` is 2 for bad input, which the step explained, 1 for a defect."""
+
+    def __init__(self, message: str, *, exit_status: int) -> None:
+        super().__init__(message)
+        self.status = exit_status
+
+
+@dataclass(frozen=True)
+class StepRun:
+    """One step that succeeded."""
+
+    verb: str
+    title: str
+    began: float  # seconds after the run's begin
+    start: float  # seconds from its process's start to its first work
+    seconds: float  # of its whole process
+    executor_input: dict[str, Any]
+
+    def output(self, artifact: str) -> bytes:
+        """Content of one of its output artifacts, such as a manifest."""
+        return Path(self.executor_input["outputs"]["artifacts"][artifact]["artifacts"][0]["uri"]).read_bytes()
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """A run that succeeded: its steps in the order in which they started, and its seconds."""
+
+    folder: Path
+    seconds: float
+    steps: tuple[StepRun, ...]
+
+    def last(self, verb: str) -> StepRun:
+        """The last step of a verb."""
+        return next(step for step in reversed(self.steps) if step.verb == verb)
+
+    def overhead(self) -> float:
+        """Share of the run's time in which no step was at its own work: KFP, process starts, imports."""
+        working, until = 0.0, 0.0
+        for step in sorted(self.steps, key=lambda step: step.began + step.start):
+            begin, end = step.began + step.start, step.began + step.seconds
+            working += max(0.0, end - max(begin, until))
+            until = max(until, end)
+        return 1 - working / self.seconds
+
+
+def run_pipeline(package: Path, arguments: dict[str, Any], *, folder: Path, console: TextIO | None = None) -> LocalRun:
+    """Run a compiled pipeline.
+
+    Args:
+        package: The YAML that `layerloop compile` wrote.
+        arguments: The pipeline's parameters. Paths must be absolute.
+        folder: Logs and the artifacts that pass between steps; the campaign is elsewhere. Created, and kept.
+        console: Where to report, one header line a step and its progress below it; standard output when None.
+
+    Raises:
+        StepFailed: a step failed; the message carries its own error line and names its log.
+        LayerloopError: the package is no compiled pipeline; a parameter is unknown or missing.
+    """
+    spec = read_spec(package)
+    check_parameters(spec, arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    run = _Run(folder.resolve(), count_tasks(spec), console or sys.stdout, began)
+    with open(folder / "kfp.log", "w") as log, _quiet(log), step_processes(run.step):
+        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "artifacts"))
+        pipeline = components.load_component_from_file(str(package))
+        try:
+            pipeline(**arguments)
+        except Exception:
+            if run.failure is None:  # KFP's own; otherwise its message says less than the step's
+                raise
+        finally:
+            run.stop()
+    if run.failure is not None:
+        raise run.failure
+    return LocalRun(run.folder, time.monotonic() - began, tuple(run.steps[number] for number in sorted(run.steps)))
+
+
+# --------------------------------------------------------------------------------------- the one place that changes KFP
+
+
+@contextlib.contextmanager
+def step_processes(execute: Callable[[list[str], dict[str, str]], None]) -> Iterator[None]:
+    """Let kfp.local's SubprocessRunner run container components through `execute(argv, environment)`.
+
+    tests/pipelines/test_local.py fails when KFP no longer refuses them, and this can go.
+    """
+
+    class StepHandler(subprocess_task_handler.SubprocessTaskHandler):
+        def validate_image(self, image: str) -> None:
+            pass
+
+        def validate_not_container_component(self, full_command: list[str]) -> None:
+            pass
+
+        def validate_not_containerized_python_component(self, full_command: list[str]) -> None:
+            pass
+
+        def run(self) -> status.Status:
+            execute(self.full_command, self.env_vars)
+            return status.Status.SUCCESS
+
+    original = subprocess_task_handler.SubprocessTaskHandler
+    subprocess_task_handler.SubprocessTaskHandler = StepHandler
+    try:
+        yield
+    finally:
+        subprocess_task_handler.SubprocessTaskHandler = original
+
+
+@contextlib.contextmanager
+def _quiet(log: TextIO) -> Iterator[None]:
+    """Send what KFP prints, logs and warns to `log`, and undo what its two loop threads leave behind.
+
+    kfp.local patches `print` and the root logger around every task, which two threads undo in the wrong order.
+    """
+    root, original = logging.getLogger(), builtins.print
+    level, handlers = root.level, root.handlers[:]
+    try:
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            yield
+    finally:
+        builtins.print = original
+        root.setLevel(level)
+        root.handlers[:] = handlers
+
+
+# ------------------------------------------------------------------------------------------------------------ the steps
+
+
+@dataclass
+class _Run:
+    """State of one run, shared by the threads of a loop."""
+
+    folder: Path
+    total: int  # steps
+    console: TextIO
+    began: float  # time.monotonic()
+    steps: dict[int, StepRun] = field(default_factory=dict)
+    failure: StepFailed | None = None
+    started: int = 0
+    live: dict[int, subprocess.Popen[str]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def step(self, argv: list[str], environment: dict[str, str]) -> None:
+        """Run one step to its end, reporting as it goes.
+
+        Raises:
+            StepFailed: it failed, or another step of the run had failed before.
+        """
+        executor_input = json.loads(argv[argv.index("--executor-input") + 1])
+        verb = argv[2].rpartition(".")[2]
+        with self.lock:
+            if self.failure is not None:
+                raise self.failure
+            self.started += 1
+            number = self.started
+            title = _title(verb, executor_input)
+            self._say(f"[{number:2}/{self.total}] {title}")
+        log, label = self.folder / f"{number:02}-{verb}.log", _label(executor_input)
+        began = time.monotonic()
+        exit_status, last, start = self._process(number, argv, environment, log, label)
+        seconds = time.monotonic() - began
+        with self.lock:
+            if exit_status == 0:
+                self._say(f"        {label}done in {seconds:.1f} s")
+                self.steps[number] = StepRun(verb, title, began - self.began, start, seconds, executor_input)
+                return
+            if self.failure is None:
+                self.failure = _failure(title, exit_status, last, log)
+                for process in self.live.values():  # the other worker: its shards are kept and found again
+                    process.terminate()
+            raise self.failure
+
+    def _process(
+        self, number: int, argv: list[str], environment: dict[str, str], log: Path, label: str
+    ) -> tuple[int, str, float]:
+        """Exit status, last line and start seconds of a step; every line goes to its log and to the console."""
+        # Only argv[0]: KFP's own handler replaces the text "python3" in every argument, so in paths as well.
+        command = [sys.executable if argv[0] == "python3" else argv[0], *argv[1:]]
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            bufsize=1,
+            env={**os.environ, **_threads(argv), **environment, "PYTHONUNBUFFERED": "1"},
+        )
+        with self.lock:
+            self.live[number] = process
+        last, start = "", 0.0
+        assert process.stdout is not None
+        with open(log, "w") as file, process.stdout:
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                if began := STARTED.search(line):  # for the accounts, not for the reader
+                    start = float(began[1])
+                elif line.strip():
+                    last = line.strip()
+                    with self.lock:
+                        self._say(f"        {label}{line.rstrip()}")
+        exit_status = process.wait()
+        with self.lock:
+            del self.live[number]
+        return exit_status, last, start
+
+    def stop(self) -> None:
+        """End what still runs, after an interrupt."""
+        with self.lock:
+            for process in self.live.values():
+                process.terminate()
+
+    def _say(self, line: str) -> None:
+        self.console.write(line + "\n")
+        self.console.flush()
+
+
+def _title(verb: str, executor_input: dict[str, Any]) -> str:
+    """What a step's header line says, such as `iteration 4: generate rollouts, worker 1 of 2`."""
+    words, inputs = verb.replace("_", " "), executor_input.get("inputs", {})
+    artifact, offset = ITERATION_OF.get(verb, ("", 0))
+    listed = inputs.get("artifacts", {}).get(artifact, {}).get("artifacts", [])
+    iteration = listed[0].get("metadata", {}).get("iteration") if listed else None
+    if iteration is not None:
+        words = f"iteration {int(iteration) + offset}: {words}"
+    values = inputs.get("parameterValues", {})
+    return f"{words}, worker {values['worker'] + 1} of {values['workers']}" if "workers" in values else words
+
+
+def _label(executor_input: dict[str, Any]) -> str:
+    """What tells the lines of simultaneous workers apart."""
+    values = executor_input.get("inputs", {}).get("parameterValues", {})
+    return f"worker {values['worker'] + 1} | " if values.get("workers", 1) > 1 else ""
+
+
+def _threads(argv: list[str]) -> dict[str, str]:
+    """Simultaneous workers share the cores (kfp.local runs two of a loop at a time); a user's own setting is kept."""
+    values = json.loads(argv[argv.index("--executor-input") + 1]).get("inputs", {}).get("parameterValues", {})
+    if "OMP_NUM_THREADS" in os.environ or values.get("workers", 1) == 1:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
+
+
+def _failure(title: str, exit_status: int, last: str, log: Path) -> StepFailed:
+    if exit_status == 2 and last.startswith("error: "):
+        return StepFailed(f"{title}: {last.removeprefix('error: ')} (log: {log})", exit_status=2)
+    how = f"was ended by signal {-exit_status}" if exit_status < 0 else f"crashed with exit status {exit_status}"
+    return StepFailed(f"{title} {how}: {last or 'it printed nothing'} (log: {log})", exit_status=1)

@@ -1,0 +1,236 @@
+"""What a study found: docs/results.json, docs/RESULTS.md and its curves, from the campaigns of pipelines/study.py.
+
+Every number is read from what the steps committed: evaluations' metrics.json and scores.parquet.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerloop.components.schema.recipe import Recipe, parse_recipe
+from layerloop.components.storage.campaign import Campaign
+from layerloop.pipelines.study import ARMS, Run, Study
+
+# metric -> (title, name in metrics.json, whether lower is better)
+MEASURES: dict[str, tuple[str, str, bool]] = {
+    "bad_layers": ("bad layers a decomposition", "designs.bad_layers", True),
+    "l1_2": ("per-layer RGB L1, 2 layers", "designs.slot_l1.L2", True),
+    "l1_3": ("per-layer RGB L1, 3 layers", "designs.slot_l1.L3", True),
+    "l1_4": ("per-layer RGB L1, 4 layers", "designs.slot_l1.L4", True),
+    "evenness": ("feature evenness", "designs.evenness", False),
+}
+REWARD_STD = "reward_std"
+# Two-sided 95 % quantile of Student's t by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished run: metric -> (base, tuned), and its rewards by iteration."""
+
+    run: Run
+    metrics: Mapping[str, tuple[float, float]]
+    curve: Sequence[tuple[int, float]]  # (iteration, mean phase-1 reward)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over seeds with a 95 % t-interval; `half` is None for a single seed."""
+
+    mean: float
+    half: float | None
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" if self.half is None else f"{self.mean:.4f} ± {self.half:.4f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Student's 95 % confidence interval of the mean of independent seeds."""
+    n, mean = len(values), sum(values) / len(values)
+    if n < 2:
+        return Interval(mean, None, n)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
+    return Interval(mean, STUDENT.get(n - 1, 1.96) * deviation / math.sqrt(n), n)
+
+
+def outcome(study: Study, run: Run) -> Outcome:
+    """Read one finished run."""
+    import pyarrow.parquet as pq
+
+    place = Campaign.open(str(study.campaign(run)))
+    metrics = json.loads(place.store.read(f"evaluations/iteration-{study.iterations:06d}/metrics.json"))
+    found = {name: _pair(metrics, key) for name, (_, key, _) in MEASURES.items()}
+    curve, phase1, final = [], [], []
+    for iteration in range(1, study.iterations + 1):
+        table = pq.read_table(io.BytesIO(place.store.read(f"{place.scores_dir(iteration)}/scores.parquet")))
+        rows = [row for row in table.to_pylist() if row["reward"] is not None]
+        alone = [row["reward_phase1"] for row in rows]
+        curve.append((iteration, sum(alone) / len(alone)))
+        phase1.append(_within(rows, "reward_phase1"))
+        final.append(_within(rows, "reward"))
+    found[REWARD_STD] = (sum(phase1) / len(phase1), sum(final) / len(final))
+    return Outcome(run, found, curve)
+
+
+def _pair(metrics: Mapping[str, Any], key: str) -> tuple[float, float]:
+    measured = metrics["measures"][key] if "measures" in metrics else metrics[key]
+    return float(measured["base"]), float(measured["tuned"])
+
+
+def _within(rows: Sequence[Mapping[str, Any]], column: str) -> float:
+    """Mean over groups of the standard deviation within the group."""
+    groups: dict[int, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row[column])
+    deviations = []
+    for values in groups.values():
+        mean = sum(values) / len(values)
+        deviations.append(math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)))
+    return sum(deviations) / len(deviations)
+
+
+def write_results(study: Study, done: Sequence[Run], planned: Sequence[Run], docs: Path) -> Path:
+    """Write results.json, RESULTS.md and curves into `docs`; returns the page."""
+    outcomes = [outcome(study, run) for run in done]
+    by_arm: dict[str, list[Outcome]] = {}
+    for item in outcomes:
+        by_arm.setdefault(item.run.arm, []).append(item)
+    docs.mkdir(parents=True, exist_ok=True)
+    figures = {
+        arm: {
+            str(item.run.seed): {name: {"base": b, "tuned": t} for name, (b, t) in item.metrics.items()}
+            for item in items
+        }
+        for arm, items in by_arm.items()
+    }
+    (docs / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+    if by_arm:
+        _draw_curves(by_arm, docs / "results-rewards.svg")
+    page = docs / "RESULTS.md"
+    page.write_text(_page(study, by_arm, [run for run in planned if run not in done]))
+    return page
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+
+def _page(study: Study, by_arm: Mapping[str, Sequence[Outcome]], missing: Sequence[Run]) -> str:
+    parts = ["# Does it learn?\n"]
+    if not by_arm:
+        parts.append("No run is finished yet.\n")
+    else:
+        first = next(iter(by_arm.values()))[0].run
+        parts += [
+            _setting(study, parse_recipe(study.recipe_of(first))),
+            "## Held-out designs, before and after\n",
+            "Base is the tiny policy as it ships, tuned the adapter of the last iteration, on the same designs and\n"
+            "the same noise. ± is Student's 95 % interval over seeds. The change is tuned against base.\n",
+            _measures_table(by_arm),
+            "## Spread of rewards within a group\n",
+            "Standard deviation of the reward within a group, averaged over groups and iterations: from phase 1\n"
+            "alone, and as used for the advantages.\n",
+            _spread_table(by_arm),
+            "## Against the whole method\n",
+            "Difference of the tuned value to arm `full` of the same seed, averaged over seeds.\n",
+            _comparison_table(by_arm),
+            "## Rewards over iterations\n",
+            "Phase-1 reward, whose scale does not depend on the group, averaged over ten iterations; thin lines are\n"
+            "seeds.\n",
+            "![rewards over iterations](results-rewards.svg)\n",
+        ]
+    if missing:
+        parts += ["## Not finished\n", ", ".join(f"`{run.name}`" for run in missing) + ": run `make study` again.\n"]
+    return "\n".join(parts)
+
+
+def _setting(study: Study, recipe: Recipe) -> str:
+    rollout = recipe.rollout
+    window = rollout.window
+    last = window.start + window.size - 1
+    return f"""`make study` runs every arm on the tiny policy: {study.iterations} iterations of {rollout.groups} groups
+of {rollout.group_size} candidates, {rollout.min_layers} to {rollout.max_layers} layers, {rollout.steps} steps, noise
+level {rollout.noise.eta} in steps {window.start} to {last}, learning rate {recipe.update.learning_rate:g}.
+
+The judge is `{recipe.judge.model}`: rules over the pixels it is shown, not a vision-language model. It is built to be
+coarse about a candidate alone and finer side by side, as vision-language models are found to be (arXiv 2605.30257); so
+that phase 2 spreads the rewards is by construction. What this page shows is that the loop turns such rewards into
+better decompositions, measured by other numbers than the reward. It does not show what a real judge would reward, nor
+what the 20 B model would learn.
+"""
+
+
+def _measures_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
+    lines = ["| arm | measure | seeds | base | tuned | change |", "|---|---|---|---|---|---|"]
+    for arm, items in by_arm.items():
+        for name, (title, _, _) in MEASURES.items():
+            base = interval([item.metrics[name][0] for item in items])
+            tuned = interval([item.metrics[name][1] for item in items])
+            change = interval([_relative(*item.metrics[name]) for item in items])
+            shown = f"{change.mean:+.1%}" + (f" ± {change.half:.1%}" if change.half is not None else "")
+            lines.append(f"| `{arm}` | {title} | {base.n} | {base.mean:.4f} | {tuned} | {shown} |")
+    lines.append("")
+    lines += [f"- `{arm}`: {ARMS[arm].what}" for arm in by_arm]
+    return "\n".join(lines) + "\n"
+
+
+def _relative(base: float, tuned: float) -> float:
+    return (tuned - base) / base if base else 0.0
+
+
+def _spread_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
+    lines = ["| arm | phase 1 alone | as used | ratio |", "|---|---|---|---|"]
+    for arm, items in by_arm.items():
+        pairs = [item.metrics[REWARD_STD] for item in items]
+        alone, used = interval([a for a, _ in pairs]), interval([b for _, b in pairs])
+        ratio = interval([b / a if a else 0.0 for a, b in pairs])
+        lines.append(f"| `{arm}` | {alone} | {used} | {ratio.mean:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _comparison_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
+    lines = [
+        "| arm | " + " | ".join(title for title, _, _ in MEASURES.values()) + " |",
+        "|---" * (1 + len(MEASURES)) + "|",
+    ]
+    full = {item.run.seed: item for item in by_arm.get("full", ())}
+    for arm, items in by_arm.items():
+        pairs = [(item, full[item.run.seed]) for item in items if item.run.seed in full]
+        if arm == "full" or not pairs:
+            continue
+        cells = [str(interval([a.metrics[name][1] - b.metrics[name][1] for a, b in pairs])) for name in MEASURES]
+        lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _draw_curves(by_arm: Mapping[str, Sequence[Outcome]], path: Path, *, smooth: int = 10) -> None:
+    """Mean reward over iterations, a colour an arm: seeds thin, their mean thick."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "layerloop"  # the same drawing gives the same bytes
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    for index, (arm, items) in enumerate(by_arm.items()):
+        colour = f"C{index}"
+        lines = []
+        for item in items:
+            values = [value for _, value in item.curve]
+            lines.append([sum(values[max(0, i - smooth + 1) : i + 1]) / min(i + 1, smooth) for i in range(len(values))])
+            if len(items) > 1:
+                axes.plot(range(1, len(values) + 1), lines[-1], color=colour, alpha=0.3, linewidth=0.8)
+        mean = [sum(column) / len(column) for column in zip(*lines, strict=True)]
+        axes.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2, label=arm)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel(f"mean phase-1 reward, {smooth} iterations")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=2)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)

@@ -1,0 +1,250 @@
+"""`layerloop study`: does the method learn? Arms and seeds of the whole loop on the tiny policy, resumable.
+
+Every run is a campaign of its own under the study's folder; its steps are the pipeline's own, called in a warm process
+(runtime/warm.py) instead of a fresh one each. A run that has its evaluation is done; one that was cut short goes on
+from its head. Studies are read by pipelines/results.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+import yaml
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.storage.campaign import Campaign
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to learn: what it changes of the study's recipe, and with how many seeds it is run."""
+
+    what: str
+    seeds: int
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One campaign of a study."""
+
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.seed}"
+
+
+# `mean` has its own clip: its log-ratios are smaller than those of `sum_rescale` by about s sqrt(D) (D = 3,072 to 6,144
+# here), so the same number would never clip.
+ARMS: dict[str, Arm] = {
+    "full": Arm("the whole method: two phases, sum-and-rescale RatioNorm, window over the first steps", 3, {}),
+    "phase1_only": Arm("without the side-by-side phase", 3, {"judge": {"phase2": {"enabled": False}}}),
+    "mean_ratio": Arm(
+        "Flow-GRPO's mean log-ratio instead of sum-and-rescale", 3,
+        {"update": {"ratio_norm": "mean", "clip_low": 3e-4, "clip_high": 3e-4}},
+    ),
+    "nft": Arm("DiffusionNFT on deterministic rollouts", 3, {"update": {"algorithm": "nft"}}),
+    "window_middle": Arm("window over steps 2 to 5", 1, {"rollout": {"window": {"start": 2}}}),
+    "window_late": Arm(
+        "window over the last stochastic steps, shared prefix", 1,
+        {"rollout": {"window": {"start": 3}, "share_prefix": True}},
+    ),
+    "window_random": Arm("window at a random place", 1, {"rollout": {"window": {"position": "random"}}}),
+    "eta_low": Arm("noise level 0.5", 1, {"rollout": {"noise": {"eta": 0.5}}}),
+    "eta_high": Arm("noise level 1.4", 1, {"rollout": {"noise": {"eta": 1.4}}}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where a study lives and what it covers."""
+
+    folder: Path
+    recipe: str  # YAML text of the arm `full`
+    iterations: int
+    images: Path
+    designs: Path
+    judge_url: str
+
+    def recipe_of(self, run: Run) -> str:
+        """YAML of a run's recipe: the study's, changed by the arm, with the run's seed.
+
+        Raises:
+            LayerloopError: the result is no valid recipe.
+        """
+        text = yaml.safe_dump(merged({**yaml.safe_load(self.recipe), "seed": run.seed}, ARMS[run.arm].changes))
+        parse_recipe(text)
+        return text
+
+    def campaign(self, run: Run) -> Path:
+        return self.folder / run.name
+
+    def done(self, run: Run) -> bool:
+        """Whether a run has its evaluation."""
+        return (self.campaign(run) / "evaluations" / f"iteration-{self.iterations:06d}" / "manifest.json").exists()
+
+
+def plan(arms: Sequence[str], seeds: int | None = None) -> list[Run]:
+    """All runs, first seeds first, so that a study that is cut short compares arms on equal terms.
+
+    Raises:
+        LayerloopError: an arm is unknown.
+    """
+    for arm in arms:
+        if arm not in ARMS:
+            raise LayerloopError(f"arm {arm} is not known: choose from {', '.join(ARMS)}")
+    runs = [Run(arm, seed) for arm in arms for seed in range(ARMS[arm].seeds if seeds is None else seeds)]
+    return sorted(runs, key=lambda run: (run.seed, arms.index(run.arm)))
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` laid over it, section by section."""
+    result = dict(base)
+    for key, value in changes.items():
+        inner = result.get(key)
+        result[key] = merged(inner or {}, value) if isinstance(value, Mapping) else value
+    return result
+
+
+def run_study(study: Study, runs: Sequence[Run], *, jobs: int, hours: float) -> list[Run]:
+    """Advance every run until it is done or the time is up; returns the runs that are done.
+
+    Args:
+        jobs: runs side by side, each in a process of its own on an equal share of the cores.
+        hours: no iteration is begun after this many; run again to go on.
+
+    Raises:
+        LayerloopError: a step failed; the message names the run.
+    """
+    deadline = time.monotonic() + 3600 * hours
+    waiting: Queue[Run] = Queue()
+    for run in runs:
+        if not study.done(run):
+            waiting.put(run)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+
+    def work() -> None:
+        with warm_steps(study.folder / "logs", threads=threads) as steps:
+            while time.monotonic() < deadline:
+                try:
+                    run = waiting.get_nowait()
+                except Empty:
+                    return
+                advance(study, run, steps, deadline)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(work) for _ in range(jobs)]:
+            future.result()
+    return [run for run in runs if study.done(run)]
+
+
+class WarmSteps:
+    """A process that runs steps one after another."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self.log = process, log
+
+    def __call__(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        """Run one step; returns its metrics.
+
+        Raises:
+            LayerloopError: the step failed.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"verb": verb, "arguments": arguments}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise LayerloopError(f"the process of {verb} ended with status {self.process.wait()}: see {self.log}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise LayerloopError(f"{verb} of {arguments.get('campaign')}: {answer['error']} (log: {self.log})")
+        return dict(answer["metrics"])
+
+
+@contextlib.contextmanager
+def warm_steps(logs: Path, *, threads: int) -> Iterator[WarmSteps]:
+    """A warm process on `threads` cores; its log is a new file in `logs`."""
+    logs.mkdir(parents=True, exist_ok=True)
+    number = 1 + len(list(logs.glob("*.log")))
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "layerloop.components.runtime.warm"]
+    while True:  # two threads may count the same number
+        path = logs / f"{number:03d}.log"
+        try:
+            log = open(path, "x")  # noqa: SIM115 - closed below
+            break
+        except FileExistsError:
+            number += 1
+    with (
+        log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        ) as process,
+    ):
+        try:
+            yield WarmSteps(process, path)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+
+
+def advance(study: Study, run: Run, step: WarmSteps, deadline: float) -> None:
+    """Carry one run on from its head, to its evaluation or to the deadline."""
+    campaign = str(study.campaign(run).resolve())
+    step(
+        "shard_dataset",
+        campaign=campaign,
+        recipe=study.recipe_of(run),
+        images=str(study.images.resolve()),
+        designs=str(study.designs.resolve()),
+    )
+    place = Campaign.open(campaign)
+    for iteration in range(place.head() + 1, study.iterations + 1):
+        if time.monotonic() > deadline:
+            print(f"{run.name}: stopped after iteration {iteration - 1} of {study.iterations}", flush=True)
+            return
+        begun = time.monotonic()
+        step("generate_rollouts", campaign=campaign, iteration=iteration)
+        scores = step("score_rollouts", campaign=campaign, iteration=iteration, judge_url=study.judge_url)
+        step("update_lora", campaign=campaign, iteration=iteration)
+        drop_shards(place, iteration)
+        if iteration % 10 == 0 or iteration == study.iterations:
+            seconds = time.monotonic() - begun
+            print(
+                f"{run.name}: iteration {iteration} of {study.iterations}, reward {scores['reward_mean']:.4f}, "
+                f"{seconds:.1f} s an iteration",
+                flush=True,
+            )
+    step("evaluate_adapter", campaign=campaign, iteration=study.iterations)
+    print(f"{run.name}: evaluated", flush=True)
+
+
+def drop_shards(place: Campaign, iteration: int) -> None:
+    """Free what an iteration leaves behind once its policy is committed: trajectories and stored replies."""
+    for folder, ending in (
+        (place.rollouts_dir(iteration), ".tar"),
+        (f"{place.scores_dir(iteration)}/replies", ".json"),
+    ):
+        for name in place.store.list(f"{folder}/"):
+            if name.endswith(ending):
+                place.store.delete(name)

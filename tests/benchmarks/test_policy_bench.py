@@ -1,0 +1,115 @@
+"""What sharing a prefix saves, what recording costs, what folding the decoder's convolutions saves. Ratios in one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from layerloop.components.policy import sampling
+from layerloop.components.policy.autoencoder import FrameDecoder
+from layerloop.components.policy.model import Condition, LayeredPolicy
+from layerloop.components.policy.sampling import Plan
+from layerloop.components.policy.tiny import build_tiny_pipeline
+
+GROUP, STEPS, LAYERS, SIDE = 8, 20, 3, 64
+
+
+@pytest.fixture(scope="module")
+def policy() -> LayeredPolicy:
+    """The tiny policy's sizes; speed does not depend on the weights."""
+    torch.set_num_threads(1)  # two cores that others use too: ratios of one thread are steadier
+    pipeline = build_tiny_pipeline()
+    return LayeredPolicy(transformer=pipeline.transformer, vae=pipeline.vae, scheduler=pipeline.scheduler)
+
+
+@pytest.fixture(scope="module")
+def condition(policy: LayeredPolicy) -> Condition:
+    image = np.random.default_rng(0).integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8)
+    return policy.encode(image, torch.randn(11, 16, generator=torch.Generator().manual_seed(0)))
+
+
+def fastest(*runs: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each run's fastest repeat. The runs take turns, so that whatever else slows the machine meets all."""
+    for run in runs:
+        run()
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(repeats):
+        for run, times in zip(runs, seconds, strict=True):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return [min(times) for times in seconds]
+
+
+def drawn(policy: LayeredPolicy) -> sampling.StepNoise:
+    return lambda candidate, step: policy.noise(1000 * candidate + step, LAYERS, SIDE, SIDE)
+
+
+def test_shared_prefix_ratio(policy, condition, record_benchmark) -> None:  # type: ignore[no-untyped-def]
+    """20 Heun steps, a window of 4 late in the schedule, 8 candidates: the shared prefix against 8 of their own."""
+    sigmas, noise = policy.sigmas(STEPS, SIDE, SIDE), drawn(policy)
+    window = dict(window_start=STEPS - 5, window_size=4, dynamics="flow_sde", etas=(0.7,) * 4)
+    start = policy.noise(0, LAYERS, SIDE, SIDE)
+
+    def shared() -> None:
+        plan = Plan(sigmas, **window, share_prefix=True)
+        sampling.rollout(policy, condition, start, plan, step_noise=noise, candidates=GROUP, batch_size=GROUP)
+
+    def independent() -> None:
+        plan = Plan(sigmas, **window)
+        sampling.rollout(policy, condition, start.expand(GROUP, -1, -1), plan, step_noise=noise, batch_size=GROUP)
+
+    one, all_of_them = fastest(shared, independent, repeats=5)
+    record_benchmark("shared_prefix_ratio", one / all_of_them)
+    assert one / all_of_them <= 0.6
+
+
+def test_trajectory_overhead_fraction(policy, condition, record_benchmark) -> None:  # type: ignore[no-untyped-def]
+    """Keeping and packing the window's latents, against the same model calls and the same noise without."""
+    plan = Plan(policy.sigmas(STEPS, SIDE, SIDE), 0, 4, "flow_sde", (0.7,) * 4)
+    start = torch.cat([policy.noise(seed, LAYERS, SIDE, SIDE) for seed in range(GROUP)])
+    noise = drawn(policy)
+
+    def recorded() -> None:
+        trajectory = sampling.rollout(policy, condition, start, plan, step_noise=noise, batch_size=GROUP)
+        for candidate in trajectory.window:
+            save({"window": candidate})
+
+    @torch.no_grad()
+    def plain() -> None:
+        def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
+            return policy.velocity(x, sigma, condition)
+
+        x = start
+        for i in plan.window:
+            z = torch.cat([noise(candidate, i) for candidate in range(GROUP)])
+            x = sampling.sde_step(x, velocity(x, plan.sigmas[i]), z, plan.sigmas, i, 0.7).next
+        sampling.deterministic(x, velocity, plan, range(4, STEPS))
+
+    with_record, without = fastest(recorded, plain, repeats=15)
+    record_benchmark("trajectory_overhead_fraction", with_record / without - 1)
+    assert with_record / without - 1 < 0.03
+
+
+def test_folded_decode_ratio(policy, record_benchmark) -> None:  # type: ignore[no-untyped-def]
+    """Layers decoded one frame at a time, convolutions folded, against diffusers' own `decode`."""
+    latents = torch.randn(LAYERS, 16, 1, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(0))
+    decoder = FrameDecoder(policy.vae)
+
+    @torch.no_grad()
+    def unfolded() -> torch.Tensor:
+        return torch.cat([policy.vae.decode(frame).sample for frame in latents.split(1)])
+
+    @torch.no_grad()
+    def folded() -> torch.Tensor:
+        return decoder(latents)
+
+    assert (unfolded() - folded()).abs().max() < 1e-5
+    fold, whole = fastest(folded, unfolded, repeats=10)
+    record_benchmark("folded_decode_ratio", fold / whole)
+    assert fold / whole <= 0.55

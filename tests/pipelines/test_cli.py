@@ -1,0 +1,116 @@
+"""The command line itself: help, recipes, compiling."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import parse_recipe
+from layerloop.pipelines.cli import main
+from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_text
+
+COMMANDS = [
+    ["demo"], ["run"], ["compile"], ["recipe"], ["submit"], ["schedule", "apply"], ["judge", "serve"], ["judge", "check"],
+    ["campaign", "show"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
+def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: layerloop")
+    assert len(text.splitlines()) > 5
+
+
+def test_the_installed_command_is_this_one() -> None:
+    command = str(Path(sys.executable).with_name("layerloop"))
+    text = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "Fine-tune an image layer decomposition model" in text
+
+
+def test_an_unknown_option_is_status_two(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--frseh"])
+    assert end.value.code == 2
+    assert "--frseh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_every_packaged_recipe_is_valid_and_begins_with_what_it_is_for(name: str) -> None:
+    text = packaged_recipes()[name]
+    parse_recipe(text)
+    assert text.startswith("# ")
+    assert len(text.splitlines()[0]) <= 120
+
+
+def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe"]) == 0
+    listed = capsys.readouterr().out
+    assert {line.split()[0] for line in listed.splitlines()} == set(packaged_recipes())
+    assert main(["recipe", "paper"]) == 0
+    assert capsys.readouterr().out == packaged_recipes()["paper"]
+
+
+def test_a_change_of_a_recipe_is_made_and_checked() -> None:
+    changed = parse_recipe(
+        recipe_text("tiny", ["judge.model=qwen3-vl", "rollout.window.size=3", "evaluation.layers=[2]"])
+    )
+    assert (changed.judge.model, changed.rollout.window.size, changed.evaluation.layers) == ("qwen3-vl", 3, (2,))
+    assert changed.rollout.window.start == parse_recipe(packaged_recipes()["tiny"]).rollout.window.start
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ("judge.model", "is no change: write it as judge.model=name"),
+        ("name.x=1", "recipe.name is no section"),
+        ("rollout.groups=[", "is no YAML value"),
+        ("rollout.group=3", "recipe.rollout.group is not a known key: did you mean 'groups'"),
+    ],
+)
+def test_a_change_that_is_none_is_refused(change: str, line: str) -> None:
+    with pytest.raises(LayerloopError, match=line):
+        recipe_text("tiny", [change])
+
+
+def test_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert absolute("photos/*.png") == f"{tmp_path}/photos/*.png"
+    assert absolute("~/photos") == "/home/someone/photos"
+    assert absolute("s3://bucket/a") == "s3://bucket/a"
+    assert absolute("") == ""
+
+
+def test_compile_writes_a_file_and_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "deep" / "train.yaml"
+    assert main(["compile", "-o", str(path), "--recipe", "tiny", "--iterations", "2", "--workers", "1"]) == 0
+    assert f"{path}: train pipeline, 9 container tasks" in capsys.readouterr().out
+    assert next(yaml.safe_load_all(path.read_text()))["pipelineInfo"]["name"] == "layerloop-train"
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["-o", "train.txt"], "output is train.txt: name a file that ends in .yaml"),
+        (["-o", "/proc/none/train.yaml"], "cannot be written"),
+        (["-o", "x.yaml", "--iterations", "0"], "iterations is 0: choose 1 or more"),
+        (["-o", "x.yaml", "--cluster", "none.yaml"], "cluster file none.yaml cannot be read"),
+        (["-o", "x.yaml", "--recipe", "none.yaml"], "recipe none.yaml cannot be read"),
+    ],
+)
+def test_a_refused_compile_is_one_line_and_status_two(
+    arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", *arguments]) == 2
+    (printed,) = capsys.readouterr().err.splitlines()
+    assert printed.startswith("error: ")
+    assert line in printed
+    assert not list(tmp_path.iterdir())

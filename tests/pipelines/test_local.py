@@ -1,0 +1,168 @@
+"""The local runner, on small pipelines whose steps are modules written for the test."""
+
+import builtins
+import io
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import components, dsl, local
+from kfp.dsl import Dataset, Input, Metrics, Output
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.pipelines.compiled import write_pipeline
+from layerloop.pipelines.local import LocalRun, StepFailed, StepRun, run_pipeline
+
+MAKE = """
+import time
+from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
+
+def run(*, text: str, worker: int = 0, workers: int = 1) -> StepResult:
+    print(f"text is {text}", flush=True)
+    if text == "bad":
+        raise LayerloopError("text is bad: choose a good one")
+    if text == "crash" and worker == 0:
+        raise RuntimeError("boom")
+    if text == "crash":
+        time.sleep(60)
+    return StepResult(manifests={"rollouts": Manifest(kind="rollouts", iteration=3, counts={"worker": worker})})
+
+raise SystemExit(step_main(run))
+"""
+
+GATHER = """
+from layerloop.components.runtime.contract import StepResult, step_main
+
+def run(*, text: str, iteration: int) -> StepResult:
+    return StepResult(metrics={"iteration": iteration, "length": len(text)})
+
+raise SystemExit(step_main(run, iteration_from="rollouts"))
+"""
+
+
+@dsl.container_component
+def make(text: str, rollouts: Output[Dataset], worker: int = 0, workers: int = 1) -> dsl.ContainerSpec:
+    arguments = ["--executor-input", dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER]
+    return dsl.ContainerSpec(image="any", command=["python3", "-m", "make_step"], args=arguments)
+
+
+@dsl.container_component
+def gather(text: str, rollouts: Input[list[Dataset]], metrics: Output[Metrics]) -> dsl.ContainerSpec:
+    arguments = ["--executor-input", dsl.PIPELINE_TASK_EXECUTOR_INPUT_PLACEHOLDER]
+    return dsl.ContainerSpec(image="any", command=["python3", "-m", "gather_step"], args=arguments)
+
+
+@dsl.pipeline(name="one-step")
+def one_step(text: str) -> None:
+    make(text=text)
+
+
+@dsl.pipeline(name="two-workers")
+def two_workers(text: str) -> None:
+    """Loop and collect.
+
+    Args:
+        text: Words to pass. Any will do.
+    """
+    with dsl.ParallelFor(items=[0, 1], name="workers") as worker:
+        made = make(text=text, worker=worker, workers=2).set_retry(3, backoff_duration="60s")
+    gather(rollouts=dsl.Collected(made.outputs["rollouts"]), text=text)
+
+
+class Runner:
+    """Runs a pipeline in a folder of the test and keeps what it printed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.console = folder, io.StringIO()
+
+    def __call__(self, pipeline: Any, **arguments: str) -> LocalRun:
+        package = write_pipeline(pipeline, self.folder / "pipeline.yaml")
+        return run_pipeline(package, arguments, folder=self.folder / "run", console=self.console)
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    (tmp_path / "make_step.py").write_text(MAKE)
+    (tmp_path / "gather_step.py").write_text(GATHER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return Runner(tmp_path)
+
+
+def test_kfp_still_refuses_container_components_so_the_handler_must_be_replaced(tmp_path: Path) -> None:
+    package = write_pipeline(one_step, tmp_path / "pipeline.yaml")
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "root"))
+    with pytest.raises(RuntimeError, match="attempting to run a Container Component"):
+        components.load_component_from_file(str(package))(text="x")
+
+
+def test_a_loop_and_a_collected_list_run_and_every_step_is_reported_once(runner: Runner) -> None:
+    run = runner(two_workers, text="hello")
+    assert [step.verb for step in run.steps] == ["make_step", "make_step", "gather_step"]
+    lines = runner.console.getvalue().splitlines()
+    titles = [line.removeprefix("[").split("] ") for line in lines if line.startswith("[")]
+    assert [number for number, _ in titles] == [" 1/3", " 2/3", " 3/3"]
+    assert {title for _, title in titles[:2]} == {"make step, worker 1 of 2", "make step, worker 2 of 2"}
+    assert titles[2][1] == "gather step"
+    assert "        worker 1 | text is hello" in lines
+    assert "        worker 2 | text is hello" in lines
+    assert sum("done in" in line for line in lines) == 3
+    assert {json.loads(step.output("rollouts"))["counts"]["worker"] for step in run.steps[:2]} == {0, 1}
+    assert json.loads(run.last("gather_step").output("metrics")) == {"iteration": 3, "length": 5}
+
+
+def test_the_console_has_nothing_of_kfp_and_the_log_has_all_of_it(runner: Runner) -> None:
+    run = runner(one_step, text="hello")
+    assert "Executing task" not in runner.console.getvalue()
+    assert "Executing task" in (run.folder / "kfp.log").read_text()
+    assert "text is hello" in (run.folder / "01-make_step.log").read_text()
+
+
+def test_text_that_names_python_reaches_the_step_as_it_is(runner: Runner) -> None:
+    runner(one_step, text="/usr/lib/python3/photos")
+    assert "text is /usr/lib/python3/photos\n" in runner.console.getvalue()
+
+
+def test_print_and_logging_are_as_before_after_a_loop(runner: Runner) -> None:
+    before = builtins.print, logging.getLogger().handlers[:], logging.getLogger().level
+    runner(two_workers, text="hello")
+    assert (builtins.print, logging.getLogger().handlers[:], logging.getLogger().level) == before
+
+
+def test_bad_input_ends_the_run_with_the_steps_own_line_without_retries(runner: Runner) -> None:
+    line = r"^make step, worker \d of 2: text is bad: choose a good one \(log: "
+    with pytest.raises(StepFailed, match=line) as caught:
+        runner(two_workers, text="bad")
+    assert caught.value.status == 2
+    assert "gather step" not in runner.console.getvalue()
+
+
+def test_a_crash_is_a_failure_of_status_one_that_names_its_log_and_stops_the_other_worker(runner: Runner) -> None:
+    began = time.monotonic()
+    with pytest.raises(StepFailed, match="crashed with exit status 1: RuntimeError: boom") as caught:
+        runner(two_workers, text="crash")
+    assert caught.value.status == 1
+    assert time.monotonic() - began < 30  # the other worker sleeps for a minute
+    log = Path(str(caught.value).rsplit("(log: ", 1)[1].rstrip(")"))
+    assert "Traceback" in log.read_text()
+
+
+def test_a_missing_and_an_unknown_parameter_are_named_before_anything_runs(runner: Runner) -> None:
+    with pytest.raises(LayerloopError, match="^text is missing: two-workers needs words to pass$"):
+        runner(two_workers)
+    with pytest.raises(LayerloopError, match="^txet is not a parameter of two-workers: known are text$"):
+        runner(two_workers, text="x", txet="y")
+    assert runner.console.getvalue() == ""
+
+
+def test_overhead_is_the_time_in_which_no_step_works() -> None:
+    def step(began: float, start: float, seconds: float) -> StepRun:
+        return StepRun("verb", "title", began, start, seconds, {})
+
+    # Works during [2, 5], [3, 8] (overlapping workers) and [9, 10] of 20 seconds.
+    run = LocalRun(Path(), 20.0, (step(1, 1, 4), step(1, 2, 7), step(8, 1, 2)))
+    assert run.overhead() == pytest.approx(1 - 7 / 20)
