@@ -85,8 +85,8 @@ def run(
     elif (work / "vae-refined").is_dir():
         pipeline.vae = type(pipeline.vae).from_pretrained(work / "vae-refined").eval().requires_grad_(False)
     if "export" in stages:
-        restore_average(pipeline.transformer, work / "transformer.pt")
-        export(pipeline, prompt, work=work, out=out)
+        steps = restore_average(pipeline.transformer, work / "transformer.pt")
+        export(pipeline, prompt, work=work, out=out, steps=steps)
 
 
 def _latents(vae: AutoencoderKLQwenImage, *, designs: int, seed: int, cache: Path) -> list[Latents]:
@@ -101,10 +101,11 @@ def _latents(vae: AutoencoderKLQwenImage, *, designs: int, seed: int, cache: Pat
 
 
 @torch.no_grad()
-def export(pipeline: QwenImageLayeredPipeline, prompt: torch.Tensor, *, work: Path, out: Path) -> None:
-    """Measure on held-out designs, print, and replace `out` by the pipeline and its figures."""
+def export(pipeline: QwenImageLayeredPipeline, prompt: torch.Tensor, *, work: Path, out: Path, steps: int) -> None:
+    """Measure on held-out designs, print, and replace `out` by the pipeline and its figures after `steps` steps."""
     held_out = np.random.default_rng((77, 5))
     figures: dict[str, object] = {
+        "transformer_steps": steps,
         "autoencoder": measure_autoencoder(pipeline.vae, draw_frames(held_out, designs=200, side=64)),
         "policy": measure_policy(pipeline, prompt),
     }

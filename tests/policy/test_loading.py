@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from layerloop.components.policy import loading
 from layerloop.components.policy.model import LayeredPolicy
+from layerloop.components.policy.prompt import embed_prompt
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe
 
@@ -75,6 +78,29 @@ def test_another_kind_of_model_is_refused(folder: Path, name: str, key: str, val
     (folder / name).write_text(json.dumps(config))
     with pytest.raises(LayerloopError, match=rf"{name} has {key} {value!r}"):
         load(folder)
+
+
+def test_weights_that_lack_a_tensor_are_refused(folder: Path) -> None:
+    """Diffusers would fill it with random numbers and a warning."""
+    file = folder / "vae/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state.pop("decoder.conv_in.weight")
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(LayerloopError, match=r"vae lack decoder\.conv_in\.weight, unlike its config"):
+        load(folder)
+    save_file(load_file(file) | {"decoder.conv_in.weight": torch.zeros(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(LayerloopError, match="vae"):
+        load(folder)
+
+
+def test_the_prompt_is_embedded_without_the_rest_of_the_model(folder: Path) -> None:
+    expected = load(folder, text_encoder=True).embed_prompt(ModelRecipe().prompt)
+    for part in ("transformer", "vae", "scheduler"):
+        shutil.rmtree(folder / part)
+    assert torch.equal(embed_prompt(ModelRecipe(base=str(folder), dtype="float32")), expected)
+    (folder / "tokenizer/tokenizer_config.json").unlink()
+    with pytest.raises(LayerloopError, match=r"tokenizer/tokenizer_config\.json is missing"):
+        embed_prompt(ModelRecipe(base=str(folder), dtype="float32"))
 
 
 def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:

@@ -12,7 +12,7 @@ from diffusers import QwenImageLayeredPipeline, QwenImageTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from layerloop.components.policy import lora
+from layerloop.components.policy import lora, merge
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import LoraRecipe
@@ -421,3 +421,51 @@ def test_a_written_merge_keeps_its_metadata(two_adapters, policy, tmp_path) -> N
     with safe_open(str(tmp_path / "pytorch_lora_weights.safetensors"), framework="pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert config["transformer.r"] == 6 and config["transformer.peft_type"] == "LORA"
+
+
+def test_the_merge_command_writes_both_layouts(two_adapters, policy, base_recipe, condition, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "merged"
+    assert merge.main([str(out), f"{two_adapters[0]}=0.5", str(two_adapters[1])]) == 0
+    assert "rank 6" in capsys.readouterr().out
+    other = LayeredPolicy.load(base_recipe)
+    lora.load_adapter(policy, out / "peft")
+    lora.load_adapter(other, out / "diffusers")
+    assert torch.equal(output(policy, condition), output(other, condition))
+    assert lora.adapter_of(policy.transformer).rank == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{a}=much"], "is not ADAPTER=WEIGHT"),
+        (["{tmp}/absent"], "is no adapter"),
+        (["{a}", "--rank", "0"], "--rank is 0"),
+    ],
+)
+def test_the_merge_command_refuses_in_one_line(two_adapters, tmp_path, capsys, arguments, message) -> None:  # type: ignore[no-untyped-def]
+    filled = [text.format(a=two_adapters[0], tmp=tmp_path) for text in arguments]
+    assert merge.main([str(tmp_path / "out"), *filled]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0] and not (tmp_path / "out").exists()
+    assert merge.main([str(two_adapters[0]), str(two_adapters[1])]) == 2
+    assert "is not an empty folder" in capsys.readouterr().err
+
+
+# ---- precision
+
+
+def test_on_a_bfloat16_base_the_low_rank_product_is_added_before_rounding(base_recipe, shake) -> None:  # type: ignore[no-untyped-def]
+    """Against float64 arithmetic on one layer: no worse than one rounding of the sum and one of the factors."""
+    policy = LayeredPolicy.load(base_recipe.model_copy(update={"dtype": "bfloat16"}))
+    lora.add_lora(policy.transformer, LoraRecipe(rank=4, alpha=8), seed=0)
+    shake(policy.transformer, scale=1.0)
+    layer = policy.transformer.transformer_blocks[0].attn.to_q
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        a, b = layer.lora_A[lora.NAME].weight, layer.lora_B[lora.NAME].weight
+        base = layer.base_layer(x).double()
+        exact = base + 2 * x.double() @ a.double().T @ b.double().T
+        found = layer(x)
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - exact).abs().max()) < 0.02 * float((exact - base).abs().max())
+    assert float((exact - base).abs().mean()) > 0.5

@@ -132,13 +132,12 @@ def test_it_decomposes_designs_better_than_trivial_answers(pipeline, any_size):
     any_size(64, 64)
     truth = render_sketches(np.random.default_rng(HELD_OUT), count=10, layers=3, size=(64, 64), photo_share=0)
     made = np.stack([decompose(pipeline, stack) for stack in truth])
-    figures, trivial = compare(made, truth), compare(composite_everywhere(truth), truth)
     empty = truth.copy()
     empty[:, 1:, ..., 3] = 0
-    assert figures["alpha_iou"] > trivial["alpha_iou"] + 0.15
-    assert figures["alpha_iou"] > compare(empty, truth)["alpha_iou"] + 0.3
+    figures, whole, blank = (compare(layers, truth) for layers in (made, composite_everywhere(truth), empty))
+    assert figures["alpha_iou"] > max(whole["alpha_iou"], blank["alpha_iou"]) + 0.2
     assert figures["alpha_iou_0"] > 0.95
-    assert figures["rgb_l1"] < trivial["rgb_l1"]
+    assert figures["rgb_l1_0"] < 0.7 * whole["rgb_l1_0"], "what the elements hid is filled in"
     assert figures["recomposition"] < 0.1
     assert figures["alpha_iou"] < 0.97, "nothing is left to learn: the demo needs an imperfect base"
 
