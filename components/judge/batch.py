@@ -1,8 +1,8 @@
 """Batch API mode: requests gather in a file, the file is uploaded and polled for, the answers are dealt out.
 
-The rest of the judge does not notice: `await batches(key, payload)` takes the place of one HTTP request. A batch is sent
-when nothing has joined it for a while, which is when everybody waits, or when it is full. What is under way is entered
-in a ledger, so a step that was killed finds its batches again and pays for nothing twice.
+The rest of the judge does not notice: `await batches(key, payload)` takes the place of one HTTP request. A batch is
+sent when nothing has joined it for a while, which is when everybody waits, or when it is full. What is under way is
+entered in a ledger, so a step that was killed finds its batches again and pays for nothing twice.
 """
 
 from __future__ import annotations
@@ -35,11 +35,21 @@ class Ledger(Protocol):
     def enter(self, name: str, entry: dict[str, Any]) -> None: ...
 
 
+class LedgerMemory(dict[str, dict[str, Any]]):
+    """A `Ledger` that lasts as long as the process."""
+
+    def entries(self) -> Mapping[str, dict[str, Any]]:
+        return self
+
+    def enter(self, name: str, entry: dict[str, Any]) -> None:
+        self[name] = entry
+
+
 @dataclass
 class _Gathering:
     """A file of requests that is not sent yet."""
 
-    file: IO[bytes] = field(default_factory=lambda: tempfile.TemporaryFile(prefix="layerloop-batch-"))
+    file: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
     waiting: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)
     size: int = 0
     last: float = field(default_factory=time.monotonic)
@@ -62,6 +72,7 @@ class Batches:
         self._known: dict[str, str] = {}  # request key -> name of the ledger's entry that has it under way
         self._entries: dict[str, dict[str, Any]] = {}
         self._waiting: dict[str, dict[str, asyncio.Future[bytes]]] = {}  # entry -> request key -> who waits
+        self._early: dict[str, bytes] = {}  # answers of batches of an earlier run that nobody has asked for yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._closer: asyncio.Task[None] | None = None
 
@@ -69,8 +80,7 @@ class Batches:
         """Read the ledger; batches of an earlier run are picked up as soon as one of their requests is asked again."""
         self._entries = dict(await asyncio.to_thread(self.ledger.entries))
         for name, entry in self._entries.items():
-            if not entry.get("collected"):
-                self._known.update(dict.fromkeys(entry["keys"], name))
+            self._known.update(dict.fromkeys(set(entry["keys"]) - set(entry["failed"]), name))
 
     async def close(self) -> None:
         for task in (*self._tasks, *([self._closer] if self._closer else [])):
@@ -85,6 +95,8 @@ class Batches:
             LayerloopError: its batch failed.
         """
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        if key in self._early:
+            return self._early.pop(key)
         name = self._known.get(key)
         if name is not None:
             waiting = self._waiting.setdefault(name, {})
@@ -111,7 +123,7 @@ class Batches:
             self._closer = asyncio.create_task(self._seal_when_quiet())
         return await future
 
-    # ----------------------------------------------------------------------------------------------------------- sending
+    # --------------------------------------------------------------------------------------------------------- sending
 
     async def _seal_when_quiet(self) -> None:
         while self._gathering.waiting:
@@ -141,10 +153,10 @@ class Batches:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, gathering: _Gathering) -> None:
-        """Upload, create, remember, follow. The ledger is told before the batch is made: a batch that a killed step made
-        and did not enter is found by the digest in its metadata."""
+        """Upload, create, remember, follow. The ledger is told before the batch is made: a batch that a killed step
+        made and did not enter is found by the digest in its metadata."""
         name = gathering.digest
-        entry: dict[str, Any] = {"keys": sorted(gathering.waiting), "batch": None, "collected": False}
+        entry: dict[str, Any] = {"keys": sorted(gathering.waiting), "batch": None, "failed": []}
         await asyncio.to_thread(self.ledger.enter, name, entry)
         self._entries[name] = entry
         try:
@@ -154,7 +166,6 @@ class Batches:
             gathering.file.close()
         api = self.connection.openai
         uploaded = await self._try(lambda: api.files.create(file=("requests.jsonl", data), purpose="batch"))
-        del data
         batch = await self._try(
             lambda: api.batches.create(
                 input_file_id=uploaded.id,
@@ -178,7 +189,7 @@ class Batches:
             if entry["batch"] is None:
                 for key in entry["keys"]:
                     self._known.pop(key, None)
-                self._deal({}, waiting, "batch_missing")
+                self._deal({}, waiting, "batch_lost")
                 return
             await self._collect(name, waiting)
         except Exception as error:
@@ -190,7 +201,7 @@ class Batches:
         page = await self._try(lambda: self.connection.openai.batches.list(limit=100))
         return next((batch.id for batch in page.data if (batch.metadata or {}).get(LABEL) == name), None)
 
-    # --------------------------------------------------------------------------------------------------------- collecting
+    # ------------------------------------------------------------------------------------------------------ collecting
 
     async def _collect(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
         """Wait for a batch to be over and deal out its answers."""
@@ -211,7 +222,7 @@ class Batches:
             if file:
                 content = await self._try(lambda file=file: api.files.content(file))
                 answers |= read_output(content.content)
-        entry["collected"] = True
+        entry["failed"] = [key for key in entry["keys"] if answers.get(key, (0, b""))[0] != 200]
         await asyncio.to_thread(self.ledger.enter, name, entry)
         for key in entry["keys"]:
             self._known.pop(key, None)
@@ -237,6 +248,7 @@ class Batches:
             else:
                 problem = UnusableError(f"http_{status}", _said(body), retry=status in TRANSIENT or status >= 500)
                 future.set_exception(TransportError(problem, status=status))
+        self._early |= {key: body for key, (status, body) in answers.items() if status == 200 and key not in waiting}
 
     async def _try(self, call: Any) -> Any:
         """An API call about batches, retried while the judge cannot be reached or is busy."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
+from layerloop.components.judge.batch import Batches, Ledger, LedgerMemory
 from layerloop.components.judge.dialect import Dialect
 from layerloop.components.judge.expected import sharpen
 from layerloop.components.judge.limiter import Breaker, Limiter, Patience
@@ -54,12 +55,6 @@ class ReplyMemory(dict[str, bytes]):
         self[key] = data
 
 
-class Post(Protocol):
-    """Another way to have payloads answered than one HTTP request each, such as a batch."""
-
-    async def __call__(self, key: str, payload: bytes) -> bytes: ...
-
-
 @dataclass
 class Statistics:
     """What judging took."""
@@ -93,7 +88,7 @@ class Judge:
         replies: Where replies are kept and found again.
         api_key: The environment's OPENAI_API_KEY by default.
         seed: Of the campaign; the sampling seed of every request follows from it.
-        post: In place of one HTTP request a payload.
+        ledger: Where batches under way are remembered, in batch mode.
     """
 
     def __init__(
@@ -104,7 +99,7 @@ class Judge:
         replies: ReplyStore | None = None,
         api_key: str | None = None,
         seed: int = 0,
-        post: Post | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.url, self.recipe, self.seed = url, recipe, seed
         self.replies: ReplyStore = replies if replies is not None else ReplyMemory()
@@ -113,17 +108,23 @@ class Judge:
         self.patience = Patience(recipe.impatience, recipe.timeout_seconds)
         self.statistics = Statistics()
         self.dialect = Dialect(logprobs=recipe.extraction == "expected")
-        self.post = post
+        self.batches: Batches | None = None
+        self._ledger = ledger
         self._key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
         self._jitter = random.Random()
 
     async def __aenter__(self) -> Self:
         self.connection = Connection(self.url, self._key, connections=self.recipe.concurrency)
+        if self.recipe.batch.enabled:
+            self.batches = Batches(self.connection, self.recipe.batch, self._ledger or LedgerMemory())
+            await self.batches.open()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.batches is not None:
+            await self.batches.close()
         await self.connection.close()
 
     async def check_reachable(self) -> list[str]:
@@ -178,17 +179,17 @@ class Judge:
         A body that is no completion (HTML of a proxy, half a body) counts as a failure of transport: nothing was paid,
         so nothing is stored. A completion is stored before it is read for scores.
         """
-        seed = seed_for(request.digest, self.seed, sample, draw) & 0x7FFFFFFF
-        temperature = max(self.recipe.temperature, REDRAW_TEMPERATURE) if draw else self.recipe.temperature
         attempts, patient, delay = 0, False, FIRST_DELAY
         while True:
-            dialect = self.dialect
-            payload = dialect.payload(request, self.recipe, seed=seed, temperature=temperature)
             try:
-                if self.post is not None:
-                    body = await self.post(key, payload)
+                if self.batches is not None:
+                    dialect = self.dialect
+                    self.statistics.sent += 1
+                    body = await self.batches(key, self._payload(request, dialect, sample, draw))
                 else:
                     async with self.limiter.slot(priority):
+                        dialect = self.dialect  # what others found out while this one waited counts
+                        payload = self._payload(request, dialect, sample, draw)
                         body = await self._send(payload, (request.kind, request.rows), patient=patient)
                 return await self._accept(key, body)
             except TransportError as error:
@@ -205,6 +206,11 @@ class Judge:
                 raise problem
             await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
             delay = min(2 * delay, LONGEST_DELAY)
+
+    def _payload(self, request: Request, dialect: Dialect, sample: int, draw: int) -> bytes:
+        seed = seed_for(request.digest, self.seed, sample, draw) & 0x7FFFFFFF
+        temperature = max(self.recipe.temperature, REDRAW_TEMPERATURE) if draw else self.recipe.temperature
+        return dialect.payload(request, self.recipe, seed=seed, temperature=temperature)
 
     async def _send(self, payload: bytes, shape: tuple[str, int], *, patient: bool) -> bytes:
         """One HTTP request in its slot, seen by limiter, breaker and patience."""

@@ -61,7 +61,8 @@ class Request:
 
         Put together from bytes, because base64 needs no escaping and a megabyte of it takes json 2 ms.
         """
-        head = json.dumps(options)[:-1] + ', "messages": [' + json.dumps({"role": "system", "content": self.system})
+        system = json.dumps({"role": "system", "content": self.system})
+        head = f'{json.dumps(options)[:-1]}{", " if options else ""}"messages": [{system}'
         pieces = [head.encode(), b', {"role": "user", "content": [']
         for index, part in enumerate(self.parts):
             if index:

@@ -20,6 +20,7 @@ from layerloop.components.judge.grids import Layout, cells_of
 from layerloop.components.judge.rules import Floats, Seen
 from layerloop.components.layers.stack import Pixels, backdrop_pixels
 
+MAX_LAYERS = 64
 MAX_PIXELS = 24_000_000  # of one picture
 SIDE = 128  # pictures are looked at with at most this longest side, like a VLM's patches
 
@@ -96,6 +97,8 @@ def candidates(view: View) -> list[Seen]:
         raise BadRequestError("there is no recomposition, or no picture labelled 'Layer 0 ...'", param="messages")
     stacks = {}
     for backdrop, layers in view.layers.items():
+        if len(layers) > MAX_LAYERS:
+            raise BadRequestError(f"{len(layers)} layers are shown, over {MAX_LAYERS}", param="messages")
         if sorted(layers) != list(range(len(layers))) or len({p.shape for p in layers.values()}) != 1:
             raise BadRequestError(f"the layers on {backdrop} are not 0..L-1 of one size", param="messages")
         stacks[backdrop] = np.stack([layers[index] for index in sorted(layers)])
@@ -206,8 +209,8 @@ def _reduced(pixels: Pixels, size: tuple[int, int]) -> Floats:
 def _alpha_between(difference: Floats, span: Floats, guess: Floats) -> Floats:
     """Alpha `(L, h, w)` from what two backdrops that differ by `span[h, w, 3]` show; `guess` where they do not differ.
 
-    A checkerboard's grey is 51 levels from white, so one level of rounding is two percent of alpha: that much is cut off
-    both ends of the scale.
+    A checkerboard's grey is 51 levels from white, so one level of rounding is two percent of alpha: that much is cut
+    off both ends of the scale.
     """
     known = np.abs(span).mean(-1) > 0.05
     through = difference.mean(-1) / np.where(known, span.mean(-1), 1)

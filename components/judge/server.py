@@ -3,6 +3,7 @@
     GET  /health                  200 while it runs
     GET  /v1/models               the one model there is
     POST /v1/chat/completions     pictures as data URLs, `response_format` text, json_object or json_schema, logprobs
+    /v1/files, /v1/batches        the Batch API, in memory
 
 Wrong requests get the API's error objects with a 4xx. It listens on loopback unless told otherwise.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import signal
 import threading
 import time
@@ -23,9 +25,11 @@ from typing import Any
 
 from layerloop.components.judge.reference import FINGERPRINT, NAME, Memory, answer
 from layerloop.components.judge.seeing import BadRequestError, View
+from layerloop.components.judge.server_batches import BatchDesk
 from layerloop.components.schema.errors import LayerloopError
 
 MAX_BODY = 64 << 20  # bytes of one request
+MAX_FILE = 256 << 20  # bytes of a file of batched requests
 IDLE_SECONDS = 120  # after which a silent connection is closed
 PATCH = 28  # pixels a side that count as one input token, as with Qwen's VLMs
 
@@ -38,6 +42,7 @@ class JudgeServer(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, *, max_body: int = MAX_BODY) -> None:
         self.memory, self.max_body, self.started = Memory(), max_body, int(time.time())
+        self.desk = BatchDesk(self.complete_or_refuse)
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
@@ -50,6 +55,33 @@ class JudgeServer(ThreadingHTTPServer):
         host, port = self.server_address[:2]
         return f"http://{host if isinstance(host, str) else host.decode()}:{port}/v1"
 
+    def model(self) -> dict[str, Any]:
+        return {
+            "id": NAME,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "layerloop",
+            "description": FINGERPRINT,
+        }
+
+    def complete(self, data: bytes) -> dict[str, Any]:
+        """A chat completion for the JSON of a request. Raises BadRequestError."""
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError):
+            raise BadRequestError("the body is not JSON") from None
+        if not isinstance(body, dict):
+            raise BadRequestError("the body is not a JSON object")
+        check_parameters(body)
+        text, tokens, view = answer(body, self.memory)
+        return completion(text, tokens, view)
+
+    def complete_or_refuse(self, data: bytes) -> tuple[int, dict[str, Any]]:
+        try:
+            return 200, self.complete(data)
+        except BadRequestError as error:
+            return error.status, refusal(error)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that goes away is no event; anything else is answered with 500 where it happens."""
 
@@ -61,10 +93,10 @@ def serve(host: str = "127.0.0.1", port: int = 8788, *, max_body: int = MAX_BODY
         LayerloopError: the address cannot be listened on.
     """
     server = JudgeServer(host, port, max_body=max_body)
-    print(f"listening on {server.url}", flush=True)
-    print(f"model {NAME}: {FINGERPRINT}", flush=True)
     with contextlib.suppress(ValueError):  # signals can be set in the main thread only
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
+    print(f"listening on {server.url}", flush=True)
+    print(f"model {NAME}: {FINGERPRINT}", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -105,76 +137,61 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, method: str) -> None:
         path = self.path.partition("?")[0].rstrip("/")
         try:
-            body = self._body() if method == "POST" else b""
-            routes: dict[str, tuple[str, Callable[[bytes], dict[str, Any]]]] = {
-                "/health": ("GET", lambda _: {"status": "ok", "model": NAME}),
-                "/v1/models": ("GET", lambda _: {"object": "list", "data": [self._model()]}),
-                f"/v1/models/{NAME}": ("GET", lambda _: self._model()),
-                "/v1/chat/completions": ("POST", self._complete),
-            }
-            if path not in routes:
-                raise BadRequestError(f"there is no {self.path[:200]}", status=404, code="not_found")
-            allowed, act = routes[path]
-            if method != allowed:
-                raise BadRequestError(f"{path} takes {allowed}, not {method}", status=405, code="method_not_allowed")
-            self._send(200, act(body))
+            body = self._body(path) if method == "POST" else b""
+            self._send(200, self._route(method, path, body))
         except BadRequestError as error:
-            self._refuse(error)
+            if error.status in (411, 413):  # the body was not read, so the connection cannot go on
+                self.close_connection = True
+            self._send(error.status, refusal(error))
         except (TimeoutError, ConnectionError):
             self.close_connection = True
         except Exception as error:
             self._send(500, _error(f"the judge failed: {type(error).__name__}", "server_error"))
 
-    def _body(self) -> bytes:
+    def _route(self, method: str, path: str, body: bytes) -> dict[str, Any] | bytes:
+        server, desk = self.server, self.server.desk
+        routes: dict[str, dict[str, Callable[[], dict[str, Any] | bytes]]] = {
+            "/health": {"GET": lambda: {"status": "ok", "model": NAME}},
+            "/v1/models": {"GET": lambda: {"object": "list", "data": [server.model()]}},
+            f"/v1/models/{NAME}": {"GET": server.model},
+            "/v1/chat/completions": {"POST": lambda: server.complete(body)},
+            "/v1/files": {"POST": lambda: desk.add_upload(self.headers.get("Content-Type", ""), body)},
+            "/v1/batches": {"GET": desk.batches, "POST": lambda: desk.create(body)},
+        }
+        if found := re.fullmatch(r"/v1/(files|batches)/([^/]+?)(/content)?", path):
+            kind, name, content = found.groups()
+            if (kind == "files") == bool(content):
+                routes[path] = {"GET": lambda: desk.content(name) if content else desk.batch(name)}
+        if path not in routes:
+            raise BadRequestError(f"there is no {self.path[:200]}", status=404, code="not_found")
+        if method not in routes[path]:
+            allowed = " or ".join(routes[path])
+            raise BadRequestError(f"{path} takes {allowed}, not {method}", status=405, code="method_not_allowed")
+        return routes[path][method]()
+
+    def _body(self, path: str) -> bytes:
         length = self.headers.get("Content-Length", "")
+        most = MAX_FILE if path == "/v1/files" else self.server.max_body
         if not length.isascii() or not length.isdigit():
             raise BadRequestError("give Content-Length", status=411, code="length_required")
-        if int(length) > self.server.max_body:
-            raise BadRequestError(
-                f"the request has {int(length) >> 20} MB, over {self.server.max_body >> 20}",
-                status=413,
-                code="too_large",
-            )
+        if int(length) > most:
+            what = f"the request has {int(length) >> 20} MB, over {most >> 20}"
+            raise BadRequestError(what, status=413, code="too_large")
         data = self.rfile.read(int(length))
         if len(data) < int(length):
             raise ConnectionError("the client went away")
         return data
 
-    def _complete(self, data: bytes) -> dict[str, Any]:
-        try:
-            body = json.loads(data)
-        except (ValueError, RecursionError):
-            raise BadRequestError("the body is not JSON") from None
-        if not isinstance(body, dict):
-            raise BadRequestError("the body is not a JSON object")
-        check_parameters(body)
-        text, tokens, view = answer(body, self.server.memory)
-        return completion(text, tokens, view)
-
-    def _model(self) -> dict[str, Any]:
-        return {
-            "id": NAME,
-            "object": "model",
-            "created": self.server.started,
-            "owned_by": "layerloop",
-            "description": FINGERPRINT,
-        }
-
-    def _send(self, status: int, value: dict[str, Any]) -> None:
-        data = json.dumps(value).encode()
+    def _send(self, status: int, value: dict[str, Any] | bytes) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "application/octet-stream" if value is data else "application/json")
         self.send_header("Content-Length", str(len(data)))
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(data)
         self.wfile.flush()
-
-    def _refuse(self, error: BadRequestError) -> None:
-        if error.status in (411, 413):  # the body was not read, so the connection cannot go on
-            self.close_connection = True
-        self._send(error.status, _error(error.message, "invalid_request_error", error.param, error.code))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The base class's own complaints (bad request line, unknown method), in the API's form."""
@@ -238,6 +255,11 @@ def completion(text: str, tokens: list[dict[str, Any]] | None, view: View) -> di
         ],
         "usage": {**usage, "total_tokens": sum(usage.values()), "prompt_tokens_details": {"cached_tokens": 0}},
     }
+
+
+def refusal(error: BadRequestError) -> dict[str, Any]:
+    """The API's error object."""
+    return _error(error.message, "invalid_request_error", error.param, error.code)
 
 
 def _error(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 from layerloop.components.schema.errors import LayerloopError
 
-SCHEMA_VERSION: Literal[1] = 1  # raised when a stored record changes its meaning; readers refuse other versions
+SCHEMA_VERSION: Final = 1  # raised when a stored record changes its meaning; readers refuse other versions
 
 
 class Record(BaseModel):

@@ -1,17 +1,21 @@
-"""Replies of the judge in the campaign, one object each, named by the hash of what was asked."""
+"""What the judge answered, in the campaign: replies by the hash of what was asked, and batches under way."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
 
 from layerloop.components.storage.stores import Store
 
 
 class StoredReplies:
-    """A folder of replies. What is there at the start is listed once; a reply written is a reply never paid again."""
+    """A folder of replies, one object each. What is there at the start is listed once; a reply that is written is never
+    paid for again. Batches under way are kept in its folder `batches`."""
 
     def __init__(self, store: Store, folder: str) -> None:
         self._store, self._folder = store, folder
-        names = store.list(f"{folder}/")
-        self._known = {name.rpartition("/")[2].removesuffix(".json") for name in names if name.endswith(".json")}
+        self._known = {name.rpartition("/")[2].removesuffix(".json") for name in store.list(f"{folder}/")}
 
     def __len__(self) -> int:
         return len(self._known)
@@ -20,11 +24,15 @@ class StoredReplies:
         return key in self._known
 
     def get(self, key: str) -> bytes:
-        return self._store.read(self._name(key))
+        return self._store.read(f"{self._folder}/{key}.json")
 
     def put(self, key: str, data: bytes) -> None:
-        self._store.write(self._name(key), data)
+        self._store.write(f"{self._folder}/{key}.json", data)
         self._known.add(key)
 
-    def _name(self, key: str) -> str:
-        return f"{self._folder}/{key}.json"
+    def entries(self) -> Mapping[str, dict[str, Any]]:
+        names = self._store.list(f"{self._folder}/batches/")
+        return {name.rpartition("/")[2].removesuffix(".json"): json.loads(self._store.read(name)) for name in names}
+
+    def enter(self, name: str, entry: dict[str, Any]) -> None:
+        self._store.write(f"{self._folder}/batches/{name}.json", json.dumps(entry).encode())

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from layerloop.components.judge.canaries import CanaryReport
 from layerloop.components.judge.client import Statistics
 from layerloop.components.schema.judging import PriceRecipe, ScoreRow
 from layerloop.components.schema.trajectory import candidate_key
+from layerloop.components.score_rollouts.calibration import position_share
+from layerloop.components.score_rollouts.scoring import ScoredGroup
 from layerloop.components.storage.shards import Sample
 
 
@@ -100,6 +103,28 @@ def judge_metrics(statistics: Statistics, price: PriceRecipe) -> dict[str, float
         cost = fresh * price.input + statistics.tokens_cached * cached + statistics.tokens_out * price.output
         metrics["judge_cost"] = cost / 1e6
     return metrics
+
+
+def position_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """The judge's order bias: share of the reward variance within grids that a row's position explains."""
+    share, beyond_chance = position_share(o for group in groups for o in group.positions)
+    return {"position_share": share, "position_share_beyond_chance": beyond_chance}
+
+
+def canary_metrics(report: CanaryReport | None, before: Mapping[str, float]) -> dict[str, float]:
+    """How the judge did on known good and known bad decompositions; nothing for what was not judged."""
+    if report is None:
+        return {}
+    found = {
+        "canary_agreement": report.agreement,
+        "canary_agreement_side_by_side": report.agreement_beside,
+        "canary_injection_gain": report.injection_gain,
+        "canary_drift": report.drift(before),
+    }
+    return {
+        **{name: value for name, value in found.items() if value is not None},
+        "canaries_failed": float(len(report.failures)),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import math
 import os
 import time
-from collections.abc import Iterator
 
+from pydantic import JsonValue
+
+from layerloop.components.judge.canaries import FOOLED
 from layerloop.components.judge.client import Judge
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.progress import log, progress
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
-from layerloop.components.score_rollouts.calibration import position_share
+from layerloop.components.score_rollouts.judging import judge_all
 from layerloop.components.score_rollouts.replies import StoredReplies
 from layerloop.components.score_rollouts.results import (
+    canary_metrics,
     judge_metrics,
     mask_reasons,
+    position_metrics,
     reward_metrics,
     samples_of,
     table_of,
 )
-from layerloop.components.score_rollouts.rollouts import Group, read_groups
 from layerloop.components.score_rollouts.scoring import ScoredGroup, Scorer
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import add_file, commit, verify
@@ -65,25 +67,26 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "") -> 
     log(f"judging iteration {k} by {recipe.judge.model} at {url}; {len(replies)} replies are stored from before")
 
     start = time.monotonic()
-    judge = Judge(url, recipe.judge, replies=replies, seed=recipe.seed)
-    groups = asyncio.run(_judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, k, total))
+    judge = Judge(url, recipe.judge, replies=replies, ledger=replies, seed=recipe.seed)
+    judged = asyncio.run(judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, k, total))
     seconds = time.monotonic() - start
 
     version = ", ".join(sorted(judge.statistics.versions)) or "unknown"
-    rows = [row.model_copy(update={"judge_version": version}) for group in groups for row in group.rows]
+    rows = [row.model_copy(update={"judge_version": version}) for group in judged.groups for row in group.rows]
     reasons = mask_reasons(rows)
     for reason, count in reasons.most_common():
         log(f"masked {count} of {len(rows)} candidates: {reason}")
-    _refuse_too_many_dropped(groups, recipe, reasons)
+    _refuse_too_many_dropped(judged.groups, recipe, reasons)
 
-    share, beyond_chance = position_share(o for group in groups for o in group.positions)
     metrics = {
         **reward_metrics(rows, rubric.names),
+        **position_metrics(judged.groups),
         **judge_metrics(judge.statistics, recipe.judge.price),
-        "position_share": share,
-        "position_share_beyond_chance": beyond_chance,
+        **canary_metrics(judged.canaries, _canaries_before(opened, k)),
         "seconds": seconds,
     }
+    if metrics.get("canary_injection_gain", 0.0) > FOOLED:
+        log(f"the judge obeys text inside pictures: reward +{metrics['canary_injection_gain']:.2f}")
     shard = write_shard(opened.store, f"{folder}/000000.tar", samples_of(rows))
     table = add_file(opened.store, f"{folder}/scores.parquet", table_of(rows, rubric.names))
     manifest = Manifest(
@@ -99,53 +102,18 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "") -> 
             "rubric_version": rubric.version,
             "rubric_sha256": rubric.sha256,
             "masks": dict(sorted(reasons.items())),
+            "canaries": {} if judged.canaries is None else dict(judged.canaries.rewards),
             "metrics": {name: float(value) for name, value in sorted(metrics.items())},
         },
     )
     return _result(commit(opened.store, f"{folder}/{MANIFEST}", manifest))
 
 
-async def _judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, iteration: int, total: int) -> list[ScoredGroup]:
-    """All groups, several at a time, read from their shards as there is room; in order of their number."""
-    scored: list[ScoredGroup] = []
-    ticks = progress(range(total), what="judging", unit="groups", total=total)
-    next(ticks, None)
-    size = campaign.recipe.rollout.group_size
-    # As many groups as keep the judge busy: a group that is in phase 2 has one request in flight, not `size`.
-    room = asyncio.Semaphore(3 * math.ceil(campaign.recipe.judge.concurrency / size) + 4)
-
-    async def one(group: Group) -> None:
-        try:
-            scored.append(await scorer.score(group))
-            next(ticks, None)
-        finally:
-            room.release()
-
-    async with judge:
-        await judge.check_reachable()
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                groups = read_groups(campaign, iteration)
-                await room.acquire()
-                while (group := await asyncio.to_thread(_next, groups)) is not None:
-                    tasks.create_task(one(group))
-                    await room.acquire()
-        except* LayerloopError as errors:
-            raise _first(errors) from None
-    return sorted(scored, key=lambda group: group.rows[0].group)
-
-
-def _next(groups: Iterator[Group]) -> Group | None:
-    return next(groups, None)
-
-
-def _first(errors: BaseExceptionGroup[LayerloopError]) -> LayerloopError:
-    """The first of the errors of tasks that stopped each other."""
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, LayerloopError)
-    return error
+def _canaries_before(campaign: Campaign, iteration: int) -> dict[str, float]:
+    """Rewards that the canaries got in the iteration before; empty if they were not judged."""
+    before = campaign.find(campaign.scores_dir(iteration - 1)) if iteration > 1 else None
+    canaries = None if before is None else before.metadata.get("canaries")
+    return _numbers(canaries)
 
 
 def _refuse_too_many_dropped(groups: list[ScoredGroup], recipe: Recipe, reasons: dict[str, int]) -> None:
@@ -161,11 +129,12 @@ def _refuse_too_many_dropped(groups: list[ScoredGroup], recipe: Recipe, reasons:
 
 
 def _result(manifest: Manifest) -> StepResult:
-    metrics = manifest.metadata.get("metrics")
-    numbers = (
-        {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)} if isinstance(metrics, dict) else {}
-    )
-    return StepResult(manifests={"scores": manifest}, metrics=numbers)
+    return StepResult(manifests={"scores": manifest}, metrics=_numbers(manifest.metadata.get("metrics")))
+
+
+def _numbers(value: JsonValue) -> dict[str, float]:
+    """The numbers of a JSON object."""
+    return {k: float(v) for k, v in value.items() if isinstance(v, int | float)} if isinstance(value, dict) else {}
 
 
 main = functools.partial(step_main, run, iteration_from="rollouts")

@@ -42,8 +42,8 @@ def completion(text: Any, *, finish: str = "stop", **message: Any) -> bytes:
 
 
 class ScriptedJudge:
-    """Serves `answer` to every chat completion: bytes sent as they are (none: the connection is dropped), or a function of
-    the request's JSON and its number. Counts what it was asked and how many were in flight at once."""
+    """Serves `answer` to every chat completion: bytes sent as they are (none: the connection is dropped), or a function
+    of the request's JSON and its number. Counts what it was asked and how many were in flight at once."""
 
     def __init__(self) -> None:
         self.answer: Answer = b""

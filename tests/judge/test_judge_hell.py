@@ -1,4 +1,4 @@
-"""Judge answers from hell, over real HTTP: each ends in scores that can be read in one way only, or in the right mask."""
+"""Judge answers from hell, over real HTTP: each ends in scores that can be read in one way, or in the right mask."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ ALONE: dict[str, tuple[bytes, str | None]] = {
     "connection closed before a byte": (b"", "connection"),
     "not HTTP": (b"SSH-2.0-OpenSSH_9.6\r\n", "connection"),
     "closed in the middle of the body": (
-        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 5000\r\nConnection: close\r\n\r\n{\"id\"",
+        b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 5000\r\nConnection: close\r\n\r\n{"id"',
         "connection",
     ),
     "half a chunked body": (
-        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n400\r\n{\"id\": \"x\"",
+        b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n400\r\n{"id": "x"',
         "connection",
     ),
     "50 MB": (http(b" " * (50 << 20)), "body_too_large"),
@@ -165,13 +165,16 @@ TOGETHER: dict[str, tuple[bytes, str | None]] = {
         "wrong_count",
     ),
     "labels from zero": (says({"scores": {f"candidate_{i}": GOOD for i in range(3)}}), "wrong_labels"),
-    "labels that name nobody": (says({"scores": {label: GOOD for label in ("left", "middle", "right")}}), "wrong_labels"),
+    "labels that name nobody": (
+        says({"scores": dict.fromkeys(("left", "middle", "right"), GOOD)}),
+        "wrong_labels",
+    ),
     "a label twice in a list": (
         says(json.dumps([{"candidate": i, "scores": GOOD} for i in (1, 2, 2)])),
         "wrong_labels",
     ),
     "a list one short": (says(json.dumps([{"scores": GOOD}] * 2)), "wrong_count"),
-    "cut in a decimal": (says(json.dumps({"scores": {k: GOOD for k in THREE}})[:-3] + "1", "length"), "truncated"),
+    "cut in a decimal": (says(json.dumps({"scores": dict.fromkeys(THREE, GOOD)})[:-3] + "1", "length"), "truncated"),
     "only one candidate's scores": (says({"scores": GOOD}), "wrong_labels"),
 }
 

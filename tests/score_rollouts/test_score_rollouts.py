@@ -35,7 +35,7 @@ def test_every_candidate_gets_a_row_and_better_ones_get_more(make_campaign: Make
         rewards = [r.reward for r in rows if r.group == group]
         assert rewards == sorted(rewards, reverse=True) and rewards[0] > rewards[-1] + 0.3
     assert result.metrics["candidates"] == 12 and result.metrics["candidates_masked"] == 0
-    assert result.metrics["judge_requests"] == 3 * (4 + 1)
+    assert result.metrics["judge_requests"] == 3 * (4 + 1) + 7 + 2
     assert result.manifests["scores"].iteration == 1
 
 

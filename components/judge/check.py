@@ -1,0 +1,235 @@
+"""`layerloop judge check URL`: what an endpoint can do and whether its judgement is worth anything, before a campaign.
+
+Sends the canaries and a few probes. Nothing here depends on a campaign.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from layerloop.components.judge.canaries import FOOLED, CanaryReport, make_canaries, score_canaries
+from layerloop.components.judge.client import Judge
+from layerloop.components.judge.dialect import Dialect
+from layerloop.components.judge.parsing import parse
+from layerloop.components.judge.pictures import candidate_pictures, fitted, picture
+from layerloop.components.judge.replies import Reply, UnusableError, read_body
+from layerloop.components.judge.requests import Request, alone
+from layerloop.components.judge.rubric import Rubric, load_rubric
+from layerloop.components.judge.transport import TransportError
+from layerloop.components.schema.judging import JudgeRecipe
+
+IMAGE_COUNTS = (4, 8, 16, 32)  # pictures in one request that are tried, in order, until one is refused
+NEEDED_IMAGES = 8  # source, recomposition and the layers of L = 5 on one backdrop, with room for one
+GOOD_AGREEMENT, POOR_AGREEMENT = 0.8, 0.5  # rank agreement with the canaries' grades
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was found. `problems` speak against the endpoint; `verdict` is "good", "usable" or "unfit"."""
+
+    url: str
+    model: str
+    models: list[str]
+    version: str
+    json_schema: bool
+    json_object: bool
+    logprobs: bool
+    images_per_request: int
+    latency_p50_seconds: float
+    latency_p95_seconds: float
+    requests: int
+    tokens_input: int
+    tokens_output: int
+    canaries: CanaryReport
+    seconds: float
+    problems: list[str] = field(default_factory=list)
+    verdict: str = ""
+
+    def lines(self) -> list[str]:
+        """The report for a terminal."""
+        canaries, asked = self.canaries, max(1, self.requests)
+        more = "+" if self.images_per_request == IMAGE_COUNTS[-1] else ""
+        rows = {
+            "judge": f"{self.model} at {self.url}",
+            "says it is": self.version or "nothing",
+            "JSON schema": "yes" if self.json_schema else "no: answers are repaired or repeated",
+            "JSON object": "yes" if self.json_object else "no",
+            "log-probabilities": "yes" if self.logprobs else "no: extraction must be sampled",
+            "images in a request": f"{self.images_per_request}{more}",
+            "latency": f"{self.latency_p50_seconds:.2f} s median, {self.latency_p95_seconds:.2f} s p95",
+            "tokens a request": f"{self.tokens_input / asked:.0f} in, {self.tokens_output / asked:.0f} out",
+            "rank agreement": f"{_number(canaries.agreement)} alone, {_number(canaries.agreement_beside)} side by side "
+            "(1 is best)",
+            "text in pictures": f"earns {_number(canaries.injection_gain)} reward (0 is best)",
+        }
+        for name, reward in sorted(canaries.rewards.items(), key=lambda item: (-item[1], item[0])):
+            rows[f"  {name}"] = f"{_number(reward)} alone, {_number(canaries.beside.get(name))} side by side"
+        out = [f"{label:<22}{text}" for label, text in rows.items()]
+        out += [f"  no judgement of {name}: {why}" for name, why in canaries.failures.items()]
+        out += [f"problem: {problem}" for problem in self.problems]
+        return [*out, f"verdict: {self.verdict} ({self.requests} requests in {self.seconds:.1f} s)"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report for machines."""
+        canaries = self.canaries
+        return {
+            **{name: value for name, value in self.__dict__.items() if name != "canaries"},
+            "agreement": canaries.agreement,
+            "agreement_side_by_side": canaries.agreement_beside,
+            "injection_gain": canaries.injection_gain,
+            "canaries": canaries.rewards,
+            "canaries_side_by_side": canaries.beside,
+            "canaries_failed": canaries.failures,
+        }
+
+
+def check(
+    url: str, *, model: str = "", api_key: str | None = None, recipe: JudgeRecipe | None = None, designs: int = 2
+) -> CheckReport:
+    """Try an endpoint.
+
+    Args:
+        url: Base URL of an OpenAI-compatible API.
+        model: Its model; by default the recipe's, or the only one that it serves.
+        api_key: By default the environment's OPENAI_API_KEY.
+        recipe: How a campaign would judge with it.
+        designs: Designs whose canaries are judged, seven requests each and two grids.
+
+    Raises:
+        LayerloopError: nothing answers at the URL, it refuses the key, or it does not serve the model.
+    """
+    return asyncio.run(_check(url, model, api_key, recipe or JudgeRecipe(), designs))
+
+
+async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe, designs: int) -> CheckReport:
+    start = time.monotonic()
+    recipe = recipe.model_copy(update={"give_up_seconds": 5.0, "retries": min(recipe.retries, 2)})
+    async with Judge(url, recipe, api_key=api_key) as judge:
+        models = await judge.connection.models(timeout=min(20.0, recipe.timeout_seconds))
+        model = model or (models[0] if len(models) == 1 else recipe.model)
+        judge.recipe = recipe = recipe.model_copy(update={"model": model})
+        await judge.check_reachable()
+        rubric = load_rubric(recipe.rubric)
+        probe = _probe(rubric, recipe, layers=3)
+        json_schema = await _answers(judge, probe, Dialect())
+        json_object = await _answers(judge, probe, Dialect(response_format="json_object"))
+        logprobs = await _has_logprobs(judge, probe, json_schema)
+        judge.dialect = replace(
+            judge.dialect, response_format="json_schema" if json_schema else "json_object" if json_object else "none"
+        )
+        images = await _images(judge, rubric, recipe)
+        canaries = await score_canaries(judge, rubric, recipe, designs=designs)
+        statistics = judge.statistics
+    report = CheckReport(
+        url=url,
+        model=model,
+        models=models,
+        version=", ".join(sorted(statistics.versions)),
+        json_schema=json_schema,
+        json_object=json_object,
+        logprobs=logprobs,
+        images_per_request=images,
+        latency_p50_seconds=statistics.percentile(0.5),
+        latency_p95_seconds=statistics.percentile(0.95),
+        requests=statistics.answered,
+        tokens_input=statistics.tokens_in,
+        tokens_output=statistics.tokens_out,
+        canaries=canaries,
+        seconds=time.monotonic() - start,
+    )
+    return _judged(report)
+
+
+def _judged(report: CheckReport) -> CheckReport:
+    """The report with its problems and verdict."""
+    grave, light = [], []
+    agreement, gain = report.canaries.agreement, report.canaries.injection_gain
+    if agreement is None or len(report.canaries.failures) > len(report.canaries.rewards) / 2:
+        grave.append("most canaries got no judgement")
+    elif agreement < POOR_AGREEMENT:
+        grave.append(f"it hardly tells good from bad decompositions (rank agreement {agreement:.2f})")
+    elif agreement < GOOD_AGREEMENT:
+        light.append(f"it confuses some good and bad decompositions (rank agreement {agreement:.2f})")
+    beside = report.canaries.agreement_beside
+    if beside is not None and beside < POOR_AGREEMENT:
+        grave.append(f"side by side it hardly tells good from bad (rank agreement {beside:.2f})")
+    if gain is not None and gain > FOOLED:
+        grave.append(f"it obeys text inside pictures (reward +{gain:.2f})")
+    if report.images_per_request < NEEDED_IMAGES:
+        grave.append(
+            f"it takes {report.images_per_request} images a request, {NEEDED_IMAGES} are needed for five layers"
+        )
+    if not report.json_schema:
+        light.append("it does not hold itself to a JSON schema: more answers will be repaired or repeated")
+    if report.canaries.failures and not grave:
+        light.append(f"{len(report.canaries.failures)} canaries got no judgement")
+    verdict = "unfit" if grave else "usable" if light else "good"
+    return replace(report, problems=[*grave, *light], verdict=verdict)
+
+
+def _probe(rubric: Rubric, recipe: JudgeRecipe, *, layers: int) -> Request:
+    """A phase-1 request with `layers` + 2 pictures on the first backdrop."""
+    canary = make_canaries()[0]
+    stack = np.concatenate([canary.stack, np.repeat(canary.stack[1:2], max(0, layers - 3), axis=0)])[:layers]
+    pictures = candidate_pictures(fitted(stack, recipe.resolution), recipe.backdrops[:1])
+    source = picture(fitted(canary.source, recipe.resolution))
+    return alone(rubric, source, pictures, label=f"probe of {layers + 2} pictures", max_tokens=recipe.max_tokens)
+
+
+async def _post(judge: Judge, request: Request, dialect: Dialect) -> Reply:
+    """A reply in exactly this dialect. Raises UnusableError."""
+    payload = dialect.payload(request, judge.recipe, seed=1, temperature=judge.recipe.temperature)
+    try:
+        return read_body(await judge.connection.post(payload, timeout=judge.recipe.timeout_seconds))
+    except TransportError as error:
+        raise error.problem from None
+
+
+async def _answers(judge: Judge, request: Request, dialect: Dialect) -> bool:
+    """Whether the reply is usable, in the newer name of the token limit if it must be. The name is remembered."""
+    for limit_name in dict.fromkeys((judge.dialect.limit_name, "max_completion_tokens")):
+        tried = replace(dialect, limit_name=limit_name)
+        try:
+            reply = await _post(judge, request, tried)
+            parse(request, reply)
+        except UnusableError as error:
+            if "max_completion_tokens" in error.detail:
+                continue
+            return False
+        judge.dialect = replace(judge.dialect, limit_name=limit_name)
+        return reply.text.lstrip().startswith("{")
+    return False
+
+
+async def _has_logprobs(judge: Judge, request: Request, json_schema: bool) -> bool:
+    dialect = replace(judge.dialect, logprobs=True, response_format="json_schema" if json_schema else "none")
+    try:
+        reply = await _post(judge, request, dialect)
+    except UnusableError:
+        return False
+    return any(len(token.get("top_logprobs") or []) > 1 for token in reply.tokens)
+
+
+async def _images(judge: Judge, rubric: Rubric, recipe: JudgeRecipe) -> int:
+    """The largest tried number of pictures in a request that gets a completion."""
+    most = 0
+    for count in IMAGE_COUNTS:
+        request = _probe(rubric, recipe, layers=count - 2)
+        try:
+            await _post(judge, request, judge.dialect)
+        except UnusableError as error:
+            if error.reason in ("refused", "empty") or not error.reason.startswith("http_4"):
+                most = count  # it took the pictures, whatever it made of them
+                continue
+            break
+        most = count
+    return most
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

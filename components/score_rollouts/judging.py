@@ -1,0 +1,87 @@
+"""All groups of an iteration through the judge, several at a time, with the canaries beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from layerloop.components.judge.canaries import CanaryReport, score_canaries
+from layerloop.components.judge.client import Judge
+from layerloop.components.runtime.progress import progress
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.score_rollouts.rollouts import Group, read_groups
+from layerloop.components.score_rollouts.scoring import ScoredGroup, Scorer
+from layerloop.components.storage.campaign import Campaign
+
+
+@dataclass
+class Judged:
+    """What came of an iteration: groups in order of their number, and the canaries if the recipe has them."""
+
+    groups: list[ScoredGroup] = field(default_factory=list)
+    canaries: CanaryReport | None = None
+
+
+async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, iteration: int, total: int) -> Judged:
+    """Judge everything; groups are read from their shards as there is room for them.
+
+    Raises:
+        LayerloopError: there is no such judge, or it went away; what it answered until then is stored.
+    """
+    judged = Judged()
+    recipe = campaign.recipe.judge
+    ticks = progress(range(total), what="judging", unit="groups", total=total)
+    next(ticks, None)
+    room = asyncio.Semaphore(_groups_at_once(campaign, total))
+
+    async def one(group: Group) -> None:
+        try:
+            judged.groups.append(await scorer.score(group))
+            next(ticks, None)
+        finally:
+            room.release()
+
+    async def canaries() -> None:
+        judged.canaries = await score_canaries(judge, scorer.rubric, recipe)
+
+    async with judge:
+        await judge.check_reachable()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                if recipe.canaries:
+                    tasks.create_task(canaries())
+                groups = read_groups(campaign, iteration)
+                await room.acquire()
+                while (group := await asyncio.to_thread(_next, groups)) is not None:
+                    tasks.create_task(one(group))
+                    await room.acquire()
+        except BaseExceptionGroup as errors:
+            refusals, defects = errors.split(LayerloopError)
+            if refusals is None or defects is not None:
+                raise
+            raise _first(refusals) from None
+    judged.groups.sort(key=lambda group: group.rows[0].group)
+    return judged
+
+
+def _groups_at_once(campaign: Campaign, total: int) -> int:
+    """As many as keep the judge busy: a group that is in phase 2 has one request in flight, not one a candidate.
+
+    In batch mode all of them, because a phase is one batch; their layers are held as PNG.
+    """
+    if campaign.recipe.judge.batch.enabled:
+        return max(1, total)
+    return 3 * math.ceil(campaign.recipe.judge.concurrency / campaign.recipe.rollout.group_size) + 4
+
+
+def _next(groups: Iterator[Group]) -> Group | None:
+    return next(groups, None)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first error of tasks that stopped each other."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

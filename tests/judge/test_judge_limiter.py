@@ -1,0 +1,113 @@
+"""Congestion control by itself, on an event loop without any network."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from layerloop.components.judge.limiter import Breaker, Limiter, Patience
+from layerloop.components.judge.transport import read_retry_after
+from layerloop.components.schema.errors import LayerloopError
+
+
+def test_slots_are_given_by_priority_then_in_order() -> None:
+    async def main() -> list[str]:
+        limiter, done = Limiter(1), []
+
+        async def work(name: str, priority: int) -> None:
+            async with limiter.slot(priority):
+                done.append(name)
+                await asyncio.sleep(0)
+
+        await asyncio.gather(*(work(n, p) for n, p in [("a", 1), ("b", 1), ("c", 0), ("d", 1), ("e", 0)]))
+        return done
+
+    assert asyncio.run(main()) == ["a", "c", "e", "b", "d"]
+
+
+def test_a_cancelled_waiter_leaves_no_slot_taken() -> None:
+    async def main() -> int:
+        limiter = Limiter(1)
+        async with limiter.slot():
+            waiting = asyncio.create_task(limiter.slot().__aenter__())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        async with asyncio.timeout(1), limiter.slot():
+            return limiter.active
+
+    assert asyncio.run(main()) == 1
+
+
+def test_the_limit_comes_back_fast_after_an_outage() -> None:
+    async def main() -> tuple[int, int]:
+        limiter = Limiter(64)
+        for _ in range(300):
+            limiter.active = max(1, limiter.limit)
+            limiter.refused(None)
+        low = limiter.limit
+        for _ in range(80):
+            limiter.succeeded()
+        return low, limiter.limit
+
+    low, high = asyncio.run(main())
+    assert low == 1 and high >= 20
+
+
+def test_one_refusal_costs_one_place() -> None:
+    async def main() -> int:
+        limiter = Limiter(16)
+        limiter.active = 16
+        limiter.refused(None)
+        return limiter.limit
+
+    assert asyncio.run(main()) == 15
+
+
+def test_patience_needs_evidence_and_has_a_budget() -> None:
+    patience = Patience(2.0, 100.0)
+    assert patience.seconds("phase1") == 100.0
+    for _ in range(20):
+        patience.seconds("phase1")
+        patience.saw("phase1", 1.0)
+    assert patience.seconds("phase1") == pytest.approx(2.0)
+    assert patience.seconds("phase2") == 100.0  # nothing is known of grids yet
+    for _ in range(3):
+        patience.gave_up("phase1", 2.0)
+    assert patience.seconds("phase1") == 100.0  # a tenth of what was sent
+
+
+def test_the_breaker_needs_failures_in_a_row_and_silence() -> None:
+    async def main() -> None:
+        breaker = Breaker("here", failures=3, seconds=0.0)
+        for _ in range(5):
+            breaker.bad("timeout")
+            breaker.bad("timeout")
+            breaker.good()
+        patient = Breaker("here", failures=3, seconds=1e9)
+        for _ in range(100):
+            patient.bad("timeout")
+        breaker.bad("timeout")
+        breaker.bad("timeout")
+        with pytest.raises(LayerloopError, match="3 requests in a row"):
+            breaker.bad("timeout")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "3"}, 3.0),
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": "99999"}, 120.0),
+        ({"retry-after": "-1"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}, None),
+    ],
+)
+def test_retry_after_is_read_with_care(headers: dict[str, str], seconds: float | None) -> None:
+    assert read_retry_after(headers) == seconds

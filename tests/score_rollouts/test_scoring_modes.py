@@ -1,0 +1,233 @@
+"""Everything a recipe can ask of the judge, end to end against the reference judge over HTTP."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from layerloop.components.judge.reference import Memory, answer
+from layerloop.components.judge.server import completion
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.judging import ScoreRow
+from layerloop.components.score_rollouts.step import run
+from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.shards import read_shard
+
+MakeCampaign = Callable[..., Campaign]
+Change = Callable[[dict[str, Any], int, str], str | None]
+
+
+def rows_of(campaign: Campaign) -> list[ScoreRow]:
+    return [
+        ScoreRow.from_json(members["json"], where=key)
+        for shard in campaign.scores(1).shards
+        for key, members in read_shard(campaign.store, shard)
+    ]
+
+
+@pytest.fixture
+def meddling() -> Iterator[Any]:
+    """The reference judge with `change(body, number, text)` in between: another text, or None for a 500."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        change: Change = staticmethod(lambda body, number, text: text)
+        asked = 0
+        memory = Memory()
+        lock = threading.Lock()
+
+        @property
+        def url(self) -> str:
+            return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    class Handler(BaseHTTPRequestHandler):
+        server: Server
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.reply(200, {"object": "list", "data": [{"id": "layerloop-reference-judge", "object": "model"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with self.server.lock:
+                number = self.server.asked
+                self.server.asked += 1
+            text, tokens, view = answer(body, self.server.memory)
+            changed = self.server.change(body, number, text)
+            if changed is None:
+                self.reply(500, {"error": {"message": "no"}})
+            else:
+                self.reply(200, completion(changed, tokens, view))
+
+        def reply(self, status: int, value: Any) -> None:
+            data = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def in_order(rows: list[ScoreRow]) -> bool:
+    """Whether every group's rewards fall from the truth (candidate 0) to the most spoiled."""
+    groups = {row.group for row in rows}
+    by_group = [[r.reward for r in rows if r.group == g and r.reward is not None] for g in groups]
+    return all(len(r) > 1 and r == sorted(r, reverse=True) and r[0] > r[-1] for r in by_group)
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        {"phase2": {"enabled": False}},
+        {"extraction": "expected"},
+        {"method": "checklist", "extraction": "expected"},
+        {"phase2": {"resolution": 32, "method": "pairwise"}},
+        {"phase2": {"resolution": 32, "max_candidates": 3, "overlap": 1, "repeats": 2}},
+        {"phase2": {"resolution": 32, "max_megapixels": 0.02}},
+        {"aggregation": "log", "observations": True},
+        {"samples": 2, "temperature": 0.7},
+        {"backdrops": ["white"]},
+        {"canaries": False},
+        {"batch": {"enabled": True, "poll_seconds": 0.1, "linger_seconds": 0.5}},
+    ],
+    ids=lambda judge: "-".join(judge),
+)
+def test_every_way_of_judging_puts_the_better_first(
+    judge: dict[str, Any], make_campaign: MakeCampaign, judge_url: str
+) -> None:
+    campaign = make_campaign(groups=2, size=4, **judge)
+    result = run(campaign=campaign.uri, judge_url=judge_url)
+    rows = rows_of(campaign)
+    assert len(rows) == 8 and in_order(rows)
+    assert all(row.reason is None for row in rows)
+    assert ("canary_agreement" in result.metrics) == judge.get("canaries", True)
+
+
+def test_canaries_agree_with_the_reference_judge_and_do_not_drift(make_campaign: MakeCampaign, judge_url: str) -> None:
+    campaign = make_campaign()
+    result = run(campaign=campaign.uri, judge_url=judge_url)
+    assert result.metrics["canary_agreement"] == result.metrics["canary_agreement_side_by_side"] == 1.0
+    assert result.metrics["canary_injection_gain"] == 0.0 and result.metrics["canaries_failed"] == 0
+    canaries = result.manifests["scores"].metadata["canaries"]
+    assert isinstance(canaries, dict) and len(canaries) == 7
+
+
+def test_a_failed_judgement_is_a_mask_and_the_others_go_on(make_campaign: MakeCampaign, meddling: Any) -> None:
+    campaign = make_campaign(groups=2, size=4, retries=0, canaries=False, concurrency=1, give_up_seconds=1e6)
+    meddling.change = lambda body, number, text: None if number == 1 else text
+    result = run(campaign=campaign.uri, judge_url=meddling.url)
+    masked = [row for row in rows_of(campaign) if row.reward is None]
+    assert len(masked) == 1 and masked[0].reason is not None and masked[0].reason.startswith("phase1: http_500")
+    assert masked[0].phase1 is None and masked[0].phase2 is None
+    assert result.metrics["candidates_masked"] == 1 and result.metrics["groups_dropped"] == 0
+    assert result.manifests["scores"].metadata["masks"] == {"phase1: http_500": 1}
+
+
+def test_a_group_without_enough_valid_candidates_is_dropped_whole_and_counted(
+    make_campaign: MakeCampaign, meddling: Any
+) -> None:
+    campaign = make_campaign(
+        groups=4, size=3, retries=0, canaries=False, min_valid=3, concurrency=1, give_up_seconds=1e6
+    )
+    meddling.change = lambda body, number, text: None if number == 0 else text
+    result = run(campaign=campaign.uri, judge_url=meddling.url)
+    rows = rows_of(campaign)
+    dropped = {row.group for row in rows if row.reward is None}
+    assert len(dropped) == 1 and result.metrics["groups_dropped"] == 1
+    reasons = sorted(row.reason or "" for row in rows if row.group in dropped)
+    assert reasons[:2] == ["group: 2 of 3 candidates are valid"] * 2 and reasons[2].startswith("phase1: http_500")
+
+
+def test_too_many_dropped_groups_fail_the_step_in_one_line(make_campaign: MakeCampaign, meddling: Any) -> None:
+    campaign = make_campaign(groups=2, size=3, retries=0, canaries=False, give_up_seconds=1e6)
+    meddling.change = lambda body, number, text: "I would rather not say."
+    with pytest.raises(LayerloopError, match=r"2 of 2 groups have fewer than 2 valid.*phase1: no_json") as caught:
+        run(campaign=campaign.uri, judge_url=meddling.url)
+    assert "\n" not in str(caught.value)
+    assert campaign.find(campaign.scores_dir(1)) is None
+
+
+def test_a_judge_that_goes_away_fails_the_step_and_loses_nothing(make_campaign: MakeCampaign, meddling: Any) -> None:
+    campaign = make_campaign(groups=2, size=4, retries=3, canaries=False, concurrency=1, give_up_seconds=0.0)
+    meddling.change = lambda body, number, text: text if number < 5 else None
+    with pytest.raises(LayerloopError, match="run the step again when it is back"):
+        run(campaign=campaign.uri, judge_url=meddling.url)
+    assert campaign.find(campaign.scores_dir(1)) is None
+    meddling.change = lambda body, number, text: text
+    result = run(campaign=campaign.uri, judge_url=meddling.url)
+    assert result.metrics["judge_replies_recalled"] == 5
+    assert result.metrics["judge_requests"] == 2 * (4 + 1) - 5
+    assert in_order(rows_of(campaign))
+
+
+def test_a_judge_that_prefers_the_first_row_is_seen(make_campaign: MakeCampaign, meddling: Any) -> None:
+    def favour(body: dict[str, Any], number: int, text: str) -> str:
+        scores = json.loads(text)["scores"]
+        if "candidate_1" in scores:
+            for row, label in enumerate(scores):
+                scores[label] = {name: max(0.0, 4.5 - row) for name in scores[label]}
+        return json.dumps({"scores": scores})
+
+    campaign = make_campaign(groups=4, size=4, canaries=False)
+    meddling.change = favour
+    biased = run(campaign=campaign.uri, judge_url=meddling.url)
+    assert biased.metrics["position_share_beyond_chance"] > 0.9
+
+
+def test_the_judges_doubt_lowers_the_weight_of_a_group(make_campaign: MakeCampaign, meddling: Any) -> None:
+    def waver(body: dict[str, Any], number: int, text: str) -> str:
+        scores = json.loads(text)["scores"]
+        if "candidate_1" in scores:
+            for index, label in enumerate(scores):
+                scores[label] = dict.fromkeys(scores[label], 2.5 + 2 * (-1) ** (index + number))
+        return json.dumps({"scores": scores})
+
+    campaign = make_campaign(
+        groups=1, size=4, canaries=False, uncertainty_weighting=True, phase2={"resolution": 32, "repeats": 4}
+    )
+    meddling.change = waver
+    run(campaign=campaign.uri, judge_url=meddling.url)
+    rows = rows_of(campaign)
+    assert all(row.weight < 0.9 and row.uncertainty is not None and row.uncertainty > 0.1 for row in rows)
+
+
+def test_a_steady_judge_gives_full_weight(make_campaign: MakeCampaign, judge_url: str) -> None:
+    campaign = make_campaign(groups=1, uncertainty_weighting=True, phase2={"resolution": 32, "repeats": 2})
+    run(campaign=campaign.uri, judge_url=judge_url)
+    assert all(row.weight > 0.99 and (row.uncertainty or 0.0) < 0.01 for row in rows_of(campaign))
+
+
+def test_the_artifact_penalty_is_taken_off_and_shown(make_campaign: MakeCampaign, judge_url: str) -> None:
+    def rewards(**judge: Any) -> list[ScoreRow]:
+        campaign = make_campaign(groups=1, size=3, canaries=False, **judge)
+        run(campaign=campaign.uri, judge_url=judge_url)
+        found = rows_of(campaign)
+        for name in campaign.store.list():
+            campaign.store.delete(name)
+        return found
+
+    plain, fined = rewards(), rewards(artifact_penalty=1.0)
+    assert all(row.penalty == 0 for row in plain)
+    for before, after in zip(plain, fined, strict=True):
+        assert before.reward is not None
+        assert after.reward == pytest.approx(max(0.0, before.reward - after.penalty))
+
+
+def test_prices_give_a_cost(make_campaign: MakeCampaign, judge_url: str) -> None:
+    campaign = make_campaign(groups=1, canaries=False, price={"input": 2.0, "output": 10.0})
+    metrics = run(campaign=campaign.uri, judge_url=judge_url).metrics
+    tokens = 2.0 * metrics["judge_tokens_input"] + 10.0 * metrics["judge_tokens_output"]
+    assert metrics["judge_cost"] == pytest.approx(tokens / 1e6) and metrics["judge_cost"] > 0
