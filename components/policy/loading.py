@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe
 
-CONFIGS = {"transformer": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BASE = {"transformer": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}  # part -> config
 TEXT = {"text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
 WEIGHTS = {  # file stems of diffusers and of transformers
     "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
 }  # fmt: skip
 
 
-def local_folder(model: ModelRecipe, *, text_encoder: bool = False) -> Path:
+def local_folder(model: ModelRecipe, *, parts: Collection[str] = tuple(BASE)) -> Path:
     """A local folder that holds `model.base`.
 
-    "tiny" is in the package, a folder is itself, a Hugging Face id is downloaded to the hub's cache (only the parts
-    that are needed). An object store's URI has to be fetched by the step, which hands the folder to
-    `LayeredPolicy.load`.
+    "tiny" is in the package, a folder is itself, a Hugging Face id is downloaded to the hub's cache (only `parts`).
+    An object store's URI has to be fetched by the step, which hands the folder to `LayeredPolicy.load`.
 
     Raises:
         LayerloopError: no such folder or repository, or a URI.
@@ -48,17 +51,15 @@ def local_folder(model: ModelRecipe, *, text_encoder: bool = False) -> Path:
         raise LayerloopError(
             f"recipe.model.base is {base!r}: no such folder; give 'tiny', a folder, an s3:// URI, or a Hugging Face id"
         )
-    return _from_hub(model, text_encoder=text_encoder)
+    return _from_hub(model, parts)
 
 
-def _from_hub(model: ModelRecipe, *, text_encoder: bool) -> Path:
+def _from_hub(model: ModelRecipe, parts: Collection[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    parts = [*CONFIGS, *(TEXT if text_encoder else ())]
+    patterns = [f"{part}/*" for part in parts]
     try:
-        return Path(
-            snapshot_download(model.base, revision=model.revision, allow_patterns=[f"{part}/*" for part in parts])
-        )
+        return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # the hub raises a dozen kinds; each means that there is no model to be had
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise LayerloopError(
@@ -94,25 +95,34 @@ def _require(file: Path) -> Path:
     return file
 
 
-def check_folder(folder: Path, *, text_encoder: bool = False) -> None:
-    """Every file that loading needs is there, and the model is a layered one.
+def check_files(folder: Path, parts: Mapping[str, str]) -> None:
+    """Every file that loading `parts` (part -> its config) needs is there.
+
+    Raises:
+        LayerloopError: naming the first missing file.
+    """
+    for part, name in parts.items():
+        _require(folder / part / name)
+        if part in WEIGHTS:
+            weight_files(folder, part)
+
+
+def check_base(folder: Path) -> None:
+    """The files of the base are there, and it is a layered model.
 
     Raises:
         LayerloopError: naming the first missing file or the setting that is wrong.
     """
-    for part, name in {**CONFIGS, **(TEXT if text_encoder else {})}.items():
-        _require(folder / part / name)
-        if part in WEIGHTS:
-            weight_files(folder, part)
-    config, vae, scheduler = (_json(folder / part / name) for part, name in CONFIGS.items())
+    check_files(folder, BASE)
+    config, vae, scheduler = (_json(folder / part / name) for part, name in BASE.items())
     for file, name, value, needed in (
         ("transformer/config.json", "use_additional_t_cond", config.get("use_additional_t_cond"), True),
         ("transformer/config.json", "use_layer3d_rope", config.get("use_layer3d_rope"), True),
-        ("transformer/config.json", "in_channels", config.get("in_channels"), 64),
+        ("transformer/config.json", "in_channels", config.get("in_channels", 64), 64),
         ("transformer/config.json", "zero_cond_t", config.get("zero_cond_t", False), False),
         ("transformer/config.json", "guidance_embeds", config.get("guidance_embeds", False), False),
         ("vae/config.json", "input_channels", vae.get("input_channels"), 4),
-        ("vae/config.json", "z_dim", vae.get("z_dim"), 16),
+        ("vae/config.json", "z_dim", vae.get("z_dim", 16), 16),
         ("scheduler/scheduler_config.json", "stochastic_sampling", scheduler.get("stochastic_sampling", False), False),
         ("scheduler/scheduler_config.json", "invert_sigmas", scheduler.get("invert_sigmas", False), False),
     ):
@@ -132,45 +142,67 @@ def _json(file: Path) -> dict[str, Any]:
     return value
 
 
-def load_modules(
-    folder: Path, *, dtype: torch.dtype, text_encoder: bool
-) -> tuple[Any, Any, Any, tuple[Any, Any] | None]:
-    """(transformer, VAE, scheduler, (tokenizer, text encoder) or None) from a local diffusers folder, unchanged.
+def load_base(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """(transformer, VAE, scheduler) from a local diffusers folder, unchanged.
 
     The scheduler is the shipped one: its kind of time shift differs between models that share all else.
+
+    Raises:
+        LayerloopError: a file is missing or broken, or the weights are not those of the config.
     """
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
-    check_folder(folder, text_encoder=text_encoder)
-    try:
-        transformer = QwenImageTransformer2DModel.from_pretrained(
-            folder, subfolder="transformer", dtype=dtype, local_files_only=True
-        )
-        vae = AutoencoderKLQwenImage.from_pretrained(folder, subfolder="vae", dtype=dtype, local_files_only=True)
+    check_base(folder)
+    loaded: list[Any] = []
+    for part, kind in (("transformer", QwenImageTransformer2DModel), ("vae", AutoencoderKLQwenImage)):
+        with _broken(folder / part):
+            module, found = kind.from_pretrained(
+                folder, subfolder=part, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+        for state, what in (("missing_keys", "lack"), ("unexpected_keys", "have"), ("mismatched_keys", "have another")):
+            if keys := sorted(map(str, found[state])):  # diffusers only warns, and draws missing weights at random
+                raise LayerloopError(
+                    f"the weights in {folder / part} {what} {keys[0]}, unlike its config: fetch it again"
+                )
+        loaded.append(module)
+    with _broken(folder / "scheduler"):
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             folder, subfolder="scheduler", local_files_only=True
         )
-        text = load_text(folder, dtype=dtype) if text_encoder else None
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise LayerloopError(f"{folder} cannot be loaded: {reason}: fetch it again") from error
-    return transformer, vae, scheduler, text
+    return loaded[0], loaded[1], scheduler
 
 
 def load_text(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(tokenizer, text encoder) of a local diffusers folder."""
+    """(tokenizer, text encoder) of a local diffusers folder.
+
+    Raises:
+        LayerloopError: a file is missing or broken.
+    """
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-    tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder / "text_encoder", dtype=dtype, local_files_only=True
-    )
+    check_files(folder, TEXT)
+    with _broken(folder / "tokenizer"):
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    with _broken(folder / "text_encoder"):
+        encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder / "text_encoder", dtype=dtype, local_files_only=True
+        )
     return tokenizer, encoder.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _broken(where: Path) -> Iterator[None]:
+    """What a loader makes of broken files, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise LayerloopError(f"{where} cannot be loaded ({reason}): fetch it again") from error
 
 
 def fingerprint(folder: Path) -> str:
     """SHA-256, hex, over relative names and contents of all files that decide what the frozen base computes."""
-    files = [folder / part / name for part, name in CONFIGS.items()]
+    files = [folder / part / name for part, name in BASE.items()]
     files += [file for part in ("transformer", "vae") for file in weight_files(folder, part)]
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter free; 40 GB in shards
         digests = list(pool.map(_sha256, files))

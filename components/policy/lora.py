@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,31 @@ def put_adapter(transformer: Any, adapter: Adapter, *, name: str = NAME, where: 
     )
     transformer.add_adapter(config, adapter_name=name)
     set_adapter_state(transformer, fitting.state, name=name)
+    for module in fitting.modules:
+        layer = transformer.get_submodule(module)
+        layer.forward = types.MethodType(_forward, layer)
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """An adapted layer on a base of lower precision: float32 weights, multiplied in the precision of the activations.
+
+    peft's own forward casts the activations to float32, writes the adapter's full-width output in float32 and adds
+    the two in float32, which at the full model's size costs as much as the base layer itself. Here the low-rank
+    product is added inside one matrix product (accumulated in float32, rounded once). A float32 base keeps peft's
+    forward and its bits.
+    """
+    if x.dtype == torch.float32:
+        return type(layer).forward(layer, x)
+    result = layer.base_layer(x)
+    if layer.disable_adapters:
+        return result
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            a = layer.lora_A[name].weight.to(x.dtype)
+            b = (layer.lora_B[name].weight * layer.scaling[name]).to(x.dtype)
+            low = torch.nn.functional.linear(x, a).flatten(0, -2)
+            result = torch.addmm(result.flatten(0, -2), low, b.T).view_as(result)
+    return result
 
 
 def set_adapter_state(transformer: Any, state: Mapping[str, torch.Tensor], *, name: str = NAME) -> None:
@@ -291,9 +317,10 @@ def _suffix(module: str) -> str:
 # ---- writing
 
 
-def write_peft(adapter: Adapter, folder: Path | str, *, transformer: Any, base: str | None = None) -> None:
+def write_peft(adapter: Adapter, folder: Path | str, *, transformer: Any = None, base: str | None = None) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`, as `PeftModel.from_pretrained(transformer, folder)`
-    reads them. `transformer` is the base that the adapter is for; `base` its name, for people.
+    reads them. `transformer` is the base that the adapter is for, checked against it and named by suffixes; without one
+    every layer is named in full. `base` is its name, for people.
 
     Raises:
         LayerloopError: NaN in the adapter, or weights that do not fit the base.
@@ -305,18 +332,21 @@ def write_peft(adapter: Adapter, folder: Path | str, *, transformer: Any, base: 
     _save({PEFT_PREFIX + key: value for key, value in adapter.state.items()}, folder / PEFT_WEIGHTS, {"format": "pt"})
 
 
-def write_diffusers(adapter: Adapter, folder: Path | str, *, transformer: Any) -> None:
+def write_diffusers(adapter: Adapter, folder: Path | str, *, transformer: Any = None) -> None:
     """Write `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights(folder)` reads it, with the whole
-    config in its metadata (diffusers fails on a part of one, and takes alpha = r without one).
+    config in its metadata (diffusers fails on a part of one, and takes alpha = r without one). Layers are named in
+    full: diffusers warns of excluded ones.
 
     Raises:
         LayerloopError: NaN in the adapter, or weights that do not fit the base.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    exact: dict[str, Any] = {"target_modules": sorted(adapter.modules), "exclude_modules": None}
-    config = {DIFFUSERS_PREFIX + k: v for k, v in (_config(adapter, transformer, None) | exact).items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
+    if transformer is not None:
+        fitted(transformer, adapter, where="adapter")
+    config = {DIFFUSERS_PREFIX + key: value for key, value in _config(adapter, None, None).items()}
+    # one key only: safetensors writes several in any order, and equal adapters are to give equal bytes
+    metadata = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
     state = {DIFFUSERS_PREFIX + key: value for key, value in adapter.state.items()}
     _save(state, folder / DIFFUSERS_WEIGHTS, metadata)
 
@@ -325,11 +355,13 @@ def _config(adapter: Adapter, transformer: Any, base: str | None) -> dict[str, A
     """peft's own config of this adapter, as JSON values in a fixed order."""
     from peft import LoraConfig
 
-    fitted(transformer, adapter, where="adapter")
+    lists: dict[str, Any] = {"target_modules": sorted(adapter.modules)}
+    if transformer is not None:
+        fitted(transformer, adapter, where="adapter")
+        lists = _module_lists(transformer, adapter.modules)
     config = LoraConfig(
-        r=adapter.rank, lora_alpha=_alpha(adapter), base_model_name_or_path=base, inference_mode=True,
-        **_module_lists(transformer, adapter.modules),
-    ).to_dict()  # fmt: skip
+        r=adapter.rank, lora_alpha=_alpha(adapter), base_model_name_or_path=base, inference_mode=True, **lists
+    ).to_dict()
     return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
 
 

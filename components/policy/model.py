@@ -23,14 +23,13 @@ import torch
 
 from layerloop.components.policy import sampling
 from layerloop.components.policy.autoencoder import FrameDecoder
-from layerloop.components.policy.loading import fingerprint, load_modules, local_folder
+from layerloop.components.policy.loading import BASE, DTYPES, TEXT, fingerprint, load_base, load_text, local_folder
+from layerloop.components.policy.prompt import embed_text
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +110,17 @@ class LayeredPolicy:
 
         Args:
             device: where the modules go.
-            text_encoder: load the text encoder too; only the step that caches the prompt embedding needs it.
+            text_encoder: load the text encoder too; `prompt.embed_prompt` loads nothing else.
             folder: a local copy of the base that the caller fetched, for a base that is an object store's URI.
 
         Raises:
             LayerloopError: the base cannot be found, lacks a file, or is not a layered model.
         """
-        folder = local_folder(model, text_encoder=text_encoder) if folder is None else folder
+        parts = (*BASE, *TEXT) if text_encoder else tuple(BASE)
+        folder = local_folder(model, parts=parts) if folder is None else folder
         dtype = DTYPES[model.dtype]
-        transformer, vae, scheduler, text = load_modules(folder, dtype=dtype, text_encoder=text_encoder)
+        transformer, vae, scheduler = load_base(folder, dtype=dtype)
+        text = load_text(folder, dtype=dtype) if text_encoder else None
         policy = cls(
             transformer=transformer.to(device), vae=vae.to(device), scheduler=scheduler, folder=folder, text=text
         )
@@ -180,21 +181,11 @@ class LayeredPolicy:
 
     # ---- condition
 
-    @torch.no_grad()
     def embed_prompt(self, text: str) -> torch.Tensor:
-        """The prompt's embedding `(T, E)` float32, by the pipeline's own template. Needs `load(...,
-        text_encoder=True)`."""
+        """The embedding `(T, E)` float32 of a prompt. Needs `load(..., text_encoder=True)`."""
         if self.text is None:
             raise ValueError("this policy was loaded without its text encoder")
-        from diffusers import QwenImageLayeredPipeline
-
-        pipeline = QwenImageLayeredPipeline(
-            scheduler=self.scheduler, vae=self.vae, transformer=self.transformer, processor=None,
-            tokenizer=self.text[0], text_encoder=self.text[1],
-        )  # fmt: skip
-        embeds, mask = pipeline.encode_prompt(text, device=self.text[1].device)
-        assert mask is None  # one prompt has no padding
-        return embeds[0].float().cpu()
+        return embed_text(text, *self.text)
 
     @torch.no_grad()
     def encode(self, images: np.ndarray, prompt_embeds: torch.Tensor) -> Condition:

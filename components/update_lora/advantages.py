@@ -7,7 +7,7 @@ prompt, which is the same for every image of a campaign.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +63,7 @@ class Advantages:
     reward_mean: float = 0.0  # over valid candidates
     reward_std: float = 0.0  # mean over groups of the within-group deviation
     advantage_std: float = 0.0  # over the candidates that are trained on
-    clipped: int = field(default=0)  # advantages at the clip
+    clipped: int = 0  # advantages at the clip
 
     @property
     def filtered_fraction(self) -> float:

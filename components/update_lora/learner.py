@@ -11,7 +11,7 @@ the shape of a batch and an anchor from another shape would move the on-policy r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -59,17 +59,16 @@ def learn(
         return BATCHES[update.algorithm](microbatch, groups[microbatch.group], prompt_embeds, recipe)
 
     mine = [step.ranks[rank()] for step in steps]
+    work = [(i, j) for i, microbatches in enumerate(mine) for j in range(len(microbatches))]
     on_policy = state.sampling is None  # the policy that sampled is the one that learns
+    anchored = [(i, j) for i, j in work if i > 0 or not on_policy]
     anchors: dict[tuple[int, int], Tensor] = {}
     with torch.no_grad(), state.sampling_weights():
-        for i, microbatches in enumerate(mine):
-            if i > 0 or not on_policy:
-                for j, microbatch in enumerate(microbatches):
-                    batch = batch_of(microbatch)
-                    anchors[i, j] = policy.velocity(batch.latents, batch.sigma, batch.condition).cpu()
+        for i, j in _shown(anchored, "computing anchors"):
+            batch = batch_of(mine[i][j])
+            anchors[i, j] = policy.velocity(batch.latents, batch.sigma, batch.condition).cpu()
 
-    work = [(i, j) for i, microbatches in enumerate(mine) for j in range(len(microbatches))]
-    every = iter(progress(work, what="updating", unit="passes") if rank() == 0 else work)
+    every = _shown(work, "updating")
     for i, (step, microbatches) in enumerate(zip(steps, mine, strict=True)):
         for parameter in state.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
@@ -86,6 +85,11 @@ def learn(
         pass
     diagnostics.reduce()
     return diagnostics
+
+
+def _shown(work: Sequence[tuple[int, int]], what: str) -> Iterator[tuple[int, int]]:
+    """Microbatches, with progress on the first rank."""
+    return iter(progress(work, what=what, unit="passes") if rank() == 0 and work else work)
 
 
 def timesteps_of(recipe: Recipe) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import broadcast_json, failing_together, process_group, rank, world_size
 from layerloop.components.runtime.progress import log
+from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import MANIFEST, Campaign
@@ -46,6 +47,8 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
     place = Campaign.open(campaign)
     recipe = place.recipe
     number = place.head() + 1 if iteration is None else iteration
+    if number < 1:
+        raise LayerloopError(f"iteration is {number}: iterations count from 1")
     folder = place.policy_dir(number)
     if (done := place.find(folder)) is not None:
         verify(place.store, done)
@@ -112,6 +115,8 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
 
     recipe = place.recipe
     sharded = recipe.model.fsdp and world_size() > 1
+    if sharded and recipe.model.fp8_base:
+        raise LayerloopError("recipe.model has both fsdp and fp8_base: choose one, either makes the base smaller")
     base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
     policy = LayeredPolicy.load(recipe.model, device="cpu" if sharded else device, folder=base)
     sha256: str | None = None

@@ -195,9 +195,12 @@ def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
         for lab in (whole, resumed):
             lab.ready(iteration)
         run(campaign=whole.uri)
-        subprocess.run(  # in a process that knows nothing of the first two
+        if iteration == 3:
+            run(campaign=resumed.uri)
+            continue
+        subprocess.run(  # in a process that knows nothing of the others
             [sys.executable, "-m", "layerloop.components.update_lora", "--campaign", resumed.uri],
-            check=True, capture_output=True, timeout=120,
+            check=True, capture_output=True, timeout=240,
         )  # fmt: skip
     names = ["adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors", "learner.json"]
     for name in names:
@@ -368,6 +371,11 @@ def test_an_iteration_without_scores_names_what_to_run(make_lab: MakeLab) -> Non
     lab.rollouts(1)
     with pytest.raises(LayerloopError, match="scores is not committed: run score_rollouts first"):
         run(campaign=lab.uri)
+
+
+def test_iterations_count_from_one(lab: Lab) -> None:
+    with pytest.raises(LayerloopError, match="iteration is 0: iterations count from 1"):
+        run(campaign=lab.uri, iteration=0)
 
 
 def test_an_iteration_ahead_of_its_policy_is_refused(lab: Lab) -> None:

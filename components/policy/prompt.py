@@ -1,0 +1,38 @@
+"""The prompt's embedding, made once for a campaign: the only use of the text encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerloop.components.policy.loading import DTYPES, TEXT, load_text, local_folder
+from layerloop.components.schema.recipe import ModelRecipe
+
+
+@torch.no_grad()
+def embed_text(text: str, tokenizer: Any, encoder: Any) -> torch.Tensor:
+    """`(T, E)` float32 of `text` in the pipeline's own template, without the template's first 34 tokens."""
+    from diffusers import QwenImageLayeredPipeline
+
+    pipeline = QwenImageLayeredPipeline(
+        tokenizer=tokenizer, text_encoder=encoder, scheduler=None, vae=None, transformer=None, processor=None
+    )
+    embeds, mask = pipeline.encode_prompt(text, device=encoder.device)
+    assert mask is None  # one prompt has no padding
+    return embeds[0].float().cpu()
+
+
+def embed_prompt(model: ModelRecipe, *, device: str | torch.device = "cpu", folder: Path | None = None) -> torch.Tensor:
+    """`(T, E)` float32 of the recipe's prompt, loading nothing of the base but its text encoder.
+
+    Args:
+        folder: a local copy of the base that the caller fetched, for a base that is an object store's URI.
+
+    Raises:
+        LayerloopError: the base cannot be found, or lacks a file of its text encoder or tokenizer.
+    """
+    folder = local_folder(model, parts=tuple(TEXT)) if folder is None else folder
+    tokenizer, encoder = load_text(folder, dtype=DTYPES[model.dtype])
+    return embed_text(model.prompt, tokenizer, encoder.to(device))

@@ -1,0 +1,301 @@
+"""Publishing: both layouts, the proof that they work, and the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import QwenImageLayeredPipeline
+from peft import PeftModel
+from safetensors.torch import load, load_file, save_file
+
+from layerloop.components.policy.adapters import Adapter, read_adapter
+from layerloop.components.policy.lora import put_adapter
+from layerloop.components.policy.model import Condition, LayeredPolicy
+from layerloop.components.publish_adapter.layouts import prove, write_layouts
+from layerloop.components.publish_adapter.step import run
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.manifests import add_file, commit
+
+from .conftest import MakeCampaign, trained
+
+FILES = {
+    "README.md", "diffusers/pytorch_lora_weights.safetensors", "manifest.json", "peft/adapter_config.json",
+    "peft/adapter_model.safetensors",
+}  # fmt: skip
+PROMPT = torch.randn(7, 16, generator=torch.Generator().manual_seed(5))
+
+
+def velocity(policy: LayeredPolicy) -> torch.Tensor:
+    h, w = policy.tokens(32, 48)
+    seen = torch.randn(1, h * w, 64, generator=torch.Generator().manual_seed(1))
+    condition = Condition(seen, PROMPT[None].to(policy.dtype), 32, 48)
+    with torch.no_grad():
+        return policy.velocity(policy.noise(3, 2, 32, 48), 0.8, condition)
+
+
+def published(place: Campaign, name: str) -> Path:
+    return Path(place.uri) / place.published_dir(name)
+
+
+def test_both_layouts_load_and_give_the_campaigns_output(make_campaign: MakeCampaign) -> None:
+    place = make_campaign()
+    result = run(campaign=place.uri, name="first")
+
+    folder = published(place, "first")
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == FILES
+    wanted = LayeredPolicy.load(place.recipe.model)
+    before = velocity(wanted)
+    put_adapter(wanted.transformer, read_adapter(Path(place.uri) / place.policy_dir(1)))
+    by_peft = LayeredPolicy.load(place.recipe.model)
+    by_peft.transformer = PeftModel.from_pretrained(by_peft.transformer, folder / "peft")
+    by_diffusers = LayeredPolicy.load(place.recipe.model)
+    pipeline = QwenImageLayeredPipeline(
+        scheduler=by_diffusers.scheduler, vae=by_diffusers.vae, transformer=by_diffusers.transformer,
+        text_encoder=None, tokenizer=None, processor=None,
+    )  # fmt: skip
+    pipeline.load_lora_weights(folder / "diffusers")
+    assert torch.equal(velocity(by_peft), velocity(wanted))
+    assert torch.equal(velocity(by_diffusers), velocity(wanted))
+    assert not torch.equal(velocity(wanted), before)
+    assert result.metrics["difference_peft"] == result.metrics["difference_diffusers"] == 0.0
+    assert result.metrics["adapter_effect"] == pytest.approx(0.02, abs=0.1)
+    assert result.files["card"] == (folder / "README.md").read_bytes()
+    assert json.loads((folder / "peft/adapter_config.json").read_text())["base_model_name_or_path"] == (
+        place.recipe.model.base
+    )
+
+
+@pytest.fixture
+def bare(make_campaign: MakeCampaign) -> tuple[LayeredPolicy, Adapter]:
+    """The base without an adapter, and an adapter for it."""
+    recipe = make_campaign(iterations=0).recipe
+    adapter = trained(LayeredPolicy.load(recipe.model), recipe, seed=1)
+    return LayeredPolicy.load(recipe.model), adapter
+
+
+def test_the_base_is_the_base_again_after_the_proof(bare: tuple[LayeredPolicy, Adapter], tmp_path: Path) -> None:
+    policy, adapter = bare
+    before = velocity(policy)
+    write_layouts(adapter, tmp_path, policy=policy, base="org/base")
+    proof = prove(adapter, tmp_path, policy=policy, prompt_embeds=PROMPT)
+    assert torch.equal(velocity(policy), before)
+    assert proof.effect > 1e-3
+    assert proof.peft == proof.diffusers == 0.0
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+def test_a_layout_that_gives_another_output_is_not_published(
+    bare: tuple[LayeredPolicy, Adapter], tmp_path: Path, layout: str
+) -> None:
+    policy, adapter = bare
+    write_layouts(adapter, tmp_path, policy=policy, base="org/base")
+    file = next((tmp_path / layout).glob("*.safetensors"))
+    tensors = load_file(file)
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as reader:
+        metadata = reader.metadata()
+    key = next(key for key in tensors if "lora_B" in key)
+    tensors[key][0, 0] += 1e-2
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(LayerloopError, match=f"loaded back from {layout} layout changes the velocity by"):
+        prove(adapter, tmp_path, policy=policy, prompt_embeds=PROMPT)
+
+
+def test_a_bfloat16_base_is_compared_with_a_stated_tolerance(make_campaign: MakeCampaign) -> None:
+    place = make_campaign(iterations=0)
+    model = place.recipe.model.model_copy(update={"dtype": "bfloat16"})
+    place = make_campaign_with(place, model)
+    result = run(campaign=place.uri, name="half")
+    assert result.metrics["difference_peft"] == 0.0
+    assert 0.0 < result.metrics["difference_diffusers"] < 0.01
+    assert "root mean squares, in bfloat16" in result.files["card"].decode()
+
+
+def make_campaign_with(place: Campaign, model: object) -> Campaign:
+    """The same campaign begun with another model section."""
+    from .conftest import commit_policy
+
+    shutil.rmtree(Path(place.uri))
+    place = Campaign.create_or_open(place.uri, place.recipe.model_copy(update={"model": model}))
+    from safetensors.torch import save
+
+    prompt = add_file(place.store, "sources/prompt.safetensors", save({"prompt_embeds": PROMPT}))
+    commit(place.store, f"sources/{MANIFEST}", Manifest(kind="sources", files=(prompt,)))
+    commit_policy(place, 1, ema=False)
+    return place
+
+
+def test_the_average_is_published_where_one_is_kept(make_campaign: MakeCampaign) -> None:
+    place = make_campaign(ema=True)
+    result = run(campaign=place.uri, name="averaged")
+    weights = load((published(place, "averaged") / "peft/adapter_model.safetensors").read_bytes())
+    average = load((Path(place.uri) / place.policy_dir(1) / "ema.safetensors").read_bytes())
+    assert weights.keys() == average.keys()
+    assert all(torch.equal(weights[key], average[key]) for key in weights)
+    assert "exponential average of the weights" in result.files["card"].decode()
+
+
+# ---- names
+
+
+def test_publishing_again_under_the_same_name_changes_nothing(make_campaign: MakeCampaign) -> None:
+    place = make_campaign()
+    first = run(campaign=place.uri, name="v1.0")
+    before = {name: place.store.read(name) for name in place.store.list("published/")}
+    again = run(campaign=place.uri, name="v1.0", iteration=1)
+    assert again.manifests == first.manifests
+    assert again.files == first.files
+    assert before == {name: place.store.read(name) for name in place.store.list("published/")}
+
+
+def test_a_name_that_holds_another_adapter_is_not_overwritten(make_campaign: MakeCampaign) -> None:
+    place = make_campaign(iterations=2)
+    run(campaign=place.uri, name="best", iteration=1)
+    with pytest.raises(LayerloopError, match="already holds the adapter of iteration 1, not of 2: choose another name"):
+        run(campaign=place.uri, name="best")
+    assert run(campaign=place.uri, name="better").manifests["adapter"].iteration == 2
+
+
+def test_without_a_name_it_is_the_recipes_and_the_iteration(make_campaign: MakeCampaign) -> None:
+    place = make_campaign(iterations=2)
+    run(campaign=place.uri)
+    assert place.published() == ["shop-000002"]
+
+
+@pytest.mark.parametrize("name", [".", "..", "../up", "a/b", "-x", "with space", "ä", "x" * 97, "a\n"])
+def test_a_name_that_is_no_folder_name_is_refused(make_campaign: MakeCampaign, name: str) -> None:
+    place = make_campaign(iterations=0)
+    with pytest.raises(LayerloopError, match="name is .*: give 1 to 96 letters"):
+        run(campaign=place.uri, name=name)
+
+
+def test_a_campaign_without_an_adapter_has_nothing_to_publish(make_campaign: MakeCampaign) -> None:
+    place = make_campaign(iterations=0)
+    with pytest.raises(LayerloopError, match="has no adapter to publish"):
+        run(campaign=place.uri, name="early")
+
+
+def test_an_adapter_of_another_base_is_refused(make_campaign: MakeCampaign) -> None:
+    place = make_campaign()
+    name = f"{place.policy_dir(1)}/{MANIFEST}"
+    manifest = place.policy(1)
+    changed = manifest.model_copy(update={"metadata": manifest.metadata | {"base_fingerprint": "e" * 64}})
+    place.store.write(name, changed.to_json())
+    with pytest.raises(LayerloopError, match="the adapter was trained on eeeeeeeeeeee"):
+        run(campaign=place.uri, name="other")
+    assert place.published() == []
+
+
+# ---- the card
+
+
+def card_of(place: Campaign, name: str = "named") -> str:
+    return run(campaign=place.uri, name=name).files["card"].decode()
+
+
+def front_matter(card: str) -> dict[str, object]:
+    matter = yaml.safe_load(card.split("---")[1])
+    assert isinstance(matter, dict)
+    return matter
+
+
+def test_the_cards_front_matter_is_what_the_hub_reads(make_campaign: MakeCampaign) -> None:
+    matter = front_matter(card_of(make_campaign()))
+    assert matter["license"] == "apache-2.0"
+    assert matter["library_name"] == "diffusers"
+    assert {"lora", "peft", "flow-grpo", "arxiv:2605.30257"} <= set(matter["tags"])  # type: ignore[call-overload]
+    assert "base_model" not in matter, "a local folder is no name on the hub"
+
+
+def test_the_card_names_a_base_of_the_hub() -> None:
+    from layerloop.components.publish_adapter.card import Publication, model_card
+    from layerloop.components.schema.recipe import Recipe
+
+    manifest = Manifest(kind="policy", iteration=3, metadata={"reward_mean": 0.5})
+    card = model_card(
+        Publication(
+            name="layers",
+            recipe=Recipe(name="r"),
+            iteration=3,
+            policy=manifest,
+            first=manifest,
+            averaged=False,
+            parameters=106_200_000,
+            sha256="0" * 64,
+            scores=[],
+            evaluation=None,
+            proof="Proved.",
+        )
+    )
+    matter = front_matter(card)
+    assert matter["base_model"] == "Qwen/Qwen-Image-Layered"
+    assert matter["base_model_relation"] == "adapter"
+    assert 'from_pretrained("Qwen/Qwen-Image-Layered"' in card
+    assert "106,200,000 parameters" in card
+    assert "was not evaluated" in card
+
+
+def test_the_card_says_plainly_when_the_judge_was_rules(make_campaign: MakeCampaign) -> None:
+    assert "is not a vision-language model" in card_of(make_campaign())
+
+
+def test_the_card_names_the_judge(make_campaign: MakeCampaign) -> None:
+    card = card_of(make_campaign(judge="qwen-vl-max"))
+    assert "Rewards were given by `qwen-vl-max` with the rubric `default` 3." in card
+    assert "is not a vision-language model" not in card
+
+
+def test_an_adapter_that_began_from_another_brings_that_licence(make_campaign: MakeCampaign) -> None:
+    card = card_of(make_campaign(lora={"rank": 4, "alpha": 8.0, "start_from": "s3://models/stable-layers"}))
+    assert front_matter(card)["license"] == "other"
+    assert "It began from `s3://models/stable-layers`" in card
+
+
+def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCampaign) -> None:
+    place = make_campaign()
+    metrics = {
+        "designs.bad_layers": {"title": "bad layers", "base": 1.65, "tuned": 0.4, "difference": -1.25, "low": -1.5,
+                               "high": -1.0, "n": 32, "better": "lower", "clear": True},
+        "designs.slot_l1.3": {"title": "slot L1, 3 layers", "base": 0.0879, "tuned": 0.0767, "difference": -0.0112,
+                              "low": -0.02, "high": 0.003, "n": 32, "better": "lower", "clear": False},
+        "pictures.evenness": {"title": "evenness", "base": 0.5, "tuned": None, "difference": None, "low": None,
+                              "high": None, "n": 8, "better": "higher", "clear": False},
+        "definitions": {"bad_layers": "..."},
+        "method": "bootstrap",
+        "provenance": {"adapter_sha256": place.policy(1).metadata["adapter_sha256"]},
+    }  # fmt: skip
+    folder = place.evaluation_dir("iteration-000001")
+    file = add_file(place.store, f"{folder}/metrics.json", json.dumps(metrics).encode())
+    commit(place.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
+    card = card_of(place)
+    assert "| bad layers ↓ | 1.65 | 0.4 | **-1.25 [-1.5, -1]** |" in card
+    assert "| slot L1, 3 layers ↓ | 0.0879 | 0.0767 | -0.0112 [-0.02, 0.003] |" in card
+    assert "| evenness ↑ | 0.5 | – | – [–, –] |" in card
+    assert "(32 compared" in card and "(8 compared" in card
+    assert "of other weights" not in card
+
+
+def test_the_cards_own_code_loads_the_adapter(make_campaign: MakeCampaign) -> None:
+    """Every block of Python on the card runs, and either way of loading gives the same transformer."""
+    place = make_campaign()
+    card = card_of(place)
+    base, by_diffusers, by_peft = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    outputs = []
+    for way in (by_diffusers, by_peft):
+        scope: dict[str, object] = {"folder": str(published(place, "named"))}
+        exec(base + way, scope)
+        pipeline = scope["pipeline"]
+        policy = LayeredPolicy(
+            transformer=pipeline.transformer, vae=pipeline.vae, scheduler=pipeline.scheduler  # type: ignore[attr-defined]
+        )  # fmt: skip
+        outputs.append(velocity(policy))
+    assert torch.equal(*outputs)
