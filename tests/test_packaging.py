@@ -9,6 +9,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import grimp
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -87,18 +88,7 @@ def test_the_constraints_pin_the_whole_closure_within_the_bounds() -> None:
     open_ends = {canonicalize_name(r.name): r for listed in requirements().values() for r in listed}
     for name, requirement in open_ends.items():
         assert requirement.specifier.contains(pins[name], prereleases=True), requirement
-    seen: set[str] = set()
-    pending = list(open_ends.values())
-    while pending:  # what is installed may ask for more
-        requirement = pending.pop()
-        name = canonicalize_name(requirement.name)
-        environment = [{"extra": extra} for extra in (*requirement.extras, "")]
-        for text in importlib.metadata.requires(name) or ():
-            needed = Requirement(text)
-            applies = needed.marker is None or any(needed.marker.evaluate(e) for e in environment)
-            if applies and canonicalize_name(needed.name) not in seen and not _gpu(needed.name):
-                seen.add(canonicalize_name(needed.name))
-                pending.append(needed)
+    seen = closure([r for listed in requirements().values() for r in listed])  # what is installed may ask for more
     assert seen <= pins.keys(), f"not pinned: {', '.join(sorted(seen - pins.keys()))}"
 
 
@@ -118,3 +108,52 @@ def test_torch_is_pinned_to_the_same_release_wherever_it_is_named() -> None:
 
 def test_nobody_depends_on_torchvision_or_lets_torch_float() -> None:
     assert "torchvision" not in (ROOT / "constraints.txt").read_text()
+
+
+# What a step may import where it runs: the extras of its image (images/Containerfile.*), and their own requirements.
+EXTRAS_OF_IMAGES = {"light": ("core", "judge", "evaluation"), "policy": ("core", "policy", "judge", "evaluation")}
+STEPS_OF_IMAGES = {
+    "light": ("score_rollouts.step", "judge.server"),
+    "policy": (
+        "shard_dataset.step", "generate_rollouts.step", "update_lora.step", "evaluate_adapter.step",
+        "publish_adapter.step",
+    ),
+}  # fmt: skip
+# Only to draw designs with photographs in them: the demo and the training of the tiny policy.
+NOT_IN_IMAGES = {"sklearn"}
+
+
+@pytest.mark.parametrize("image", EXTRAS_OF_IMAGES)
+def test_an_image_installs_all_that_its_steps_import(image: str) -> None:
+    graph = grimp.build_graph(
+        "layerloop.components", include_external_packages=True, exclude_type_checking_imports=True
+    )
+    installed = closure([r for extra in EXTRAS_OF_IMAGES[image] for r in requirements()[extra]])
+    distributions = importlib.metadata.packages_distributions()
+    for step in STEPS_OF_IMAGES[image]:
+        module = f"layerloop.components.{step}"
+        needed = {module, *graph.find_upstream_modules(module)}
+        outside = {name for name in needed if graph.is_module_squashed(name) if name not in sys.stdlib_module_names}
+        for name in outside - NOT_IN_IMAGES:
+            providers = {canonicalize_name(distribution) for distribution in distributions[name]}
+            assert providers & installed, f"{step} imports {name}, which the {image} image does not install"
+
+
+def closure(listed: list[Requirement]) -> set[str]:
+    """Names of the distributions that installing the requirements brings, as they are installed here."""
+    seen: set[str] = set()
+    pending = list(listed)
+    while pending:
+        requirement = pending.pop()
+        name = canonicalize_name(requirement.name)
+        if name in seen and not requirement.extras:
+            continue
+        seen.add(name)
+        environments = [{"extra": extra} for extra in (*requirement.extras, "")]
+        for text in importlib.metadata.requires(name) or ():
+            needed = Requirement(text)
+            if (needed.marker is None or any(needed.marker.evaluate(e) for e in environments)) and not _gpu(
+                needed.name
+            ):
+                pending.append(needed)
+    return seen

@@ -55,7 +55,7 @@ def curve(points: Sequence[Point], *, width: int = 1040, height: int = 260) -> s
     def y(value: float) -> float:
         return top + (height - top - bottom) * (1 - (value - low) / (high - low))
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" width="100%" role="img" aria-label="Reward by iteration">']
+    parts = [f'<svg viewBox="0 0 {width} {height + 8}" width="100%" role="img" aria-label="Reward by iteration">']
     for tick in ticks:
         parts.append(
             f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="var(--line)"/>'

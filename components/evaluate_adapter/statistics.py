@@ -15,7 +15,8 @@ METHOD = (
     "Base and adapter decompose the same pictures from the same initial noise, so every difference is taken within a "
     "picture and averaged. The interval is the 95 % percentile bootstrap of that mean: pictures are drawn with "
     "replacement {resamples:,} times from a fixed seed. A difference is called clear, and coloured, only when its "
-    "interval excludes 0 and it comes from {fewest} pictures or more: intervals from fewer are too narrow."
+    "interval excludes 0 and it comes from {fewest} pictures or more: intervals from fewer are too narrow. "
+    "Where nothing differs, chance still calls about one measure in ten clear with 10 pictures, one in fifteen with 24."
 )
 
 

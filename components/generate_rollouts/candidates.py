@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -22,11 +23,42 @@ from layerloop.components.storage.shards import Sample
 
 @dataclasses.dataclass(frozen=True)
 class SampledGroup:
-    """A group's record, the samples of its shard, and how many bad layers a decomposition of it has on average."""
+    """A sampled group, on the CPU: `image[H, W, 4]` and `stacks[G, L, H, W, 4]` uint8, `condition[h*w, 64]`,
+    `window[G, w+1, S, 64]` and `final[G, S, 64]` float32."""
 
     record: GroupRecord
-    samples: list[Sample]
-    bad_layers: float
+    image: np.ndarray
+    condition: torch.Tensor
+    seeds: list[int]
+    window: torch.Tensor
+    final: torch.Tensor
+    stacks: np.ndarray
+
+    @property
+    def bad_layers(self) -> float:
+        """Blank or glazed layers in a decomposition, on average."""
+        return float(np.mean([bad_layers(stack) for stack in self.stacks]))
+
+    def samples(self) -> Iterator[Sample]:
+        """What its shard holds, encoded as it is asked for."""
+        record = self.record
+        members = {"json": record.to_json(), "source.png": encode_png(self.image)}
+        members["condition.safetensors"] = save({"condition": self.condition})
+        yield group_key(record.iteration, record.group), members
+        for candidate, (seed, stack) in enumerate(zip(self.seeds, self.stacks, strict=True)):
+            latents = {"final": self.final[candidate].contiguous()}
+            if record.window_size:
+                latents["window"] = self.window[candidate].contiguous()
+            own = CandidateRecord(
+                iteration=record.iteration,
+                group=record.group,
+                candidate=candidate,
+                image_key=record.image_key,
+                seed=seed,
+            )
+            layers = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(stack)}
+            members = {"json": own.to_json(), "trajectory.safetensors": save(latents), **layers}
+            yield candidate_key(record.iteration, record.group, candidate), members
 
 
 def sample_group(
@@ -79,28 +111,15 @@ def sample_group(
         batch_size=recipe.rollout.batch_size,
     )
     check_finite(trajectory, record)
-    stacks = np.concatenate([policy.layers_uint8(final[None], height, width) for final in trajectory.final])
-    samples: list[Sample] = [
-        (
-            group_key(iteration, record.group),
-            {
-                "json": record.to_json(),
-                "source.png": encode_png(image),
-                "condition.safetensors": save({"condition": condition.latents[0].cpu().contiguous()}),
-            },
-        )
-    ]
-    for candidate, (seed, stack) in enumerate(zip(seeds, stacks, strict=True)):
-        latents = {"final": trajectory.final[candidate].cpu().contiguous()}
-        if record.window_size:
-            latents["window"] = trajectory.window[candidate].cpu().contiguous()
-        candidate_record = CandidateRecord(
-            iteration=iteration, group=record.group, candidate=candidate, image_key=image_key, seed=seed
-        )
-        layers = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(stack)}
-        members = {"json": candidate_record.to_json(), "trajectory.safetensors": save(latents), **layers}
-        samples.append((candidate_key(iteration, record.group, candidate), members))
-    return SampledGroup(record, samples, float(np.mean([bad_layers(stack) for stack in stacks])))
+    return SampledGroup(
+        record=record,
+        image=image,
+        condition=condition.latents[0].cpu(),
+        seeds=seeds,
+        window=trajectory.window.cpu(),
+        final=trajectory.final.cpu(),
+        stacks=np.concatenate([policy.layers_uint8(one, height, width) for one in trajectory.final.split(1)]),
+    )
 
 
 def opaque(image: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import functools
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ from layerloop.components.storage.shards import existing_shard, read_shard, writ
 if TYPE_CHECKING:
     import torch
 
+    from layerloop.components.generate_rollouts.candidates import SampledGroup
     from layerloop.components.policy.model import LayeredPolicy
 
 Finished = tuple[Shard, GroupRecord]
@@ -141,12 +143,26 @@ def _sample(
     prompt_embeds = prompt_embedding(place.store, sources, policy.transformer.config.joint_attention_dim)
     images = {number: (key, image) for number, key, image in read_images(place.store, sources, [p.image for p in todo])}
     bad_layers = []
-    for plan in progress(todo, what="sampling", unit="groups"):
-        key, image = images[plan.image]
-        group = sample_group(policy, place.recipe, iteration, plan, key, image, prompt_embeds, adapter)
-        finished[plan.group] = write_shard(place.store, names[plan.group], group.samples), group.record
-        bad_layers.append(group.bad_layers)
+    with ThreadPoolExecutor(max_workers=1) as writer:  # images are encoded and sent while the next group is sampled
+        pending: Future[Finished] | None = None
+        for plan in progress(todo, what="sampling", unit="groups"):
+            key, image = images[plan.image]
+            group = sample_group(policy, place.recipe, iteration, plan, key, image, prompt_embeds, adapter)
+            bad_layers.append(group.bad_layers)
+            if pending is not None:
+                _take(finished, pending.result())
+            pending = writer.submit(_write, place, names[plan.group], group)
+        if pending is not None:
+            _take(finished, pending.result())
     return bad_layers
+
+
+def _write(place: Campaign, name: str, group: SampledGroup) -> Finished:
+    return write_shard(place.store, name, group.samples()), group.record
+
+
+def _take(finished: dict[int, Finished], done: Finished) -> None:
+    finished[done[1].group] = done
 
 
 def _gather(finished: Mapping[int, Finished]) -> dict[int, Finished]:

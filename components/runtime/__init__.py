@@ -1,0 +1,1 @@
+"""What every step runs in: executor contract, progress, ranks."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-LINE_SECONDS = 5.0  # between progress lines where there is no terminal
+LINE_SECONDS = 5.0  # between progress lines where there is no terminal; a job of hours speaks once a minute
 
 
 def log(message: str) -> None:
@@ -38,7 +38,7 @@ def progress(iterable: Iterable[T], *, what: str, unit: str, total: int | None =
         yield item
         count += 1
         now = time.monotonic()
-        if now - said >= LINE_SECONDS and count != total:
+        if now - said >= max(LINE_SECONDS, min(60.0, (now - start) / 50)) and count != total:
             said = now
             log(progress_line(what, unit, count, total, now - start))
     log(f"{what}: {count} {unit} in {_duration(time.monotonic() - start)}")

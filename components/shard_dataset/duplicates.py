@@ -40,24 +40,28 @@ class Gallery:
     def __init__(self, bits: int) -> None:
         """`bits` is the hash distance up to which two pictures are compared closely (recipe.data.duplicate_bits)."""
         self._most = bits
-        self._keys: list[str] = []
+        self._origins: list[str] = []
+        self._by_key: dict[str, str] = {}
         self._bits = np.zeros(1024, np.uint64)
         self._thumbnails = np.zeros((1024, THUMBNAIL, THUMBNAIL, 3), np.uint8)
 
-    def twin_of(self, look: Look) -> str | None:
-        """The key of the first picture seen that is the same to the eye, or None."""
-        count = len(self._keys)
+    def twin_of(self, key: str, look: Look, *, near: bool = True) -> str | None:
+        """The origin of the first picture seen with the same pixels, or (`near`) the same to the eye; or None."""
+        if key in self._by_key or not near:
+            return self._by_key.get(key)
+        count = len(self._origins)
         distances = np.bitwise_count(self._bits[:count] ^ np.uint64(look.bits))
         for index in np.flatnonzero(distances <= self._most):
             difference = np.abs(self._thumbnails[index].astype(np.int16) - look.thumbnail)
             if difference.mean() <= MEAN_LEVELS and difference.max() <= MOST_LEVELS:
-                return self._keys[index]
+                return self._origins[index]
         return None
 
-    def add(self, key: str, look: Look) -> None:
-        count = len(self._keys)
+    def add(self, key: str, look: Look, origin: str) -> None:
+        count = len(self._origins)
         if count == len(self._bits):
             self._bits = np.concatenate([self._bits, np.zeros_like(self._bits)])
             self._thumbnails = np.concatenate([self._thumbnails, np.zeros_like(self._thumbnails)])
         self._bits[count], self._thumbnails[count] = look.bits, look.thumbnail
-        self._keys.append(key)
+        self._origins.append(origin)
+        self._by_key[key] = origin

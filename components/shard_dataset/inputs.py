@@ -6,7 +6,9 @@ read is a picture with a problem, never the end of the step.
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
@@ -124,18 +126,23 @@ def _find_plain(text: str) -> tuple[Store, dict[str, int], bool]:
 def _find_glob(text: str) -> Inputs:
     from braceexpand import braceexpand
 
+    try:
+        patterns = list(braceexpand(text))
+    except ValueError:
+        raise LayerloopError(f"{text} has unbalanced braces: close them, or write the folder's name without") from None
     parts = text.split("/")
     fixed = next(n for n, part in enumerate(parts) if _PATTERN.search(part))
-    root = "/".join(parts[:fixed]) or "/"
-    store = open_store(root)
-    patterns = [re.compile(_regex(p)) for p in braceexpand("/".join(parts[fixed:]))]
-    literal = re.split(r"[*?\[{]", parts[fixed])[0]
-    sizes = {
-        name: size
-        for name, size in store.sizes(literal).items()
-        if not _hidden(name) and any(pattern.fullmatch(name) for pattern in patterns)
-    }
-    return Inputs(text, store, sizes)
+    root = "/".join(parts[:fixed])
+    store = open_store(root or "/")
+    if isinstance(store, LocalStore):  # looks no deeper than the pattern does
+        found = sorted({path for pattern in patterns for path in glob.iglob(pattern, recursive=True)})
+        sizes = {path[len(root) + 1 :]: os.stat(path).st_size for path in found if os.path.isfile(path)}
+    else:
+        literal = re.split(r"[*?\[{]", parts[fixed])[0]
+        wanted = [re.compile(_regex(pattern[len(root) + 1 :])) for pattern in patterns]
+        listed = store.sizes(literal)
+        sizes = {name: size for name, size in listed.items() if any(regex.fullmatch(name) for regex in wanted)}
+    return Inputs(text, store, {name: size for name, size in sizes.items() if not _hidden(name)})
 
 
 def _regex(pattern: str) -> str:

@@ -102,11 +102,11 @@ def gather(prepared: Iterable[Prepared | Refused], spool: Spool, gallery: Galler
         if isinstance(item, Refused):
             refused.append(item)
             continue
-        twin = item.key if item.key in spool else gallery.twin_of(item.look) if near else None
+        twin = gallery.twin_of(item.key, item.look, near=near)
         if twin is not None:
             refused.append(Refused(item.origin, "duplicate", f"same picture as {twin}"))
             continue
-        gallery.add(item.key, item.look)
+        gallery.add(item.key, item.look, item.origin)
         spool.add(item.key, item.members)
         keys.append(item.key)
     return Gathered(sorted(keys), refused)

@@ -25,9 +25,6 @@ class Spool:
     ) -> None:
         self._file.close()
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._places
-
     def add(self, key: str, members: dict[str, bytes]) -> None:
         places = {}
         for suffix, data in members.items():

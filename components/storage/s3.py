@@ -72,8 +72,10 @@ class S3Store(Store):
             self._client.download_file(self.bucket, self._key(name), str(path), Config=_transfer())
 
     def read(self, name: str) -> bytes:
+        if (data := self._read_small(name)) is not None:
+            return data
         buffer = io.BytesIO()
-        with self._one_line(name):  # unlike get_object, begins again when the connection breaks within the body
+        with self._one_line(name):  # in parts, several at once
             self._client.download_fileobj(self.bucket, self._key(name), buffer, Config=_transfer())
         return buffer.getvalue()
 
@@ -121,8 +123,33 @@ class S3Store(Store):
     def child(self, prefix: str) -> S3Store:
         return S3Store(self.bucket, self._key(prefix.rstrip("/")), self._client)
 
+    @property
+    def _endpoint(self) -> str:
+        """Where requests go, without what a URL may carry in front of its host."""
+        parts = urlsplit(self._client.meta.endpoint_url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
     def _key(self, name: str) -> str:
         return folder_prefix(self.prefix) + checked_name(name)
+
+    def _read_small(self, name: str) -> bytes | None:
+        """The object by one request, or None if it is large. boto3 retries requests, but not a body that breaks off."""
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        attempt = 0
+        while True:
+            with self._one_line(name):
+                answer = self._client.get_object(Bucket=self.bucket, Key=self._key(name))
+                with contextlib.closing(answer["Body"]) as body:
+                    if answer["ContentLength"] > 2 * PART_BYTES:
+                        return None
+                    try:
+                        return bytes(body.read())
+                    except (HTTPClientError, IncompleteReadError):
+                        if attempt == ATTEMPTS:
+                            raise
+            time.sleep(0.1 * 2**attempt)
+            attempt += 1
 
     def _create_if_absent(self, name: str, data: bytes) -> bool:
         """One conditional put. A 412 may answer our own retried request, the first answer lost: look who wrote it."""
@@ -146,7 +173,7 @@ class S3Store(Store):
 
     def _ignores_conditions(self) -> bool:
         """Whether this bucket overwrites in spite of `If-None-Match: *`; tried once per process on a probe object."""
-        place = f"{self._client.meta.endpoint_url}/{self.bucket}"
+        place = f"{self._endpoint}/{self.bucket}"
         if place not in _ignores_conditions:
             name = f".conditional-write-probe-{secrets.token_hex(8)}"
             self.write(name, b"")
@@ -192,7 +219,7 @@ class S3Store(Store):
             ) from None
         except (BotoCoreError, Boto3Error) as error:
             raise LayerloopError(
-                f"{self.uri} does not answer at {self._client.meta.endpoint_url} ({type(error).__name__}): "
+                f"{self.uri} does not answer at {self._endpoint} ({type(error).__name__}): "
                 "check AWS_ENDPOINT_URL and the network"
             ) from None
 

@@ -1,5 +1,7 @@
 """The command line itself: help, recipes, compiling."""
 
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +11,12 @@ import yaml
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
-from layerloop.pipelines.cli import main
+from layerloop.pipelines.cli import build_parser, main
 from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_text
 
 COMMANDS = [
-    ["demo"], ["run"], ["compile"], ["recipe"], ["submit"], ["schedule", "apply"], ["judge", "serve"], ["judge", "check"],
-    ["campaign", "show"],
+    ["demo"], ["run"], ["compile"], ["recipe"], ["submit"], ["schedule", "apply"], ["judge", "serve"],
+    ["judge", "check"], ["campaign", "show"],
 ]  # fmt: skip
 
 
@@ -26,6 +28,21 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
     text = capsys.readouterr().out
     assert text.startswith("usage: layerloop")
     assert len(text.splitlines()) > 5
+
+
+def commands_in(page: Path) -> list[list[str]]:
+    """The `layerloop` commands of a page's indented lines, continued lines joined, without redirections."""
+    text = page.read_text().replace("\\\\\n", " ").replace("\\\n", " ")
+    lines = re.findall(r"^ +(?:OPENAI_API_KEY=\S+ )?layerloop ([a-z].*)$", text, re.MULTILINE)
+    return [shlex.split(line.partition(" > ")[0], comments=True) for line in lines if "..." not in line.split()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "manifests/README.md", "pipelines/cli.py"])
+def test_commands_that_are_written_down_are_accepted(page: str) -> None:
+    commands = commands_in(Path(__file__).parents[2] / page)
+    assert len(commands) >= 2
+    for command in commands:
+        build_parser().parse_args(command)  # SystemExit where an option is unknown
 
 
 def test_the_installed_command_is_this_one() -> None:

@@ -16,8 +16,8 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 def twin(first: Image.Image, second: Image.Image, *, bits: int = 3) -> str | None:
     gallery = Gallery(bits)
-    gallery.add("first", look_at(pixels(first)))
-    return gallery.twin_of(look_at(pixels(second)))
+    gallery.add("1", look_at(pixels(first)), "first")
+    return gallery.twin_of("2", look_at(pixels(second)))
 
 
 def recompressed(image: Image.Image, quality: int) -> Image.Image:
@@ -38,8 +38,8 @@ def test_different_pictures_are_no_twins(picture: Callable[..., Image.Image]) ->
     gallery = Gallery(10)
     for seed in range(60):
         look = look_at(pixels(picture(seed)))
-        assert gallery.twin_of(look) is None
-        gallery.add(str(seed), look)
+        assert gallery.twin_of(str(seed), look) is None
+        gallery.add(str(seed), look, str(seed))
 
 
 def test_flat_pictures_share_a_hash_and_are_told_apart_by_colour() -> None:
@@ -82,6 +82,14 @@ def test_the_first_of_several_twins_is_named_also_after_the_gallery_has_grown() 
     rng = np.random.default_rng(0)
     looks = [look_at(rng.integers(0, 256, (16, 18, 3)).astype(np.uint8)) for _ in range(2500)]
     for number, look in enumerate(looks):
-        gallery.add(str(number), look)
+        gallery.add(f"key {number}", look, str(number))
     for number in (0, 1023, 1024, 2499):
-        assert gallery.twin_of(looks[number]) == str(number)
+        assert gallery.twin_of("new", looks[number]) == str(number)
+
+
+def test_equal_keys_are_twins_also_where_only_exact_ones_count(picture: Callable[..., Image.Image]) -> None:
+    gallery = Gallery(3)
+    look = look_at(pixels(picture(1)))
+    gallery.add("key", look, "first")
+    assert gallery.twin_of("key", look, near=False) == "first"
+    assert gallery.twin_of("other", look, near=False) is None

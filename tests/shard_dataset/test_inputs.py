@@ -137,6 +137,11 @@ def test_a_glob_that_matches_nothing_is_one_line(files_uri: str) -> None:
     assert str(caught.value) == f"images {files_uri}/*.gif matches no file: {REMEDY}"
 
 
+def test_unbalanced_braces_are_one_line(store_uri: str) -> None:
+    with pytest.raises(LayerloopError, match="has unbalanced braces: close them"):
+        find(f"{store_uri}/{{a,b}}{{c")
+
+
 def test_the_fingerprint_tells_names_and_sizes(files_uri: str) -> None:
     first = find(files_uri).sha256
     assert find(files_uri).sha256 == first

@@ -242,7 +242,7 @@ def test_a_bucket_that_does_not_exist_is_one_line(s3_environment: dict[str, str]
 
 def test_a_server_that_is_not_there_is_one_line(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "ATTEMPTS", 2)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://someone:password@127.0.0.1:9")
     with pytest.raises(LayerloopError) as caught:
         open_store(s3_bucket).read("x")
     assert str(caught.value).startswith(
