@@ -37,6 +37,8 @@ ITERATION_OF = {
 }
 
 
+# Libraries' own bars and advice, which say nothing about the job; images/ sets the same.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 STARTED = re.compile(r"started \w+ (\d+\.\d+) s after process start")  # runtime/contract.py
 
 
@@ -229,7 +231,7 @@ class _Run:
             text=True,
             errors="replace",
             bufsize=1,
-            env={**os.environ, **_threads(argv), **environment, "PYTHONUNBUFFERED": "1"},
+            env={**QUIET, **os.environ, **_threads(argv), **environment, "PYTHONUNBUFFERED": "1"},
         )
         with self.lock:
             self.live[number] = process
