@@ -18,7 +18,7 @@ BUCKET = "layerloop-tests"
 
 
 @contextlib.contextmanager
-def served(arguments: list[str], port: int, log: Path, *, seconds: float = 60) -> Iterator[None]:
+def served(arguments: list[str], port: int, log: Path, *, seconds: float = 150) -> Iterator[None]:
     """A server in its own process, from the moment it accepts connections until the end of the block."""
     with log.open("wb") as output, subprocess.Popen(arguments, stdout=output, stderr=output) as process:
         try:

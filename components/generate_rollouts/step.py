@@ -145,7 +145,7 @@ def _sample(
     bad_layers = []
     with ThreadPoolExecutor(max_workers=1) as writer:  # images are encoded and sent while the next group is sampled
         pending: Future[Finished] | None = None
-        for plan in progress(todo, what="sampling", unit="groups"):
+        for plan in progress(todo, what="sampling", unit="groups") if rank() == 0 else todo:
             key, image = images[plan.image]
             group = sample_group(policy, place.recipe, iteration, plan, key, image, prompt_embeds, adapter)
             bad_layers.append(group.bad_layers)

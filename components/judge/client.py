@@ -133,7 +133,16 @@ class Judge:
         Raises:
             LayerloopError: nothing answers at the URL, it refuses the key, or it does not serve the recipe's model.
         """
-        models = await self.connection.models(timeout=min(20.0, self.recipe.timeout_seconds))
+        until = time.monotonic() + self.recipe.start_seconds
+        while True:
+            try:
+                models = await self.connection.models(timeout=min(20.0, self.recipe.timeout_seconds))
+                if models or time.monotonic() >= until:  # a proxy before a judge that starts lists nothing
+                    break
+            except LayerloopError:
+                if time.monotonic() >= until:
+                    raise
+            await asyncio.sleep(min(5.0, self.recipe.start_seconds / 20))
         if models and self.recipe.model not in models:
             served = ", ".join(sorted(models)[:6])
             what = f"recipe.judge.model is {self.recipe.model!r}, judge {self.url} serves {served}"
@@ -179,7 +188,7 @@ class Judge:
         A body that is no completion (HTML of a proxy, half a body) counts as a failure of transport: nothing was paid,
         so nothing is stored. A completion is stored before it is read for scores.
         """
-        attempts, patient, delay = 0, False, FIRST_DELAY
+        attempts, given_up, delay = 0, 0, FIRST_DELAY
         while True:
             try:
                 if self.batches is not None:
@@ -190,13 +199,13 @@ class Judge:
                     async with self.limiter.slot(priority):
                         dialect = self.dialect  # what others found out while this one waited counts
                         payload = self._payload(request, dialect, sample, draw)
-                        body = await self._send(payload, (request.kind, request.rows), patient=patient)
+                        body = await self._send(payload, (request.kind, request.rows), given_up)
                 return await self._accept(key, body)
             except TransportError as error:
                 problem = error.problem
             self.statistics.failures[problem.reason] += 1
             if problem.reason == "slow":
-                patient = True
+                given_up += 1
                 continue
             if problem.reason in ("http_400", "http_404", "http_422") and self._yield(dialect, problem.detail):
                 continue
@@ -212,10 +221,10 @@ class Judge:
         temperature = max(self.recipe.temperature, REDRAW_TEMPERATURE) if draw else self.recipe.temperature
         return dialect.payload(request, self.recipe, seed=seed, temperature=temperature)
 
-    async def _send(self, payload: bytes, shape: tuple[str, int], *, patient: bool) -> bytes:
+    async def _send(self, payload: bytes, shape: tuple[str, int], given_up: int) -> bytes:
         """One HTTP request in its slot, seen by limiter, breaker and patience."""
         timeout = self.recipe.timeout_seconds
-        allowed = timeout if patient else self.patience.seconds(shape)
+        allowed = self.patience.seconds(shape, given_up)
         start = time.monotonic()
         self.statistics.sent += 1
         try:

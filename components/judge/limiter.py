@@ -153,13 +153,13 @@ class Patience:
         self.sent = 0
         self.given_up = 0
 
-    def seconds(self, shape: Hashable) -> float:
-        """What to wait at most for a request sent now."""
+    def seconds(self, shape: Hashable, given_up: int = 0) -> float:
+        """What to wait at most for a request sent now; twice as long for every time that it was given up before."""
         self.sent += 1
         median = self._median.get(shape)
         if not self.factor or median is None or self.given_up >= self.SHARE * self.sent:
             return self.timeout
-        return min(self.timeout, max(self.factor * median, 0.05))
+        return min(self.timeout, max(self.factor * median * 2**given_up, 0.05))
 
     def saw(self, shape: Hashable, seconds: float) -> None:
         """The latency of an answer."""

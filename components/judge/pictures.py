@@ -15,7 +15,6 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from layerloop.components.layers.stack import Backdrop, Pixels, backdrop_pixels, on_backdrop, resize
 
@@ -48,7 +47,7 @@ def encode_rgb(pixels: Pixels) -> bytes:
     filtered[:, 0] = PNG_FILTER_UP
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 8, zlib.Z_RLE)
     data = packer.compress(filtered.tobytes()) + packer.flush()
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits, RGB, no interlacing
     return PNG_SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
@@ -99,15 +98,16 @@ def candidate_pictures(stack: Pixels, backdrops: tuple[str, ...]) -> CandidatePi
     return CandidatePictures(Picture(encode_rgb(_recomposed(stack, boxes))), layers)
 
 
-# Most layers are empty outside a box, and an opaque one needs no arithmetic: what `layers.stack` does on whole canvases,
-# rounded alike, in a third of the time.
+# Most layers are empty outside a box, and what is opaque needs no arithmetic: the same as `layers.stack` does on whole
+# canvases (a recomposition may differ by one level where several layers are half transparent), in less time.
 
 Box = tuple[slice, slice]
 
 
 def _box_of(layer: Pixels) -> Box:
     """Rows and columns outside which alpha is 0."""
-    rows, columns = (np.flatnonzero(layer[..., 3].any(axis)) for axis in (1, 0))
+    alpha = np.ascontiguousarray(layer[..., 3])
+    rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
     if not len(rows):
         return slice(0, 0), slice(0, 0)
     return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
@@ -116,23 +116,26 @@ def _box_of(layer: Pixels) -> Box:
 def _laid(layer: Pixels, box: Box, backdrop: str) -> Pixels:
     """`on_backdrop(layer, backdrop)`."""
     out = backdrop_pixels(layer.shape[0], layer.shape[1], backdrop)  # type: ignore[arg-type]
-    part = layer[box]
-    if part.size:
-        out[box] = part[..., :3] if part[..., 3].min() == 255 else _over(part, out[box].astype(np.float32))
+    _lay(out, layer, box)
     return out
 
 
 def _recomposed(stack: Pixels, boxes: list[Box]) -> Pixels:
-    """All layers on white, (H, W, 3), rounded once."""
-    out = np.full((*stack.shape[1:3], 3), 255, np.float32)
+    """All layers on white, (H, W, 3)."""
+    out = np.full((*stack.shape[1:3], 3), 255, np.uint8)
     for layer, box in zip(stack, boxes, strict=True):
-        part = layer[box]
-        if part.size:
-            cover = part[..., 3:] * np.float32(1 / 255)
-            out[box] += (part[..., :3] - out[box]) * cover
-    return np.rint(out).astype(np.uint8)
+        _lay(out, layer, box)
+    return out
 
 
-def _over(part: Pixels, behind: npt.NDArray[np.float32]) -> Pixels:
+def _lay(out: Pixels, layer: Pixels, box: Box) -> None:
+    """Lay the boxed part of a layer over `out`, in place."""
+    part = layer[box]
+    if not part.size:
+        return
+    if part[..., 3].min() == 255:
+        out[box] = part[..., :3]
+        return
+    behind = out[box].astype(np.float32)
     cover = part[..., 3:] * np.float32(1 / 255)
-    return np.rint(behind + (part[..., :3] - behind) * cover).astype(np.uint8)
+    out[box] = np.rint(behind + (part[..., :3] - behind) * cover)

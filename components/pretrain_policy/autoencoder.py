@@ -171,7 +171,7 @@ def _batch(frames: Tensor, generator: torch.Generator, size: int) -> Tensor:
 def train_autoencoder(
     vae: AutoencoderKLQwenImage,
     *,
-    minutes: float,
+    steps: int,
     work: Path,
     seed: int,
     designs: int = 12_000,
@@ -179,10 +179,10 @@ def train_autoencoder(
     batch: int = 32,
     peak: float = 1e-3,
 ) -> None:
-    """Train `vae` in place for `minutes` and set its latent statistics; continues from `work`/autoencoder.pt."""
+    """Train `vae` in place over `steps` steps and set its latent statistics; continues from `work`/autoencoder.pt."""
     prepare_autoencoder(vae)
     vae.train().requires_grad_(True)
-    training = Training("autoencoder", vae, minutes=minutes, peak=peak, decay=0.999, checkpoint=work / "autoencoder.pt")
+    training = Training("autoencoder", vae, steps=steps, peak=peak, decay=0.999, checkpoint=work / "autoencoder.pt")
     _learn_to_reconstruct(training, vae, encode_too=True, seed=seed, designs=designs, side=side, batch=batch)
     training.average.copy_to(vae)
     vae.eval().requires_grad_(False)
@@ -192,7 +192,7 @@ def train_autoencoder(
 def refine_decoder(
     vae: AutoencoderKLQwenImage,
     *,
-    minutes: float,
+    steps: int,
     work: Path,
     seed: int,
     designs: int = 12_000,
@@ -200,11 +200,11 @@ def refine_decoder(
     batch: int = 32,
     peak: float = 6e-4,
 ) -> None:
-    """Train the decoder alone for `minutes` longer: the latents, and a transformer trained on them, stay as they
+    """Train the decoder alone over `steps` more steps: the latents, and a transformer trained on them, stay as they
     are."""
     vae.eval().requires_grad_(False)
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).train().requires_grad_(True)
-    training = Training("decoder", decoder, minutes=minutes, peak=peak, decay=0.999, checkpoint=work / "decoder.pt")
+    training = Training("decoder", decoder, steps=steps, peak=peak, decay=0.999, checkpoint=work / "decoder.pt")
     _learn_to_reconstruct(training, vae, encode_too=False, seed=seed + 1, designs=designs, side=side, batch=batch)
     training.average.copy_to(decoder)
     decoder.eval().requires_grad_(False)

@@ -45,9 +45,9 @@ def run(
     work: Path,
     out: Path,
     stages: Sequence[str] = STAGES,
-    autoencoder_minutes: float = 30,
-    transformer_minutes: float = 90,
-    decoder_minutes: float = 20,
+    autoencoder_steps: int = 4000,
+    transformer_steps: int = 12000,
+    decoder_steps: int = 2000,
     frames_from: int = 12_000,
     designs: int = 40_000,
     seed: int = 0,
@@ -62,7 +62,7 @@ def run(
 
     encoder_folder = work / "vae"
     if "autoencoder" in stages:
-        train_autoencoder(pipeline.vae, minutes=autoencoder_minutes, work=work, seed=seed, designs=frames_from)
+        train_autoencoder(pipeline.vae, steps=autoencoder_steps, work=work, seed=seed, designs=frames_from)
         pipeline.vae.save_pretrained(encoder_folder)
     elif encoder_folder.is_dir():
         pipeline.vae = type(pipeline.vae).from_pretrained(encoder_folder).eval().requires_grad_(False)
@@ -74,13 +74,13 @@ def run(
             pipeline.transformer,
             _latents(pipeline.vae, designs=designs, seed=seed, cache=work / "latents.pt"),
             prompt,
-            minutes=transformer_minutes,
+            steps=transformer_steps,
             work=work,
             seed=seed,
             shift=pipeline.scheduler.config.shift,
         )
     if "decoder" in stages:
-        refine_decoder(pipeline.vae, minutes=decoder_minutes, work=work, seed=seed, designs=frames_from)
+        refine_decoder(pipeline.vae, steps=decoder_steps, work=work, seed=seed, designs=frames_from)
         pipeline.vae.save_pretrained(work / "vae-refined")
     elif (work / "vae-refined").is_dir():
         pipeline.vae = type(pipeline.vae).from_pretrained(work / "vae-refined").eval().requires_grad_(False)
@@ -155,9 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/pretrain"), help="checkpoints (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=_package_folder(), help="where to export (default: %(default)s)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all of them")
-    parser.add_argument("--autoencoder-minutes", type=float, default=30, metavar="MIN", help="default: %(default)s")
-    parser.add_argument("--transformer-minutes", type=float, default=90, metavar="MIN", help="default: %(default)s")
-    parser.add_argument("--decoder-minutes", type=float, default=20, metavar="MIN", help="default: %(default)s")
+    parser.add_argument("--autoencoder-steps", type=int, default=4000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--transformer-steps", type=int, default=12000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--decoder-steps", type=int, default=2000, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--frames-from",
         type=int,

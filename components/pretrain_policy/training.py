@@ -1,4 +1,4 @@
-"""What both trainings share: a budget in minutes, an averaged copy of the weights, checkpoints, progress lines."""
+"""What the trainings share: a budget in steps, an averaged copy of the weights, checkpoints, progress lines."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Averaged:
 
 
 class Training:
-    """A resumable optimisation of one module for `minutes`, with cosine decay over that time.
+    """A resumable optimisation of one module over `steps` steps, the learning rate decaying by a cosine.
 
-    Time, not steps, is the budget: what a laptop spends an evening on. A checkpoint holds everything but the data,
-    which is drawn anew from the seed and the step.
+    A checkpoint holds everything but the data, which follows from the seed and the step: where it was stopped and how
+    busy the machine was do not change what is drawn. Continuing with more `steps` than before raises the rate again.
     """
 
     def __init__(
-        self, name: str, module: nn.Module, *, minutes: float, peak: float, decay: float, checkpoint: Path
+        self, name: str, module: nn.Module, *, steps: int, peak: float, decay: float, checkpoint: Path
     ) -> None:
         self.name, self.module, self.checkpoint = name, module, checkpoint
-        self.budget, self.peak = minutes * 60, peak
+        self.steps, self.peak = steps, peak
         self.optimizer = torch.optim.AdamW(
             module.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
@@ -59,15 +59,15 @@ class Training:
 
     @property
     def done(self) -> bool:
-        return self.spent >= self.budget
+        return self.step >= self.steps
 
     def start_clock(self) -> None:
-        """Count from now: making data and compiling are not part of the budget."""
+        """Count from now: making data is no part of a step's time."""
         self._tick = self._saved = self._told = time.monotonic()
 
     def advance(self, loss: torch.Tensor, clip: float = 1.0) -> None:
         """One optimizer step on `loss`."""
-        rate = learning_rate(min(1.0, self.spent / self.budget), self.peak)
+        rate = learning_rate(self.step / self.steps, self.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -93,9 +93,10 @@ class Training:
             return
         self._told = now
         values = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        a_step = self.spent / max(1, self.step)
         print(
-            f"{self.name}: step {self.step}  {self.spent / 60:.1f} of {self.budget / 60:.0f} min  "
-            f"{1000 * self.spent / max(1, self.step):.0f} ms a step  {values}",
+            f"{self.name}: step {self.step} of {self.steps}  {1000 * a_step:.0f} ms a step  "
+            f"{a_step * (self.steps - self.step) / 60:.0f} min left  {values}",
             flush=True,
         )
 

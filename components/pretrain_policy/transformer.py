@@ -117,17 +117,17 @@ def train_transformer(
     data: Sequence[Latents],
     prompt: Tensor,
     *,
-    minutes: float,
+    steps: int,
     work: Path,
     seed: int,
     shift: float,
     batch: int = 64,
     peak: float = 1e-3,
 ) -> None:
-    """Train `transformer` in place for `minutes`; continues from `work`/transformer.pt."""
+    """Train `transformer` in place over `steps` steps; continues from `work`/transformer.pt."""
     transformer.train().requires_grad_(True)
     training = Training(
-        "transformer", transformer, minutes=minutes, peak=peak, decay=0.999, checkpoint=work / "transformer.pt"
+        "transformer", transformer, steps=steps, peak=peak, decay=0.999, checkpoint=work / "transformer.pt"
     )
     weights = torch.tensor([float(len(part.frames)) for part in data])
     training.start_clock()

@@ -74,6 +74,7 @@ class JudgeRecipe(Record):
         default=2.0, ge=0
     )  # give up a request after so many median latencies; 0: only the timeout
     retries: int = Field(default=4, ge=0)
+    start_seconds: float = Field(default=0.0, ge=0)  # wait this long for a judge that is being started
     give_up_seconds: float = Field(default=60.0, ge=0)  # without any success, before the circuit breaker may open
     min_valid: int = Field(default=2, ge=2)  # valid candidates a group needs
     max_dropped_fraction: float = Field(default=0.25, ge=0, le=1)  # of groups; more fails the step

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import JsonValue
 from safetensors.torch import save
 
 from layerloop.components.evaluate_adapter.step import run
@@ -113,7 +114,7 @@ class Lab:
         buffer = io.BytesIO()
         pq.write_table(pa.table({"reward": pa.array(rewards, pa.float64())}), buffer)
         file = add_file(self.store, f"{folder}/scores.parquet", buffer.getvalue())
-        told = {"judge": judge, "judge_version": "v1", "rubric": "default", "rubric_version": "1"}
+        told: dict[str, JsonValue] = {"judge": judge, "judge_version": "v1", "rubric": "default", "rubric_version": "1"}
         manifest = Manifest(kind="scores", iteration=iteration, files=(file,), metadata=told)
         commit(self.store, f"{folder}/{MANIFEST}", manifest)
 

@@ -248,3 +248,31 @@ def test_the_openai_package_makes_the_requests(scripted: Any, one: Request, good
     scripted.answer = good
     asyncio.run(ask_all(Judge(scripted.url, recipe()), [one]))
     assert "AsyncOpenAI/Python" in scripted.headers[0]
+
+
+def test_a_judge_that_is_being_started_is_waited_for(one: Request, good: bytes) -> None:
+    import socket
+    import threading
+
+    from layerloop.components.judge.server import JudgeServer
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    servers: list[JudgeServer] = []
+
+    def start() -> None:
+        servers.append(JudgeServer("127.0.0.1", port))
+        servers[0].serve_forever(poll_interval=0.05)
+
+    async def reach(seconds: float) -> list[str]:
+        async with Judge(f"http://127.0.0.1:{port}/v1", JudgeRecipe(start_seconds=seconds)) as judge:
+            return await judge.check_reachable()
+
+    with pytest.raises(LayerloopError, match="does not answer"):
+        asyncio.run(reach(0))
+    timer = threading.Timer(1.0, start)
+    timer.start()
+    assert asyncio.run(reach(60)) == ["layerloop-reference-judge"]
+    servers[0].shutdown()
+    servers[0].server_close()

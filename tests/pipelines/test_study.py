@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.pipelines.results import interval

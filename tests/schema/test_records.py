@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest, Shard
 from layerloop.components.schema.seeds import seed_for
@@ -12,7 +13,8 @@ SHA = "0" * 64
 
 def test_seeds_depend_on_every_part_on_its_type_and_on_the_order() -> None:
     seeds = {
-        seed_for(*parts) for parts in [(1, 2), (2, 1), (12,), ("1", 2), (1, "2"), ("12",), ("a", "bc"), ("ab", "c"), ("abc",)]
+        seed_for(*parts)
+        for parts in [(1, 2), (2, 1), (12,), ("1", 2), (1, "2"), ("12",), ("a", "bc"), ("ab", "c"), ("abc",)]
     }
     assert len(seeds) == 9
     assert all(0 <= seed < 2**63 for seed in seeds)
