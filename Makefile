@@ -1,6 +1,6 @@
 # The workflow, a target a step. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench lock wheel pretrain clean
+.PHONY: help install demo test lint bench study lock wheel pretrain clean
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
@@ -39,6 +39,9 @@ lint: $(READY) ## only formatting, lint, types and the arrows between packages
 
 bench: $(READY) ## measure; writes build/benchmarks.json
 	@$(VENV)/bin/python -m pytest tests/benchmarks
+
+study: $(READY) ## does it learn? four hours of campaigns on the tiny policy, resumable; writes docs/RESULTS.md
+	@$(VENV)/bin/layerloop study $(STUDY)
 
 pretrain: $(READY) ## train the shipped tiny policy again (hours)
 	@$(VENV)/bin/python -m layerloop.components.pretrain_policy

@@ -159,12 +159,34 @@ def _judge_serve(arguments: argparse.Namespace) -> None:
     serve(arguments.host, arguments.port)
 
 
-def _judge_check(arguments: argparse.Namespace) -> None:
-    from layerloop.components.schema.judging import JudgeRecipe
-    from layerloop.pipelines.inputs import check_judge
+def _judge_check(arguments: argparse.Namespace) -> int:
+    from layerloop.components.judge.check import check
 
-    models = check_judge(arguments.url, JudgeRecipe(model=arguments.model))
-    print(f"judge {arguments.model} at {arguments.url} answers; it serves {', '.join(models) or 'no list of models'}")
+    report = check(arguments.url, model=arguments.model)
+    print("\n".join(report.lines()))
+    return 1 if report.verdict == "unfit" else 0
+
+
+def _adapter_merge(arguments: argparse.Namespace) -> int:
+    import subprocess
+
+    # Torch's work, so a process of its own: nothing under pipelines/ imports torch.
+    command = [sys.executable, "-m", "layerloop.components.policy.merge", arguments.out, *arguments.adapters]
+    rank = [] if arguments.rank is None else ["--rank", str(arguments.rank)]
+    return subprocess.run([*command, *rank], check=False).returncode
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from layerloop.pipelines.study import ARMS, study
+
+    return study(
+        folder=Path(arguments.folder),
+        docs=Path(arguments.docs),
+        arms=arguments.arms.split(",") if arguments.arms else list(ARMS),
+        iterations=arguments.iterations,
+        jobs=arguments.jobs,
+        hours=arguments.hours,
+    )
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -272,11 +294,29 @@ def build_parser() -> argparse.ArgumentParser:
     serve = _command(judge, "serve", _judge_serve, "serve the reference judge, rules that stand in for a VLM")
     serve.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     serve.add_argument("--port", type=int, default=8788, metavar="N", help="0 takes a free one (default: %(default)s)")
-    check = _command(judge, "check", _judge_check, "ask an OpenAI-compatible endpoint for its models")
-    check.add_argument("--model", default="layerloop-reference-judge", help="model to ask for (default: %(default)s)")
+    check = _command(
+        judge, "check", _judge_check, "send known good and bad decompositions to a judge, and say if it is fit"
+    )
+    check.add_argument("--model", default="", help="model to ask for (default: the only one that it serves)")
     check.add_argument("url", metavar="URL", help="base URL; key: OPENAI_API_KEY")
 
     campaign = commands.add_parser("campaign", help="look into a campaign").add_subparsers(required=True)
+    adapter = commands.add_parser("adapter", help="work with trained adapters").add_subparsers(required=True)
+    merge = _command(adapter, "merge", _adapter_merge, "write the weighted sum of adapters as one, in both layouts")
+    merge.add_argument("out", metavar="OUT", help="folder to make, with peft/ and diffusers/ in it")
+    merge.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER=WEIGHT", help="folder in either layout; weight 1 if none"
+    )
+    merge.add_argument("--rank", type=int, default=None, metavar="N", help="cut the sum to this rank (default: exact)")
+
+    study = _command(commands, "study", _study, "does it learn? arms and seeds on the tiny policy, resumable")
+    study.add_argument("--folder", default="build/study", metavar="DIR", help="campaigns (default: %(default)s)")
+    study.add_argument("--docs", default="docs", metavar="DIR", help="where results go (default: %(default)s)")
+    study.add_argument("--arms", default="", metavar="A,B", help="only these arms (default: all)")
+    study.add_argument("--iterations", type=int, default=80, metavar="N", help="of each run (default: %(default)s)")
+    study.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side (default: %(default)s)")
+    study.add_argument("--hours", type=float, default=4.0, metavar="X", help="stop after these (default: %(default)s)")
+
     show = _command(campaign, "show", _show, "head, iterations, rewards and sizes as a table")
     show.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
     return parser

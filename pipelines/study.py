@@ -26,6 +26,8 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
 
+TRAINING_DESIGNS, HELD_OUT_DESIGNS, SEED = 240, 48, 20260529
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -248,3 +250,48 @@ def drop_shards(place: Campaign, iteration: int) -> None:
         for name in place.store.list(f"{folder}/"):
             if name.endswith(ending):
                 place.store.delete(name)
+
+
+def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, jobs: int, hours: float) -> int:
+    """Make the pictures, serve the reference judge, advance all runs and write the results; 0 if every run is done.
+
+    Raises:
+        LayerloopError: an unknown arm, or a step failed.
+    """
+    from layerloop.pipelines.demo import reference_judge
+    from layerloop.pipelines.inputs import recipe_text
+    from layerloop.pipelines.results import write_results
+
+    runs = plan(arms)
+    folder.mkdir(parents=True, exist_ok=True)
+    images, designs = make_designs(folder)
+    with reference_judge(folder / "judge.log") as judge_url:
+        whole = Study(
+            folder=folder, recipe=recipe_text("study"), iterations=iterations, images=images, designs=designs,
+            judge_url=judge_url,
+        )  # fmt: skip
+        done = run_study(whole, runs, jobs=jobs, hours=hours)
+    page = write_results(whole, done, runs, docs)
+    print(f"{len(done)} of {len(runs)} runs are done; results in {page}", flush=True)
+    return 0 if len(done) == len(runs) else 1
+
+
+def make_designs(folder: Path) -> tuple[Path, Path]:
+    """The study's pictures, made once: `images/*`, flat designs to train on, and `designs.parquet`, held out."""
+    images, held_out = folder / "images", folder / "designs.parquet"
+    if held_out.exists():  # written last
+        return images, held_out
+    import numpy as np
+    from PIL import Image
+
+    from layerloop.components.layers.designs import composite, generate_design, render_design, write_designs_parquet
+
+    images.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(SEED)
+    designs = [generate_design(rng, layers=2 + n % 3) for n in range(TRAINING_DESIGNS + HELD_OUT_DESIGNS)]
+    for number, design in enumerate(designs[:TRAINING_DESIGNS]):
+        Image.fromarray(composite(render_design(design))).save(images / f"design-{number:03}.png")
+    temporary = held_out.with_suffix(".tmp")
+    write_designs_parquet(temporary, designs[TRAINING_DESIGNS:])
+    temporary.rename(held_out)
+    return images, held_out

@@ -1,7 +1,7 @@
 """How busy the client keeps a judge, what it costs, and what faults take away.
 
-A local server stands in for the judge: it answers at once or after a set service time, so many at a time, and queues the
-rest, as vLLM does.
+A local server stands in for the judge: it answers at once or after a set service time, so many at a time, and queues
+the rest, as vLLM does.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from layerloop.components.schema.judging import JudgeRecipe
 RUBRIC = load_rubric("default")
 
 # An asyncio server of `parallelism` slots and `service` seconds. A share of requests fails (5 % with 500 and 3 % by a
-# closed connection at once, 2 % with half an answer after full service) and a share is ten times as slow. What it answers
-# depends on the question alone. A client that goes away frees its slot.
+# closed connection at once, 2 % with half an answer after full service) and a share is ten times as slow. What it
+# answers depends on the question alone. A client that goes away frees its slot.
 SERVER = """
 import asyncio, json, random, re, sys, zlib
 parallelism, service, faulty = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3] == "faulty"
