@@ -16,7 +16,14 @@ from layerloop.pipelines.cluster import Cluster, read_cluster
 ROOT = Path(__file__).parents[1]
 MANIFESTS = ROOT / "manifests"
 KUSTOMIZATIONS = sorted(path.parent.relative_to(MANIFESTS).as_posix() for path in MANIFESTS.rglob("kustomization.yaml"))
-OTHER_KINDS = {"ClusterQueue", "LocalQueue", "Profile", "ResourceFlavor"}  # of Kueue and Kubeflow: no schema at hand
+OTHER_KINDS = {
+    "ClusterQueue",
+    "LocalQueue",
+    "Profile",
+    "ResourceFlavor",
+    "InterceptorRoute",
+    "ScaledObject",
+}  # of Kueue and Kubeflow: no schema at hand
 
 
 def documents(text: str) -> list[Any]:

@@ -16,7 +16,7 @@ from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_text
 
 COMMANDS = [
     ["demo"], ["run"], ["compile"], ["recipe"], ["submit"], ["schedule", "apply"], ["judge", "serve"],
-    ["judge", "check"], ["campaign", "show"],
+    ["judge", "check"], ["campaign", "show"], ["adapter", "merge"], ["study"],
 ]  # fmt: skip
 
 
@@ -31,10 +31,11 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
 
 
 def commands_in(page: Path) -> list[list[str]]:
-    """The `layerloop` commands of a page's indented lines, continued lines joined, without redirections."""
-    text = page.read_text().replace("\\\\\n", " ").replace("\\\n", " ")
+    """The `layerloop` commands of a page's indented lines, continued ones joined, without what explains them."""
+    text = re.sub(r"\\{1,2}\n *", "", page.read_text())
     lines = re.findall(r"^ +(?:OPENAI_API_KEY=\S+ )?layerloop ([a-z].*)$", text, re.MULTILINE)
-    return [shlex.split(line.partition(" > ")[0], comments=True) for line in lines if "..." not in line.split()]
+    commands = [re.split(r" {3,}| > ", line)[0] for line in lines if "..." not in line.split()]
+    return [shlex.split(command, comments=True) for command in commands]
 
 
 @pytest.mark.parametrize("page", ["README.md", "manifests/README.md", "pipelines/cli.py"])

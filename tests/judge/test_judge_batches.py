@@ -1,0 +1,100 @@
+"""Batch API mode against the reference judge's files and batches, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from layerloop.components.judge.batch import LedgerMemory, read_output
+from layerloop.components.judge.client import Judge, ReplyMemory
+from layerloop.components.judge.replies import UnusableError
+from layerloop.components.judge.requests import Request
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.judging import JudgeRecipe
+
+BATCH = {"enabled": True, "poll_seconds": 0.05, "linger_seconds": 0.3}
+
+
+def recipe(**batch: Any) -> JudgeRecipe:
+    return JudgeRecipe.model_validate({"batch": {**BATCH, **batch}, "retries": 1})
+
+
+def variants(request: Request, count: int) -> list[Request]:
+    return [replace(request, system=f"{request.system} {index}") for index in range(count)]
+
+
+async def ask_all(judge: Judge, requests: list[Request]) -> list[Any]:
+    async with judge:
+        return await asyncio.gather(*(judge.ask(request) for request in requests), return_exceptions=True)
+
+
+def test_requests_that_come_together_go_as_one_batch(reference_url: str, one: Request) -> None:
+    judge = Judge(reference_url, recipe())
+    answers = asyncio.run(ask_all(judge, variants(one, 12)))
+    direct = asyncio.run(ask_all(Judge(reference_url, JudgeRecipe()), [one]))
+    assert all(scores == direct[0][0] for scores, _ in answers)
+    assert judge.batches is not None and judge.batches.sent == 1
+    assert judge.statistics.answered == 12
+
+
+def test_a_full_file_is_sent_at_once(reference_url: str, one: Request) -> None:
+    judge = Judge(reference_url, recipe(max_requests=5))
+    answers = asyncio.run(ask_all(judge, variants(one, 12)))
+    assert not [a for a in answers if isinstance(a, BaseException)]
+    assert judge.batches is not None and judge.batches.sent == 3
+
+
+def test_a_killed_step_collects_the_batch_that_it_had_sent(reference_url: str, one: Request) -> None:
+    ledger, requests = LedgerMemory(), variants(one, 6)
+
+    async def killed() -> None:
+        async with Judge(reference_url, recipe(poll_seconds=60.0), ledger=ledger) as judge:
+            asking = asyncio.gather(*(judge.ask(request) for request in requests))
+            while not any(entry["batch"] for entry in ledger.values()):
+                await asyncio.sleep(0.05)
+            asking.cancel()
+
+    asyncio.run(killed())
+    judge = Judge(reference_url, recipe(), ledger=ledger, replies=ReplyMemory())
+    answers = asyncio.run(ask_all(judge, requests))
+    assert not [a for a in answers if isinstance(a, BaseException)]
+    assert judge.batches is not None and judge.batches.sent == 0  # nothing is paid twice
+
+
+def test_a_batch_that_was_made_but_not_entered_is_found_by_its_digest(reference_url: str, one: Request) -> None:
+    ledger, requests = LedgerMemory(), variants(one, 3)
+    asyncio.run(ask_all(Judge(reference_url, recipe(), ledger=ledger), requests))
+    for entry in ledger.values():
+        entry["batch"] = None  # as if the step had been killed in between
+    judge = Judge(reference_url, recipe(), ledger=ledger)
+    answers = asyncio.run(ask_all(judge, requests))
+    assert not [a for a in answers if isinstance(a, BaseException)]
+    assert judge.batches is not None and judge.batches.sent == 0
+
+
+def test_a_request_that_the_judge_refuses_is_a_mask_of_its_own(reference_url: str, one: Request) -> None:
+    blind = replace(one, parts=one.parts[-1:])  # no picture at all
+    answers = asyncio.run(ask_all(Judge(reference_url, recipe()), [one, blind]))
+    assert not isinstance(answers[0], BaseException)
+    assert isinstance(answers[1], UnusableError) and answers[1].reason == "http_400"
+
+
+def test_an_endpoint_without_batches_is_one_clear_line(scripted: Any, one: Request) -> None:
+    judge = Judge(scripted.url, recipe().model_copy(update={"model": "scripted"}))
+    scripted.serve = lambda sock: sock.sendall(
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
+    )
+    answers = asyncio.run(ask_all(judge, [one]))
+    assert isinstance(answers[0], LayerloopError) and "recipe.judge.batch.enabled" in str(answers[0])
+
+
+@pytest.mark.parametrize("line", [b"", b"not json", b"[]", b"{}", b'{"custom_id": "a"}'])
+def test_an_output_file_is_read_with_suspicion(line: bytes) -> None:
+    good = json.dumps({"custom_id": "b", "response": {"status_code": 200, "body": {"x": 1}}}).encode()
+    answers = read_output(line + b"\n" + good + b"\n")
+    assert answers["b"] == (200, b'{"x": 1}')
+    assert answers.get("a", (500,))[0] == 500
