@@ -109,14 +109,14 @@ class Judge:
         self.statistics = Statistics()
         self.dialect = Dialect(logprobs=recipe.extraction == "expected")
         self.batches: Batches | None = None
-        self._ledger = ledger
+        self._ledger: Ledger = ledger if ledger is not None else LedgerMemory()
         self._key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
         self._jitter = random.Random()
 
     async def __aenter__(self) -> Self:
         self.connection = Connection(self.url, self._key, connections=self.recipe.concurrency)
         if self.recipe.batch.enabled:
-            self.batches = Batches(self.connection, self.recipe.batch, self._ledger or LedgerMemory())
+            self.batches = Batches(self.connection, self.recipe.batch, self._ledger)
             await self.batches.open()
         return self
 

@@ -50,11 +50,13 @@ def run(
     decoder_steps: int = 2000,
     frames_from: int = 12_000,
     designs: int = 40_000,
+    measured: int = 48,
     seed: int = 0,
 ) -> None:
     """Pretrain by `stages`; checkpoints go to `work`, the finished pipeline to `out`.
 
-    `frames_from` is how many designs the autoencoder's frames are taken from, `designs` how many the transformer sees.
+    `frames_from` is how many designs the autoencoder's frames are taken from, `designs` how many the transformer sees,
+    `measured` how many of every layer count the export is measured on.
     """
     work.mkdir(parents=True, exist_ok=True)
     pipeline = build_tiny_pipeline(seed=seed)
@@ -86,7 +88,7 @@ def run(
         pipeline.vae = type(pipeline.vae).from_pretrained(work / "vae-refined").eval().requires_grad_(False)
     if "export" in stages:
         steps = restore_average(pipeline.transformer, work / "transformer.pt")
-        export(pipeline, prompt, work=work, out=out, steps=steps)
+        export(pipeline, prompt, work=work, out=out, steps=steps, designs=measured)
 
 
 def _latents(vae: AutoencoderKLQwenImage, *, designs: int, seed: int, cache: Path) -> list[Latents]:
@@ -101,23 +103,27 @@ def _latents(vae: AutoencoderKLQwenImage, *, designs: int, seed: int, cache: Pat
 
 
 @torch.no_grad()
-def export(pipeline: QwenImageLayeredPipeline, prompt: torch.Tensor, *, work: Path, out: Path, steps: int) -> None:
-    """Measure on held-out designs, print, and replace `out` by the pipeline and its figures after `steps` steps."""
+def export(
+    pipeline: QwenImageLayeredPipeline, prompt: torch.Tensor, *, work: Path, out: Path, steps: int, designs: int
+) -> None:
+    """Measure on held-out designs, print, and replace `out` by the pipeline, `steps` steps old, and its figures."""
     held_out = np.random.default_rng((77, 5))
     figures: dict[str, object] = {
         "transformer_steps": steps,
-        "autoencoder": measure_autoencoder(pipeline.vae, draw_frames(held_out, designs=200, side=64)),
-        "policy": measure_policy(pipeline, prompt),
+        "autoencoder": measure_autoencoder(pipeline.vae, draw_frames(held_out, designs=4 * designs, side=64)),
+        "policy": measure_policy(pipeline, prompt, designs=designs),
     }
     for layers, row in figures["policy"].items():  # type: ignore[attr-defined]
-        truth = render_sketches(np.random.default_rng((77, 9, layers)), count=48, layers=layers, size=(64, 64))
+        truth = render_sketches(np.random.default_rng((77, 9, layers)), count=designs, layers=layers, size=(64, 64))
         trivial = compare(composite_everywhere(truth), truth)
         print(f"{layers} layers: " + "  ".join(f"{name} {row[name]:.3f} ({trivial[name]:.3f})" for name in row))
     print(f"(in brackets: every layer = the composite)  autoencoder: {figures['autoencoder']}", flush=True)
 
     sheets = []
     for layers in (2, 3, 4):
-        stacks = render_sketches(np.random.default_rng((77, 8, layers)), count=6, layers=layers, size=(64, 64))
+        stacks = render_sketches(
+            np.random.default_rng((77, 8, layers)), count=min(6, designs), layers=layers, size=(64, 64)
+        )
         made = sample(pipeline, encode_designs(pipeline.vae, stacks), prompt)
         sheets.append(np.concatenate([contact_sheet(stacks), contact_sheet(made)], axis=1))
     width = max(sheet.shape[1] for sheet in sheets)
@@ -171,6 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=40_000,
         metavar="N",
         help="designs the transformer sees, 10 kB each in memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--measured",
+        type=int,
+        default=48,
+        metavar="N",
+        help="held-out designs of every layer count that the export is measured on (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     try:

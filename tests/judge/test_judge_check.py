@@ -45,7 +45,7 @@ def test_a_judge_that_likes_everything_alike_is_unfit(scripted: Any, say: Any) -
 def test_a_judge_that_never_answers_is_unfit_and_does_not_crash(scripted: Any, say: Any) -> None:
     scripted.answer = say("I'm sorry, I can't do that.")
     report = check(scripted.url, recipe=SMALL, designs=1)
-    assert report.verdict == "unfit" and len(report.canaries.failures) == 9
+    assert report.verdict == "unfit" and len(report.canaries.failures) == 8  # seven canaries and the grids of a design
     assert "no judgement of perfect-0" in "\n".join(report.lines())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_grids_cover_all_and_are_connected(count: int, rows: int, overlap: int) 
     grids = split(order, rows=rows, overlap=overlap)
     assert {c for grid in grids for c in grid} == set(range(count))
     assert all(len(grid) <= rows and len(set(grid)) == len(grid) for grid in grids)
-    assert all(len(set(a) & set(b)) >= overlap for a, b in zip(grids, grids[1:], strict=False))
+    assert all(len(set(a) & set(b)) >= overlap for a, b in itertools.pairwise(grids))
     assert max(map(len, grids)) - min(map(len, grids)) <= 1
 
 

@@ -184,7 +184,7 @@ def test_the_command_pretrains_exports_and_continues(tmp_path, capsys):
         "--designs",
         "24",
     ]
-    command += ["--autoencoder-steps", "3", "--transformer-steps", "4", "--decoder-steps", "2"]
+    command += ["--autoencoder-steps", "3", "--transformer-steps", "4", "--decoder-steps", "2", "--measured", "1"]
     main([*command, "--seed", "1"])
     figures = json.loads((tmp_path / "tiny" / "pretraining.json").read_text())
     assert figures["policy"].keys() == {"2", "3", "4", "5"}

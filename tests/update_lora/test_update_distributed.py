@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -17,15 +16,15 @@ from .conftest import Lab, MakeLab, nan_in_the_last_group
 
 
 def torchrun(lab: Lab, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port),
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
         "-m", "layerloop.components.update_lora", "--campaign", lab.uri,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+pytestmark = pytest.mark.timeout(660)  # three interpreters start at once
 
 
 @pytest.fixture(autouse=True)

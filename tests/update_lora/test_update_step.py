@@ -200,7 +200,7 @@ def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
             continue
         subprocess.run(  # in a process that knows nothing of the others
             [sys.executable, "-m", "layerloop.components.update_lora", "--campaign", resumed.uri],
-            check=True, capture_output=True, timeout=240,
+            check=True, capture_output=True, timeout=600,
         )  # fmt: skip
     names = ["adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors", "learner.json"]
     for name in names:
