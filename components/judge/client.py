@@ -199,7 +199,7 @@ class Judge:
                     async with self.limiter.slot(priority):
                         dialect = self.dialect  # what others found out while this one waited counts
                         payload = self._payload(request, dialect, sample, draw)
-                        body = await self._send(payload, (request.kind, request.rows), given_up)
+                        body = await self._send(payload, (request.kind, request.rows, request.pictures), given_up)
                 return await self._accept(key, body)
             except TransportError as error:
                 problem = error.problem
@@ -221,7 +221,7 @@ class Judge:
         temperature = max(self.recipe.temperature, REDRAW_TEMPERATURE) if draw else self.recipe.temperature
         return dialect.payload(request, self.recipe, seed=seed, temperature=temperature)
 
-    async def _send(self, payload: bytes, shape: tuple[str, int], given_up: int) -> bytes:
+    async def _send(self, payload: bytes, shape: tuple[str, int, int], given_up: int) -> bytes:
         """One HTTP request in its slot, seen by limiter, breaker and patience."""
         timeout = self.recipe.timeout_seconds
         allowed = self.patience.seconds(shape, given_up)

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import heapq
 import itertools
-import statistics
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Hashable
 
@@ -137,36 +136,36 @@ class Breaker:
 
 
 class Patience:
-    """How long to wait for an answer before asking again: a multiple of the median latency of requests of its shape.
+    """How long to wait for an answer before asking again: a multiple of what nine of ten requests of its shape take.
 
     A tenth of the requests at most may be given up, so that a judge that became slower as a whole is not asked
     everything twice.
     """
 
     SHARE = 0.1
-    ENOUGH = 20  # latencies seen before the median means something
+    ENOUGH = 20  # latencies seen before their distribution means something
 
     def __init__(self, factor: float, timeout: float) -> None:
         self.factor, self.timeout = factor, timeout
         self._seen: dict[Hashable, deque[float]] = defaultdict(lambda: deque(maxlen=LATENCIES))
-        self._median: dict[Hashable, float] = {}
+        self._usual: dict[Hashable, float] = {}
         self.sent = 0
         self.given_up = 0
 
     def seconds(self, shape: Hashable, given_up: int = 0) -> float:
         """What to wait at most for a request sent now; twice as long for every time that it was given up before."""
         self.sent += 1
-        median = self._median.get(shape)
-        if not self.factor or median is None or self.given_up >= self.SHARE * self.sent:
+        usual = self._usual.get(shape)
+        if not self.factor or usual is None or self.given_up >= self.SHARE * self.sent:
             return self.timeout
-        return min(self.timeout, max(self.factor * median * 2**given_up, 0.05))
+        return min(self.timeout, max(self.factor * usual * 2**given_up, 0.05))
 
     def saw(self, shape: Hashable, seconds: float) -> None:
         """The latency of an answer."""
         seen = self._seen[shape]
         seen.append(seconds)
         if len(seen) >= self.ENOUGH and (len(seen) < LATENCIES or self.sent % 8 == 0):
-            self._median[shape] = statistics.median(seen)
+            self._usual[shape] = sorted(seen)[int(0.9 * len(seen))]
 
     def gave_up(self, shape: Hashable, seconds: float) -> None:
         """A request was given up; it would have taken longer still, which counts as a latency too."""

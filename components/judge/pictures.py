@@ -129,13 +129,17 @@ def _recomposed(stack: Pixels, boxes: list[Box]) -> Pixels:
 
 
 def _lay(out: Pixels, layer: Pixels, box: Box) -> None:
-    """Lay the boxed part of a layer over `out`, in place."""
+    """Lay the boxed part of a layer over `out`, in place. What is opaque is copied; only the rest is blended."""
     part = layer[box]
     if not part.size:
         return
-    if part[..., 3].min() == 255:
-        out[box] = part[..., :3]
+    target, alpha = out[box], np.ascontiguousarray(part[..., 3])
+    opaque = alpha == 255
+    if opaque.all():
+        target[...] = part[..., :3]
         return
-    behind = out[box].astype(np.float32)
-    cover = part[..., 3:] * np.float32(1 / 255)
-    out[box] = np.rint(behind + (part[..., :3] - behind) * cover)
+    np.copyto(target, part[..., :3], where=opaque[..., None])
+    rows, columns = np.nonzero((alpha > 0) & ~opaque)
+    behind = target[rows, columns].astype(np.float32)
+    cover = alpha[rows, columns, None] * np.float32(1 / 255)
+    target[rows, columns] = np.rint(behind + (part[rows, columns, :3] - behind) * cover).astype(np.uint8)

@@ -145,7 +145,7 @@ def test_the_judge_is_kept_busy_at_every_parallelism(record_benchmark: Callable[
     fractions = {}
     for parallelism in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         service = max(0.25, 0.03 * parallelism)  # at 256 that is 33 requests/s: two shared cores serve both sides
-        rounds = 8 if parallelism <= 32 else 4
+        rounds = 8
         with server(parallelism, service) as url:
             seconds, _ = asyncio.run(
                 judged(Judge(url, recipe(concurrency=ahead(parallelism))), variants(request, rounds * parallelism))
@@ -194,7 +194,7 @@ def test_client_overhead(record_benchmark: Callable[[str, float], None]) -> None
 def test_faults_cost_little_throughput_and_change_no_score(record_benchmark: Callable[[str, float], None]) -> None:
     """Throughput with 10 % failing and 5 % ten times as slow, as a share of throughput without."""
     requests, parallelism, service = variants(small_request(), 960), 16, 0.3
-    changes = {"concurrency": ahead(parallelism), "give_up_seconds": 1e6}
+    changes = {"concurrency": parallelism, "give_up_seconds": 1e6}
     with server(parallelism, service) as url:
         sound, expected = asyncio.run(judged(Judge(url, recipe(**changes)), requests))
     with server(parallelism, service, faulty=True) as url:

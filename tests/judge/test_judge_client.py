@@ -121,7 +121,7 @@ def test_the_breaker_opens_when_the_judge_is_gone_and_says_what_to_do(scripted: 
     gone = [a for a in answers if isinstance(a, LayerloopError)]
     assert gone and f"judge {scripted.url} failed" in str(gone[0]) and "run the step again" in str(gone[0])
     assert "\n" not in str(gone[0])
-    assert len(scripted.bodies) < 60  # of 30 * 7 attempts
+    assert len(scripted.bodies) < 150  # of 30 * 7 attempts
 
 
 def test_masks_alone_do_not_open_the_breaker(scripted: Any, one: Request, say: Say) -> None:
@@ -130,7 +130,7 @@ def test_masks_alone_do_not_open_the_breaker(scripted: Any, one: Request, say: S
     assert all(isinstance(a, UnusableError) and a.reason == "no_json" for a in answers)
 
 
-def test_a_request_that_hangs_is_given_up_after_a_multiple_of_the_median(
+def test_a_request_that_hangs_is_given_up_after_a_multiple_of_what_is_usual(
     scripted: Any, one: Request, good: bytes
 ) -> None:
     def answer(body: Any, number: int) -> bytes:
