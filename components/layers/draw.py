@@ -12,6 +12,14 @@ from layerloop.components.schema.errors import LayerloopError
 Colour = tuple[int, int, int]
 
 
+# Pillow's own font has no glyphs for these.
+_PLAIN = str.maketrans({"\u00a0": " ", "\u03b1": "alpha", "\u00d7": "x", "\u2212": "-"})
+
+
+def _plain(text: str) -> str:
+    return text.translate(_PLAIN)
+
+
 def labelled_grid(
     cells: Sequence[Sequence[Pixels | None]],
     labels: Sequence[Sequence[str]] | None = None,
@@ -50,6 +58,8 @@ def labelled_grid(
             raise LayerloopError(f"the grid has {len(heading)} {what} headings for {count} {what}: give one each")
 
     font = ImageFont.load_default(size=text_size)
+    labels = None if labels is None else [[_plain(text) for text in row] for row in labels]
+    columns, rows = [_plain(text) for text in columns], [_plain(text) for text in rows]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def extent(text: str) -> tuple[int, int]:
