@@ -119,7 +119,7 @@ def variants(request: Request, count: int) -> list[Request]:
 
 
 def ahead(parallelism: int) -> int:
-    return parallelism + max(2, parallelism // 4)
+    return parallelism + max(2, parallelism // 2)
 
 
 def recipe(**changes: Any) -> JudgeRecipe:
