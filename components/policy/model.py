@@ -141,6 +141,9 @@ class LayeredPolicy:
         if model.gradient_checkpointing:
             policy.transformer.enable_gradient_checkpointing()  # acts only where gradients are enabled
         if model.compile:
+            # One code object serves all blocks, with and without gradients, an adapter, the last block's dead layers,
+            # and for a first and then any shape: more variants than the 8 that torch expects.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             policy.transformer.compile_repeated_blocks(fullgraph=True)
         return policy
 
