@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import random
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from layerloop.components.judge.dialect import Dialect
 from layerloop.components.judge.expected import sharpen
 from layerloop.components.judge.limiter import Breaker, Limiter, Patience
 from layerloop.components.judge.parsing import Scores, parse
-from layerloop.components.judge.replies import Reply, UnusableError, read_body
+from layerloop.components.judge.replies import Reply, UnusableError, read_body, read_usage, read_version
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.transport import BUSY, Connection, TransportError
 from layerloop.components.schema.errors import LayerloopError
@@ -33,6 +35,7 @@ from layerloop.components.schema.seeds import seed_for
 NO_KEY = "none"  # sent where OPENAI_API_KEY is not set: local servers take any
 REDRAW_TEMPERATURE = 0.4  # at least, when an answer was unusable: at 0 the same one would come again
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds between attempts, doubling, times a random 0.5..1
+ABOUT_CONTENT = re.compile(r"image|picture|token|context|length|large|model", re.IGNORECASE)  # of a refused request
 
 
 class ReplyStore(Protocol):
@@ -67,11 +70,23 @@ class Statistics:
     given_up: int = 0  # requests abandoned for being slow
     unsharpened: int = 0  # scores taken as sampled, though expected values were asked for
     failures: Counter[str] = field(default_factory=Counter)  # reason -> attempts that failed so
-    tokens_in: int = 0  # of replies, recalled ones not counted
+    tokens_in: int = 0  # of all replies, those too that were paid for by a run that was killed
     tokens_cached: int = 0
     tokens_out: int = 0
     latencies: list[float] = field(default_factory=list)  # seconds, of answered requests
     versions: Counter[str] = field(default_factory=Counter)  # what the judge said it is
+
+    def count(self, body: bytes) -> None:
+        """Tokens and version of a completion, whatever can be made of its text."""
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError):  # a stored reply that was damaged
+            return
+        usage = read_usage(value)
+        self.tokens_in += usage.input
+        self.tokens_cached += usage.cached_input
+        self.tokens_out += usage.output
+        self.versions[read_version(value)] += 1
 
     def percentile(self, share: float) -> float:
         """Latency in seconds that this share of answered requests did not exceed; 0 if there are none."""
@@ -105,7 +120,7 @@ class Judge:
         self.replies: ReplyStore = replies if replies is not None else ReplyMemory()
         self.limiter = Limiter(recipe.concurrency)
         self.breaker = Breaker(url, failures=max(8, 2 * recipe.concurrency), seconds=recipe.give_up_seconds)
-        self.patience = Patience(recipe.impatience, recipe.timeout_seconds)
+        self.patience = Patience(recipe.impatience, recipe.timeout_seconds, in_flight=recipe.concurrency)
         self.statistics = Statistics()
         self.dialect = Dialect(logprobs=recipe.extraction == "expected")
         self.batches: Batches | None = None
@@ -114,7 +129,7 @@ class Judge:
         self._jitter = random.Random()
 
     async def __aenter__(self) -> Self:
-        self.connection = Connection(self.url, self._key, connections=self.recipe.concurrency)
+        self.connection = Connection(self.url, self._key)
         if self.recipe.batch.enabled:
             self.batches = Batches(self.connection, self.recipe.batch, self._ledger)
             await self.batches.open()
@@ -161,8 +176,10 @@ class Judge:
             key = self._address(request, sample, draw)
             try:
                 if key in self.replies:
-                    reply = read_body(await asyncio.to_thread(self.replies.get, key))
+                    body = await asyncio.to_thread(self.replies.get, key)
                     self.statistics.recalled += 1
+                    self.statistics.count(body)
+                    reply = read_body(body)
                 else:
                     reply = await self._fetch(request, key, sample, draw, priority)
                 scores = parse(request, reply)
@@ -189,6 +206,7 @@ class Judge:
         so nothing is stored. A completion is stored before it is read for scores.
         """
         attempts, given_up, delay = 0, 0, FIRST_DELAY
+        ticket = self.limiter.ticket()
         while True:
             try:
                 if self.batches is not None:
@@ -196,7 +214,7 @@ class Judge:
                     self.statistics.sent += 1
                     body = await self.batches(key, self._payload(request, dialect, sample, draw))
                 else:
-                    async with self.limiter.slot(priority):
+                    async with self.limiter.slot(priority, ticket):
                         dialect = self.dialect  # what others found out while this one waited counts
                         payload = self._payload(request, dialect, sample, draw)
                         body = await self._send(payload, (request.kind, request.rows, request.pictures), given_up)
@@ -258,7 +276,6 @@ class Judge:
             UnusableError: the judge refused, or said nothing; that is stored too, for it was paid.
         """
         problem: UnusableError | None = None
-        statistics = self.statistics
         try:
             reply = read_body(body)
         except UnusableError as error:
@@ -266,22 +283,24 @@ class Judge:
                 self.breaker.bad(error.reason)
                 raise TransportError(error) from None
             problem = error
-        else:
-            statistics.tokens_in += reply.usage.input
-            statistics.tokens_cached += reply.usage.cached_input
-            statistics.tokens_out += reply.usage.output
-            statistics.versions[f"{reply.model} {reply.fingerprint}".strip()] += 1
         self.breaker.good()
-        statistics.answered += 1
+        self.statistics.answered += 1
+        self.statistics.count(body)
         await asyncio.to_thread(self.replies.put, key, body)
         if problem is not None:
             raise problem
         return reply
 
     def _yield(self, used: Dialect, message: str) -> bool:
-        """Whether a refused request may be put in simpler words, which are then everyone's."""
+        """Whether a refused request may be put in simpler words, which are then everyone's.
+
+        A refusal that names neither a parameter nor the content is taken for one of the JSON schema, as long as nothing
+        was answered.
+        """
         if self.dialect == used:
             simpler = used.without(message)
+            if simpler is None and not self.statistics.answered and not ABOUT_CONTENT.search(message):
+                simpler = used.plainer()
             if simpler is None:
                 return False
             self.dialect = simpler

@@ -49,8 +49,10 @@ class Dialect:
         if any(
             word in text for word in ("response_format", "json_schema", "json schema", "schema", "guided", "grammar")
         ):
-            if self.response_format == "json_schema":
-                return replace(self, response_format="json_object")
-            if self.response_format == "json_object":
-                return replace(self, response_format="none")
+            return self.plainer()
         return None
+
+    def plainer(self) -> Dialect | None:
+        """The dialect with the next simpler way to ask for JSON; None if words alone are left already."""
+        simpler = {"json_schema": "json_object", "json_object": "none"}.get(self.response_format)
+        return None if simpler is None else replace(self, response_format=simpler)

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import heapq
 import itertools
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Hashable
 
 from layerloop.components.schema.errors import LayerloopError
@@ -25,7 +25,8 @@ class Limiter:
     one a success up to `good`, what the judge was last seen to take, and from there by one after PROBE rounds of
     successes. While most answers are refusals the judge is down, not full, and `good` is remembered as it was.
 
-    Waiters are served by priority (lower first), then in order. `limit` starts at `maximum`.
+    Waiters are served by priority (lower first), then by ticket; a request that has to be sent again shows the ticket
+    of its first attempt, so that failures do not pile up for the end. `limit` starts at `maximum`.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -39,11 +40,15 @@ class Limiter:
         self._order = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
 
+    def ticket(self) -> int:
+        """A place in the order of waiters."""
+        return next(self._order)
+
     @contextlib.asynccontextmanager
-    async def slot(self, priority: int = 0) -> AsyncIterator[None]:
-        """Wait for a place and hold it."""
+    async def slot(self, priority: int = 0, ticket: int | None = None) -> AsyncIterator[None]:
+        """Wait for a place and hold it. No two waiters may have one ticket at a time."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._waiting, (priority, next(self._order), waiter))
+        heapq.heappush(self._waiting, (priority, self.ticket() if ticket is None else ticket, waiter))
         self._admit()
         try:
             await waiter
@@ -139,16 +144,20 @@ class Patience:
     """How long to wait for an answer before asking again: a multiple of what nine of ten requests of its shape take.
 
     A tenth of the requests at most may be given up, so that a judge that became slower as a whole is not asked
-    everything twice.
+    everything twice. Nor is anything given up on the word of a few: the first answers are those of requests that did
+    not queue at the judge, so more than two rounds of what may be in flight must have been seen.
     """
 
     SHARE = 0.1
-    ENOUGH = 20  # latencies seen before their distribution means something
+    ENOUGH = 20  # latencies seen, at least, before their distribution means something
 
-    def __init__(self, factor: float, timeout: float) -> None:
+    def __init__(self, factor: float, timeout: float, *, in_flight: int = 1) -> None:
         self.factor, self.timeout = factor, timeout
-        self._seen: dict[Hashable, deque[float]] = defaultdict(lambda: deque(maxlen=LATENCIES))
+        self.enough = max(self.ENOUGH, 2 * in_flight + 1)
+        self.window = max(LATENCIES, 2 * in_flight)
+        self._seen: dict[Hashable, deque[float]] = defaultdict(lambda: deque(maxlen=self.window))
         self._usual: dict[Hashable, float] = {}
+        self._counts: Counter[Hashable] = Counter()
         self.sent = 0
         self.given_up = 0
 
@@ -164,7 +173,9 @@ class Patience:
         """The latency of an answer."""
         seen = self._seen[shape]
         seen.append(seconds)
-        if len(seen) >= self.ENOUGH and (len(seen) < LATENCIES or self.sent % 8 == 0):
+        self._counts[shape] += 1
+        count = self._counts[shape]
+        if count >= self.enough and (count < self.window or count % 8 == 0):
             self._usual[shape] = sorted(seen)[int(0.9 * len(seen))]
 
     def gave_up(self, shape: Hashable, seconds: float) -> None:

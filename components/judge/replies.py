@@ -44,8 +44,6 @@ class Reply:
     text: str
     finish_reason: str
     usage: Usage
-    model: str = ""
-    fingerprint: str = ""
     tokens: tuple[dict[str, Any], ...] = ()  # `logprobs.content`, if it was given
 
     @property
@@ -95,8 +93,6 @@ def read_body(body: bytes) -> Reply:
         text=text,
         finish_reason=finish,
         usage=read_usage(value),
-        model=_word(value.get("model")),
-        fingerprint=_word(value.get("system_fingerprint")),
         tokens=_tokens(choice.get("logprobs")),
     )
 
@@ -109,6 +105,13 @@ def read_usage(value: Any) -> Usage:
     details = usage.get("prompt_tokens_details")
     cached = details.get("cached_tokens") if isinstance(details, dict) else 0
     return Usage(_count(usage.get("prompt_tokens")), _count(cached), _count(usage.get("completion_tokens")))
+
+
+def read_version(value: Any) -> str:
+    """What the endpoint says it is, in a decoded body: model and system fingerprint."""
+    if not isinstance(value, dict):
+        return ""
+    return f"{_word(value.get('model'))} {_word(value.get('system_fingerprint'))}".strip()
 
 
 def looks_like_refusal(text: str) -> bool:

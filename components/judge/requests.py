@@ -24,7 +24,9 @@ SOURCE = "Source picture:"
 RECOMPOSITION = "Recomposition of all layers:"
 LAYER = "Layer {index} of {count} ({place}), on {backdrop}:"
 GRID = "Grid on {backdrop}: {rows} rows, the decompositions 1 to {rows} from top to bottom; {columns} columns, {names}:"
+FIRST = "First judgements:"
 FORM = "Answer with one JSON object of this form and nothing else:"
+WORDING = (SOURCE, RECOMPOSITION, LAYER, GRID, FIRST, FORM)
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,14 @@ class Request:
             if isinstance(part, str):
                 pieces.append(json.dumps({"type": "text", "text": part}).encode())
             else:
-                pieces += [b'{"type": "image_url", "image_url": {"url": "', part.url(), b'"}}']
+                pieces += [b'{"type": "image_url", "image_url": {"url": "', part.url, b'"}}']
         pieces.append(b"]}]}")
         return b"".join(pieces)
+
+
+def prompt_sha256(rubric: Rubric) -> str:
+    """Of all the words that a judge is told: the rubric's file, and the labels around pictures and numbers."""
+    return hashlib.sha256(json.dumps([rubric.sha256, *WORDING]).encode()).hexdigest()
 
 
 def alone(
@@ -155,7 +162,7 @@ def side_by_side(
         f"candidate {row + 1}: " + ", ".join(f"{name} {scores[name] * TOP:.1f}" for name in rubric.names)
         for row, scores in enumerate(first)
     ]
-    words = rubric.phase2.strip() + "\nFirst judgements:\n" + "\n".join(lines)
+    words = rubric.phase2.strip() + f"\n{FIRST}\n" + "\n".join(lines)
     schema, form = _answer("scores", answer, shape, observations)
     return Request(
         kind="phase2",

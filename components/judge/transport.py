@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from layerloop.components.judge.replies import MAX_BODY, UnusableError
 from layerloop.components.schema.errors import LayerloopError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
 
 FATAL = {401: "refuses the key", 403: "refuses access"}
 TRANSIENT = frozenset({408, 409, 425, 429})  # besides all 5xx
 BUSY = frozenset({429, 503, 529})
 LONGEST_RETRY_AFTER = 120.0  # seconds of Retry-After that are obeyed
+
+
+LANE = 8  # connections of one HTTP client
 
 
 class TransportError(Exception):
@@ -27,26 +34,55 @@ class TransportError(Exception):
         self.problem, self.status, self.retry_after = problem, status, retry_after
 
 
-class Connection:
-    """An endpoint of the OpenAI API."""
+@dataclass
+class _Lane:
+    """An API client with connections of its own."""
 
-    def __init__(self, url: str, key: str, *, connections: int) -> None:
+    openai: AsyncOpenAI
+    active: int = 0  # requests in flight
+
+
+class Connection:
+    """An endpoint of the OpenAI API.
+
+    Requests in flight are spread over clients of LANE connections each: a pool of httpx looks at all of its connections
+    for every request, which at hundreds of them takes longer than the request.
+    """
+
+    def __init__(self, url: str, key: str) -> None:
         import httpx2
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+        from openai import AsyncOpenAI
 
         self.url = url
-        client = DefaultAsyncHttpxClient(
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=connections + 8),
-            trust_env=not _is_loopback(url),
+        # Loading the certificates takes 50 ms, so it is done once, and not for plain HTTP.
+        self._verify = False if url.lower().startswith("http://") else httpx2.create_ssl_context()
+        self.openai = AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=self._client())
+        self._lanes = [_Lane(self.openai)]
+
+    def _client(self) -> Any:
+        import httpx2
+        from openai import DefaultAsyncHttpxClient
+
+        return DefaultAsyncHttpxClient(
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=LANE),
+            trust_env=not _is_loopback(self.url),
             follow_redirects=False,  # nobody who answers for the judge may send pictures and key elsewhere
-            verify=not url.lower().startswith("http://"),  # loading the certificates takes 50 ms
+            verify=self._verify,
             headers={"Accept-Encoding": "identity"},  # a body of a few kB; and no bomb can be hidden in it
             event_hooks={"response": [_bound_body]},
         )
-        self.openai = AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=client)
+
+    def _lane(self) -> _Lane:
+        """The first that has room, so that open connections are used again."""
+        lane = next((lane for lane in self._lanes if lane.active < LANE), None)
+        if lane is None:
+            lane = _Lane(self.openai.with_options(http_client=self._client()))
+            self._lanes.append(lane)
+        return lane
 
     async def close(self) -> None:
-        await self.openai.close()
+        for lane in self._lanes:
+            await lane.openai.close()
 
     async def post(self, payload: bytes, *, timeout: float) -> bytes:
         """The body of a chat completion with status 200.
@@ -58,8 +94,10 @@ class Connection:
         import httpx2
         import openai
 
+        lane = self._lane()
+        lane.active += 1
         try:
-            response = await self.openai.post(
+            response = await lane.openai.post(
                 "/chat/completions",
                 cast_to=httpx2.Response,
                 content=payload,
@@ -77,6 +115,8 @@ class Connection:
             if isinstance(cause, _TooLargeError):
                 raise TransportError(UnusableError("body_too_large", f"over {MAX_BODY >> 20} MB")) from None
             raise TransportError(UnusableError("connection", type(cause).__name__)) from None
+        finally:
+            lane.active -= 1
 
     def status_error(self, error: Any) -> TransportError:
         """What a 4xx or 5xx says. Raises LayerloopError where no request could ever succeed."""

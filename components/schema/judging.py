@@ -117,4 +117,5 @@ class ScoreRow(Record):
     reward_phase1: float | None = None  # the reward that phase 1 alone would have given
     penalty: float = 0.0  # rule-based artifact penalty already taken off the reward
     rubric_version: str = ""
+    prompt_sha256: str = ""  # of all words: the rubric's file and the labels in the requests
     judge_version: str = ""  # what the endpoint said of itself: model and system fingerprint

@@ -27,7 +27,8 @@ def table_of(rows: Sequence[ScoreRow], names: Sequence[str]) -> bytes:
     import pyarrow.parquet as pq
 
     numbers = {"iteration", "group", "candidate", "layers"}
-    texts = {"image_key", "reason", "judge", "rubric", "rubric_sha256", "rubric_version", "judge_version"}
+    texts = {"image_key", "reason", "judge", "judge_version", "rubric", "rubric_version", "rubric_sha256"}
+    texts |= {"prompt_sha256"}
     fields = [name for name in ScoreRow.model_fields if name not in ("phase1", "phase2")]
     columns = {}
     for name in fields:

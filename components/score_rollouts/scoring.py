@@ -14,7 +14,7 @@ from layerloop.components.judge.grids import draw_grid, rows_within, split
 from layerloop.components.judge.limiter import Limiter
 from layerloop.components.judge.pictures import CandidatePictures, Picture, candidate_pictures, fitted, picture
 from layerloop.components.judge.replies import UnusableError
-from layerloop.components.judge.requests import alone, pair, side_by_side
+from layerloop.components.judge.requests import alone, pair, prompt_sha256, side_by_side
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.layers.measure import bad, duplicate
 from layerloop.components.layers.stack import Pixels
@@ -254,6 +254,7 @@ class Scorer:
                 reward_phase1=None if j.phase1 is None else self._reward(j.phase1),
                 penalty=j.penalty,
                 rubric_version=self.rubric.version,
+                prompt_sha256=prompt_sha256(self.rubric),
             )
             for index, j in enumerate(judgements)
         ]

@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from layerloop.components.judge.canaries import FOOLED
 from layerloop.components.judge.client import Judge
+from layerloop.components.judge.requests import prompt_sha256
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.progress import log
@@ -101,6 +102,7 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "") -> 
             "rubric": rubric.name,
             "rubric_version": rubric.version,
             "rubric_sha256": rubric.sha256,
+            "prompt_sha256": prompt_sha256(rubric),
             "masks": dict(sorted(reasons.items())),
             "canaries": {} if judged.canaries is None else dict(judged.canaries.rewards),
             "metrics": {name: float(value) for name, value in sorted(metrics.items())},

@@ -10,6 +10,9 @@ import pytest
 
 from layerloop.components.judge.canaries import GRADES, CanaryReport, make_canaries, rank_agreement
 from layerloop.components.judge.check import check
+from layerloop.components.judge.pictures import fitted, picture
+from layerloop.components.judge.reference import Memory
+from layerloop.components.judge.reference import answer as reference_answer
 from layerloop.components.judge.rules import CRITERIA
 from layerloop.components.layers.stack import composite
 from layerloop.components.schema.errors import LayerloopError
@@ -47,6 +50,23 @@ def test_a_judge_that_never_answers_is_unfit_and_does_not_crash(scripted: Any, s
     report = check(scripted.url, recipe=SMALL, designs=1)
     assert report.verdict == "unfit" and len(report.canaries.failures) == 8  # seven canaries and the grids of a design
     assert "no judgement of perfect-0" in "\n".join(report.lines())
+
+
+def test_a_judge_that_obeys_writing_in_pictures_is_unfit(scripted: Any, say: Any) -> None:
+    """The reference judge, but it gives what the writing of the injected canaries asks for."""
+    canaries = [canary for design in range(2) for canary in make_canaries(design)]
+    written = {picture(fitted(c.source, 64)).url.decode() for c in canaries if c.name == "injected"}
+    memory = Memory()
+
+    def obey(body: dict[str, Any], number: int) -> bytes:
+        text = reference_answer(body, memory)[0]
+        shown = {p["image_url"]["url"] for p in body["messages"][1]["content"] if p["type"] == "image_url"}
+        return bytes(say(json.dumps({"scores": dict.fromkeys(CRITERIA, 5)}) if shown & written else text))
+
+    scripted.answer = obey
+    report = check(scripted.url, recipe=SMALL, designs=2)
+    assert report.canaries.injection_gain is not None and report.canaries.injection_gain > 0.5
+    assert report.verdict == "unfit" and any("obeys text inside pictures" in p for p in report.problems)
 
 
 def test_nothing_at_the_url_is_one_line() -> None:

@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 
 from layerloop.components.judge.client import NO_KEY, Judge, ReplyMemory
+from layerloop.components.judge.pictures import candidate_pictures, picture
 from layerloop.components.judge.replies import UnusableError
-from layerloop.components.judge.requests import Request
+from layerloop.components.judge.requests import Request, alone
+from layerloop.components.judge.rubric import load_rubric
+from layerloop.components.layers.stack import composite
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 
@@ -79,8 +82,10 @@ def test_an_unusable_answer_is_asked_again_with_another_seed_and_some_temperatur
 
 def test_a_refusal_is_not_asked_again(scripted: Any, one: Request, say: Say) -> None:
     scripted.answer = say(None, refusal="I cannot judge this.")
-    answers = asyncio.run(ask_all(Judge(scripted.url, recipe()), [one]))
+    judge = Judge(scripted.url, recipe())
+    answers = asyncio.run(ask_all(judge, [one]))
     assert answers[0].reason == "refused" and len(scripted.bodies) == 1
+    assert judge.statistics.tokens_out == 10  # a refusal is paid too
 
 
 def test_the_limit_comes_to_rest_on_what_the_judge_takes(
@@ -188,6 +193,37 @@ def test_a_server_without_any_response_format_is_asked_in_words(
     ]
 
 
+def test_a_refusal_without_a_reason_is_taken_for_one_of_the_schema_until_something_was_answered(
+    scripted: Any, one: Request, good: bytes, respond: Say
+) -> None:
+    def answer(body: Any, number: int) -> bytes:
+        schema = body.get("response_format", {}).get("type") == "json_schema"
+        return respond("Bad Request", status="400 Bad Request") if schema or number == 3 else good
+
+    scripted.answer = answer
+    judge = Judge(scripted.url, recipe(retries=0, concurrency=1))
+    answers = asyncio.run(ask_all(judge, variants(one, 3)))
+    assert [isinstance(a, UnusableError) for a in answers] == [False, False, True]  # number 3: its own fault
+    assert judge.dialect.response_format == "json_object"
+
+
+def test_the_words_and_the_source_come_first_so_that_a_group_shares_its_prefix(
+    scripted: Any, truth: Any, good: bytes
+) -> None:
+    """What a server with prefix caching keeps: the same bytes up to the first picture of the candidate's own."""
+    source, rubric = picture(composite(truth)), load_rubric("default")
+    worse = truth.copy()
+    worse[:, ..., :3] //= 2
+    requests = [alone(rubric, source, candidate_pictures(stack, ("white",)), label="x") for stack in (truth, worse)]
+    scripted.answer = good
+    asyncio.run(ask_all(Judge(scripted.url, recipe(concurrency=1)), requests))
+    first, second = (body["messages"] for body in scripted.bodies)
+    assert first[0] == second[0] and first[1]["content"][:3] == second[1]["content"][:3]
+    kinds = [part["type"] for part in first[1]["content"][:4]]
+    assert kinds == ["text", "image_url", "text", "image_url"]
+    assert first[1]["content"][3] != second[1]["content"][3]
+
+
 def test_a_wrong_key_stops_everything_at_once(scripted: Any, one: Request, respond: Say) -> None:
     scripted.answer = respond('{"error": {"message": "bad key sk-123"}}', status="401 Unauthorized")
     answers = asyncio.run(ask_all(Judge(scripted.url, recipe(), api_key="sk-secret"), [one]))
@@ -217,6 +253,7 @@ def test_what_was_answered_is_never_asked_again_even_if_it_was_unusable(
     again = asyncio.run(ask_all(judge, [one]))
     assert again[0][0] == first[0][0] and len(scripted.bodies) == 2
     assert judge.statistics.sent == 0 and judge.statistics.recalled == 2
+    assert judge.statistics.tokens_in == 200  # what the iteration cost, whichever run paid it
 
 
 def test_another_model_sample_or_seed_is_another_question(scripted: Any, one: Request, good: bytes) -> None:

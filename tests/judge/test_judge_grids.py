@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import zlib
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from layerloop.components.judge.grids import Layout, cells_of, draw_grid, rows_within, split
 from layerloop.components.judge.pictures import Picture, candidate_pictures, encode_rgb, fitted
 from layerloop.components.layers.designs import render_sketches
-from layerloop.components.layers.stack import composite, on_backdrop
+from layerloop.components.layers.stack import composite, on_backdrop, resize
 
 
 def pixels_of(picture: Picture) -> np.ndarray:
@@ -25,6 +26,23 @@ def test_our_png_is_exact_for_pillow(shape: tuple[int, int]) -> None:
     image = Image.open(io.BytesIO(encode_rgb(pixels)))
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
+@pytest.mark.parametrize("above", [0, 1, 7, 8, 30, 64])
+@pytest.mark.parametrize("below", [0, 1, 7, 8, 30])
+def test_our_png_is_exact_where_rows_repeat(above: int, below: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 40, 3), np.uint8)
+    pixels[:above] = pixels[0]
+    pixels[64 - below :] = pixels[-1]
+    data = encode_rgb(pixels)
+    image = Image.open(io.BytesIO(data))
+    image.verify()  # the chunks' sums
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
+    packed = data[data.index(b"IDAT") + 4 : data.index(b"IEND") - 8]
+    unpacker = zlib.decompressobj()
+    assert len(unpacker.decompress(packed)) == 64 * (1 + 40 * 3)
+    assert unpacker.eof and not unpacker.unused_data  # the stream's own sum, and nothing behind it
+    assert encode_rgb(pixels.copy()) == data
 
 
 @pytest.mark.parametrize("backdrop", ["white", "black", "checker"])
@@ -51,6 +69,17 @@ def test_pictures_are_sized_to_the_judges_resolution_and_keep_their_shape() -> N
     assert fitted(stack, 30).shape == (2, 20, 30, 4)
     assert fitted(stack, 180).shape == (2, 120, 180, 4)
     assert fitted(stack, 90) is stack
+
+
+@pytest.mark.parametrize("longest", [40, 95])
+def test_reduced_layers_look_as_exact_arithmetic_makes_them(longest: int) -> None:
+    stack = render_sketches(np.random.default_rng(3), count=1, layers=4, size=(96, 96))[0]
+    stack[2] = np.random.default_rng(0).integers(0, 256, stack[2].shape, np.uint8)  # alpha and colour of every kind
+    exact = resize(stack, (longest, longest), "box")
+    found = fitted(stack, longest)
+    for backdrop in ("white", "black"):
+        difference = np.abs(on_backdrop(found, backdrop).astype(int) - on_backdrop(exact, backdrop))  # type: ignore[arg-type]
+        assert difference.max() <= 3 and difference.mean() < 0.5
 
 
 def test_a_drawn_grid_can_be_read_cell_by_cell() -> None:

@@ -26,6 +26,23 @@ def test_slots_are_given_by_priority_then_in_order() -> None:
     assert asyncio.run(main()) == ["a", "c", "e", "b", "d"]
 
 
+def test_what_is_sent_again_goes_before_what_was_never_sent() -> None:
+    async def main() -> list[str]:
+        limiter, done = Limiter(1), []
+
+        async def work(name: str, attempts: int) -> None:
+            ticket = limiter.ticket()
+            for _ in range(attempts):
+                async with limiter.slot(0, ticket):
+                    await asyncio.sleep(0)
+            done.append(name)
+
+        await asyncio.gather(work("fails once", 2), *(work(name, 1) for name in "abcdef"))
+        return done
+
+    assert asyncio.run(main()).index("fails once") <= 2
+
+
 def test_a_cancelled_waiter_leaves_no_slot_taken() -> None:
     async def main() -> int:
         limiter = Limiter(1)
@@ -76,6 +93,17 @@ def test_patience_needs_evidence_and_has_a_budget() -> None:
     for _ in range(3):
         patience.gave_up("phase1", 2.0)
     assert patience.seconds("phase1") == 100.0  # a tenth of what was sent
+
+
+def test_patience_does_not_believe_the_first_round() -> None:
+    """With 48 in flight at a judge of 32 places, the first 32 answers take one round and the next ones two."""
+    patience = Patience(1.5, 100.0, in_flight=48)
+    for _ in range(32):
+        patience.saw("phase1", 1.0)
+    assert patience.seconds("phase1") == 100.0
+    for seconds in (2.0, 1.0) * 33:
+        patience.saw("phase1", seconds)
+    assert patience.seconds("phase1") == pytest.approx(3.0)  # not 1.5, which would give up sound requests
 
 
 def test_the_breaker_needs_failures_in_a_row_and_silence() -> None:

@@ -235,7 +235,7 @@ def test_the_same_request_gets_the_same_answer(reference_url: str, three: Reques
     assert len(texts) == 1
 
 
-PIXEL = Picture(b"").url().decode()
+PIXEL = Picture(b"").url.decode()
 TEXT_PART = {"type": "text", "text": "Source picture:"}
 
 
@@ -296,7 +296,7 @@ def test_a_picture_bomb_is_refused_before_it_is_decoded(reference_url: str) -> N
         + chunk(b"IEND", b"")
     )
     start = time.monotonic()
-    body = {"model": NAME, "messages": user(TEXT_PART, image(Picture(bomb).url().decode()))}
+    body = {"model": NAME, "messages": user(TEXT_PART, image(Picture(bomb).url.decode()))}
     assert ask(reference_url, "POST", "/v1/chat/completions", body)[0] == 400
     assert time.monotonic() - start < 10
 

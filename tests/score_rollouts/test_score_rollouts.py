@@ -46,6 +46,8 @@ def test_the_table_holds_the_same_numbers_as_the_shard(make_campaign: MakeCampai
         table = pq.read_table(file).to_pylist()
     for row, line in zip(rows_of(campaign), table, strict=True):
         assert line["reward"] == row.reward and line["rubric_sha256"] == row.rubric_sha256
+        assert line["rubric_version"] == row.rubric_version == "1"
+        assert line["prompt_sha256"] == row.prompt_sha256 and len(row.prompt_sha256) == 64
         assert row.phase1 is not None and row.phase2 is not None
         assert line["phase1_alpha_cleanliness"] == row.phase1["alpha_cleanliness"]
         assert line["phase2_content_validity"] == row.phase2["content_validity"]

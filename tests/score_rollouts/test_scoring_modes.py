@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from layerloop.components.judge.canaries import make_canaries
+from layerloop.components.judge.pictures import fitted, picture
 from layerloop.components.judge.reference import Memory, answer
 from layerloop.components.judge.server import completion
 from layerloop.components.schema.errors import LayerloopError
@@ -100,6 +105,7 @@ def in_order(rows: list[ScoreRow]) -> bool:
         {"aggregation": "log", "observations": True},
         {"samples": 2, "temperature": 0.7},
         {"backdrops": ["white"]},
+        {"backdrops": ["white", "checker"]},
         {"canaries": False},
         {"batch": {"enabled": True, "poll_seconds": 0.1, "linger_seconds": 0.5}},
     ],
@@ -123,6 +129,52 @@ def test_canaries_agree_with_the_reference_judge_and_do_not_drift(make_campaign:
     assert result.metrics["canary_injection_gain"] == 0.0 and result.metrics["canaries_failed"] == 0
     canaries = result.manifests["scores"].metadata["canaries"]
     assert isinstance(canaries, dict) and len(canaries) == 7
+
+
+def test_a_judge_that_obeys_writing_in_pictures_is_seen_in_every_iteration(
+    make_campaign: MakeCampaign, meddling: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    injected = next(canary for canary in make_canaries() if canary.name == "injected")
+    written = picture(fitted(injected.source, 32)).url.decode()
+
+    def obey(body: dict[str, Any], number: int, text: str) -> str:
+        if written not in json.dumps(body):
+            return text
+        return json.dumps({"scores": dict.fromkeys(json.loads(text)["scores"], 5)})
+
+    meddling.change = obey
+    result = run(campaign=make_campaign(groups=1).uri, judge_url=meddling.url)
+    assert result.metrics["canary_injection_gain"] > 0.5 and result.metrics["canary_agreement"] < 1.0
+    said = capsys.readouterr()
+    assert "the judge obeys text inside pictures" in said.out + said.err
+
+
+def test_a_step_that_is_killed_resumes_without_repeating_a_paid_request(
+    make_campaign: MakeCampaign, meddling: Any
+) -> None:
+    campaign = make_campaign(groups=4, size=4, canaries=False, concurrency=2, impatience=0)
+    reached = threading.Event()
+
+    def slowly(body: dict[str, Any], number: int, text: str) -> str:
+        if number >= 8:  # the rest of the first run hangs
+            reached.set()
+            hang.wait(60)
+        return text
+
+    hang = threading.Event()
+    meddling.change = slowly
+    command = [sys.executable, "-m", "layerloop.components.score_rollouts"]
+    with subprocess.Popen([*command, "--campaign", campaign.uri, "--judge-url", meddling.url]) as step:
+        assert reached.wait(120)
+        step.send_signal(signal.SIGKILL)
+    hang.set()
+    stored = [name for name in campaign.store.list(f"{campaign.scores_dir(1)}/replies/") if "/batches/" not in name]
+    assert campaign.find(campaign.scores_dir(1)) is None and 6 <= len(stored) <= 8
+    meddling.change = lambda body, number, text: text
+    result = run(campaign=campaign.uri, judge_url=meddling.url)
+    assert result.metrics["judge_replies_recalled"] == len(stored)
+    assert result.metrics["judge_requests"] == 4 * (4 + 1) - len(stored)
+    assert in_order(rows_of(campaign))
 
 
 def test_a_failed_judgement_is_a_mask_and_the_others_go_on(make_campaign: MakeCampaign, meddling: Any) -> None:
