@@ -65,10 +65,10 @@ def outcome(study: Study, run: Run) -> Outcome:
     import pyarrow.parquet as pq
 
     place = Campaign.open(str(study.campaign(run)))
-    metrics = json.loads(place.store.read(f"evaluations/iteration-{study.iterations:06d}/metrics.json"))
+    metrics = json.loads(place.store.read(f"evaluations/iteration-{study.goal(run):06d}/metrics.json"))
     found = {name: _pair(metrics, key) for name, (_, key, _) in MEASURES.items()}
     curve, phase1, final = [], [], []
-    for iteration in range(1, study.iterations + 1):
+    for iteration in range(1, study.goal(run) + 1):
         table = pq.read_table(io.BytesIO(place.store.read(f"{place.scores_dir(iteration)}/scores.parquet")))
         rows = [row for row in table.to_pylist() if row["reward"] is not None]
         alone = [row["reward_phase1"] for row in rows]
@@ -100,28 +100,34 @@ def write_results(study: Study, done: Sequence[Run], planned: Sequence[Run], doc
     """Write results.json, RESULTS.md and curves into `docs`; returns the page."""
     outcomes = [outcome(study, run) for run in done]
     by_arm: dict[str, list[Outcome]] = {}
+    longer: dict[str, list[Outcome]] = {}
     for item in outcomes:
-        by_arm.setdefault(item.run.arm, []).append(item)
+        (longer if item.run.long else by_arm).setdefault(item.run.arm, []).append(item)
     docs.mkdir(parents=True, exist_ok=True)
     figures = {
         arm: {
             str(item.run.seed): {name: {"base": b, "tuned": t} for name, (b, t) in item.metrics.items()}
             for item in items
         }
-        for arm, items in by_arm.items()
+        for arm, items in (*by_arm.items(), *((f"{arm}_long", items) for arm, items in longer.items()))
     }
     (docs / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
     if by_arm:
-        _draw_curves(by_arm, docs / "results-rewards.svg")
+        _draw_curves({**by_arm, **longer}, docs / "results-rewards.svg")
     page = docs / "RESULTS.md"
-    page.write_text(_page(study, by_arm, [run for run in planned if run not in done]))
+    page.write_text(_page(study, by_arm, longer, [run for run in planned if run not in done]))
     return page
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def _page(study: Study, by_arm: Mapping[str, Sequence[Outcome]], missing: Sequence[Run]) -> str:
+def _page(
+    study: Study,
+    by_arm: Mapping[str, Sequence[Outcome]],
+    longer: Mapping[str, Sequence[Outcome]],
+    missing: Sequence[Run],
+) -> str:
     parts = ["# Does it learn?\n"]
     if not by_arm:
         parts.append("No run is finished yet.\n")
@@ -129,9 +135,12 @@ def _page(study: Study, by_arm: Mapping[str, Sequence[Outcome]], missing: Sequen
         first = next(iter(by_arm.values()))[0].run
         parts += [
             _setting(study, parse_recipe(study.recipe_of(first))),
+            "## What was expected\n",
+            "Means over seeds, ± Student's 95 % interval; the paper found the like on its scale.\n",
+            _expectations(by_arm),
             "## Held-out designs, before and after\n",
-            "Base is the tiny policy as it ships, tuned the adapter of the last iteration, on the same designs and\n"
-            "the same noise. ± is Student's 95 % interval over seeds. The change is tuned against base.\n",
+            "Tuned is the adapter of the last iteration. ± is Student's 95 % interval over seeds. The change is tuned\n"
+            "against base.\n",
             _measures_table(by_arm),
             "## Spread of rewards within a group\n",
             "Standard deviation of the reward within a group, averaged over groups and iterations: from phase 1\n"
@@ -140,13 +149,15 @@ def _page(study: Study, by_arm: Mapping[str, Sequence[Outcome]], missing: Sequen
             "## Against the whole method\n",
             "Difference of the tuned value to arm `full` of the same seed, averaged over seeds.\n",
             _comparison_table(by_arm),
+            *_twice_as_long(study, longer),
             "## Rewards over iterations\n",
             "Phase-1 reward, whose scale does not depend on the group, averaged over ten iterations; thin lines are\n"
             "seeds.\n",
             "![rewards over iterations](results-rewards.svg)\n",
         ]
     if missing:
-        parts += ["## Not finished\n", ", ".join(f"`{run.name}`" for run in missing) + ": run `make study` again.\n"]
+        names = ", ".join(f"`{run.name}`" + (" (twice as long)" if run.long else "") for run in missing)
+        parts += ["## Not finished\n", f"{names}: run `make study` again.\n"]
     return "\n".join(parts)
 
 
@@ -154,16 +165,53 @@ def _setting(study: Study, recipe: Recipe) -> str:
     rollout = recipe.rollout
     window = rollout.window
     last = window.start + window.size - 1
-    return f"""`make study` runs every arm on the tiny policy: {study.iterations} iterations of {rollout.groups} groups
-of {rollout.group_size} candidates, {rollout.min_layers} to {rollout.max_layers} layers, {rollout.steps} steps, noise
-level {rollout.noise.eta} in steps {window.start} to {last}, learning rate {recipe.update.learning_rate:g}.
+    noise = f"`{rollout.noise.dynamics}` noise of level {rollout.noise.eta} in steps {window.start} to {last}"
+    return f"""`make study` runs every arm for {study.iterations} iterations of {rollout.groups} groups of
+{rollout.group_size} candidates, {rollout.min_layers} to {rollout.max_layers} layers, {rollout.steps} steps,
+{noise}, learning rate {recipe.update.learning_rate:g};
+and measures base and tuned policy on {recipe.evaluation.designs} held-out designs with {recipe.evaluation.steps} Heun
+steps, from the same noise.
 
-The judge is `{recipe.judge.model}`: rules over the pixels it is shown, not a vision-language model. It is built to be
-coarse about a candidate alone and finer side by side, as vision-language models are found to be (arXiv 2605.30257); so
-that phase 2 spreads the rewards is by construction. What this page shows is that the loop turns such rewards into
-better decompositions, measured by other numbers than the reward. It does not show what a real judge would reward, nor
-what the 20 B model would learn.
+**The base** is the tiny policy that ships with layerloop, trained on with designs of which 60 % are decomposed badly:
+things left in the background, veils, copies of the whole picture (`components/pretrain_policy/faults.py`). The 20 B
+base has such faults from its own training, 1.65 bad layers a decomposition (arXiv 2605.30257); the tiny policy as it
+ships has hardly any, and arm `shipped_base` shows what learning does to it.
+
+**The judge** is `{recipe.judge.model}`: rules over the pixels it is shown, not a vision-language model. It is built
+to be coarse about a candidate alone and finer side by side, as vision-language models are found to be
+(arXiv 2605.30257); so that phase 2 spreads the rewards, and that it helps, is by construction. What this page shows is
+that the loop turns such rewards into better decompositions, measured by other numbers than the reward. It does not show
+what a real judge would reward, nor what the 20 B model would learn.
 """
+
+
+# What the paper found on its scale, and so what is expected here: (words, whether it holds for these outcomes).
+def _expectations(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
+    full, alone = by_arm.get("full", ()), {item.run.seed: item for item in by_arm.get("phase1_only", ())}
+    if not full:
+        return ""
+    lines = ["| expected of `full` | found | |", "|---|---|---|"]
+
+    def line(words: str, found: Interval, holds: bool, *, percent: bool = False) -> None:
+        half = "" if found.half is None else (f" ± {found.half:.1%}" if percent else f" ± {found.half:.2f}")
+        shown = (f"{found.mean:+.1%}" if percent else f"{found.mean:.2f}") + half
+        lines.append(f"| {words} | {shown} | {'yes' if holds else '**no**'} |")
+
+    bad = interval([_relative(*item.metrics["bad_layers"]) for item in full])
+    line("bad layers at least halved", bad, bad.mean <= -0.5, percent=True)
+    for layers in (2, 3, 4):
+        l1 = interval([_relative(*item.metrics[f"l1_{layers}"]) for item in full])
+        line(f"per-layer RGB L1 at least 10 % lower, {layers} layers", l1, l1.mean <= -0.1, percent=True)
+    even = interval([_relative(*item.metrics["evenness"]) for item in full])
+    line("evenness up", even, even.mean > 0, percent=True)
+    spread = interval([b / a if a else math.inf for a, b in (item.metrics[REWARD_STD] for item in full)])
+    line("spread of rewards at least doubled by phase 2", spread, spread.mean >= 2)
+    if pairs := [(item, alone[item.run.seed]) for item in full if item.run.seed in alone]:
+        for name, (title, _, lower) in MEASURES.items():
+            gap = interval([a.metrics[name][1] - b.metrics[name][1] for a, b in pairs])
+            relative = interval([_relative(b.metrics[name][1], a.metrics[name][1]) for a, b in pairs])
+            line(f"{title}: ahead of `phase1_only`", relative, gap.mean < 0 if lower else gap.mean > 0, percent=True)
+    return "\n".join(lines) + "\n"
 
 
 def _measures_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
@@ -192,6 +240,20 @@ def _spread_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
         ratio = interval([b / a if a else 0.0 for a, b in pairs])
         lines.append(f"| `{arm}` | {alone} | {used} | {ratio.mean:.2f} |")
     return "\n".join(lines) + "\n"
+
+
+def _twice_as_long(study: Study, longer: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    """What phase 2 buys once the plain faults are gone."""
+    if not longer:
+        return []
+    return [
+        "## Twice as long\n",
+        f"The same campaigns after {2 * study.iterations} iterations: does it pay to judge side by side once the\n"
+        "plain faults are gone?\n",
+        _measures_table(longer),
+        _spread_table(longer),
+        _comparison_table(longer),
+    ]
 
 
 def _comparison_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:

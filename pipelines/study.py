@@ -40,20 +40,22 @@ class Arm:
 
 @dataclass(frozen=True)
 class Run:
-    """One campaign of a study."""
+    """One campaign of a study, up to its first evaluation, or on to the one after twice as many iterations."""
 
     arm: str
     seed: int
+    long: bool = False
 
     @property
     def name(self) -> str:
+        """Of the campaign."""
         return f"{self.arm}-{self.seed}"
 
 
 # `mean` has its own clip: its log-ratios are smaller than those of `sum_rescale` by about s sqrt(D) (D = 3,072 to 6,144
 # here), so the same number would never clip.
 ARMS: dict[str, Arm] = {
-    "full": Arm("the whole method: two phases, sum-and-rescale RatioNorm, window over the first steps", 3, {}),
+    "full": Arm("the whole method: two phases, sum-and-rescale RatioNorm, CPS noise in the first steps", 3, {}),
     "phase1_only": Arm("without the side-by-side phase", 3, {"judge": {"phase2": {"enabled": False}}}),
     "mean_ratio": Arm(
         "Flow-GRPO's mean log-ratio instead of sum-and-rescale", 3,
@@ -66,8 +68,10 @@ ARMS: dict[str, Arm] = {
         {"rollout": {"window": {"start": 3}, "share_prefix": True}},
     ),
     "window_random": Arm("window at a random place", 1, {"rollout": {"window": {"position": "random"}}}),
-    "eta_low": Arm("noise level 0.5", 1, {"rollout": {"noise": {"eta": 0.5}}}),
-    "eta_high": Arm("noise level 1.4", 1, {"rollout": {"noise": {"eta": 1.4}}}),
+    "eta_low": Arm("noise level 0.4", 1, {"rollout": {"noise": {"eta": 0.4}}}),
+    "eta_high": Arm("noise level 0.9", 1, {"rollout": {"noise": {"eta": 0.9}}}),
+    "flow_sde": Arm("Flow-SDE noise of level 1.0", 1, {"rollout": {"noise": {"dynamics": "flow_sde", "eta": 1.0}}}),
+    "shipped_base": Arm("the tiny policy as it ships, which has few faults to unlearn", 1, {"model": {"base": "tiny"}}),
 }  # fmt: skip
 
 
@@ -76,7 +80,8 @@ class Study:
     """Where a study lives and what it covers."""
 
     folder: Path
-    recipe: str  # YAML text of the arm `full`
+    recipe: str  # YAML text of the arm `full`, but for its base
+    base: Path  # the faulty base
     iterations: int
     images: Path
     designs: Path
@@ -88,16 +93,25 @@ class Study:
         Raises:
             LayerloopError: the result is no valid recipe.
         """
-        text = yaml.safe_dump(merged({**yaml.safe_load(self.recipe), "seed": run.seed}, ARMS[run.arm].changes))
+        own = {"seed": run.seed, "model": {"base": str(self.base.resolve())}}
+        text = yaml.safe_dump(merged(merged(yaml.safe_load(self.recipe), own), ARMS[run.arm].changes))
         parse_recipe(text)
         return text
 
     def campaign(self, run: Run) -> Path:
         return self.folder / run.name
 
+    def goal(self, run: Run) -> int:
+        """After how many iterations a run is evaluated."""
+        return self.iterations * (2 if run.long else 1)
+
     def done(self, run: Run) -> bool:
         """Whether a run has its evaluation."""
-        return (self.campaign(run) / "evaluations" / f"iteration-{self.iterations:06d}" / "manifest.json").exists()
+        return (self.campaign(run) / "evaluations" / f"iteration-{self.goal(run):06d}" / "manifest.json").exists()
+
+
+# What phase 2 buys shows late: as the policy improves, whole numbers stop telling its candidates apart.
+LONG = ("full", "phase1_only")
 
 
 def plan(arms: Sequence[str], seeds: int | None = None) -> list[Run]:
@@ -221,24 +235,25 @@ def advance(study: Study, run: Run, step: WarmSteps, deadline: float) -> None:
         designs=str(study.designs.resolve()),
     )
     place = Campaign.open(campaign)
-    for iteration in range(place.head() + 1, study.iterations + 1):
+    goal = study.goal(run)
+    for iteration in range(place.head() + 1, goal + 1):
         if time.monotonic() > deadline:
-            print(f"{run.name}: stopped after iteration {iteration - 1} of {study.iterations}", flush=True)
+            print(f"{run.name}: stopped after iteration {iteration - 1} of {goal}", flush=True)
             return
         begun = time.monotonic()
         step("generate_rollouts", campaign=campaign, iteration=iteration)
         scores = step("score_rollouts", campaign=campaign, iteration=iteration, judge_url=study.judge_url)
         step("update_lora", campaign=campaign, iteration=iteration)
         drop_shards(place, iteration)
-        if iteration % 10 == 0 or iteration == study.iterations:
+        if iteration % 10 == 0 or iteration == goal:
             seconds = time.monotonic() - begun
             print(
-                f"{run.name}: iteration {iteration} of {study.iterations}, reward {scores['reward_mean']:.4f}, "
+                f"{run.name}: iteration {iteration} of {goal}, reward {scores['reward_mean']:.4f}, "
                 f"{seconds:.1f} s an iteration",
                 flush=True,
             )
-    step("evaluate_adapter", campaign=campaign, iteration=study.iterations)
-    print(f"{run.name}: evaluated", flush=True)
+    step("evaluate_adapter", campaign=campaign, iteration=goal)
+    print(f"{run.name}: evaluated after iteration {goal}", flush=True)
 
 
 def drop_shards(place: Campaign, iteration: int) -> None:
@@ -253,7 +268,8 @@ def drop_shards(place: Campaign, iteration: int) -> None:
 
 
 def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, jobs: int, hours: float) -> int:
-    """Make the pictures, serve the reference judge, advance all runs and write the results; 0 if every run is done.
+    """Make pictures and base, serve the reference judge, advance all runs and write the results; 0 if every run is
+    done.
 
     Raises:
         LayerloopError: an unknown arm, or a step failed.
@@ -263,17 +279,36 @@ def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, job
     from layerloop.pipelines.results import write_results
 
     runs = plan(arms)
+    longer = [Run(run.arm, run.seed, long=True) for run in runs if run.arm in LONG]
     folder.mkdir(parents=True, exist_ok=True)
     images, designs = make_designs(folder)
+    base = make_base(folder)
     with reference_judge(folder / "judge.log") as judge_url:
         whole = Study(
-            folder=folder, recipe=recipe_text("study"), iterations=iterations, images=images, designs=designs,
-            judge_url=judge_url,
+            folder=folder, recipe=recipe_text("study"), base=base, iterations=iterations, images=images,
+            designs=designs, judge_url=judge_url,
         )  # fmt: skip
+        begun = time.monotonic()
         done = run_study(whole, runs, jobs=jobs, hours=hours)
-    page = write_results(whole, done, runs, docs)
-    print(f"{len(done)} of {len(runs)} runs are done; results in {page}", flush=True)
-    return 0 if len(done) == len(runs) else 1
+        if len(done) == len(runs):
+            left = hours - (time.monotonic() - begun) / 3600
+            done += run_study(whole, longer, jobs=jobs, hours=left)
+    page = write_results(whole, done, [*runs, *longer], docs)
+    print(f"{len(done)} of {len(runs) + len(longer)} runs are done; results in {page}", flush=True)
+    return 0 if len(done) == len(runs) + len(longer) else 1
+
+
+def make_base(folder: Path) -> Path:
+    """The base with faults to unlearn, trained once (components/pretrain_policy/faults.py), in a process of its own.
+
+    Raises:
+        LayerloopError: the training failed; what it said is above.
+    """
+    out = folder / "base"
+    command = [sys.executable, "-m", "layerloop.components.pretrain_policy.faults", str(out)]
+    if status := subprocess.run([*command, "--work", str(folder / "base-training")]).returncode:
+        raise LayerloopError(f"training the study's base ended with status {status}: {' '.join(command)}")
+    return out
 
 
 def make_designs(folder: Path) -> tuple[Path, Path]:

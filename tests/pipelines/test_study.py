@@ -18,16 +18,18 @@ RECIPE = (resources.files("layerloop.pipelines") / "recipes" / "study.yaml").rea
 
 def study(folder: Path) -> Study:
     return Study(
-        folder=folder, recipe=RECIPE, iterations=2, images=folder / "i", designs=folder / "d", judge_url="http://x/v1"
-    )
+        folder=folder, recipe=RECIPE, base=folder / "base", iterations=2, images=folder / "i", designs=folder / "d",
+        judge_url="http://x/v1",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_valid_recipe_that_changes_what_it_says(arm: str, tmp_path: Path) -> None:
     changed = parse_recipe(study(tmp_path).recipe_of(Run(arm, 2)))
     assert changed.seed == 2
-    base = parse_recipe(RECIPE).model_copy(update={"seed": 2})
-    assert (changed == base) == (arm == "full")
+    full = parse_recipe(study(tmp_path).recipe_of(Run("full", 2)))
+    assert (changed == full) == (arm == "full")
+    assert changed.model.base == ("tiny" if arm == "shipped_base" else str(tmp_path / "base"))
 
 
 def test_the_arms_that_the_results_need_have_three_seeds() -> None:

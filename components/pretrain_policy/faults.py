@@ -1,0 +1,95 @@
+"""A base with faults to unlearn: the tiny policy, trained on with decompositions of which a share is spoiled.
+
+The 20 B base has faults that supervised training left in it: by Stable-Layers' count (arXiv 2605.30257) 1.65 blank or
+glazed layers a decomposition, and foreground layers that repeat the whole picture. The tiny policy as it ships was
+trained on clean designs and has hardly any of them (0.1), so there is little for reinforcement learning to unlearn. A
+study gives it such faults first. What is spoiled is decided by a hidden coin: a source does not tell, so the policy
+learns both, good decompositions and faulty ones, and chance decides between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from layerloop.components.layers.designs import render_sketches
+from layerloop.components.layers.stack import composite
+from layerloop.components.policy.tiny import PROMPT, load_tiny_pipeline, save_pipeline
+from layerloop.components.pretrain_policy.transformer import encode_designs, train_transformer
+
+KINDS = {"left": 0.4, "veil": 0.15, "copy": 0.45}
+LAYERS = (2, 3, 4)
+
+
+def spoil(rng: np.random.Generator, stack: np.ndarray) -> np.ndarray:
+    """One of three faults, in a copy of a stack `(L, H, W, 4)` uint8 of two or more layers, bottom first.
+
+    - left: each upper layer with probability 0.6, one at least, is left in the background and is blank itself.
+    - veil: an upper layer is the whole picture at an alpha of 0.25 to 0.6 (glazed).
+    - copy: an upper layer is the whole picture, opaque (a duplicate).
+    """
+    spoiled, upper = stack.copy(), np.arange(1, len(stack))
+    kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+    one = int(rng.choice(upper))
+    if kind == "left":
+        left = [int(k) for k in upper if rng.random() < 0.6] or [one]
+        spoiled[0] = composite(stack[[0, *left]])
+        spoiled[left] = 0
+    else:
+        spoiled[one] = composite(stack)
+        spoiled[one, ..., 3] = 255 if kind == "copy" else int(rng.integers(64, 154))
+    return spoiled
+
+
+def spoil_policy(
+    out: Path, *, work: Path, share: float = 0.6, steps: int = 800, designs: int = 4500, seed: int = 0
+) -> None:
+    """Train the shipped tiny policy on, on 64 x 64 pixel designs of which `share` is spoiled, and save it to `out`.
+
+    Resumable from `work`; nothing is done where `out` exists. `designs` is how many are seen, of 2 to 4 layers.
+    """
+    if out.exists():
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    pipeline = load_tiny_pipeline()
+    data = []
+    for layers in LAYERS:
+        rng = np.random.default_rng((seed, 11, layers))
+        stacks = render_sketches(rng, count=designs // len(LAYERS), layers=layers, size=(64, 64))
+        whole = composite(stacks)
+        shown = np.stack([spoil(rng, stack) if rng.random() < share else stack for stack in stacks])
+        data.append(encode_designs(pipeline.vae, shown, whole))
+    train_transformer(
+        pipeline.transformer,
+        data,
+        pipeline.encode_prompt(PROMPT)[0].detach(),
+        steps=steps,
+        work=work,
+        seed=seed,
+        shift=pipeline.scheduler.config.shift,
+        peak=4e-4,
+    )
+    staged = out.with_name(f".{out.name}.new")
+    shutil.rmtree(staged, ignore_errors=True)
+    save_pipeline(pipeline, staged)
+    staged.rename(out)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m layerloop.components.pretrain_policy.faults",
+        description="Train the shipped tiny policy on, on designs of which a share is decomposed badly: a base with "
+        "faults to unlearn. Stop it at any time; the same command continues.",
+    )
+    parser.add_argument("out", type=Path, help="where the base goes, in diffusers' layout")
+    parser.add_argument("--work", type=Path, required=True, help="checkpoints")
+    given = parser.parse_args(arguments)
+    spoil_policy(given.out, work=given.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Faults to unlearn: each kind is what its name says, and a base that is trained on them loads as a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from layerloop.components.layers.designs import render_sketches
+from layerloop.components.layers.measure import bad, blank, duplicate, glazed
+from layerloop.components.layers.stack import composite
+from layerloop.components.policy.model import LayeredPolicy
+from layerloop.components.pretrain_policy import faults
+from layerloop.components.schema.recipe import ModelRecipe
+
+STACKS = [
+    stack
+    for layers in (2, 3, 4)
+    for stack in render_sketches(np.random.default_rng(5), count=12, layers=layers, size=(64, 64))
+]
+
+
+def of_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    monkeypatch.setattr(faults, "KINDS", {kind: 1.0})
+    rng = np.random.default_rng(1)
+    return [faults.spoil(rng, stack) for stack in STACKS]
+
+
+def test_what_is_left_in_the_background_leaves_its_layer_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stack, spoiled in zip(STACKS, of_kind("left", monkeypatch), strict=True):
+        gone = blank(spoiled)
+        assert gone[1:].any() and not gone[0]
+        assert np.array_equal(spoiled[1:][~gone[1:]], stack[1:][~gone[1:]]), "other layers stay as they are"
+        kept = np.abs(composite(stack)[..., :3].astype(int) - composite(spoiled)[..., :3]).mean(-1) <= 1
+        assert kept.mean() > 0.6, "the picture is the same, but where the order of overlapping layers changed"
+
+
+def test_a_veil_is_glazed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stack, spoiled in zip(STACKS, of_kind("veil", monkeypatch), strict=True):
+        assert glazed(spoiled)[1:].sum() == 1 + np.delete(glazed(stack[1:]), _changed(stack, spoiled)).sum()
+        assert bad(spoiled).any()
+
+
+def test_a_copy_is_a_duplicate(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stack, spoiled in zip(STACKS, of_kind("copy", monkeypatch), strict=True):
+        source = composite(stack)[..., :3]
+        assert duplicate(spoiled, source)[1 + _changed(stack, spoiled)]
+
+
+def _changed(stack: np.ndarray, spoiled: np.ndarray) -> int:
+    """Which upper layer was replaced, counted from the first above the background."""
+    (index,) = [n for n in range(1, len(stack)) if not np.array_equal(stack[n], spoiled[n])]
+    return index - 1
+
+
+def test_a_spoiled_policy_is_another_policy_of_the_same_kind(tmp_path: Path) -> None:
+    out = tmp_path / "base"
+    faults.spoil_policy(out, work=tmp_path / "work", steps=2, designs=6)
+    spoiled = LayeredPolicy.load(ModelRecipe(base=str(out), dtype="float32"))
+    assert spoiled.fingerprint != LayeredPolicy.load(ModelRecipe(base="tiny", dtype="float32")).fingerprint
+    written = (out / "model_index.json").stat().st_mtime_ns
+    faults.spoil_policy(out, work=tmp_path / "work", steps=2, designs=6)
+    assert (out / "model_index.json").stat().st_mtime_ns == written, "what is there is kept"
