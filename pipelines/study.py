@@ -67,7 +67,6 @@ ARMS: dict[str, Arm] = {
         "window over the last stochastic steps, shared prefix", 1,
         {"rollout": {"window": {"start": 3}, "share_prefix": True}},
     ),
-    "window_random": Arm("window at a random place", 1, {"rollout": {"window": {"position": "random"}}}),
     "eta_low": Arm("noise level 0.4", 1, {"rollout": {"noise": {"eta": 0.4}}}),
     "eta_high": Arm("noise level 0.9", 1, {"rollout": {"noise": {"eta": 0.9}}}),
     "flow_sde": Arm("Flow-SDE noise of level 1.0", 1, {"rollout": {"noise": {"dynamics": "flow_sde", "eta": 1.0}}}),

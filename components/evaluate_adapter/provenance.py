@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from layerloop.components.evaluate_adapter.cases import Cases
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
+from layerloop.components.storage.delivered import delivered_weights
 
 if TYPE_CHECKING:
     from layerloop.components.policy.model import LayeredPolicy
@@ -64,7 +65,7 @@ def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: 
     return {
         "campaign": recipe.name,
         "iteration": adapter.iteration,
-        "adapter_sha256": adapter.metadata.get("adapter_sha256"),
+        "adapter_sha256": delivered_weights(adapter).sha256,
         "lora": f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}",
         "base": model_name(recipe),
         "base_fingerprint": policy.fingerprint,

@@ -33,6 +33,7 @@ from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.delivered import delivered_weights
 from layerloop.components.storage.images import encode_png
 from layerloop.components.storage.manifests import add_file, commit, read_file, verify
 
@@ -51,7 +52,8 @@ Chunk = tuple[Case, ...]
 def run(*, campaign: str, iteration: int | None = None) -> StepResult:
     """Compare an adapter with its base on held-out designs and pictures, and write the report.
 
-    Both sample exactly as at inference (Heun, no guidance) from the same seeds. Decompositions are kept in shards, so a
+    The adapter's weights are those that would be published: the average, where the recipe keeps one. Both sample
+    exactly as at inference (Heun, no guidance) from the same seeds. Decompositions are kept in shards, so a
     step that is run again continues; the base's are shared by all evaluations of the campaign.
 
     Args:
@@ -84,7 +86,7 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
     base = f"evaluations/base/decompositions-{policy.fingerprint[:12]}"  # shared by all evaluations of the campaign
     with policy.without_adapter():
         base_shards = _sample(opened, chunks, base, policy, prompt, "base", clock)
-    weights = adapter.file("adapter_model.safetensors").sha256
+    weights = delivered_weights(adapter).sha256
     tuned_shards = _sample(opened, chunks, f"{folder}/decompositions-{weights[:12]}", policy, prompt, name, clock)
 
     base_rows = _assess(opened, chunks, base_shards, "base", clock)
@@ -121,7 +123,7 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
         shards=(*base_shards, *tuned_shards),
         files=tuple(add_file(opened.store, f"{folder}/{file}", data) for file, data in files.items()),
         counts={"designs": report.counts["designs"], "pictures": report.counts["pictures"], "sheets": len(shown)},
-        metadata={"base_fingerprint": policy.fingerprint, "adapter_sha256": adapter.metadata.get("adapter_sha256")},
+        metadata={"base_fingerprint": policy.fingerprint, "adapter_sha256": weights},
     )
     return _result(opened, commit(opened.store, f"{folder}/{MANIFEST}", manifest))
 
@@ -138,8 +140,11 @@ def _load(opened: Campaign, sources: Manifest, adapter: Manifest, clock: Clock) 
     with clock.time("loading"), tempfile.TemporaryDirectory() as temporary:
         folder = local_folder(model.base) if "://" in model.base else None
         policy = LayeredPolicy.load(model, device=device(), folder=folder)
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            (Path(temporary) / name).write_bytes(read_file(opened.store, adapter.file(name)))
+        for name, file in (
+            ("adapter_model.safetensors", delivered_weights(adapter)),
+            ("adapter_config.json", adapter.file("adapter_config.json")),
+        ):
+            (Path(temporary) / name).write_bytes(read_file(opened.store, file))
         load_adapter(policy, temporary)
         prompt = load(read_file(opened.store, sources.file("prompt.safetensors")))["prompt_embeds"]
     return policy, prompt

@@ -11,13 +11,21 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerloop.components.generate_rollouts.plan import GroupPlan, plan_iteration
 from layerloop.components.generate_rollouts.sources import prompt_embedding, read_images, train_images
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.distributed import broadcast_json, failing_together, process_group, rank, world_size
+from layerloop.components.runtime.distributed import (
+    all_reduce_sum,
+    broadcast_json,
+    failing_together,
+    process_group,
+    rank,
+    world_size,
+)
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
@@ -74,7 +82,13 @@ def run(*, campaign: str, iteration: int | None = None, worker: int = 0, workers
                 earlier = _earlier(place, number, plan.group, names[plan.group], policy.fingerprint, adapter)
                 finished |= {plan.group: earlier} if earlier else {}
                 todo += [] if earlier else [plan]
-            bad_layers = _sample(place, number, sources, todo, names, finished, policy, adapter)
+            prompt = prompt_embedding(place.store, sources, policy.transformer.config.joint_attention_dim)
+        # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
+        sharded = _sharded(place)
+        behind = _behind(todo, place) if sharded else 0
+        with nullcontext() if sharded else failing_together():
+            bad_layers = _sample(place, number, sources, todo, names, finished, policy, prompt, adapter)
+            _keep_in_step(policy, prompt, behind)
         everything = _gather(finished)
         with failing_together():
             manifest = None
@@ -94,20 +108,68 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
     from layerloop.components.policy.lora import load_adapter, start_from
     from layerloop.components.policy.model import LayeredPolicy
 
-    recipe = place.recipe
+    recipe, sharded = place.recipe, _sharded(place)
+    if sharded and recipe.model.fp8_base:
+        raise LayerloopError("recipe.model has both fsdp and fp8_base: choose one, either makes the base smaller")
     base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
-    policy = LayeredPolicy.load(recipe.model, device=device, folder=base)
+    policy = LayeredPolicy.load(recipe.model, device="cpu" if sharded else device, folder=base)
+    sha256: str | None = None
     if previous.iteration:
         with tempfile.TemporaryDirectory() as folder:
             for name in ("adapter_model.safetensors", "adapter_config.json"):
                 (Path(folder) / name).write_bytes(read_file(place.store, previous.file(name)))
             load_adapter(policy, folder)
-            return policy, weights_sha256(folder)
-    if recipe.lora.start_from is not None:
+            sha256 = weights_sha256(folder)
+    elif recipe.lora.start_from is not None:
         source = local_folder(recipe.lora.start_from)
         start_from(policy, recipe.lora, source)
-        return policy, weights_sha256(source)
-    return policy, None
+        sha256 = weights_sha256(source)
+    if sharded:
+        from layerloop.components.policy.sharding import shard_base
+
+        shard_base(policy, device, ranks=world_size())
+    return policy, sha256
+
+
+def _sharded(place: Campaign) -> bool:
+    return place.recipe.model.fsdp and world_size() > 1
+
+
+def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
+    """How many calls of the model this rank has to do less than the rank that has most."""
+    import torch
+
+    from layerloop.components.policy.sampling import Plan
+
+    rollout = place.recipe.rollout
+    calls = torch.zeros(world_size(), dtype=torch.int64)
+    for group in todo:
+        plan = Plan(
+            sigmas=(0.0,) * (rollout.steps + 1),
+            window_start=group.window_start,
+            window_size=group.window_size,
+            dynamics=group.dynamics,
+            etas=group.etas,
+            outside="heun" if group.dynamics == "ode" else rollout.outside,
+            share_prefix=rollout.share_prefix and group.window_size > 0,
+        )
+        calls[rank()] += plan.nfe(-(-rollout.group_size // rollout.batch_size))  # a batch takes one sample's calls
+    all_reduce_sum([calls])
+    return int(calls.max() - calls[rank()])
+
+
+def _keep_in_step(policy: LayeredPolicy, prompt_embeds: torch.Tensor, calls: int) -> None:
+    """Call the model for nothing, on the smallest input."""
+    import torch
+
+    from layerloop.components.policy.model import Condition
+
+    side = policy.pixel_multiple
+    prompt = prompt_embeds[None].to(policy.device, policy.dtype)
+    condition = Condition(policy.noise(0, 0, side, side).to(policy.device), prompt, side, side)
+    for _ in range(calls):
+        with torch.no_grad():
+            policy.velocity(policy.noise(0, 1, side, side).to(policy.device), 1.0, condition)
 
 
 def _earlier(
@@ -133,6 +195,7 @@ def _sample(
     names: Mapping[int, str],
     finished: dict[int, Finished],
     policy: LayeredPolicy,
+    prompt_embeds: torch.Tensor,
     adapter: str | None,
 ) -> list[float]:
     """Sample the groups of `todo` and write a shard for each; `finished` is filled in. Bad layers of each group."""
@@ -140,7 +203,6 @@ def _sample(
 
     if not todo:
         return []
-    prompt_embeds = prompt_embedding(place.store, sources, policy.transformer.config.joint_attention_dim)
     images = {number: (key, image) for number, key, image in read_images(place.store, sources, [p.image for p in todo])}
     bad_layers = []
     with ThreadPoolExecutor(max_workers=1) as writer:  # images are encoded and sent while the next group is sampled

@@ -28,7 +28,8 @@ WEIGHTS = {  # file stems of diffusers and of transformers
 def local_folder(model: ModelRecipe, *, parts: Collection[str] = tuple(BASE)) -> Path:
     """A local folder that holds `model.base`.
 
-    "tiny" is in the package, a folder is itself, a Hugging Face id is downloaded to the hub's cache (only `parts`).
+    "tiny" is in the package, a folder is itself, a Hugging Face id is downloaded to the hub's cache (only `parts`:
+    subfolders, or single files of them).
     An object store's URI has to be fetched by the step, which hands the folder to `LayeredPolicy.load`.
 
     Raises:
@@ -54,10 +55,16 @@ def local_folder(model: ModelRecipe, *, parts: Collection[str] = tuple(BASE)) ->
     return _from_hub(model, parts)
 
 
+def from_hub(model: ModelRecipe) -> bool:
+    """Whether `model.base` is a Hugging Face id."""
+    path = Path(model.base.removeprefix("file://")).expanduser()
+    return model.base != "tiny" and "://" not in model.base and not path.is_dir()
+
+
 def _from_hub(model: ModelRecipe, parts: Collection[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{part}/*" for part in parts]
+    patterns = [part if "/" in part else f"{part}/*" for part in parts]
     try:
         return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # the hub raises a dozen kinds; each means that there is no model to be had
@@ -114,6 +121,17 @@ def check_base(folder: Path) -> None:
         LayerloopError: naming the first missing file or the setting that is wrong.
     """
     check_files(folder, BASE)
+    check_configs(folder)
+
+
+def check_configs(folder: Path) -> dict[str, Any]:
+    """The configs of the base, without its weights, are those of a layered model; returns the VAE's.
+
+    Raises:
+        LayerloopError: naming the first missing file or the setting that is wrong.
+    """
+    for part, name in BASE.items():
+        _require(folder / part / name)
     config, vae, scheduler = (_json(folder / part / name) for part, name in BASE.items())
     for file, name, value, needed in (
         ("transformer/config.json", "use_additional_t_cond", config.get("use_additional_t_cond"), True),
@@ -130,6 +148,7 @@ def check_base(folder: Path) -> None:
             raise LayerloopError(
                 f"{folder / file} has {name} {value!r}, not {needed!r}: this is no model of Qwen-Image-Layered's kind"
             )
+    return vae
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -143,24 +143,28 @@ def put_adapter(transformer: Any, adapter: Adapter, *, name: str = NAME, where: 
 
 
 def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """An adapted layer on a base of lower precision: float32 weights, multiplied in the precision of the activations.
+    """An adapted layer: float32 weights, multiplied in the precision of the activations.
 
-    peft's own forward casts the activations to float32, writes the adapter's full-width output in float32 and adds
-    the two in float32, which at the full model's size costs as much as the base layer itself. Here the low-rank
-    product is added inside one matrix product (accumulated in float32, rounded once). A float32 base keeps peft's
-    forward and its bits.
+    peft's own forward casts the activations to float32, writes the adapter's full-width output in float32, scales it
+    and adds the two in float32, which at the full model's size costs as much as the base layer itself. Here the
+    low-rank product is added inside one matrix product (accumulated in float32, rounded once).
+
+    A float32 base samples with peft's own bits, which a published adapter is proved by: there the product is added in
+    place and not multiplied by a scale of 1. Only where it learns is the sum left to the matrix product.
     """
-    if x.dtype == torch.float32:
-        return type(layer).forward(layer, x)
     result = layer.base_layer(x)
     if layer.disable_adapters:
         return result
     for name in layer.active_adapters:
         if name in layer.lora_A:
-            a = layer.lora_A[name].weight.to(x.dtype)
-            b = (layer.lora_B[name].weight * layer.scaling[name]).to(x.dtype)
-            low = torch.nn.functional.linear(x, a).flatten(0, -2)
-            result = torch.addmm(result.flatten(0, -2), low, b.T).view_as(result)
+            a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+            low = torch.nn.functional.linear(x, a.to(x.dtype))
+            if x.dtype == torch.float32 and not (scale == 1 and torch.is_grad_enabled()):
+                wide = torch.nn.functional.linear(low, b)
+                result = result.add_(wide if scale == 1 else wide * scale)
+            else:
+                b = (b if scale == 1 else b * scale).to(x.dtype)
+                result = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.T).view_as(result)
     return result
 
 

@@ -23,6 +23,7 @@ import torch
 
 from layerloop.components.policy import sampling
 from layerloop.components.policy.autoencoder import FrameDecoder
+from layerloop.components.policy.float8 import store_in_float8
 from layerloop.components.policy.loading import BASE, DTYPES, TEXT, fingerprint, load_base, load_text, local_folder
 from layerloop.components.policy.prompt import embed_text
 from layerloop.components.schema.errors import LayerloopError
@@ -119,17 +120,18 @@ class LayeredPolicy:
         parts = (*BASE, *TEXT) if text_encoder else tuple(BASE)
         folder = local_folder(model, parts=parts) if folder is None else folder
         dtype = DTYPES[model.dtype]
-        transformer, vae, scheduler = load_base(folder, dtype=dtype)
-        text = load_text(folder, dtype=dtype) if text_encoder else None
+        try:
+            transformer, vae, scheduler = load_base(folder, dtype=dtype)
+            text = load_text(folder, dtype=dtype) if text_encoder else None
+        except LayerloopError as error:  # a copy in a cache says nothing to people
+            raise LayerloopError(f"recipe.model.base is {model.base}: {error}") from error.__cause__
         policy = cls(
             transformer=transformer.to(device), vae=vae.to(device), scheduler=scheduler, folder=folder, text=text
         )
         if text is not None:
             text[1].to(device)
         if model.fp8_base:
-            # Storage only: each linear is cast up to `dtype` around its own forward. Before any adapter is added, so
-            # that the adapter's float32 weights stay as they are.
-            policy.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+            store_in_float8(policy.transformer)  # before any adapter is added, whose weights stay float32
         try:
             with _quiet("diffusers.models.modeling_utils"):  # it calls itself experimental every time
                 policy.transformer.set_attention_backend(model.attention)

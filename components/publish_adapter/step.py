@@ -15,8 +15,9 @@ from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import device
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.manifest import File, Manifest
 from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.delivered import delivered_weights
 from layerloop.components.storage.folders import local_folder
 from layerloop.components.storage.manifests import add_file, commit, read_file, verify
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from layerloop.components.publish_adapter.layouts import Proof
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
-CARD, EMA = "README.md", "ema.safetensors"
+CARD = "README.md"
 
 
 def run(*, campaign: str, name: str = "", iteration: int | None = None) -> StepResult:
@@ -53,7 +54,7 @@ def run(*, campaign: str, name: str = "", iteration: int | None = None) -> StepR
         raise LayerloopError(f"campaign {place.uri} has no adapter to publish (iteration {number}): train it first")
     name = name or f"{place.recipe.name}-{number:06d}"
     policy_manifest = place.policy(number)
-    source = policy_manifest.file(EMA if _averaged(policy_manifest) else "adapter_model.safetensors")
+    source = delivered_weights(policy_manifest)
     folder = place.published_dir(name)
     if (done := place.find(folder)) is not None:
         return _already(place, done, name, number, source.sha256)
@@ -86,7 +87,7 @@ def run(*, campaign: str, name: str = "", iteration: int | None = None) -> StepR
         metadata={
             "name": name,
             "source_sha256": source.sha256,
-            "averaged": _averaged(policy_manifest),
+            "averaged": _averaged(source),
             "base": recipe.model.base,
             "base_fingerprint": policy.fingerprint,
             "adapter_effect": proof.effect,
@@ -101,16 +102,17 @@ def campaign_adapter(place: Campaign, policy: Manifest) -> Adapter:
     """The adapter of a policy as users should have it: averaged, where the recipe keeps an average."""
     from layerloop.components.policy.adapters import read_adapter
 
-    names = {"adapter_model.safetensors": EMA if _averaged(policy) else "adapter_model.safetensors"}
-    names["adapter_config.json"] = "adapter_config.json"
     with tempfile.TemporaryDirectory() as folder:
-        for name, stored in names.items():
-            (Path(folder) / name).write_bytes(read_file(place.store, policy.file(stored)))
+        for name, stored in (
+            ("adapter_model.safetensors", delivered_weights(policy)),
+            ("adapter_config.json", policy.file("adapter_config.json")),
+        ):
+            (Path(folder) / name).write_bytes(read_file(place.store, stored))
         return read_adapter(folder)
 
 
-def _averaged(policy: Manifest) -> bool:
-    return any(file.name.endswith(f"/{EMA}") for file in policy.files)
+def _averaged(weights: File) -> bool:
+    return not weights.name.endswith("/adapter_model.safetensors")
 
 
 def _already(place: Campaign, done: Manifest, name: str, iteration: int, sha256: str) -> StepResult:
@@ -152,7 +154,7 @@ def _card(place: Campaign, name: str, policy: Manifest, adapter: Adapter, proof:
         iteration=number,
         policy=policy,
         first=place.policy(1),
-        averaged=_averaged(policy),
+        averaged=_averaged(delivered_weights(policy)),
         parameters=adapter.parameters,
         sha256=weights_sha256(root / "peft"),
         scores=[manifest for manifest in scores if manifest is not None],

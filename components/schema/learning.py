@@ -52,7 +52,7 @@ class UpdateRecipe(Record):
     advantage_clip: float = Field(default=5.0, gt=0)
     min_reward_std: float = Field(default=1e-4, ge=0)  # groups with less spread teach nothing and are filtered
     kl: float = Field(default=0.0, ge=0)  # weight of the exact per-step KL to the base (nft: of the velocity's MSE)
-    ema: float | None = Field(default=None, gt=0, lt=1)  # decay of an averaged adapter, kept beside the trained one
+    ema: float | None = Field(default=None, gt=0, lt=1)  # decay of an averaged adapter: evaluated and published
     nft: NftRecipe = NftRecipe()
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ class ModelRecipe(Record):
     fp8_base: bool = False  # store the frozen base in float8_e4m3fn
     compile: bool = False  # torch.compile of the repeated blocks
     gradient_checkpointing: bool = True
-    fsdp: bool = False  # shard the frozen base over the ranks of update_lora
+    fsdp: bool = False  # shard the frozen base over the ranks of a torchrun
 
 
 class DataRecipe(Record):

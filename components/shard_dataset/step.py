@@ -203,19 +203,19 @@ def _prompt(place: Campaign) -> File:
     import numpy as np
     from safetensors.numpy import save
 
-    from layerloop.components.policy.model import LayeredPolicy
+    from layerloop.components.policy.prompt import embed_prompt, text_folder
     from layerloop.components.storage.folders import local_folder
 
     model, multiple = place.recipe.model, place.recipe.data.multiple
     log(f"embedding the prompt {model.prompt!r} with {model.base}")
     remote = "://" in model.base and not model.base.startswith("file://")
-    policy = LayeredPolicy.load(model, text_encoder=True, folder=local_folder(model.base) if remote else None)
-    if multiple % policy.pixel_multiple:
+    folder, sides = text_folder(model, folder=local_folder(model.base) if remote else None)
+    if multiple % sides:
         raise LayerloopError(
             f"recipe.data.multiple is {multiple} but {model.base} takes sides that are multiples of "
-            f"{policy.pixel_multiple}: choose {policy.pixel_multiple} or a multiple of it"
+            f"{sides}: choose {sides} or a multiple of it"
         )
-    embeds = np.ascontiguousarray(policy.embed_prompt(model.prompt).numpy(), np.float32)
+    embeds = np.ascontiguousarray(embed_prompt(model, folder=folder).numpy(), np.float32)
     return add_file(place.store, name, save({"prompt_embeds": embeds}))
 
 

@@ -133,9 +133,9 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
     else:
         add_lora(policy.transformer, recipe.lora, seed=recipe.seed)
     if sharded:
-        from layerloop.components.update_lora.parallel import shard_base
+        from layerloop.components.policy.sharding import shard_base
 
-        shard_base(policy, device)
+        shard_base(policy, device, ranks=world_size())
     return policy, sha256
 
 

@@ -1,14 +1,16 @@
 """How fast an update is, against the loop that one would write first.
 
 The baseline is flow_grpo's: log-probabilities of all trajectories recomputed and stored beforehand, then two optimizer
-steps of half the groups each, one window step at a time, every group computed whether or not its rewards differ. Ours
-puts the window's steps in one forward pass, needs no second pass for the first half, and leaves out groups that teach
-nothing. Both take the same trajectories on the same tiny model, in turns, in one process, on one thread; what is
+steps of half the groups each, one window step at a time, on diffusers' model with an adapter as peft computes it. Ours
+packs candidates and window steps into forward passes of any size, needs no second pass for the first half, and adds
+the adapter's product inside a matrix product. (It also leaves out groups that teach nothing; here every group
+teaches.) Both take the same trajectories on the same tiny model, in turns, in one process, on one thread; what is
 compared is processor time, so that other programs on the machine count little.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 
@@ -31,7 +33,6 @@ from layerloop.components.update_lora.state import TrainingState
 from layerloop.components.update_lora.trajectories import Group, Trajectory
 
 GROUPS, G, SIZE = 6, 8, 64  # pixels: 16 tokens a frame
-FLAT = 5  # the group whose rewards are all equal: one in six, as a coarse judge makes it
 RECIPE = Recipe.model_validate(
     {
         "name": "bench",
@@ -40,10 +41,9 @@ RECIPE = Recipe.model_validate(
             "groups": GROUPS, "group_size": G, "min_layers": 2, "max_layers": 4, "steps": 8, "outside": "euler",
             "window": {"size": 4, "start": 0}, "noise": {"eta": 0.8},
         },
-        "update": {"ratio_norm": "mean", "reweight": False, "learning_rate": 1e-3, "microbatch": 64, "steps": 2},
+        "update": {"ratio_norm": "mean", "reweight": False, "learning_rate": 1e-3, "microbatch": 16, "steps": 2},
     }
 )  # fmt: skip
-Rewards = Callable[[int, int], float]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,6 +58,14 @@ def fresh_policy() -> LayeredPolicy:
     pipeline = build_tiny_pipeline()
     policy = LayeredPolicy(transformer=pipeline.transformer, vae=pipeline.vae, scheduler=pipeline.scheduler)
     add_lora(policy.transformer, RECIPE.lora, seed=0)
+    return policy
+
+
+def peft_policy() -> LayeredPolicy:
+    """The same policy, its adapted layers as peft makes them."""
+    policy = fresh_policy()
+    for module in policy.transformer.modules():
+        vars(module).pop("forward", None)
     return policy
 
 
@@ -95,15 +103,11 @@ def varied(group: int, candidate: int) -> float:
     return float(np.random.default_rng(1000 * group + candidate).uniform())
 
 
-def with_a_flat_group(group: int, candidate: int) -> float:
-    return 0.5 if group == FLAT else varied(group, candidate)
-
-
-def ours(policy: LayeredPolicy, groups: dict[int, Group], rewards: Rewards) -> None:
+def ours(policy: LayeredPolicy, groups: dict[int, Group]) -> None:
     update = RECIPE.update
     rows = [
         ScoreRow(
-            iteration=1, group=g, candidate=c, image_key="", layers=group.record.layers, reward=rewards(g, c),
+            iteration=1, group=g, candidate=c, image_key="", layers=group.record.layers, reward=varied(g, c),
             reason=None, phase1=None, phase2=None, judge="", rubric="", rubric_sha256="",
         )
         for g, group in groups.items()
@@ -117,7 +121,7 @@ def ours(policy: LayeredPolicy, groups: dict[int, Group], rewards: Rewards) -> N
     learn(policy, TrainingState(policy, update, counters), steps, groups, prompt(), RECIPE, iteration=1)
 
 
-def straightforward(policy: LayeredPolicy, groups: dict[int, Group], rewards: Rewards) -> None:
+def straightforward(policy: LayeredPolicy, groups: dict[int, Group]) -> None:
     update = RECIPE.update
     parameters = list(policy.trainable_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=update.learning_rate, weight_decay=update.weight_decay)
@@ -138,7 +142,7 @@ def straightforward(policy: LayeredPolicy, groups: dict[int, Group], rewards: Re
         members = [g for g in groups if g % update.steps == half]
         optimizer.zero_grad()
         for g in members:
-            reward = torch.tensor([rewards(g, c) for c in range(G)], dtype=torch.float64)
+            reward = torch.tensor([varied(g, c) for c in range(G)], dtype=torch.float64)
             advantages = ((reward - reward.mean()) / (reward.std(correction=0) + update.advantage_epsilon)).float()
             for j in steps:
                 ratio = (logp(groups[g], j) - stored[g, j]).exp()
@@ -149,13 +153,16 @@ def straightforward(policy: LayeredPolicy, groups: dict[int, Group], rewards: Re
         optimizer.step()
 
 
+LOOPS = {ours: fresh_policy, straightforward: peft_policy}
+
+
 @pytest.mark.timeout(1800)
 def test_both_loops_take_the_same_two_steps(groups: dict[int, Group]) -> None:
-    """What is compared is the same work: where every group teaches, the two adapters are equal to rounding."""
+    """What is compared is the same work: the two adapters are equal to rounding."""
     adapters = []
-    for loop in (ours, straightforward):
-        policy = fresh_policy()
-        loop(policy, groups, varied)
+    for loop, make in LOOPS.items():
+        policy = make()
+        loop(policy, groups)
         adapters.append(adapter_state(policy.transformer))
     differences = torch.cat([(adapters[0][key] - adapters[1][key]).abs().flatten() for key in adapters[0]])
     assert float(differences.mean()) < 0.02 * RECIPE.update.learning_rate
@@ -164,14 +171,17 @@ def test_both_loops_take_the_same_two_steps(groups: dict[int, Group]) -> None:
 
 @pytest.mark.timeout(1800)
 def test_update_speedup(groups: dict[int, Group], record_benchmark: Callable[[str, float], None]) -> None:
-    """Processor time of an iteration's update by the straightforward loop over ours; the best of three turns each."""
-    seconds: dict[str, list[float]] = {"ours": [], "straightforward": []}
-    for _ in range(3):
-        for loop in (ours, straightforward):
-            policy = fresh_policy()
+    """Processor time of an iteration's update by the straightforward loop over ours: the median of seven turns, each of
+    which runs the two side by side, so that what else the machine does meets both alike."""
+    ratios = []
+    for turn in range(7):
+        seconds = {}
+        for loop, make in list(LOOPS.items())[:: -1 if turn % 2 else 1]:
+            policy = make()
             begun = time.process_time()
-            loop(policy, groups, with_a_flat_group)
-            seconds[loop.__name__].append(time.process_time() - begun)
-    speedup = min(seconds["straightforward"]) / min(seconds["ours"])
+            loop(policy, groups)
+            seconds[loop] = time.process_time() - begun
+        ratios.append(seconds[straightforward] / seconds[ours])
+    speedup = statistics.median(ratios)
     record_benchmark("update_speedup", speedup)
-    assert speedup >= 1.3, seconds
+    assert speedup >= 1.3, ratios

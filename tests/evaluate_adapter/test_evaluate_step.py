@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from layerloop.components.evaluate_adapter.cases import read_cases
 from layerloop.components.evaluate_adapter.decompose import read_decompositions
@@ -23,7 +23,8 @@ from layerloop.components.policy.lora import load_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.sampling import Plan, rollout
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.storage.manifests import read_file, verify
+from layerloop.components.storage.campaign import MANIFEST
+from layerloop.components.storage.manifests import add_file, commit, read_file, verify
 
 from .conftest import Evaluated, Lab, MakeLab, drawn_design, source_of
 
@@ -84,6 +85,24 @@ def test_an_adapter_that_changes_nothing_differs_from_the_base_in_nothing(make_l
     measures = {name: value for name, value in metrics_of(lab, 1).items() if name.startswith("designs.")}
     assert len(measures) > 30
     assert {value["difference"] for value in measures.values()} == {0.0}
+
+
+def test_the_average_is_evaluated_where_one_is_kept_as_it_is_what_would_be_published(
+    make_lab: MakeLab, tmp_path: Path
+) -> None:
+    """The average here is of weights that change nothing, beside trained ones that do."""
+    lab = make_lab()
+    lab.sources([drawn_design(1, 2), drawn_design(2, 3)], [])
+    lab.adapter(1, tmp_path)
+    where, trained = lab.campaign.policy_dir(1), lab.campaign.policy(1)
+    tensors = load(lab.store.read(f"{where}/adapter_model.safetensors"))
+    average = add_file(lab.store, f"{where}/ema.safetensors", save({k: v * 0 for k, v in tensors.items()}))
+    lab.store.delete(f"{where}/{MANIFEST}")
+    commit(lab.store, f"{where}/{MANIFEST}", trained.model_copy(update={"files": (*trained.files, average)}))
+    manifest = run(campaign=lab.uri).manifests["evaluation"]
+    metrics = metrics_of(lab, 1)
+    assert {value["difference"] for name, value in metrics.items() if name.startswith("designs.")} == {0.0}
+    assert metrics["provenance"]["adapter_sha256"] == manifest.metadata["adapter_sha256"] == average.sha256
 
 
 def test_an_adapter_that_changes_something_is_seen_to(evaluated: Evaluated) -> None:

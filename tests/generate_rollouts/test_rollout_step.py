@@ -241,6 +241,11 @@ def test_a_base_on_s3_is_fetched_once(make_campaign, base_folder, s3_bucket, tmp
     store.delete("vae/config.json")
     with pytest.raises(TypeError):  # another listing is another model, which would have to be fetched
         run(campaign=remote.uri, worker=1, workers=2)
+    monkeypatch.undo()
+    monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(LayerloopError, match=rf"base is {s3_bucket}/model: .*/vae/config\.json is missing"):
+        run(campaign=remote.uri, worker=1, workers=2)
+    assert remote.worker_manifests(1).keys() == {(1, 0), (2, 0)}
 
 
 # ---- torchrun
@@ -256,6 +261,23 @@ def test_two_ranks_commit_what_one_process_commits(make_campaign) -> None:  # ty
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert two.rollouts(1) == [expected] and samples(two) == samples(one)
+
+
+def test_two_ranks_that_share_a_sharded_base_commit_what_one_process_commits(make_campaign) -> None:  # type: ignore[no-untyped-def]
+    """Three groups, whose windows begin at different steps: the ranks have unequally many calls of the model to do."""
+    rollout = {"groups": 3, "steps": 6, "share_prefix": True, "window": {"size": 2, "position": "random"}}
+    one = make_campaign(rollout=rollout)
+    two = make_campaign(rollout=rollout, model={"fsdp": True})
+    run(campaign=one.uri)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "layerloop.components.generate_rollouts", "--campaign", two.uri]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    starts = [json.loads(members["json"])["window_start"] for key, members in samples(one).items() if len(key) == 15]
+    assert len(starts) == 3 and len(set(starts)) > 1
+    assert samples(two) == samples(one)
 
 
 # ---- bad input
@@ -281,6 +303,7 @@ def test_an_adapter_of_another_base_is_refused(make_campaign, tmp_path) -> None:
     commit(campaign.store, f"{campaign.policy_dir(1)}/manifest.json", Manifest(kind="policy", iteration=1, files=files))
     with pytest.raises(LayerloopError, match=r"has shape 2x96, the base needs 2x64"):
         run(campaign=campaign.uri)
+    assert campaign.worker_manifests(2) == {}
 
 
 def test_images_that_the_model_does_not_take_are_named(make_campaign) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import diffusers.pipelines.qwenimage.pipeline_qwenimage_layered as upstream
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLQwenImage, QwenImageLayeredPipeline
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageLayeredPipeline
 from PIL import Image
 
 from layerloop.components.policy import sampling
@@ -77,6 +78,41 @@ def test_one_image_equals_the_pipeline_bit_for_bit(
     # all layers in one call and unfolded, as the pipeline decodes them
     monkeypatch.setattr(frozen_policy, "decoder", lambda frames: frozen_policy.vae.decode(frames).sample)
     assert torch.equal(frozen_policy.decode(latents, height, width)[0], pixels)
+
+
+class HeunScheduler(FlowMatchEulerDiscreteScheduler):
+    """Heun's method as a scheduler of the pipeline, which calls the model at each of `timesteps` and then `step`: every
+    inner noise level is met twice, once to correct the step that leads there and once to begin the next."""
+
+    def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, mu=None) -> None:  # type: ignore[no-untyped-def]
+        super().set_timesteps(device=device, sigmas=sigmas, mu=mu)
+        self.timesteps = self.timesteps.repeat_interleave(2)[1:]
+        self.calls = 0
+
+    def step(self, model_output, timestep, sample, return_dict=False):  # type: ignore[no-untyped-def]
+        corrects, i = self.calls % 2 == 1, self.calls // 2
+        self.calls += 1
+        if corrects:
+            return (self.begun[0] + (self.sigmas[i + 1] - self.sigmas[i]) * (0.5 * (self.begun[1] + model_output)),)
+        self.begun = (sample, model_output)
+        return (sample + (self.sigmas[i + 1] - self.sigmas[i]) * model_output,)
+
+
+@pytest.mark.parametrize(("height", "width", "layers"), [(64, 64, 3), (48, 112, 1), (16, 48, 20)])
+def test_heun_too_equals_the_pipeline_bit_for_bit(
+    pipeline, frozen_policy, prompt_embeds, make_picture, monkeypatch, height, width, layers
+) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(pipeline, "scheduler", HeunScheduler.from_config(pipeline.scheduler.config))
+    image = make_picture(height, width)
+    theirs, _ = decompose(pipeline, image, layers, 5, 5, monkeypatch)
+    condition = frozen_policy.encode(image[None], prompt_embeds)
+    noise = frozen_policy.noise(5, layers, height, width)
+    with torch.no_grad():
+        plan = Plan(frozen_policy.sigmas(5, height, width), outside="heun")
+        ours = sampling.deterministic(noise, lambda x, s: frozen_policy.velocity(x, s, condition), plan, range(5))
+    assert pipeline.scheduler.calls == plan.nfe(1) == 9
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, euler(frozen_policy, condition, layers, 5, 5))
 
 
 def test_the_prompt_embedding_is_the_pipelines(pipeline, prompt_embeds) -> None:  # type: ignore[no-untyped-def]
@@ -324,6 +360,57 @@ def test_without_the_adapter_the_policy_is_the_base_bit_for_bit(policy, frozen_p
             assert torch.equal(policy.velocity(noise, 0.7, condition), base)
         assert torch.equal(policy.velocity(noise, 0.7, condition), adapted)
     assert (adapted - base).abs().max() > 1e-3
+
+
+def test_compiled_blocks_take_all_that_a_campaign_asks_of_them_and_change_no_bit(
+    base_recipe, prompt_embeds, make_picture, shake, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    """Base, rollouts of any L, replay, gradients, the adapter switched off, on a base in float8: more variants than the
+    8 that dynamo expects, each traced whole. Only code generation is left out, which takes minutes on a CPU."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # pytest would keep megabytes of it
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compiled(block, backend="eager", **how))
+    recipe = base_recipe.model_copy(update={"dtype": "bfloat16", "fp8_base": True, "compile": True})
+    picture = make_picture(32, 32)
+
+    def outputs(policy: LayeredPolicy) -> list[torch.Tensor]:
+        condition, found = policy.encode(picture[None], prompt_embeds), []
+
+        def run(layers: int, sigma: float | torch.Tensor = 0.7, *, learn: bool = False) -> None:
+            noise = torch.cat([policy.noise(seed, layers, 32, 32) for seed in range(2)])
+            with torch.set_grad_enabled(learn):
+                found.append(policy.velocity(noise, sigma, condition))
+            if learn:
+                found[-1].square().mean().backward()
+                found[-1] = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
+
+        run(2)
+        add_lora(policy.transformer, LoraRecipe(rank=2), seed=0)
+        shake(policy.transformer)
+        times = torch.tensor([0.9, 0.6])
+        run(2), run(3), run(5), run(2, times), run(4, times, learn=True), run(3, times, learn=True)
+        with policy.without_adapter():
+            run(2, times)
+        return found
+
+    expected = outputs(LayeredPolicy.load(recipe.model_copy(update={"compile": False})))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):  # restored afterwards
+        policy = LayeredPolicy.load(recipe)
+        assert all(block._compiled_call_impl is not None for block in policy.transformer.transformer_blocks)
+        assert all(torch.equal(a, b) for a, b in zip(expected, outputs(policy), strict=True))
+
+
+def test_every_attention_layer_has_the_recipes_backend(base_recipe, frozen_policy, condition) -> None:  # type: ignore[no-untyped-def]
+    """Rollout, update and evaluation all load the policy here, so what one of them runs the others do."""
+    policy = LayeredPolicy.load(base_recipe.model_copy(update={"attention": "_native_math"}))
+    backends = {block.attn.processor._attention_backend for block in policy.transformer.transformer_blocks}
+    assert [backend.value for backend in backends] == ["_native_math"]
+    noise = policy.noise(0, 2, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(
+            policy.velocity(noise, 0.7, condition), frozen_policy.velocity(noise, 0.7, condition), atol=1e-5
+        )
 
 
 def test_an_unknown_attention_backend_is_refused_in_one_line(base_recipe: ModelRecipe) -> None:

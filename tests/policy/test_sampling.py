@@ -158,6 +158,35 @@ def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return slope * x + offset
 
 
+@pytest.mark.parametrize("eta", [0.3, 0.7, 1.0])
+def test_flow_sde_steps_along_the_reverse_sde_with_the_datas_own_score(eta: float) -> None:
+    """dx = (v - g^2 / 2 score) dt + g dW, g = eta sqrt(sigma / (1 - sigma)): the family of processes with the flow's
+    marginals. The score is taken from the density of the data, which the step does not know of."""
+    x = draw(2, 5, 64).double()
+    for i in range(1, len(LAYERED) - 2):
+        sigma, dt = LAYERED[i], LAYERED[i + 1] - LAYERED[i]
+        score = -(x - (1 - sigma) * M) / ((1 - sigma) ** 2 * S2 + sigma**2)
+        g = eta * math.sqrt(sigma / (1 - sigma))
+        step = sampling.sde_step(x, velocity(x, sigma), torch.zeros_like(x), LAYERED, i, eta)
+        torch.testing.assert_close(step.mean, x + (velocity(x, sigma) - g**2 / 2 * score) * dt, rtol=1e-12, atol=1e-12)
+        assert step.s == pytest.approx(g * math.sqrt(-dt), rel=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.8, 1.0])
+def test_cps_keeps_the_noise_that_the_schedule_promises(eta: float) -> None:
+    """Where one picture is all the data, x_sigma ~ N((1 - sigma) m, sigma^2), and a step leads from one such
+    distribution to the next exactly; Flow-SDE's does not."""
+    for i in range(len(LAYERED) - 2):
+        sigma, ahead = LAYERED[i], LAYERED[i + 1]
+        after = {}
+        for dynamics in DYNAMICS:
+            a, b, s = sampling.COEFFICIENTS[dynamics](LAYERED, i, eta)
+            carried = a + b / sigma  # v = (x - m) / sigma
+            after[dynamics] = (carried * (1 - sigma) * M - b * M / sigma, carried**2 * sigma**2 + s**2)
+        assert after["cps"] == pytest.approx(((1 - ahead) * M, ahead**2), rel=1e-9)
+        assert after["flow_sde"][1] > 1.001 * ahead**2
+
+
 def propagate(schedule: tuple[float, ...], dynamics: str, eta: float) -> tuple[float, float]:
     """Mean and variance of the samples in closed form: x' = A x + B + S z with A = a + b slope, B = b offset."""
     mean, variance = 0.0, 1.0

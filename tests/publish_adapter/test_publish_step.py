@@ -284,6 +284,18 @@ def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCa
     assert "of other weights" not in card
 
 
+@pytest.mark.parametrize("measured", ["ema.safetensors", "adapter_model.safetensors"])
+def test_the_card_says_when_what_was_measured_is_not_what_is_published(
+    make_campaign: MakeCampaign, measured: str
+) -> None:
+    place = make_campaign(ema=True)
+    metrics = {"provenance": {"adapter_sha256": place.policy(1).file(measured).sha256}}
+    folder = place.evaluation_dir("iteration-000001")
+    file = add_file(place.store, f"{folder}/metrics.json", json.dumps(metrics).encode())
+    commit(place.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
+    assert ("of other weights" in card_of(place)) == (measured != "ema.safetensors")
+
+
 def test_the_cards_own_code_loads_the_adapter(make_campaign: MakeCampaign) -> None:
     """Every block of Python on the card runs, and either way of loading gives the same transformer."""
     place = make_campaign()

@@ -543,6 +543,25 @@ def test_the_prompt_is_embedded_once_by_the_recipes_model(tmp_path: Path, recipe
     assert Campaign.open(f"{tmp_path}/d").find("sources") is None
 
 
+def test_only_the_text_encoder_is_loaded_but_the_whole_base_must_be_there(
+    tmp_path: Path, recipe: str, folder: Path
+) -> None:
+    """41 GB of a full-size transformer are no business of this step; that they are missing is."""
+    from layerloop.components.policy.tiny import build_tiny_pipeline, save_pipeline
+
+    base = tmp_path / "base"
+    save_pipeline(build_tiny_pipeline(vae_dim=8, blocks=1, heads=2, seed=3), base)
+    text = recipe.replace("/no/such/model", str(base))
+    weights = base / "transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(b"cannot be loaded")
+    run(campaign=f"{tmp_path}/c", recipe=text, images=str(folder))
+    assert Campaign.open(f"{tmp_path}/c").find("sources") is not None
+    weights.unlink()
+    with pytest.raises(LayerloopError, match=r"base/transformer/diffusion_pytorch_model\.safetensors is missing"):
+        run(campaign=f"{tmp_path}/d", recipe=text, images=str(folder))
+    assert Campaign.open(f"{tmp_path}/d").find("sources") is None
+
+
 def test_a_model_that_is_not_there_is_one_line_and_nothing_is_committed(
     tmp_path: Path, recipe: str, folder: Path
 ) -> None:

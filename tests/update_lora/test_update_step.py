@@ -23,6 +23,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.trajectory import GroupRecord
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.shards import Sample, read_shard
+from layerloop.components.update_lora.nft import draw
 from layerloop.components.update_lora.step import run
 
 from .conftest import SIZE, WINDOW, G, Lab, MakeLab, nan_in_the_last_group, spread
@@ -52,6 +53,27 @@ def test_ratio_is_exactly_one_in_the_first_optimizer_step_and_close_to_it_in_the
     assert metadata["first_log_ratio_abs"] == 0.0
     assert 0.0 < metadata["log_ratio_abs"] < 0.01
     assert metadata["replay_noise"] == pytest.approx(1.0, abs=0.03), "what is replayed is what was sampled"
+
+
+def test_the_metrics_tell_every_diagnostic_of_every_timestep(make_lab: MakeLab) -> None:
+    """With a clip range that the second optimizer step leaves, and one group in four that teaches nothing."""
+    lab = make_lab(update={"clip_low": 1e-6, "clip_high": 1e-6, "learning_rate": 1e-2, "kl": 0.01})
+    lab.ready(1, lambda k, g, c: 0.5 if g == 3 else spread(k, g, c))
+    result = run(campaign=lab.uri)
+    metrics, metadata = result.metrics, result.manifests["policy"].metadata
+    assert metadata["per_timestep"].keys() == {
+        "loss", "ratio_mean", "ratio_std", "clip_fraction_low", "clip_fraction_high", "log_ratio_abs",
+        "first_log_ratio_abs", "replay_noise", "velocity_gradient", "kl",
+    }  # fmt: skip
+    for name, row in metadata["per_timestep"].items():
+        assert len(row) == WINDOW and all(math.isfinite(value) for value in row)
+        if name not in ("ratio_std", "replay_noise"):  # timesteps have equally many points
+            assert metrics[name] == pytest.approx(sum(row) / WINDOW, rel=1e-9)
+    assert metrics["clip_fraction_low"] > 0 and metrics["clip_fraction_high"] > 0
+    assert 0 < metrics["ratio_std"] < 0.5 and metrics["ratio_mean"] == pytest.approx(1, abs=0.5)
+    assert (metrics["first_log_ratio_abs"], metrics["filtered_fraction"]) == (0.0, 0.25)
+    assert metrics["advantage_std"] == pytest.approx(1, abs=0.01)
+    assert len(metadata["gradient_norms"]) == 2 and metrics["gradient_norm"] == max(metadata["gradient_norms"]) > 0
 
 
 def test_gradient_is_that_of_the_textbook_surrogate_in_one_large_batch(make_lab: MakeLab) -> None:
@@ -85,6 +107,51 @@ def test_gradient_is_that_of_the_textbook_surrogate_in_one_large_batch(make_lab:
         textbook = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(ours[name.replace(".default", "")], textbook, rtol=2e-4, atol=1e-7)
     assert max(float(g.abs().max()) for g in ours.values()) > 1e-4, "there was a gradient to compare"
+
+
+def test_gradient_of_nft_is_that_of_its_authors_loss(make_lab: MakeLab) -> None:
+    """Against NVlabs/DiffusionNFT's train script written out, one candidate at one time after another."""
+    beta, clip = 0.5, 5.0
+    nft = {"timesteps": 2, "beta": beta}
+    lab = make_lab(update={"algorithm": "nft", "steps": 1, "max_grad_norm": 1e9, "microbatch": 3, "nft": nft})
+    lab.ready(1)
+    run(campaign=lab.uri)
+
+    policy = LayeredPolicy.load(lab.recipe.model)
+    add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
+    losses = []
+    (manifest,) = lab.campaign.rollouts(1)
+    for key, members in (sample for shard in manifest.shards for sample in read_shard(lab.store, shard)):
+        if "condition.safetensors" in members:
+            record = GroupRecord.from_json(members["json"], where=key)
+            rewards = torch.tensor([spread(1, record.group, c) for c in range(G)], dtype=torch.float64)
+            advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
+            condition = Condition(load(members["condition.safetensors"])["condition"][None], lab.prompt()[None], 32, 32)
+            continue
+        c, x0 = int(key[-2:]), load(members["trajectory.safetensors"])["final"]
+        r = float((advantages[c].clamp(-clip, clip) / clip) / 2 + 0.5)
+        times, noises = draw(
+            lab.recipe.seed, 1, record.image_key, record.group, c, "nft", count=2, sigmas=record.sigmas, shape=x0.shape
+        )
+        for t, noise in zip(times, noises, strict=True):
+            xt = (1 - t) * x0 + t * noise
+            forward = policy.velocity(xt[None], t[None], condition)[0]
+            with torch.no_grad(), policy.without_adapter():  # a new adapter has not moved the sampling policy
+                old = policy.velocity(xt[None], t[None], condition)[0]
+            terms = []
+            for prediction in (beta * forward + (1 - beta) * old, (1 + beta) * old - beta * forward):
+                x0_prediction = xt - t * prediction
+                weight = (x0_prediction - x0).abs().mean().clamp(min=1e-5).detach()
+                terms.append(((x0_prediction - x0) ** 2 / weight).mean())
+            losses.append((r * terms[0] / beta + (1 - r) * terms[1] / beta) * clip)
+    torch.stack(losses).mean().backward()
+
+    ours = first_gradient(lab)
+    scale = max(float(gradient.abs().max()) for gradient in ours.values())
+    assert scale > 1e-4, "there was a gradient to compare"
+    for name, parameter in policy.trainable_parameters().items():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(ours[name.replace(".default", "")], expected, rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("update", [{}, {"algorithm": "nft", "nft": {"timesteps": 2}}], ids=["grpo", "nft"])
@@ -290,6 +357,21 @@ def test_it_starts_from_an_adapter_that_the_recipe_names(lab: Lab, make_lab: Mak
 
 
 # ---- what it refuses
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_committed(
+    lab: Lab, make_lab: MakeLab, tmp_path: Path
+) -> None:
+    run(campaign=lab.uri)
+    folder = Path(shutil.copytree(Path(lab.uri) / lab.campaign.policy_dir(1), tmp_path / "adapter"))
+    follower = make_lab("follower", lora={"rank": 2, "alpha": 2.0, "start_from": str(folder)})
+    follower.ready(1)
+    tensors = load((folder / "adapter_model.safetensors").read_bytes())
+    key = next(key for key in tensors if "lora_B" in key)
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors | {key: torch.zeros(3072, 2)}))
+    with pytest.raises(LayerloopError, match=r"lora_B\.weight has shape 3072x2, the base needs \d+x2"):
+        run(campaign=follower.uri)
+    assert not follower.committed(1)
 
 
 def changed_record(*, everywhere: bool = False, **fields: object) -> Callable[[list[Sample]], list[Sample]]:

@@ -1,0 +1,16 @@
+"""Which of a policy's weights are the result: what is evaluated, and what is published."""
+
+from __future__ import annotations
+
+from layerloop.components.schema.manifest import File, Manifest
+
+AVERAGE, SAMPLING = "ema.safetensors", "adapter_model.safetensors"
+
+
+def delivered_weights(policy: Manifest) -> File:
+    """The average, where the recipe keeps one (`update.ema`), else the weights that sample next.
+
+    Both are in peft's layout, with the same `adapter_config.json`.
+    """
+    averaged = any(file.name.endswith(f"/{AVERAGE}") for file in policy.files)
+    return policy.file(AVERAGE if averaged else SAMPLING)
