@@ -20,7 +20,7 @@ class LoraRecipe(Record):
     rank: int = Field(default=16, ge=1, le=1024)
     alpha: float = Field(default=16.0, gt=0)
     targets: tuple[str, ...] = LORA_TARGETS
-    start_from: str | None = None  # URI of an adapter (peft or diffusers layout) to begin with
+    start_from: str | None = None  # an adapter (either layout) to begin with: a folder, s3://, hf://owner/name[/sub]
 
 
 class NftRecipe(Record):

@@ -24,12 +24,14 @@ def local_folder(uri: str, *, cache: Path | None = None) -> Path:
     objects; of several processes that want it at once one downloads it, and an interrupted download is continued.
 
     Args:
-        uri: a folder path, `file://` or `s3://bucket/prefix`.
-        cache: where copies are kept, by default `cache_folder()`.
+        uri: a folder path, `file://`, `s3://bucket/prefix`, or `hf://owner/name[/subfolder]` of the Hugging Face hub.
+        cache: where copies are kept, by default `cache_folder()`; those of the hub lie in its own cache.
 
     Raises:
         LayerloopError: nothing is there.
     """
+    if uri.startswith("hf://"):
+        return _from_hub(uri)
     store = open_store(uri)
     if isinstance(store, LocalStore):
         if not store.root.is_dir():
@@ -60,3 +62,22 @@ def local_folder(uri: str, *, cache: Path | None = None) -> Path:
                 store.download(name, path)
         partial.rename(final)
     return final
+
+
+def _from_hub(uri: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    owner, _, rest = uri.removeprefix("hf://").partition("/")
+    name, _, inner = rest.strip("/").partition("/")
+    if not owner or not name:
+        raise LayerloopError(f"{uri} names no repository: give hf://owner/name or hf://owner/name/subfolder")
+    try:
+        folder = Path(snapshot_download(f"{owner}/{name}", allow_patterns=f"{inner}/*" if inner else None)) / inner
+    except Exception as error:  # the hub raises a dozen kinds; each means that there is nothing to be had
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise LayerloopError(
+            f"{uri} cannot be had from the Hugging Face hub ({reason}): check the name, and HF_TOKEN or HF_ENDPOINT"
+        ) from None
+    if not folder.is_dir():
+        raise LayerloopError(f"{uri}: the repository has no folder {inner}; correct it")
+    return folder

@@ -88,3 +88,35 @@ def test_object_names_that_lead_elsewhere_are_not_followed(remote: Store, tmp_pa
     boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/vae/", Body=b"")  # what consoles make for a folder
     assert contents(local_folder(remote.uri, cache=tmp_path / "cache")) == FILES
     assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub's cache with one snapshot of someone/adapters, and no network."""
+    snapshot = tmp_path / "models--someone--adapters" / "snapshots" / ("0" * 40)
+    (snapshot / "checkpoint-600").mkdir(parents=True)
+    (snapshot / "checkpoint-600" / "adapter_config.json").write_text("{}")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return snapshot
+
+
+def test_a_folder_of_the_hub_is_its_snapshot(hub: Path) -> None:
+    assert local_folder("hf://someone/adapters") == hub
+    assert contents(local_folder("hf://someone/adapters/checkpoint-600")) == {"adapter_config.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("hf://someone", "hf://someone names no repository: give hf://owner/name"),
+        ("hf://someone/nothing", "hf://someone/nothing cannot be had from the Hugging Face hub"),
+        ("hf://someone/adapters/checkpoint-7", "the repository has no folder checkpoint-7"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_one_line(hub: Path, uri: str, words: str) -> None:
+    with pytest.raises(LayerloopError, match=words) as caught:
+        local_folder(uri)
+    assert "\n" not in str(caught.value)
