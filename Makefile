@@ -40,7 +40,7 @@ lint: $(READY) ## only formatting, lint, types and the arrows between packages
 bench: $(READY) ## measure; writes build/benchmarks.json
 	@$(VENV)/bin/python -m pytest tests/benchmarks
 
-study: $(READY) ## does it learn? four hours of campaigns on the tiny policy, resumable; writes docs/RESULTS.md
+study: $(READY) ## does it learn? campaigns on the tiny policy, about two hours, resumable; writes docs/RESULTS.md
 	@$(VENV)/bin/layerloop study $(STUDY)
 
 pretrain: $(READY) ## train the shipped tiny policy again (hours)

@@ -314,7 +314,7 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--folder", default="build/study", metavar="DIR", help="campaigns (default: %(default)s)")
     study.add_argument("--docs", default="docs", metavar="DIR", help="where results go (default: %(default)s)")
     study.add_argument("--arms", default="", metavar="A,B", help="only these arms (default: all)")
-    study.add_argument("--iterations", type=int, default=80, metavar="N", help="of each run (default: %(default)s)")
+    study.add_argument("--iterations", type=int, default=25, metavar="N", help="of each run (default: %(default)s)")
     study.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side (default: %(default)s)")
     study.add_argument("--hours", type=float, default=4.0, metavar="X", help="stop after these (default: %(default)s)")
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.components.storage.campaign import Campaign
-from layerloop.pipelines.study import ARMS, Run, Study
+from layerloop.pipelines.study import ARMS, LONG, Run, Study
 
 # metric -> (title, name in metrics.json, whether lower is better)
 MEASURES: dict[str, tuple[str, str, bool]] = {
@@ -26,6 +26,7 @@ MEASURES: dict[str, tuple[str, str, bool]] = {
     "evenness": ("feature evenness", "designs.evenness", False),
 }
 REWARD_STD = "reward_std"
+TIED = 1e-4  # deviation below which a group's rewards are all the same
 # Two-sided 95 % quantile of Student's t by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
@@ -37,6 +38,7 @@ class Outcome:
     run: Run
     metrics: Mapping[str, tuple[float, float]]
     curve: Sequence[tuple[int, float]]  # (iteration, mean phase-1 reward)
+    spreads: Sequence[tuple[float, float, float]]  # an iteration: deviation in a group of phase 1, as used; groups tied
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,16 @@ def outcome(study: Study, run: Run) -> Outcome:
     place = Campaign.open(str(study.campaign(run)))
     metrics = json.loads(place.store.read(f"evaluations/iteration-{study.goal(run):06d}/metrics.json"))
     found = {name: _pair(metrics, key) for name, (_, key, _) in MEASURES.items()}
-    curve, phase1, final = [], [], []
+    curve, spreads = [], []
     for iteration in range(1, study.goal(run) + 1):
         table = pq.read_table(io.BytesIO(place.store.read(f"{place.scores_dir(iteration)}/scores.parquet")))
         rows = [row for row in table.to_pylist() if row["reward"] is not None]
         alone = [row["reward_phase1"] for row in rows]
         curve.append((iteration, sum(alone) / len(alone)))
-        phase1.append(_within(rows, "reward_phase1"))
-        final.append(_within(rows, "reward"))
-    found[REWARD_STD] = (sum(phase1) / len(phase1), sum(final) / len(final))
-    return Outcome(run, found, curve)
+        first, used = _within(rows, "reward_phase1"), _within(rows, "reward")
+        spreads.append((_mean(first), _mean(used), _mean([float(deviation < TIED) for deviation in first])))
+    found[REWARD_STD] = (_mean([first for first, _, _ in spreads]), _mean([used for _, used, _ in spreads]))
+    return Outcome(run, found, curve, spreads)
 
 
 def _pair(metrics: Mapping[str, Any], key: str) -> tuple[float, float]:
@@ -84,8 +86,12 @@ def _pair(metrics: Mapping[str, Any], key: str) -> tuple[float, float]:
     return float(measured["base"]), float(measured["tuned"])
 
 
-def _within(rows: Sequence[Mapping[str, Any]], column: str) -> float:
-    """Mean over groups of the standard deviation within the group."""
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _within(rows: Sequence[Mapping[str, Any]], column: str) -> list[float]:
+    """The standard deviation within each group."""
     groups: dict[int, list[float]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row[column])
@@ -93,7 +99,7 @@ def _within(rows: Sequence[Mapping[str, Any]], column: str) -> float:
     for values in groups.values():
         mean = sum(values) / len(values)
         deviations.append(math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)))
-    return sum(deviations) / len(deviations)
+    return deviations
 
 
 def write_results(study: Study, done: Sequence[Run], planned: Sequence[Run], docs: Path) -> Path:
@@ -146,6 +152,9 @@ def _page(
             "Standard deviation of the reward within a group, averaged over groups and iterations: from phase 1\n"
             "alone, and as used for the advantages.\n",
             _spread_table(by_arm),
+            "Over the first and the last fifth of the iterations, with the share of groups whose candidates all have\n"
+            "the same phase-1 reward:\n",
+            _early_and_late({**by_arm, **longer}),
             "## Against the whole method\n",
             "Difference of the tuned value to arm `full` of the same seed, averaged over seeds.\n",
             _comparison_table(by_arm),
@@ -165,12 +174,12 @@ def _setting(study: Study, recipe: Recipe) -> str:
     rollout = recipe.rollout
     window = rollout.window
     last = window.start + window.size - 1
+    candidates = f"{rollout.groups} groups of {rollout.group_size} candidates"
     noise = f"`{rollout.noise.dynamics}` noise of level {rollout.noise.eta} in steps {window.start} to {last}"
-    return f"""`make study` runs every arm for {study.iterations} iterations of {rollout.groups} groups of
-{rollout.group_size} candidates, {rollout.min_layers} to {rollout.max_layers} layers, {rollout.steps} steps,
-{noise}, learning rate {recipe.update.learning_rate:g};
-and measures base and tuned policy on {recipe.evaluation.designs} held-out designs with {recipe.evaluation.steps} Heun
-steps, from the same noise.
+    measured = f"{recipe.evaluation.designs} held-out designs, with {recipe.evaluation.steps} Heun steps"
+    return f"""`make study` runs every arm for {study.iterations} iterations of {candidates}:
+{rollout.min_layers} to {rollout.max_layers} layers, {rollout.steps} steps, {noise}, learning rate
+{recipe.update.learning_rate:g}. Then it measures base and tuned policy on {measured} from the same noise.
 
 **The base** is the tiny policy that ships with layerloop, trained on with designs of which 60 % are decomposed badly:
 things left in the background, veils, copies of the whole picture (`components/pretrain_policy/faults.py`). The 20 B
@@ -179,9 +188,9 @@ ships has hardly any, and arm `shipped_base` shows what learning does to it.
 
 **The judge** is `{recipe.judge.model}`: rules over the pixels it is shown, not a vision-language model. It is built
 to be coarse about a candidate alone and finer side by side, as vision-language models are found to be
-(arXiv 2605.30257); so that phase 2 spreads the rewards, and that it helps, is by construction. What this page shows is
-that the loop turns such rewards into better decompositions, measured by other numbers than the reward. It does not show
-what a real judge would reward, nor what the 20 B model would learn.
+(arXiv 2605.30257); so that phase 2 spreads the rewards is by construction. What this page shows is that the loop turns
+such rewards into better decompositions, measured by other numbers than the reward. It does not show what a real judge
+would reward, nor what the 20 B model would learn.
 """
 
 
@@ -239,6 +248,24 @@ def _spread_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
         alone, used = interval([a for a, _ in pairs]), interval([b for _, b in pairs])
         ratio = interval([b / a if a else 0.0 for a, b in pairs])
         lines.append(f"| `{arm}` | {alone} | {used} | {ratio.mean:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _early_and_late(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
+    lines = [
+        "| arm | iterations | phase 1 alone, first | last | as used, first | last | tied in phase 1, first | last |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm in (name for name in LONG if name in by_arm):
+        items = by_arm[arm]
+        count = len(items[0].spreads)
+        fifth = max(1, count // 5)
+        cells = []
+        for column in range(3):
+            for part in (slice(fifth), slice(count - fifth, count)):
+                value = _mean([_mean([row[column] for row in item.spreads[part]]) for item in items])
+                cells.append(f"{value:.0%}" if column == 2 else f"{value:.4f}")
+        lines.append(f"| `{arm}` | {count} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
