@@ -1,0 +1,104 @@
+"""The study's page says what the campaigns' files say, and judges expectations by them."""
+
+from __future__ import annotations
+
+import io
+import json
+from importlib import resources
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.storage.campaign import Campaign
+from layerloop.pipelines.results import MEASURES, outcome, write_results
+from layerloop.pipelines.study import Run, Study
+
+RECIPE = (resources.files("layerloop.pipelines") / "recipes" / "study.yaml").read_text()
+BASE = {"bad_layers": 0.4, "l1_2": 0.1, "l1_3": 0.08, "l1_4": 0.06, "evenness": 0.6}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return Study(
+        folder=tmp_path / "study", recipe=RECIPE, base=tmp_path / "base", iterations=2, images=tmp_path / "i",
+        designs=tmp_path / "d", judge_url="http://x/v1",
+    )  # fmt: skip
+
+
+def finished(study: Study, run: Run, *, better: float, alone: float, used: float) -> Run:
+    """A campaign with what `outcome` reads: tuned = base times (1 - better), and +-alone, +-used about the reward."""
+    place = Campaign.create_or_open(str(study.campaign(run)), parse_recipe(study.recipe_of(run)))
+    metrics = {}
+    for name, (_, key, lower) in MEASURES.items():
+        tuned = BASE[name] * (1 - better if lower else 1 + better)
+        metrics[key] = {"base": BASE[name], "tuned": tuned}
+    folder = place.evaluation_dir(f"iteration-{study.goal(run):06d}")
+    place.store.write(f"{folder}/metrics.json", json.dumps({"measures": metrics}).encode())
+    for iteration in range(1, study.goal(run) + 1):
+        rows = [
+            {"group": group, "reward_phase1": 0.5 + sign * alone, "reward": 0.5 + sign * used}
+            for group in range(2)
+            for sign in (-1, 1)
+        ]
+        rows.append({"group": 1, "reward_phase1": None, "reward": None})  # masked
+        table = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), table)
+        if not place.store.list(f"{place.scores_dir(iteration)}/"):
+            place.store.write(f"{place.scores_dir(iteration)}/scores.parquet", table.getvalue())
+    return run
+
+
+def test_an_outcome_is_what_the_files_say(study: Study) -> None:
+    found = outcome(study, finished(study, Run("full", 1), better=0.6, alone=0.02, used=0.1))
+    assert found.metrics["bad_layers"] == pytest.approx((0.4, 0.16))
+    assert found.metrics["evenness"] == pytest.approx((0.6, 0.96))
+    assert found.metrics["reward_std"] == pytest.approx((0.02, 0.1))
+    assert found.curve == [(1, 0.5), (2, 0.5)]
+    assert all(row == pytest.approx((0.02, 0.1, 0.0)) for row in found.spreads)
+
+
+def page_of(study: Study, done: list[Run], missing: list[Run], docs: Path) -> str:
+    return write_results(study, done, [*done, *missing], docs).read_text()
+
+
+def test_the_page_says_what_holds_and_what_does_not(study: Study, tmp_path: Path) -> None:
+    done = [
+        *(finished(study, Run("full", seed), better=0.6 + 0.01 * seed, alone=0.02, used=0.1) for seed in range(3)),
+        *(finished(study, Run("phase1_only", seed), better=0.3, alone=0.02, used=0.02) for seed in range(3)),
+    ]
+    page = page_of(study, done, [Run("nft", 0)], tmp_path / "docs")
+    assert "| bad layers at least halved | -61.0% ± 2.5% | yes |" in page
+    assert "| spread of rewards at least doubled by phase 2 | 5.00 ± 0.00 | yes |" in page
+    assert "| feature evenness: ahead of `phase1_only` | +23.8% ± 1.9% | yes |" in page
+    assert "**no**" not in page
+    assert "`nft-0`: run `make study` again." in page
+    figures = json.loads((tmp_path / "docs" / "results.json").read_text())
+    assert figures["full"]["2"]["bad_layers"] == pytest.approx({"base": 0.4, "tuned": 0.152})
+    assert set(figures) == {"full", "phase1_only"}
+    assert (tmp_path / "docs" / "results-rewards.svg").read_text().startswith("<?xml")
+
+
+def test_what_did_not_come_out_is_said(study: Study, tmp_path: Path) -> None:
+    done = [
+        finished(study, Run("full", 0), better=0.05, alone=0.02, used=0.03),
+        finished(study, Run("phase1_only", 0), better=0.06, alone=0.0, used=0.0),
+    ]
+    page = page_of(study, done, [], tmp_path / "docs")
+    assert "| bad layers at least halved | -5.0% | **no** |" in page
+    assert "| spread of rewards at least doubled by phase 2 | 1.50 | **no** |" in page
+    assert "| bad layers a decomposition: ahead of `phase1_only` | +1.1% | **no** |" in page
+    assert "| `phase1_only` | 2 | 0.0000 | 0.0000 | 0.0000 | 0.0000 | 100% | 100% |" in page
+
+
+def test_longer_runs_have_a_table_of_their_own(study: Study, tmp_path: Path) -> None:
+    done = [finished(study, Run("full", 0), better=0.3, alone=0.02, used=0.1)]
+    assert "Twice as long" not in page_of(study, done, [], tmp_path / "docs")
+    done.append(finished(study, Run("full", 0, long=True), better=0.5, alone=0.02, used=0.1))
+    page = page_of(study, done, [], tmp_path / "docs")
+    assert "The same campaigns after 4 iterations" in page
+    figures = json.loads((tmp_path / "docs" / "results.json").read_text())
+    assert figures["full"]["0"]["l1_2"]["tuned"] == pytest.approx(0.07)
+    assert figures["full_long"]["0"]["l1_2"]["tuned"] == pytest.approx(0.05)
