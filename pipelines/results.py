@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.components.storage.campaign import Campaign
-from layerloop.pipelines.study import ARMS, LONG, Run, Study
+from layerloop.pipelines.study import ARMS, Run, Study
 
 # metric -> (title, name in metrics.json, whether lower is better)
 MEASURES: dict[str, tuple[str, str, bool]] = {
@@ -32,13 +33,23 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How rewards differ within groups, averaged over the groups of an iteration."""
+
+    alone: float  # standard deviation of the phase-1 reward
+    used: float  # of the reward that the advantages are made of
+    tied: float  # share of groups whose phase-1 rewards are all the same
+    agreement: float  # correlation of the two
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One finished run: metric -> (base, tuned), and its rewards by iteration."""
 
     run: Run
     metrics: Mapping[str, tuple[float, float]]
     curve: Sequence[tuple[int, float]]  # (iteration, mean phase-1 reward)
-    spreads: Sequence[tuple[float, float, float]]  # an iteration: deviation in a group of phase 1, as used; groups tied
+    spreads: Sequence[Spread]  # by iteration
 
 
 @dataclass(frozen=True)
@@ -67,17 +78,16 @@ def outcome(study: Study, run: Run) -> Outcome:
     import pyarrow.parquet as pq
 
     place = Campaign.open(str(study.campaign(run)))
-    metrics = json.loads(place.store.read(f"evaluations/iteration-{study.goal(run):06d}/metrics.json"))
+    metrics = json.loads(place.store.read(f"evaluations/iteration-{study.iterations:06d}/metrics.json"))
     found = {name: _pair(metrics, key) for name, (_, key, _) in MEASURES.items()}
     curve, spreads = [], []
-    for iteration in range(1, study.goal(run) + 1):
+    for iteration in range(1, study.iterations + 1):
         table = pq.read_table(io.BytesIO(place.store.read(f"{place.scores_dir(iteration)}/scores.parquet")))
         rows = [row for row in table.to_pylist() if row["reward"] is not None]
         alone = [row["reward_phase1"] for row in rows]
         curve.append((iteration, sum(alone) / len(alone)))
-        first, used = _within(rows, "reward_phase1"), _within(rows, "reward")
-        spreads.append((_mean(first), _mean(used), _mean([float(deviation < TIED) for deviation in first])))
-    found[REWARD_STD] = (_mean([first for first, _, _ in spreads]), _mean([used for _, used, _ in spreads]))
+        spreads.append(_spread(rows))
+    found[REWARD_STD] = (_mean([spread.alone for spread in spreads]), _mean([spread.used for spread in spreads]))
     return Outcome(run, found, curve, spreads)
 
 
@@ -90,50 +100,47 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _within(rows: Sequence[Mapping[str, Any]], column: str) -> list[float]:
-    """The standard deviation within each group."""
-    groups: dict[int, list[float]] = {}
+def _spread(rows: Sequence[Mapping[str, Any]]) -> Spread:
+    groups: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
-        groups.setdefault(row["group"], []).append(row[column])
-    deviations = []
-    for values in groups.values():
-        mean = sum(values) / len(values)
-        deviations.append(math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)))
-    return deviations
+        groups.setdefault(row["group"], []).append((row["reward_phase1"], row["reward"]))
+    alone, used, agreement = [], [], []
+    for pairs in groups.values():
+        first, final = ([pair[column] for pair in pairs] for column in (0, 1))
+        alone.append(statistics.pstdev(first))
+        used.append(statistics.pstdev(final))
+        if min(alone[-1], used[-1]) >= TIED:
+            agreement.append(statistics.correlation(first, final))
+    tied = [float(deviation < TIED) for deviation in alone]
+    return Spread(_mean(alone), _mean(used), _mean(tied), _mean(agreement) if agreement else 0.0)
 
 
 def write_results(study: Study, done: Sequence[Run], planned: Sequence[Run], docs: Path) -> Path:
     """Write results.json, RESULTS.md and curves into `docs`; returns the page."""
     outcomes = [outcome(study, run) for run in done]
     by_arm: dict[str, list[Outcome]] = {}
-    longer: dict[str, list[Outcome]] = {}
     for item in outcomes:
-        (longer if item.run.long else by_arm).setdefault(item.run.arm, []).append(item)
+        by_arm.setdefault(item.run.arm, []).append(item)
     docs.mkdir(parents=True, exist_ok=True)
     figures = {
         arm: {
             str(item.run.seed): {name: {"base": b, "tuned": t} for name, (b, t) in item.metrics.items()}
             for item in items
         }
-        for arm, items in (*by_arm.items(), *((f"{arm}_long", items) for arm, items in longer.items()))
+        for arm, items in by_arm.items()
     }
     (docs / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
     if by_arm:
-        _draw_curves({**by_arm, **longer}, docs / "results-rewards.svg")
+        _draw_curves(by_arm, docs / "results-rewards.svg")
     page = docs / "RESULTS.md"
-    page.write_text(_page(study, by_arm, longer, [run for run in planned if run not in done]))
+    page.write_text(_page(study, by_arm, [run for run in planned if run not in done]))
     return page
 
 
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def _page(
-    study: Study,
-    by_arm: Mapping[str, Sequence[Outcome]],
-    longer: Mapping[str, Sequence[Outcome]],
-    missing: Sequence[Run],
-) -> str:
+def _page(study: Study, by_arm: Mapping[str, Sequence[Outcome]], missing: Sequence[Run]) -> str:
     parts = ["# Does it learn?\n"]
     if not by_arm:
         parts.append("No run is finished yet.\n")
@@ -152,20 +159,19 @@ def _page(
             "Standard deviation of the reward within a group, averaged over groups and iterations: from phase 1\n"
             "alone, and as used for the advantages.\n",
             _spread_table(by_arm),
-            "Over the first and the last fifth of the iterations, with the share of groups whose candidates all have\n"
-            "the same phase-1 reward:\n",
-            _early_and_late({**by_arm, **longer}),
+            "Over the first and the last fifth of the iterations; with the share of groups whose candidates all have\n"
+            "the same phase-1 reward, and the correlation of both rewards within groups:\n",
+            _early_and_late(by_arm),
             "## Against the whole method\n",
             "Difference of the tuned value to arm `full` of the same seed, averaged over seeds.\n",
             _comparison_table(by_arm),
-            *_twice_as_long(study, longer),
             "## Rewards over iterations\n",
             "Phase-1 reward, whose scale does not depend on the group, averaged over ten iterations; thin lines are\n"
             "seeds.\n",
             "![rewards over iterations](results-rewards.svg)\n",
         ]
     if missing:
-        names = ", ".join(f"`{run.name}`" + (" (twice as long)" if run.long else "") for run in missing)
+        names = ", ".join(f"`{run.name}`" for run in missing)
         parts += ["## Not finished\n", f"{names}: run `make study` again.\n"]
     return "\n".join(parts)
 
@@ -252,35 +258,18 @@ def _spread_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 def _early_and_late(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
-    lines = [
-        "| arm | iterations | phase 1 alone, first | last | as used, first | last | tied in phase 1, first | last |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for arm in (name for name in LONG if name in by_arm):
-        items = by_arm[arm]
+    names = ("phase 1 alone", "as used", "tied in phase 1", "agreement")
+    lines = ["| arm | " + " | ".join(f"{name}, first | last" for name in names) + " |", "|---" * 9 + "|"]
+    for arm, items in by_arm.items():
         count = len(items[0].spreads)
         fifth = max(1, count // 5)
         cells = []
-        for column in range(3):
+        for field, form in (("alone", ".4f"), ("used", ".4f"), ("tied", ".0%"), ("agreement", ".2f")):
             for part in (slice(fifth), slice(count - fifth, count)):
-                value = _mean([_mean([row[column] for row in item.spreads[part]]) for item in items])
-                cells.append(f"{value:.0%}" if column == 2 else f"{value:.4f}")
-        lines.append(f"| `{arm}` | {count} | " + " | ".join(cells) + " |")
+                value = _mean([_mean([getattr(spread, field) for spread in item.spreads[part]]) for item in items])
+                cells.append(format(value, form))
+        lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _twice_as_long(study: Study, longer: Mapping[str, Sequence[Outcome]]) -> list[str]:
-    """What phase 2 buys once the plain faults are gone."""
-    if not longer:
-        return []
-    return [
-        "## Twice as long\n",
-        f"The same campaigns after {2 * study.iterations} iterations: does it pay to judge side by side once the\n"
-        "plain faults are gone?\n",
-        _measures_table(longer),
-        _spread_table(longer),
-        _comparison_table(longer),
-    ]
 
 
 def _comparison_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:

@@ -40,15 +40,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Run:
-    """One campaign of a study, up to its first evaluation, or on to the one after twice as many iterations."""
+    """One campaign of a study."""
 
     arm: str
     seed: int
-    long: bool = False
 
     @property
     def name(self) -> str:
-        """Of the campaign."""
         return f"{self.arm}-{self.seed}"
 
 
@@ -100,17 +98,9 @@ class Study:
     def campaign(self, run: Run) -> Path:
         return self.folder / run.name
 
-    def goal(self, run: Run) -> int:
-        """After how many iterations a run is evaluated."""
-        return self.iterations * (2 if run.long else 1)
-
     def done(self, run: Run) -> bool:
         """Whether a run has its evaluation."""
-        return (self.campaign(run) / "evaluations" / f"iteration-{self.goal(run):06d}" / "manifest.json").exists()
-
-
-# What phase 2 buys shows late: as the policy improves, whole numbers stop telling its candidates apart.
-LONG = ("full", "phase1_only")
+        return (self.campaign(run) / "evaluations" / f"iteration-{self.iterations:06d}" / "manifest.json").exists()
 
 
 def plan(arms: Sequence[str], seeds: int | None = None) -> list[Run]:
@@ -234,7 +224,7 @@ def advance(study: Study, run: Run, step: WarmSteps, deadline: float) -> None:
         designs=str(study.designs.resolve()),
     )
     place = Campaign.open(campaign)
-    goal = study.goal(run)
+    goal = study.iterations
     for iteration in range(place.head() + 1, goal + 1):
         if time.monotonic() > deadline:
             print(f"{run.name}: stopped after iteration {iteration - 1} of {goal}", flush=True)
@@ -252,7 +242,7 @@ def advance(study: Study, run: Run, step: WarmSteps, deadline: float) -> None:
                 flush=True,
             )
     step("evaluate_adapter", campaign=campaign, iteration=goal)
-    print(f"{run.name}: evaluated after iteration {goal}", flush=True)
+    print(f"{run.name}: evaluated", flush=True)
 
 
 def drop_shards(place: Campaign, iteration: int) -> None:
@@ -278,7 +268,6 @@ def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, job
     from layerloop.pipelines.results import write_results
 
     runs = plan(arms)
-    longer = [Run(run.arm, run.seed, long=True) for run in runs if run.arm in LONG]
     folder.mkdir(parents=True, exist_ok=True)
     images, designs = make_designs(folder)
     base = make_base(folder)
@@ -287,14 +276,10 @@ def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, job
             folder=folder, recipe=recipe_text("study"), base=base, iterations=iterations, images=images,
             designs=designs, judge_url=judge_url,
         )  # fmt: skip
-        begun = time.monotonic()
         done = run_study(whole, runs, jobs=jobs, hours=hours)
-        if len(done) == len(runs):
-            left = hours - (time.monotonic() - begun) / 3600
-            done += run_study(whole, longer, jobs=jobs, hours=left)
-    page = write_results(whole, done, [*runs, *longer], docs)
-    print(f"{len(done)} of {len(runs) + len(longer)} runs are done; results in {page}", flush=True)
-    return 0 if len(done) == len(runs) + len(longer) else 1
+    page = write_results(whole, done, runs, docs)
+    print(f"{len(done)} of {len(runs)} runs are done; results in {page}", flush=True)
+    return 0 if len(done) == len(runs) else 1
 
 
 def make_base(folder: Path) -> Path:
