@@ -167,7 +167,7 @@ def _page(study: Study, by_arm: Mapping[str, Sequence[Outcome]], missing: Sequen
             _comparison_table(by_arm),
             "## Rewards over iterations\n",
             "Phase-1 reward, whose scale does not depend on the group, averaged over ten iterations; thin lines are\n"
-            "seeds.\n",
+            "seeds, dashed arms have one.\n",
             "![rewards over iterations](results-rewards.svg)\n",
         ]
     if missing:
@@ -288,7 +288,7 @@ def _comparison_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 def _draw_curves(by_arm: Mapping[str, Sequence[Outcome]], path: Path, *, smooth: int = 10) -> None:
-    """Mean reward over iterations, a colour an arm: seeds thin, their mean thick."""
+    """Mean reward over iterations, a colour an arm: seeds thin, their mean thick, dashed where there is one seed."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -305,10 +305,11 @@ def _draw_curves(by_arm: Mapping[str, Sequence[Outcome]], path: Path, *, smooth:
             if len(items) > 1:
                 axes.plot(range(1, len(values) + 1), lines[-1], color=colour, alpha=0.3, linewidth=0.8)
         mean = [sum(column) / len(column) for column in zip(*lines, strict=True)]
-        axes.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2, label=arm)
+        style: dict[str, Any] = {"linewidth": 2} if len(items) > 1 else {"linewidth": 1, "linestyle": "--"}
+        axes.plot(range(1, len(mean) + 1), mean, color=colour, label=arm, **style)
     axes.set_xlabel("iteration")
     axes.set_ylabel(f"mean phase-1 reward, {smooth} iterations")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2)
+    axes.legend(frameon=False, ncols=3, loc="lower right")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
