@@ -226,6 +226,11 @@ def _expectations(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
             gap = interval([a.metrics[name][1] - b.metrics[name][1] for a, b in pairs])
             relative = interval([_relative(b.metrics[name][1], a.metrics[name][1]) for a, b in pairs])
             line(f"{title}: ahead of `phase1_only`", relative, gap.mean < 0 if lower else gap.mean > 0, percent=True)
+        lines += [
+            "",
+            "How much phase 2 can add to phase 1 depends on the judge: the closer the agreement of both within groups",
+            "(below) is to 1, the less is left to add.",
+        ]
     return "\n".join(lines) + "\n"
 
 
