@@ -80,5 +80,6 @@ def test_a_fault_that_one_rank_meets_stops_both_with_one_clear_line(make_lab: Ma
     assert completed.returncode != 0
     assert "window has NaN or infinite latents" in completed.stderr
     lines = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 2 and len(set(lines)) == 1, "each rank says the same line, none waits for the other"
+    # Neither waits for the other: the run ends. torchrun may end the second rank before it has said its line.
+    assert len(lines) in (1, 2) and len(set(lines)) == 1, "the ranks say the same line"
     assert not lab.committed(1)
