@@ -7,7 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,19 @@ def test_the_metrics_tell_every_diagnostic_of_every_timestep(make_lab: MakeLab) 
     assert len(metadata["gradient_norms"]) == 2 and metrics["gradient_norm"] == max(metadata["gradient_norms"]) > 0
 
 
+def candidates_of(lab: Lab) -> Iterator[tuple[GroupRecord, int, Condition, torch.Tensor, dict[str, torch.Tensor]]]:
+    """(group, candidate, condition, advantages `[G]` of its group, latents) of every candidate of iteration 1."""
+    (manifest,) = lab.campaign.rollouts(1)
+    for key, members in (sample for shard in manifest.shards for sample in read_shard(lab.store, shard)):
+        if "condition.safetensors" in members:
+            record = GroupRecord.from_json(members["json"], where=key)
+            rewards = torch.tensor([spread(1, record.group, c) for c in range(G)], dtype=torch.float64)
+            advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
+            condition = Condition(load(members["condition.safetensors"])["condition"][None], lab.prompt()[None], 32, 32)
+        else:
+            yield record, int(key[-2:]), condition, advantages, load(members["trajectory.safetensors"])
+
+
 def test_gradient_is_that_of_the_textbook_surrogate_in_one_large_batch(make_lab: MakeLab) -> None:
     """Against flow_grpo's form written out: log-probabilities of stored steps, PPO ratio, one autograd graph."""
     lab = make_lab(update={"steps": 1, "ratio_norm": "mean", "reweight": False, "max_grad_norm": 1e9, "microbatch": 3})
@@ -85,21 +98,14 @@ def test_gradient_is_that_of_the_textbook_surrogate_in_one_large_batch(make_lab:
     policy = LayeredPolicy.load(lab.recipe.model)
     add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
     losses = []
-    (manifest,) = lab.campaign.rollouts(1)
-    for key, members in (sample for shard in manifest.shards for sample in read_shard(lab.store, shard)):
-        if "condition.safetensors" in members:
-            record = GroupRecord.from_json(members["json"], where=key)
-            rewards = torch.tensor([spread(1, record.group, c) for c in range(G)], dtype=torch.float64)
-            advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
-            condition = Condition(load(members["condition.safetensors"])["condition"][None], lab.prompt()[None], 32, 32)
-            continue
-        window = load(members["trajectory.safetensors"])["window"]
+    for record, c, condition, advantages, latents in candidates_of(lab):
+        window = latents["window"]
         for j in range(WINDOW):
             i = record.window_start + j
             v = policy.velocity(window[j : j + 1], record.sigmas[i], condition)
             mean, s = replay_mean(window[j : j + 1], v, record.sigmas, i, record.etas[j], record.dynamics)
             logp = log_prob(window[j + 1 : j + 2], mean, s)
-            losses.append(-float(advantages[int(key[-2:])]) * (logp - logp.detach()).exp())
+            losses.append(-float(advantages[c]) * (logp - logp.detach()).exp())
     torch.cat(losses).mean().backward()
 
     ours = first_gradient(lab)
@@ -120,15 +126,8 @@ def test_gradient_of_nft_is_that_of_its_authors_loss(make_lab: MakeLab) -> None:
     policy = LayeredPolicy.load(lab.recipe.model)
     add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
     losses = []
-    (manifest,) = lab.campaign.rollouts(1)
-    for key, members in (sample for shard in manifest.shards for sample in read_shard(lab.store, shard)):
-        if "condition.safetensors" in members:
-            record = GroupRecord.from_json(members["json"], where=key)
-            rewards = torch.tensor([spread(1, record.group, c) for c in range(G)], dtype=torch.float64)
-            advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
-            condition = Condition(load(members["condition.safetensors"])["condition"][None], lab.prompt()[None], 32, 32)
-            continue
-        c, x0 = int(key[-2:]), load(members["trajectory.safetensors"])["final"]
+    for record, c, condition, advantages, latents in candidates_of(lab):
+        x0 = latents["final"]
         r = float((advantages[c].clamp(-clip, clip) / clip) / 2 + 0.5)
         times, noises = draw(
             lab.recipe.seed, 1, record.image_key, record.group, c, "nft", count=2, sigmas=record.sigmas, shape=x0.shape
