@@ -43,7 +43,7 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
     Raises:
         LayerloopError: bad input, or a step failed.
     """
-    from layerloop.components.judge.reference import NAME
+    from layerloop.components.judge.reference import BANDS
 
     campaign = Path(job.campaign)
     if fresh and campaign.exists():
@@ -60,8 +60,8 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
         print(f"judge {judge.model} at {judge_url}", flush=True)
         run = run_job(replace(job, judge_url=judge_url), runs=folder / "runs")
     say_what_was_made(run, job)
-    if judge.model == NAME:
-        print(f"The judge was {NAME}: rules over pixels that stand in for a vision-language model.")
+    if judge.model in BANDS:
+        print(f"The judge was {judge.model}: rules over pixels that stand in for a vision-language model.")
     print("Again: `make demo` continues this campaign from its head; `make demo FRESH=1` starts anew.")
 
 
@@ -93,10 +93,14 @@ def make_pictures(folder: Path) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def reference_judge(log: Path) -> Iterator[str]:
-    """The package's own judge in a process of its own on a free loopback port: its base URL."""
+def reference_judge(log: Path, *options: str) -> Iterator[str]:
+    """The package's own judge in a process of its own on a free loopback port: its base URL.
+
+    Args:
+        options: more of `layerloop judge serve`.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "layerloop.pipelines.cli", "judge", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "layerloop.pipelines.cli", "judge", "serve", "--port", "0", *options]
     with open(log, "w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         try:
             deadline = time.monotonic() + 60

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerloop.components.judge.reference import FINE
 from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.components.storage.campaign import Campaign
 from layerloop.pipelines.study import ARMS, Run, Study
@@ -27,6 +28,7 @@ MEASURES: dict[str, tuple[str, str, bool]] = {
     "evenness": ("feature evenness", "designs.evenness", False),
 }
 REWARD_STD = "reward_std"
+TWIN = {"phase1_fine": "full_fine"}  # arm -> what it is compared with, where that is not `full`
 TIED = 1e-4  # deviation below which a group's rewards are all the same
 # Two-sided 95 % quantile of Student's t by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -162,8 +164,8 @@ def _page(study: Study, by_arm: Mapping[str, Sequence[Outcome]], missing: Sequen
             "Over the first and the last fifth of the iterations; with the share of groups whose candidates all have\n"
             "the same phase-1 reward, and the correlation of both rewards within groups:\n",
             _early_and_late(by_arm),
-            "## Against the whole method\n",
-            "Difference of the tuned value to arm `full` of the same seed, averaged over seeds.\n",
+            "## Arm against arm\n",
+            "Difference of the tuned value to the other arm's of the same seed, averaged over seeds.\n",
             _comparison_table(by_arm),
             "## Rewards over iterations\n",
             "Phase-1 reward, whose scale does not depend on the group, averaged over ten iterations; thin lines are\n"
@@ -193,10 +195,12 @@ base has such faults from its own training, 1.65 bad layers a decomposition (arX
 ships has hardly any, and arm `shipped_base` shows what learning does to it.
 
 **The judge** is `{recipe.judge.model}`: rules over the pixels it is shown, not a vision-language model. It is built
-to be coarse about a candidate alone and finer side by side, as vision-language models are found to be
-(arXiv 2605.30257); so that phase 2 spreads the rewards is by construction. What this page shows is that the loop turns
-such rewards into better decompositions, measured by other numbers than the reward. It does not show what a real judge
-would reward, nor what the 20 B model would learn.
+to be coarse about a candidate alone, nearly always 2 or 3 of 0 to 5, and fine side by side, as vision-language models
+are found to be (arXiv 2605.30257 sees no variance at all within groups in phase 1). So two things here are by
+construction: that phase 2 spreads the rewards, and that it knows what phase 1 cannot tell. Its twin, `{FINE}`,
+uses all of 0 to 5 alone; `full_fine` and `phase1_fine` show how much of the lead of the whole method is the judge's
+coarseness. What this page shows is that the loop turns such rewards into better decompositions, measured by other
+numbers than the reward. It does not show what a real judge would reward, nor what the 20 B model would learn.
 """
 
 
@@ -229,7 +233,8 @@ def _expectations(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
         lines += [
             "",
             "How much phase 2 can add to phase 1 depends on the judge: the closer the agreement of both within groups",
-            "(below) is to 1, the less is left to add.",
+            "(below) is to 1, the less is left to add. `phase1_fine` against `full_fine` (further below) is the same",
+            "comparison with a judge that is fine in both phases.",
         ]
     return "\n".join(lines) + "\n"
 
@@ -279,16 +284,17 @@ def _early_and_late(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
 
 def _comparison_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
     lines = [
-        "| arm | " + " | ".join(title for title, _, _ in MEASURES.values()) + " |",
-        "|---" * (1 + len(MEASURES)) + "|",
+        "| arm | against | " + " | ".join(title for title, _, _ in MEASURES.values()) + " |",
+        "|---" * (2 + len(MEASURES)) + "|",
     ]
-    full = {item.run.seed: item for item in by_arm.get("full", ())}
     for arm, items in by_arm.items():
-        pairs = [(item, full[item.run.seed]) for item in items if item.run.seed in full]
-        if arm == "full" or not pairs:
+        twin = TWIN.get(arm, "full")
+        others = {item.run.seed: item for item in by_arm.get(twin, ())}
+        pairs = [(item, others[item.run.seed]) for item in items if item.run.seed in others]
+        if arm == twin or not pairs:
             continue
         cells = [str(interval([a.metrics[name][1] - b.metrics[name][1] for a, b in pairs])) for name in MEASURES]
-        lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
+        lines.append(f"| `{arm}` | `{twin}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

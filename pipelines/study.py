@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from layerloop.components.judge.reference import FINE, NAME
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
@@ -68,6 +69,11 @@ ARMS: dict[str, Arm] = {
     "eta_low": Arm("noise level 0.4", 1, {"rollout": {"noise": {"eta": 0.4}}}),
     "eta_high": Arm("noise level 0.9", 1, {"rollout": {"noise": {"eta": 0.9}}}),
     "flow_sde": Arm("Flow-SDE noise of level 1.0", 1, {"rollout": {"noise": {"dynamics": "flow_sde", "eta": 1.0}}}),
+    "full_fine": Arm("the whole method, with a judge that is fine alone too", 3, {"judge": {"model": FINE}}),
+    "phase1_fine": Arm(
+        "without the side-by-side phase, with a judge that is fine alone too", 3,
+        {"judge": {"model": FINE, "phase2": {"enabled": False}}},
+    ),
     "shipped_base": Arm("the tiny policy as it ships, which has few faults to unlearn", 1, {"model": {"base": "tiny"}}),
 }  # fmt: skip
 
@@ -82,7 +88,7 @@ class Study:
     iterations: int
     images: Path
     designs: Path
-    judge_url: str
+    judge_urls: Mapping[str, str]  # model -> base URL
 
     def recipe_of(self, run: Run) -> str:
         """YAML of a run's recipe: the study's, changed by the arm, with the run's seed.
@@ -216,10 +222,12 @@ def warm_steps(logs: Path, *, threads: int) -> Iterator[WarmSteps]:
 def advance(study: Study, run: Run, step: WarmSteps, deadline: float) -> None:
     """Carry one run on from its head, to its evaluation or to the deadline."""
     campaign = str(study.campaign(run).resolve())
+    recipe = study.recipe_of(run)
+    judge_url = study.judge_urls[parse_recipe(recipe).judge.model]
     step(
         "shard_dataset",
         campaign=campaign,
-        recipe=study.recipe_of(run),
+        recipe=recipe,
         images=str(study.images.resolve()),
         designs=str(study.designs.resolve()),
     )
@@ -231,7 +239,7 @@ def advance(study: Study, run: Run, step: WarmSteps, deadline: float) -> None:
             return
         begun = time.monotonic()
         step("generate_rollouts", campaign=campaign, iteration=iteration)
-        scores = step("score_rollouts", campaign=campaign, iteration=iteration, judge_url=study.judge_url)
+        scores = step("score_rollouts", campaign=campaign, iteration=iteration, judge_url=judge_url)
         step("update_lora", campaign=campaign, iteration=iteration)
         drop_shards(place, iteration)
         if iteration % 10 == 0 or iteration == goal:
@@ -271,10 +279,13 @@ def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, job
     folder.mkdir(parents=True, exist_ok=True)
     images, designs = make_designs(folder)
     base = make_base(folder)
-    with reference_judge(folder / "judge.log") as judge_url:
+    with (
+        reference_judge(folder / "judge.log") as judge_url,
+        reference_judge(folder / "judge-fine.log", "--fine") as fine_url,
+    ):
         whole = Study(
             folder=folder, recipe=recipe_text("study"), base=base, iterations=iterations, images=images,
-            designs=designs, judge_url=judge_url,
+            designs=designs, judge_urls={NAME: judge_url, FINE: fine_url},
         )  # fmt: skip
         done = run_study(whole, runs, jobs=jobs, hours=hours)
     page = write_results(whole, done, runs, docs)

@@ -124,7 +124,7 @@ def reward_curve(campaign: Campaign, scores: Sequence[Manifest]) -> list[Point]:
 
 def judge_sentence(scores: Sequence[Manifest]) -> str:
     """Who gave the rewards, said as plainly as it must be."""
-    from layerloop.components.judge.reference import NAME
+    from layerloop.components.judge.reference import BANDS
 
     if not scores:
         return "No scores are kept in this campaign, so this page cannot say which judge trained the adapter."
@@ -135,13 +135,16 @@ def judge_sentence(scores: Sequence[Manifest]) -> str:
     rubrics = " and ".join(dict.fromkeys(said(m, "rubric", "rubric_version") for m in scores))
     judges = list(dict.fromkeys(said(manifest, "judge") for manifest in scores))
     versions = ", ".join(dict.fromkeys(said(manifest, "judge_version") for manifest in scores))
-    if judges == [NAME]:
+    rules = [judge for judge in judges if judge in BANDS]
+    if judges == rules:
         return (
-            f"The rewards of training were given by {NAME}: rules over pixels that stand in for a vision-language "
-            "model, so that the whole job runs on one machine. A higher reward means that these rules were pleased, "
-            f"not that a person or a VLM would be. Rubric: {rubrics}."
+            f"The rewards of training were given by {' and '.join(judges)}: rules over pixels that stand in for a "
+            "vision-language model, so that the whole job runs on one machine. A higher reward means that these rules "
+            f"were pleased, not that a person or a VLM would be. Rubric: {rubrics}."
         )
     mixed = (
-        f" Some came from {NAME}, which is rules over pixels and not a vision-language model." if NAME in judges else ""
+        f" Some came from {' and '.join(rules)}, which is rules over pixels and not a vision-language model."
+        if rules
+        else ""
     )
     return f"The rewards of training were given by {' and '.join(judges)} ({versions}).{mixed} Rubric: {rubrics}."

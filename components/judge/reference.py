@@ -1,8 +1,9 @@
 """The reference judge's answers: what `rules.py` thinks, said in the form that the request asks for.
 
-Like a VLM it is coarse about a single candidate (whole numbers, and those in a narrow band around the middle of 0..5)
-and finer side by side, where it spreads what it compares around the level of the first judgements. It is rules, not a
-model, and says so in its name and fingerprint.
+Like a VLM it is coarse about a single candidate (whole numbers, and nearly always 2 or 3 of 0..5) and finer side by
+side, where it spreads what it compares around the level of the first judgements. Its fine twin uses all of 0..5 about a
+single candidate, to see what that coarseness costs (docs/RESULTS.md). Both are rules, not a model, and say so in name
+and fingerprint.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from layerloop.components.judge.rules import CRITERIA, Seen, qualities
 from layerloop.components.judge.seeing import BadRequestError, View, candidates, first_scores, look
 
 NAME = "layerloop-reference-judge"
-VERSION = "2"  # raised when an answer to the same request changes
+FINE = f"{NAME}-fine"
+VERSION = "3"  # raised when an answer to the same request changes
 FINGERPRINT = f"rules-v{VERSION}, pixel rules of layerloop, not a vision-language model"
-BAND = 0.5  # how much of the scale its scores of a single candidate use
+BANDS = {NAME: 0.4, FINE: 1.0}  # model -> how much of the scale its scores of a single candidate use
 STRETCH = 3.0  # how far side-by-side scores are spread, at most, beyond what each is worth on its own
 YES = (0.5, 0.6, 0.7, 0.8)  # quality from which the 1st, 2nd, ... question of a checklist is answered with yes
 TIE = 0.01  # quality difference below which a pair is called equal
@@ -52,8 +54,13 @@ class Memory:
         return known
 
 
-def answer(body: dict[str, Any], memory: Memory) -> tuple[str, list[dict[str, Any]] | None, View]:
+def answer(
+    body: dict[str, Any], memory: Memory, *, band: float = BANDS[NAME]
+) -> tuple[str, list[dict[str, Any]] | None, View]:
     """The text of the reply, its tokens with log-probabilities if they are asked for, and what was looked at.
+
+    Args:
+        band: How much of the scale scores of a single candidate use, (0, 1].
 
     Raises:
         BadRequestError: the request cannot be judged, or asks for JSON that this judge cannot give.
@@ -69,7 +76,7 @@ def answer(body: dict[str, Any], memory: Memory) -> tuple[str, list[dict[str, An
         elif key == "scores" and all(name.startswith("candidate_") for name in shape):
             reply[key] = _side_by_side(shown, first_scores(view.question), shape)
         elif key == "scores":
-            doubts = [TOP * (0.5 + BAND * (_known(shown[0], name) - 0.5)) for name in shape]
+            doubts = [TOP * (0.5 + band * (_known(shown[0], name) - 0.5)) for name in shape]
             reply[key] = {name: math.floor(value + 0.5) for name, value in zip(shape, doubts, strict=True)}
         elif key == "better" and len(shown) == 2:
             reply[key] = {name: _better(_known(shown[0], name), _known(shown[1], name)) for name in shape}

@@ -23,7 +23,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from layerloop.components.judge.reference import FINGERPRINT, NAME, Memory, answer
+from layerloop.components.judge.reference import BANDS, FINGERPRINT, NAME, Memory, answer
 from layerloop.components.judge.seeing import BadRequestError, View
 from layerloop.components.judge.server_batches import BatchDesk
 from layerloop.components.schema.errors import LayerloopError
@@ -40,8 +40,8 @@ class JudgeServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 512
 
-    def __init__(self, host: str, port: int, *, max_body: int = MAX_BODY) -> None:
-        self.memory, self.max_body, self.started = Memory(), max_body, int(time.time())
+    def __init__(self, host: str, port: int, *, model: str = NAME, max_body: int = MAX_BODY) -> None:
+        self.name, self.memory, self.max_body, self.started = model, Memory(), max_body, int(time.time())
         self.desk = BatchDesk(self.complete_or_refuse)
         try:
             super().__init__((host, port), _Handler)
@@ -57,7 +57,7 @@ class JudgeServer(ThreadingHTTPServer):
 
     def model(self) -> dict[str, Any]:
         return {
-            "id": NAME,
+            "id": self.name,
             "object": "model",
             "created": self.started,
             "owned_by": "layerloop",
@@ -72,9 +72,9 @@ class JudgeServer(ThreadingHTTPServer):
             raise BadRequestError("the body is not JSON") from None
         if not isinstance(body, dict):
             raise BadRequestError("the body is not a JSON object")
-        check_parameters(body)
-        text, tokens, view = answer(body, self.memory)
-        return completion(text, tokens, view)
+        check_parameters(body, self.name)
+        text, tokens, view = answer(body, self.memory, band=BANDS[self.name])
+        return completion(text, tokens, view, self.name)
 
     def complete_or_refuse(self, data: bytes) -> tuple[int, dict[str, Any]]:
         try:
@@ -86,17 +86,17 @@ class JudgeServer(ThreadingHTTPServer):
         """A client that goes away is no event; anything else is answered with 500 where it happens."""
 
 
-def serve(host: str = "127.0.0.1", port: int = 8788, *, max_body: int = MAX_BODY) -> None:
+def serve(host: str = "127.0.0.1", port: int = 8788, *, model: str = NAME, max_body: int = MAX_BODY) -> None:
     """Serve until SIGINT or SIGTERM. Port 0 takes a free one; the line that is printed first names it.
 
     Raises:
         LayerloopError: the address cannot be listened on.
     """
-    server = JudgeServer(host, port, max_body=max_body)
+    server = JudgeServer(host, port, model=model, max_body=max_body)
     with contextlib.suppress(ValueError):  # signals can be set in the main thread only
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
     print(f"listening on {server.url}", flush=True)
-    print(f"model {NAME}: {FINGERPRINT}", flush=True)
+    print(f"model {model}: {FINGERPRINT}", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -106,9 +106,9 @@ def serve(host: str = "127.0.0.1", port: int = 8788, *, max_body: int = MAX_BODY
 
 
 @contextlib.contextmanager
-def start_in_thread(host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def start_in_thread(host: str = "127.0.0.1", port: int = 0, *, model: str = NAME) -> Iterator[str]:
     """A judge in this process, on a free port; yields its base URL."""
-    server = JudgeServer(host, port)
+    server = JudgeServer(host, port, model=model)
     thread = threading.Thread(target=server.serve_forever, name="judge", daemon=True)
     thread.start()
     try:
@@ -151,9 +151,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, method: str, path: str, body: bytes) -> dict[str, Any] | bytes:
         server, desk = self.server, self.server.desk
         routes: dict[str, dict[str, Callable[[], dict[str, Any] | bytes]]] = {
-            "/health": {"GET": lambda: {"status": "ok", "model": NAME}},
+            "/health": {"GET": lambda: {"status": "ok", "model": server.name}},
             "/v1/models": {"GET": lambda: {"object": "list", "data": [server.model()]}},
-            f"/v1/models/{NAME}": {"GET": server.model},
+            f"/v1/models/{server.name}": {"GET": server.model},
             "/v1/chat/completions": {"POST": lambda: server.complete(body)},
             "/v1/files": {"POST": lambda: desk.add_upload(self.headers.get("Content-Type", ""), body)},
             "/v1/batches": {"GET": desk.batches, "POST": lambda: desk.create(body)},
@@ -203,15 +203,15 @@ class _Handler(BaseHTTPRequestHandler):
         """Requests are not logged: they carry keys and pictures."""
 
 
-def check_parameters(body: dict[str, Any]) -> None:
+def check_parameters(body: dict[str, Any], model: str) -> None:
     """Refuse what a completion of this judge cannot honour.
 
     Raises:
         BadRequestError: another model, streaming, more than one choice, or a value out of range.
     """
-    if body.get("model") != NAME:
+    if body.get("model") != model:
         raise BadRequestError(
-            f"the model {str(body.get('model'))[:80]!r} does not exist; there is {NAME!r}", param="model", status=404,
+            f"the model {str(body.get('model'))[:80]!r} does not exist; there is {model!r}", param="model", status=404,
             code="model_not_found",
         )  # fmt: skip
     if body.get("stream"):
@@ -232,7 +232,7 @@ def check_parameters(body: dict[str, Any]) -> None:
         raise BadRequestError("'top_logprobs' needs 'logprobs' to be true", param="top_logprobs")
 
 
-def completion(text: str, tokens: list[dict[str, Any]] | None, view: View) -> dict[str, Any]:
+def completion(text: str, tokens: list[dict[str, Any]] | None, view: View, model: str = NAME) -> dict[str, Any]:
     """A chat completion object around the judge's text."""
     pictures = [p for p in (view.source, view.whole) if p is not None]
     pictures += [p for layers in view.layers.values() for p in layers.values()]
@@ -243,7 +243,7 @@ def completion(text: str, tokens: list[dict[str, Any]] | None, view: View) -> di
         "id": f"chatcmpl-{uuid.uuid4().hex[:24]}",
         "object": "chat.completion",
         "created": int(time.time()),
-        "model": NAME,
+        "model": model,
         "system_fingerprint": FINGERPRINT,
         "choices": [
             {

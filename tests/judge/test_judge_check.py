@@ -22,7 +22,7 @@ SMALL = JudgeRecipe(resolution=64, phase2={"resolution": 64})  # type: ignore[ar
 
 
 def test_the_reference_judge_passes(reference_url: str) -> None:
-    report = check(reference_url, recipe=SMALL, designs=1)
+    report = check(reference_url, designs=1)
     assert report.verdict == "good" and report.problems == []
     assert report.json_schema and report.json_object and report.logprobs and report.images_per_request == 32
     assert report.canaries.agreement == report.canaries.agreement_beside == 1.0

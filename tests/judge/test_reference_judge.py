@@ -15,11 +15,12 @@ import pytest
 
 from layerloop.components.judge.grids import draw_grid
 from layerloop.components.judge.pictures import Picture, candidate_pictures, picture
-from layerloop.components.judge.reference import FINGERPRINT, NAME
+from layerloop.components.judge.reference import FINE, FINGERPRINT, NAME
 from layerloop.components.judge.requests import Request, alone, side_by_side
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.judge.rules import CRITERIA, Seen, qualities
 from layerloop.components.judge.seeing import candidates, look
+from layerloop.components.judge.server import start_in_thread
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
 
@@ -223,6 +224,23 @@ def test_the_answer_has_the_form_that_was_asked_for(
         assert status == 200 and reply["choices"][0]["finish_reason"] == "stop"
         jsonschema.validate(json.loads(reply["choices"][0]["message"]["content"]), request.schema)
         assert reply["usage"]["prompt_tokens"] > 0 and reply["usage"]["completion_tokens"] > 0
+
+
+def test_alone_it_is_coarse_and_its_fine_twin_is_not(reference_url: str) -> None:
+    told: dict[str, list[int]] = {NAME: [], FINE: []}
+    with start_in_thread(model=FINE) as fine_url:
+        for name, url in ((NAME, reference_url), (FINE, fine_url)):
+            for truth in designs():
+                source = composite(truth)
+                for stack in (truth, blanked(truth, 0.5), blanked(truth, 1.0)):
+                    pictures = candidate_pictures(stack, ("white", "black"))
+                    request = alone(RUBRIC, picture(source[..., :3]), pictures, label="x")
+                    _, reply = ask(url, "POST", "/v1/chat/completions", body_of(request, model=name))
+                    assert reply["model"] == name
+                    told[name] += json.loads(reply["choices"][0]["message"]["content"])["scores"].values()
+    assert set(told[NAME]) <= {1, 2, 3, 4}
+    assert sum(score in (2, 3) for score in told[NAME]) >= 0.8 * len(told[NAME])
+    assert set(told[FINE]) >= {0, 2, 3, 5}
 
 
 def test_the_same_request_gets_the_same_answer(reference_url: str, three: Request) -> None:

@@ -25,7 +25,7 @@ BASE = {"bad_layers": 0.4, "l1_2": 0.1, "l1_3": 0.08, "l1_4": 0.06, "evenness": 
 def study(tmp_path: Path) -> Study:
     return Study(
         folder=tmp_path / "study", recipe=RECIPE, base=tmp_path / "base", iterations=2, images=tmp_path / "i",
-        designs=tmp_path / "d", judge_url="http://x/v1",
+        designs=tmp_path / "d", judge_urls={},
     )  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def test_the_page_says_what_holds_and_what_does_not(study: Study, tmp_path: Path
     assert "| feature evenness: ahead of `phase1_only` | +23.8% ± 1.9% | yes |" in page
     assert "**no**" not in page
     assert "`nft-0`: run `make study` again." in page
+    assert "| `phase1_only` | `full` | 0.1240 ± 0.0099 |" in page
     figures = json.loads((tmp_path / "docs" / "results.json").read_text())
     assert figures["full"]["2"]["bad_layers"] == pytest.approx({"base": 0.4, "tuned": 0.152})
     assert set(figures) == {"full", "phase1_only"}

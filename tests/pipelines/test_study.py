@@ -19,7 +19,7 @@ RECIPE = (resources.files("layerloop.pipelines") / "recipes" / "study.yaml").rea
 def study(folder: Path) -> Study:
     return Study(
         folder=folder, recipe=RECIPE, base=folder / "base", iterations=2, images=folder / "i", designs=folder / "d",
-        judge_url="http://x/v1",
+        judge_urls={},
     )  # fmt: skip
 
 
