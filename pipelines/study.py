@@ -54,8 +54,8 @@ class Run:
 # `mean` has its own clip: its log-ratios are smaller than those of `sum_rescale` by about s sqrt(D) (D = 3,072 to 6,144
 # here), so the same number would never clip.
 ARMS: dict[str, Arm] = {
-    "full": Arm("the whole method: two phases, sum-and-rescale RatioNorm, CPS noise in the first steps", 3, {}),
-    "phase1_only": Arm("without the side-by-side phase", 3, {"judge": {"phase2": {"enabled": False}}}),
+    "full": Arm("the whole method: two phases, sum-and-rescale RatioNorm, CPS noise in the first steps", 5, {}),
+    "phase1_only": Arm("without the side-by-side phase", 5, {"judge": {"phase2": {"enabled": False}}}),
     "mean_ratio": Arm(
         "Flow-GRPO's mean log-ratio instead of sum-and-rescale", 3,
         {"update": {"ratio_norm": "mean", "clip_low": 3e-4, "clip_high": 3e-4}},

@@ -39,6 +39,7 @@ def test_the_arms_that_the_results_need_have_three_seeds() -> None:
 def test_first_seeds_of_all_arms_come_first() -> None:
     assert plan(["full", "nft", "eta_low"]) == [
         Run("full", 0), Run("nft", 0), Run("eta_low", 0), Run("full", 1), Run("nft", 1), Run("full", 2), Run("nft", 2),
+        Run("full", 3), Run("full", 4),
     ]  # fmt: skip
 
 
