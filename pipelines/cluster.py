@@ -16,7 +16,8 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
 
 DIGEST = re.compile(r"^[^\s@]+@sha256:[0-9a-f]{64}$")
-GPU_VERBS = ("generate_rollouts", "update_lora", "evaluate_adapter", "publish_adapter")
+PARALLEL_VERBS = ("generate_rollouts", "update_lora")
+GPU_VERBS = (*PARALLEL_VERBS, "evaluate_adapter", "publish_adapter")
 
 
 class Images(Record):
@@ -58,7 +59,7 @@ class Cluster(Record):
     light: Resources = Resources()
     policy: Resources = Resources(cpu="8", memory="96Gi")
     gpu_resource: str = "nvidia.com/gpu"
-    gpus: int = Field(default=1, ge=0)  # of each GPU pod
+    gpus: int = Field(default=1, ge=0)  # of each pod of generate_rollouts and update_lora: one process each; 0: on CPUs
     update_gpus: int | None = Field(default=None, ge=1)  # of update_lora, where it differs
     shared_memory: str = "16Gi"  # /dev/shm of GPU pods, out of their memory; the container default is 64 MiB
     tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)
@@ -90,7 +91,7 @@ class Cluster(Record):
         needs = self.policy if task.container_spec.image == self.images.policy else self.light
         task.set_cpu_request(needs.cpu).set_memory_request(needs.memory).set_memory_limit(needs.memory)
         if verb in GPU_VERBS and self.gpus:
-            self._gpu(task, self.update_gpus if verb == "update_lora" and self.update_gpus else self.gpus)
+            self._gpu(task, self._gpus(verb))
         if self.retries:
             task.set_retry(self.retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
         kubernetes.set_timeout(task, int(self.timeout_hours[verb] * 3600))
@@ -115,6 +116,12 @@ class Cluster(Record):
         if self.weights_claim and task.container_spec.image == self.images.policy:
             kubernetes.mount_pvc(task, pvc_name=self.weights_claim, mount_path="/weights")
             task.set_env_variable("HF_HOME", "/weights/huggingface")
+
+    def _gpus(self, verb: str) -> int:
+        """Evaluation and publishing are single processes, which one GPU serves."""
+        if verb == "update_lora" and self.update_gpus:
+            return self.update_gpus
+        return self.gpus if verb in PARALLEL_VERBS else 1
 
     def _gpu(self, task: dsl.PipelineTask, gpus: int) -> None:
         task.set_accelerator_type(self.gpu_resource).set_accelerator_limit(gpus)

@@ -84,9 +84,8 @@ def run(*, campaign: str, iteration: int | None = None, worker: int = 0, workers
                 todo += [] if earlier else [plan]
             prompt = prompt_embedding(place.store, sources, policy.transformer.config.joint_attention_dim)
         # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
-        sharded = _sharded(place)
-        behind = _behind(todo, place) if sharded else 0
-        with nullcontext() if sharded else failing_together():
+        behind = _behind(todo, place) if policy.sharded else 0
+        with nullcontext() if policy.sharded else failing_together():
             bad_layers = _sample(place, number, sources, todo, names, finished, policy, prompt, adapter)
             _keep_in_step(policy, prompt, behind)
         everything = _gather(finished)
@@ -107,10 +106,10 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
     from layerloop.components.policy.adapters import weights_sha256
     from layerloop.components.policy.lora import load_adapter, start_from
     from layerloop.components.policy.model import LayeredPolicy
+    from layerloop.components.policy.sharding import is_sharded, shard_base
 
-    recipe, sharded = place.recipe, _sharded(place)
-    if sharded and recipe.model.fp8_base:
-        raise LayerloopError("recipe.model has both fsdp and fp8_base: choose one, either makes the base smaller")
+    recipe = place.recipe
+    sharded = is_sharded(recipe.model)
     base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
     policy = LayeredPolicy.load(recipe.model, device="cpu" if sharded else device, folder=base)
     sha256: str | None = None
@@ -125,14 +124,8 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
         start_from(policy, recipe.lora, source)
         sha256 = weights_sha256(source)
     if sharded:
-        from layerloop.components.policy.sharding import shard_base
-
         shard_base(policy, device, ranks=world_size())
     return policy, sha256
-
-
-def _sharded(place: Campaign) -> bool:
-    return place.recipe.model.fsdp and world_size() > 1
 
 
 def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
@@ -287,7 +280,7 @@ def _result(
     return StepResult(manifests={"rollouts": manifest}, metrics=metrics)
 
 
-main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=1)
+main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=1, parallel=True)
 
 if __name__ == "__main__":
     raise SystemExit(main())

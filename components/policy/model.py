@@ -97,6 +97,7 @@ class LayeredPolicy:
         self.decoder = FrameDecoder(self.vae)
         self.vae_factor = 2 ** len(self.vae.temperal_downsample)
         self.latent_channels = int(self.vae.config.z_dim)
+        self.sharded = False  # whether ranks share the base (sharding.py): then all must call it equally often
 
     @classmethod
     def load(

@@ -10,8 +10,8 @@ from torch import Tensor
 from layerloop.components.runtime.distributed import all_reduce_sum
 
 COLUMNS = (
-    "points", "loss", "ratio", "ratio_squared", "clipped_low", "clipped_high", "log_ratio", "first_points",
-    "first_log_ratio", "replay_noise_squared", "velocity_gradient", "kl",
+    "points", "loss", "ratio_excess", "ratio_excess_squared", "clipped_low", "clipped_high", "log_ratio",
+    "first_points", "first_log_ratio", "replay_noise_squared", "velocity_gradient", "kl",
 )  # fmt: skip
 
 
@@ -61,11 +61,11 @@ class Diagnostics:
         means = {"loss": columns["loss"] / points, "velocity_gradient": columns["velocity_gradient"] / points}
         if "kl" in self.observed:
             means["kl"] = columns["kl"] / points
-        if "ratio" in self.observed:
-            ratio = columns["ratio"] / points
+        if "ratio_excess" in self.observed:  # of the ratio over 1: it may be as small as 1e-6, which 1 + x would round
+            excess = columns["ratio_excess"] / points
             means |= {
-                "ratio_mean": ratio,
-                "ratio_std": (columns["ratio_squared"] / points - ratio**2).clamp_min(0).sqrt(),
+                "ratio_mean": 1 + excess,
+                "ratio_std": (columns["ratio_excess_squared"] / points - excess**2).clamp_min(0).sqrt(),
                 "clip_fraction_low": columns["clipped_low"] / points,
                 "clip_fraction_high": columns["clipped_high"] / points,
                 "log_ratio_abs": columns["log_ratio"] / points,

@@ -140,11 +140,11 @@ def surrogate_losses(
     losses = clipped_surrogate(log_r, batch.advantages, clip_low=update.clip_low, clip_high=update.clip_high)
     if update.reweight:
         losses = losses * reweighting(batch.b)
-    ratio = log_r.detach().exp()
+    ratio, excess = log_r.detach().exp(), log_r.detach().expm1()
     z = (batch.target - mu_old).flatten(1)
     observed = {
-        "ratio": ratio,
-        "ratio_squared": ratio**2,
+        "ratio_excess": excess,
+        "ratio_excess_squared": excess**2,
         "clipped_low": (ratio < 1 - update.clip_low) & (batch.advantages < 0),
         "clipped_high": (ratio > 1 + update.clip_high) & (batch.advantages > 0),
         "log_ratio": log_r.detach().abs(),

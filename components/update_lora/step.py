@@ -112,11 +112,10 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
     from layerloop.components.policy.adapters import weights_sha256
     from layerloop.components.policy.lora import add_lora, load_adapter, start_from
     from layerloop.components.policy.model import LayeredPolicy
+    from layerloop.components.policy.sharding import is_sharded, shard_base
 
     recipe = place.recipe
-    sharded = recipe.model.fsdp and world_size() > 1
-    if sharded and recipe.model.fp8_base:
-        raise LayerloopError("recipe.model has both fsdp and fp8_base: choose one, either makes the base smaller")
+    sharded = is_sharded(recipe.model)
     base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
     policy = LayeredPolicy.load(recipe.model, device="cpu" if sharded else device, folder=base)
     sha256: str | None = None
@@ -133,8 +132,6 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
     else:
         add_lora(policy.transformer, recipe.lora, seed=recipe.seed)
     if sharded:
-        from layerloop.components.policy.sharding import shard_base
-
         shard_base(policy, device, ranks=world_size())
     return policy, sha256
 
@@ -210,7 +207,7 @@ def _result(manifest: Manifest) -> StepResult:
     return StepResult(manifests={"policy": manifest}, metrics=metrics)
 
 
-main = functools.partial(step_main, run, iteration_from="scores", iteration_offset=0)
+main = functools.partial(step_main, run, iteration_from="scores", iteration_offset=0, parallel=True)
 
 if __name__ == "__main__":
     raise SystemExit(main())

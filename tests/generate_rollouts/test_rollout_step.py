@@ -248,7 +248,7 @@ def test_a_base_on_s3_is_fetched_once(make_campaign, base_folder, s3_bucket, tmp
     assert remote.worker_manifests(1).keys() == {(1, 0), (2, 0)}
 
 
-# ---- torchrun
+# ---- several ranks, by torchrun and by the step itself
 
 
 def test_two_ranks_commit_what_one_process_commits(make_campaign) -> None:  # type: ignore[no-untyped-def]
@@ -269,11 +269,9 @@ def test_two_ranks_that_share_a_sharded_base_commit_what_one_process_commits(mak
     one = make_campaign(rollout=rollout)
     two = make_campaign(rollout=rollout, model={"fsdp": True})
     run(campaign=one.uri)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "layerloop.components.generate_rollouts", "--campaign", two.uri]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-m", "layerloop.components.generate_rollouts", "--campaign", two.uri]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     starts = [json.loads(members["json"])["window_start"] for key, members in samples(one).items() if len(key) == 15]
     assert len(starts) == 3 and len(set(starts)) > 1

@@ -134,10 +134,12 @@ def test_compiling_twice_in_processes_with_other_hash_seeds_gives_the_same_bytes
 
 
 def test_gpu_steps_get_gpus_shared_memory_tolerations_and_the_queue_and_light_steps_do_not(tmp_path: Path) -> None:
-    cluster = Cluster(images=IMAGES, gpus=2, tolerations=(Toleration(key="spot", value="yes", operator="Equal"),))
+    spot = Toleration(key="spot", value="yes", operator="Equal")
+    cluster = Cluster(images=IMAGES, gpus=2, update_gpus=8, tolerations=(spot,))
     for name, (container, kubernetes) in executors(compiled(tmp_path, cluster=cluster)).items():
         gpu = verb_of(name) in GPU_VERBS
-        assert (container["resources"].get("accelerator", {}).get("resourceCount") == "2") is gpu, name
+        count = {"generate_rollouts": "2", "update_lora": "8"}.get(verb_of(name), "1" if gpu else None)
+        assert container["resources"].get("accelerator", {}).get("resourceCount") == count, name
         assert ("emptyDirMounts" in kubernetes) is gpu, name
         assert ("podMetadata" in kubernetes) is gpu, name
         if gpu:

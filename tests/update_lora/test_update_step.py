@@ -76,6 +76,16 @@ def test_the_metrics_tell_every_diagnostic_of_every_timestep(make_lab: MakeLab) 
     assert len(metadata["gradient_norms"]) == 2 and metrics["gradient_norm"] == max(metadata["gradient_norms"]) > 0
 
 
+def test_the_spread_of_ratios_is_told_however_small_it_is(make_lab: MakeLab) -> None:
+    """The norms `mean` and `guard` give ratios within 1e-5 of 1."""
+    lab = make_lab(update={"ratio_norm": "mean"})
+    lab.ready(1)
+    metrics = run(campaign=lab.uri).metrics
+    assert 0 < metrics["log_ratio_abs"] < 1e-3
+    # half of the points, those of the first step, have a ratio of 1: the deviation is at least the mean distance
+    assert metrics["log_ratio_abs"] <= metrics["ratio_std"] < 10 * metrics["log_ratio_abs"]
+
+
 def candidates_of(lab: Lab) -> Iterator[tuple[GroupRecord, int, Condition, torch.Tensor, dict[str, torch.Tensor]]]:
     """(group, candidate, condition, advantages `[G]` of its group, latents) of every candidate of iteration 1."""
     (manifest,) = lab.campaign.rollouts(1)

@@ -1,0 +1,60 @@
+"""One process per GPU: a step that runs data parallel starts its own ranks, as torchrun would.
+
+A pod asks for GPUs and has one command, whatever their number; so the number is counted where the step runs. Under
+torchrun itself (RANK is set) nothing is started: that is the way to several nodes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+
+from layerloop.components.schema.errors import LayerloopError
+
+VARIABLE = "LAYERLOOP_PROCESSES"
+
+
+def wanted() -> int:
+    """How many processes the step is to run in: $LAYERLOOP_PROCESSES, else one per visible GPU, at least 1; 1 in a
+    process that is a rank already.
+
+    Raises:
+        LayerloopError: the variable is no whole number from 1, or more than there are GPUs on a machine that has some.
+    """
+    if "RANK" in os.environ:
+        return 1
+    import torch
+
+    gpus = torch.cuda.device_count()  # does not initialise CUDA
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return max(1, gpus)
+    if not text.isascii() or not text.isdigit() or int(text) < 1 or (gpus and int(text) > gpus):
+        what = f"a number from 1 to {gpus}, the visible GPUs" if gpus else "a whole number from 1"
+        raise LayerloopError(f"{VARIABLE} is {text!r}: give {what}, or unset it")
+    return int(text)
+
+
+def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
+    """Run `python -m module arguments` in so many ranks on this machine; returns the first failure's status, or 0.
+
+    A rank that fails ends the others. What ranks print goes where this process prints.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, start_method="spawn",
+    )  # fmt: skip
+    try:
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
+    except ChildFailedError as error:  # the rank has said why; elastic's own report would bury it
+        return max(1, error.get_first_failure()[1].exitcode)
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
