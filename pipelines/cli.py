@@ -173,9 +173,28 @@ def _adapter_merge(arguments: argparse.Namespace) -> int:
     import subprocess
 
     # Torch's work, so a process of its own: nothing under pipelines/ imports torch.
-    command = [sys.executable, "-m", "layerloop.components.policy.merge", arguments.out, *arguments.adapters]
+    adapters = [_fetched(text) for text in arguments.adapters]
+    command = [sys.executable, "-m", "layerloop.components.policy.merge", arguments.out, *adapters]
     rank = [] if arguments.rank is None else ["--rank", str(arguments.rank)]
     return subprocess.run([*command, *rank], check=False).returncode
+
+
+def _fetched(adapter: str) -> str:
+    """`URI=WEIGHT` with a local copy in the URI's place; anything else as it is, for the merge to judge."""
+    from layerloop.components.storage.folders import local_folder
+
+    uri, mark, weight = adapter.rpartition("=")
+    if not mark:
+        uri, weight = adapter, "1"
+    try:
+        float(weight)
+    except ValueError:
+        return adapter
+    if "://" not in uri:
+        return adapter
+    folder = local_folder(uri)
+    print(f"{uri} is in {folder}", flush=True)
+    return f"{folder}={weight}"
 
 
 def _study(arguments: argparse.Namespace) -> int:
@@ -309,7 +328,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge = _command(adapter, "merge", _adapter_merge, "write the weighted sum of adapters as one, in both layouts")
     merge.add_argument("out", metavar="OUT", help="folder to make, with peft/ and diffusers/ in it")
     merge.add_argument(
-        "adapters", nargs="+", metavar="ADAPTER=WEIGHT", help="folder in either layout; weight 1 if none"
+        "adapters", nargs="+", metavar="ADAPTER=WEIGHT", help="folder, file or URI, either layout; weight 1 if none"
     )
     merge.add_argument("--rank", type=int, default=None, metavar="N", help="cut the sum to this rank (default: exact)")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from layerloop.components.generate_rollouts.plan import GroupPlan, plan_iteration
 from layerloop.components.generate_rollouts.sources import prompt_embedding, read_images, train_images
+from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import (
     all_reduce_sum,
@@ -24,6 +25,7 @@ from layerloop.components.runtime.distributed import (
     failing_together,
     process_group,
     rank,
+    shares_base,
     world_size,
 )
 from layerloop.components.runtime.progress import log, progress
@@ -106,10 +108,10 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
     from layerloop.components.policy.adapters import weights_sha256
     from layerloop.components.policy.lora import load_adapter, start_from
     from layerloop.components.policy.model import LayeredPolicy
-    from layerloop.components.policy.sharding import is_sharded, shard_base
+    from layerloop.components.policy.sharding import shard_base
 
     recipe = place.recipe
-    sharded = is_sharded(recipe.model)
+    sharded = shares_base(recipe.model)
     base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
     policy = LayeredPolicy.load(recipe.model, device="cpu" if sharded else device, folder=base)
     sha256: str | None = None
@@ -280,7 +282,7 @@ def _result(
     return StepResult(manifests={"rollouts": manifest}, metrics=metrics)
 
 
-main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=1, parallel=True)
+main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=1, spread=ranks.spread)
 
 if __name__ == "__main__":
     raise SystemExit(main())

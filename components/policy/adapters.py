@@ -12,6 +12,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,23 +62,38 @@ def read_adapter(path: Path | str) -> Adapter:
     """
     file = _weights_file(Path(path))
     tensors, metadata = _read_tensors(file)
-    config = _peft_config(file) if file.name == PEFT_WEIGHTS or (file.parent / PEFT_CONFIG).is_file() else None
-    if config is None and "lora_adapter_metadata" in metadata:
-        config = _transformer_metadata(metadata["lora_adapter_metadata"], file)
+    config, config_of = None, file
+    if file.name == PEFT_WEIGHTS or (file.parent / PEFT_CONFIG).is_file():
+        config, config_of = _peft_config(file), file.parent / PEFT_CONFIG
+    elif "lora_adapter_metadata" in metadata:
+        config = _transformer_metadata(metadata["lora_adapter_metadata"], file) or None
     if any(key.startswith(PEFT_PREFIX) for key in tensors):
         tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
     else:
         tensors = _diffusers_state(tensors, file)
-    return _uniform(tensors, config or {}, file)
+    return _uniform(tensors, config, file, config_of)
 
 
 def _weights_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS):
-        if (path / name).is_file():
-            return path / name
-    raise LayerloopError(f"{path} is no adapter: it has neither {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}")
+    names = (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)
+    try:
+        if path.is_file():
+            return path
+        for name in names:
+            if (path / name).is_file():
+                return path / name
+        there = path.exists()
+        inner = [file.parent for name in names for file in sorted(path.glob(f"*/{name}"))]
+    except OSError as error:
+        raise LayerloopError(f"{path} cannot be read ({error.strerror}): give an adapter that can") from None
+    if not there:
+        raise LayerloopError(f"{path} is no adapter: there is no such file or folder; correct the path")
+    if inner:  # a publication, or what a merge made: one folder for each layout
+        raise LayerloopError(f"{path} is no adapter itself, but {inner[0]} is one: give that")
+    raise LayerloopError(
+        f"{path} is no adapter: it has neither {' nor '.join(names)}; give the folder that has one, or the safetensors "
+        "file itself"
+    )
 
 
 def weights_sha256(path: Path | str) -> str:
@@ -97,10 +114,18 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise LayerloopError(f"{file} cannot be read ({error}): it was truncated or is another kind of file") from None
     for key, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise LayerloopError(
-                f"{file}: {key} has NaN or infinite values: the adapter is broken, take an earlier one"
-            )
+        if value.is_floating_point():
+            try:
+                tensors[key] = value.float()  # exact for float8 too, of which torch knows little else
+            except NotImplementedError:  # float4
+                raise LayerloopError(
+                    f"{file}: {key} has dtype {str(value.dtype).removeprefix('torch.')}, which cannot be read: "
+                    "save the adapter in float32 or bfloat16"
+                ) from None
+            if not torch.isfinite(tensors[key]).all():
+                raise LayerloopError(
+                    f"{file}: {key} has NaN or infinite values: the adapter is broken, take an earlier one"
+                )
     return tensors, metadata
 
 
@@ -110,6 +135,8 @@ def _peft_config(file: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise LayerloopError(f"{path} is missing: {file.name} in peft's layout needs it for its alpha") from None
+    except OSError as error:
+        raise LayerloopError(f"{path} cannot be read ({error.strerror}): fetch it again") from None
     except ValueError:
         config = None
     if not isinstance(config, dict):
@@ -144,12 +171,17 @@ def _diffusers_state(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, 
     return {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in tensors.items()}
 
 
-def _uniform(tensors: dict[str, torch.Tensor], config: dict[str, Any], file: Path) -> Adapter:
-    tensors = {key.replace(f".{NAME}.weight", ".weight"): value.float() for key, value in tensors.items()}
+def _uniform(tensors: dict[str, torch.Tensor], config: dict[str, Any] | None, file: Path, config_of: Path) -> Adapter:
+    tensors = {key.replace(f".{NAME}.weight", ".weight"): value for key, value in tensors.items()}
     modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
     for key in tensors:
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
             raise LayerloopError(f"{file}: {key} is no LoRA weight: only plain LoRA of linear layers is supported")
+        if not tensors[key].is_floating_point():
+            raise LayerloopError(
+                f"{file}: {key} has dtype {str(tensors[key].dtype).removeprefix('torch.')}, which is no plain LoRA's: "
+                "save the adapter in float32 or bfloat16"
+            )
     for module in modules:
         for side in ("lora_A", "lora_B"):
             if f"{module}.{side}.weight" not in tensors:
@@ -162,7 +194,7 @@ def _uniform(tensors: dict[str, torch.Tensor], config: dict[str, Any], file: Pat
     if not modules:
         raise LayerloopError(f"{file} has no LoRA weights")
     ranks = {module: tensors[f"{module}.lora_A.weight"].shape[0] for module in modules}
-    scales = {module: _scale(module, rank, config) for module, rank in ranks.items()}
+    scales = {module: _scale(module, rank, config, config_of) for module, rank in ranks.items()}
     rank = max(ranks.values())
     if len(set(scales.values())) == 1 and len(set(ranks.values())) == 1:
         return Adapter(dict(sorted(tensors.items())), rank, next(iter(scales.values())) * rank)
@@ -178,16 +210,40 @@ def shape_text(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 
-def _scale(module: str, rank: int, config: dict[str, Any]) -> float:
-    """alpha / r, or alpha / sqrt(r) with `use_rslora`; without a config alpha is r, as diffusers has it."""
-    alpha = config.get("lora_alpha") if config else None
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if module == pattern.lstrip("^") or module.endswith(f".{pattern.lstrip('^')}"):
-            alpha = value
-            break
-    if alpha is None:
+def _scale(module: str, rank: int, config: dict[str, Any] | None, where: Path) -> float:
+    """alpha / r, or alpha / sqrt(r) with `use_rslora`, with the alpha that peft takes: of the first pattern (a regular
+    expression) that matches, else `lora_alpha`, else its default. Without a config alpha is r, as diffusers has it.
+
+    The rank is the weights' own; peft refuses a `rank_pattern` that says otherwise.
+    """
+    if config is None:
         return 1.0
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    from peft import LoraConfig
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise LayerloopError(
+            f"{where} has alpha_pattern {reprlib.repr(patterns)}, which is no mapping: write it as "
+            '{"to_q": 8} with the alpha of each module'
+        )
+    try:
+        pattern = get_pattern_key(patterns, module)
+    except re.error as error:
+        raise LayerloopError(
+            f"{where} has alpha_pattern {reprlib.repr(patterns)} with a key that is no regular expression ({error}): "
+            "correct it, or name modules in full"
+        ) from None
+    field, alpha = "lora_alpha", config.get("lora_alpha", LoraConfig.lora_alpha)
+    if pattern in patterns:
+        field, alpha = f"alpha_pattern[{pattern!r}]", patterns[pattern]
+    largest = torch.finfo(torch.float32).max
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= largest:
+        raise LayerloopError(
+            f"{where} has {field} {reprlib.repr(alpha)}, which is no finite number: set it to the alpha that the "
+            "adapter was trained with, such as 16"
+        )
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 # ---- merging
@@ -202,7 +258,8 @@ def merge_adapters(parts: Sequence[tuple[Path | str, float]], *, rank: int | Non
     1936), computed from the factors in float64.
 
     Raises:
-        LayerloopError: no adapters, one that cannot be read, or two that disagree about a module's size.
+        LayerloopError: no adapters, one that cannot be read, two that disagree about a module's size, or a weight so
+            large that float32 cannot hold what it makes.
     """
     if not parts:
         raise LayerloopError("no adapters to merge: give at least one folder")
@@ -219,7 +276,13 @@ def merge_adapters(parts: Sequence[tuple[Path | str, float]], *, rank: int | Non
                 if factors and (a.shape[1], b.shape[0]) != (factors[0][0].shape[1], factors[0][1].shape[0]):
                     raise LayerloopError(
                         f"{path}: {module} is {b.shape[0]}x{a.shape[1]}, another adapter's is "
-                        f"{factors[0][1].shape[0]}x{factors[0][0].shape[1]}: they are for different bases"
+                        f"{factors[0][1].shape[0]}x{factors[0][0].shape[1]}: they are for different bases; "
+                        "merge adapters of one base"
+                    )
+                if not torch.isfinite(b.float()).all():
+                    raise LayerloopError(
+                        f"{path} times its weight {weight:g} has NaN or infinite values in {module}: "
+                        "choose a smaller weight"
                     )
                 factors.append((a, b))
         stacked = torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)

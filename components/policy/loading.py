@@ -20,6 +20,7 @@ from layerloop.components.schema.recipe import ModelRecipe
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE = {"transformer": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}  # part -> config
 TEXT = {"text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
+VOCABULARY = ("vocab.json", "merges.txt")  # or tokenizer.json, which holds both
 WEIGHTS = {  # file stems of diffusers and of transformers
     "transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
 }  # fmt: skip
@@ -98,20 +99,37 @@ def weight_files(folder: Path, part: str) -> list[Path]:
 
 def _require(file: Path) -> Path:
     if not file.is_file():
-        raise LayerloopError(f"{file} is missing: {file.parent.parent} is not a complete diffusers folder of the model")
+        raise LayerloopError(
+            f"{file} is missing: {file.parent.parent} is not a complete diffusers folder of the model; fetch it again"
+        )
     return file
 
 
-def check_files(folder: Path, parts: Mapping[str, str]) -> None:
-    """Every file that loading `parts` (part -> its config) needs is there.
+def check_files(folder: Path, parts: Mapping[str, str], *, weights: bool = True) -> None:
+    """Every file that loading `parts` (part -> its config) needs is there; of the weights only if `weights`.
 
     Raises:
         LayerloopError: naming the first missing file.
     """
     for part, name in parts.items():
         _require(folder / part / name)
-        if part in WEIGHTS:
+        if part in WEIGHTS and weights:
             weight_files(folder, part)
+        if part == "tokenizer":
+            _require_vocabulary(folder / part)
+
+
+def _require_vocabulary(folder: Path) -> None:
+    """Without a vocabulary the tokenizer loads all the same, and makes no tokens."""
+    missing = [name for name in VOCABULARY if not (folder / name).is_file()]
+    if not missing or (folder / "tokenizer.json").is_file():
+        return
+    if len(missing) < len(VOCABULARY):
+        _require(folder / missing[0])
+    raise LayerloopError(
+        f"{folder / 'tokenizer.json'} is missing, and so are {' and '.join(VOCABULARY)}, which would do as well: "
+        f"{folder.parent} is not a complete diffusers folder of the model; fetch it again"
+    )
 
 
 def check_base(folder: Path) -> None:
@@ -124,15 +142,15 @@ def check_base(folder: Path) -> None:
     check_configs(folder)
 
 
-def check_configs(folder: Path) -> dict[str, Any]:
-    """The configs of the base, without its weights, are those of a layered model; returns the VAE's.
+def check_configs(folder: Path) -> None:
+    """The configs of the base, without its weights, are those of a layered model.
 
     Raises:
         LayerloopError: naming the first missing file or the setting that is wrong.
     """
     for part, name in BASE.items():
         _require(folder / part / name)
-    config, vae, scheduler = (_json(folder / part / name) for part, name in BASE.items())
+    config, vae, scheduler = (read_json(folder / part / name) for part, name in BASE.items())
     for file, name, value, needed in (
         ("transformer/config.json", "use_additional_t_cond", config.get("use_additional_t_cond"), True),
         ("transformer/config.json", "use_layer3d_rope", config.get("use_layer3d_rope"), True),
@@ -148,10 +166,14 @@ def check_configs(folder: Path) -> dict[str, Any]:
             raise LayerloopError(
                 f"{folder / file} has {name} {value!r}, not {needed!r}: this is no model of Qwen-Image-Layered's kind"
             )
-    return vae
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A config.
+
+    Raises:
+        LayerloopError: not a JSON object.
+    """
     try:
         value = json.loads(file.read_bytes())
     except ValueError:

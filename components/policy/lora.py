@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,19 +257,21 @@ def fitted(transformer: Any, adapter: Adapter, *, where: str) -> Adapter:
         LayerloopError: naming the first key that does not, with both shapes.
     """
     shapes, dead = _shapes(transformer), set(dead_modules(transformer))
+    remedy = "give one of this base, or set recipe.model.base to that one"
     state = {}
     for key, value in adapter.state.items():
         module, side = key.removesuffix(".weight").rsplit(".", 1)
         if module not in shapes:
             raise LayerloopError(
-                f"{where}: {key} is for {module}, which the base has not: the adapter was made for another base"
+                f"{where}: {key} is for {module}, which the base has not: the adapter was made for another base; "
+                f"{remedy}"
             )
         outputs, inputs = shapes[module]
         expected = (adapter.rank, inputs) if side == "lora_A" else (outputs, adapter.rank)
         if tuple(value.shape) != expected:
             raise LayerloopError(
                 f"{where}: {key} has shape {shape_text(value)}, the base needs {'x'.join(map(str, expected))}: "
-                "the adapter was made for another base"
+                f"the adapter was made for another base; {remedy}"
             )
         if module not in dead:
             state[key] = value
@@ -327,13 +329,18 @@ def write_peft(adapter: Adapter, folder: Path | str, *, transformer: Any = None,
     every layer is named in full. `base` is its name, for people.
 
     Raises:
-        LayerloopError: NaN in the adapter, or weights that do not fit the base.
+        LayerloopError: NaN in the adapter, or weights that do not fit the base; nothing is written then.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = _config(adapter, transformer, base)
-    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    _save({PEFT_PREFIX + key: value for key, value in adapter.state.items()}, folder / PEFT_WEIGHTS, {"format": "pt"})
+    _check_finite(adapter)
+    config = json.dumps(_config(adapter, transformer, base), indent=2, sort_keys=True) + "\n"
+    state = {PEFT_PREFIX + key: value.contiguous() for key, value in adapter.state.items()}
+    _put_files(
+        Path(folder),
+        {
+            PEFT_CONFIG: lambda file: file.write_text(config),
+            PEFT_WEIGHTS: lambda file: save_file(state, file, metadata={"format": "pt"}),
+        },
+    )
 
 
 def write_diffusers(adapter: Adapter, folder: Path | str, *, transformer: Any = None) -> None:
@@ -342,17 +349,16 @@ def write_diffusers(adapter: Adapter, folder: Path | str, *, transformer: Any = 
     full: diffusers warns of excluded ones.
 
     Raises:
-        LayerloopError: NaN in the adapter, or weights that do not fit the base.
+        LayerloopError: NaN in the adapter, or weights that do not fit the base; nothing is written then.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_finite(adapter)
     if transformer is not None:
         fitted(transformer, adapter, where="adapter")
     config = {DIFFUSERS_PREFIX + key: value for key, value in _config(adapter, None, None).items()}
     # one key only: safetensors writes several in any order, and equal adapters are to give equal bytes
     metadata = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
-    state = {DIFFUSERS_PREFIX + key: value for key, value in adapter.state.items()}
-    _save(state, folder / DIFFUSERS_WEIGHTS, metadata)
+    state = {DIFFUSERS_PREFIX + key: value.contiguous() for key, value in adapter.state.items()}
+    _put_files(Path(folder), {DIFFUSERS_WEIGHTS: lambda file: save_file(state, file, metadata=metadata)})
 
 
 def _config(adapter: Adapter, transformer: Any, base: str | None) -> dict[str, Any]:
@@ -369,8 +375,26 @@ def _config(adapter: Adapter, transformer: Any, base: str | None) -> dict[str, A
     return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
 
 
-def _save(state: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    for key, value in state.items():
+def _check_finite(adapter: Adapter) -> None:
+    for key, value in adapter.state.items():
         if not torch.isfinite(value).all():
-            raise LayerloopError(f"adapter weight {key} has NaN or infinite values: nothing was written")
-    save_file({key: value.contiguous() for key, value in state.items()}, file, metadata=metadata)
+            raise LayerloopError(
+                f"adapter weight {key} has NaN or infinite values: nothing was written, take an earlier adapter"
+            )
+
+
+def _put_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files under other names, and rename them into `folder` once all are whole: in order, the one that makes a
+    folder an adapter last. A reader finds the old adapter, none, or the new one, whenever this ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = {name: folder / f".{name}.partial" for name in writers}
+    try:
+        for name, write in writers.items():
+            write(partial[name])
+        for name in reversed(partial):
+            (folder / name).unlink(missing_ok=True)
+        for name, file in partial.items():
+            file.replace(folder / name)
+    finally:
+        for file in partial.values():
+            file.unlink(missing_ok=True)

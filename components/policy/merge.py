@@ -6,52 +6,90 @@ The weighted sum of their updates, exactly, in both layouts: `OUT/peft` and `OUT
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from layerloop.components.schema.errors import LayerloopError
+
+PARTIAL = ".partial"  # in the output folder while it is written
 
 
 def parse_part(text: str) -> tuple[str, float]:
     """`folder` or `folder=weight`.
 
     Raises:
-        LayerloopError: a weight that is not a finite number.
+        LayerloopError: a weight that is not a finite number, or a URI.
     """
     path, mark, weight = text.rpartition("=")
     if not mark:
-        return text, 1.0
+        path, weight = text, "1"
     try:
         value = float(weight)
     except ValueError:
         value = math.nan
     if not path or not math.isfinite(value):
         raise LayerloopError(f"adapter {text!r} is not ADAPTER=WEIGHT: write a number after the sign, such as a/b=0.5")
+    if "://" in path:
+        raise LayerloopError(
+            f"adapter {path} is a URI: use `layerloop adapter merge`, which fetches it, or copy it here"
+        )
     return path, value
+
+
+@contextlib.contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """A folder to write in, whose contents are moved to `out` at the end. After a failure `out` is as it was before,
+    and what a killed process left in it does not count.
+
+    Raises:
+        LayerloopError: `out` is not empty, or cannot be made or written.
+    """
+    partial, made = out / PARTIAL, []
+    try:
+        if out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
+            raise LayerloopError(f"{out} is not an empty folder: give another one for the merged adapter")
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in sorted(partial.iterdir()):
+            path.rename(out / path.name)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise LayerloopError(f"{out} cannot be written ({reason}): give another folder, one with room") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty: all went well
+                folder.rmdir()
 
 
 def merge(out: Path, parts: Sequence[tuple[str, float]], *, rank: int | None = None) -> str:
     """Merge and write both layouts; returns a line that says what was made.
 
     Raises:
-        LayerloopError: an adapter that cannot be read, adapters of different bases, or an `out` that is not empty.
+        LayerloopError: an adapter that cannot be read, adapters of different bases, or an `out` that is not empty or
+            cannot be written.
     """
     from layerloop.components.policy.lora import merge_adapters, write_diffusers, write_peft
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise LayerloopError(f"{out} is not an empty folder: give another one for the merged adapter")
-    adapter = merge_adapters(parts, rank=rank)
-    write_peft(adapter, out / "peft")
-    write_diffusers(adapter, out / "diffusers")
+    with output_folder(out) as folder:
+        adapter = merge_adapters(parts, rank=rank)
+        write_peft(adapter, folder / "peft")
+        write_diffusers(adapter, folder / "diffusers")
     of = ", ".join(f"{path} x {weight:g}" for path, weight in parts)
     return f"{out}: rank {adapter.rank}, {len(adapter.modules)} layers, {adapter.parameters / 1e6:.1f} M, of {of}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m layerloop.components.policy.merge", description=__doc__)
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, with peft/ and diffusers/ in it")
+    parser.add_argument("out", metavar="OUT", help="folder to make, with peft/ and diffusers/ in it")
     parser.add_argument(
         "adapters", nargs="+", metavar="ADAPTER=WEIGHT", help="folder or file in either layout; weight 1 if not given"
     )
@@ -60,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.rank is not None and arguments.rank < 1:
             raise LayerloopError(f"--rank is {arguments.rank}: choose 1 or more")
-        print(merge(arguments.out, [parse_part(text) for text in arguments.adapters], rank=arguments.rank))
+        if "://" in arguments.out:
+            raise LayerloopError(f"{arguments.out} is a URI: give a local folder for the merged adapter")
+        print(merge(Path(arguments.out), [parse_part(text) for text in arguments.adapters], rank=arguments.rank))
     except LayerloopError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,20 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from layerloop.components.runtime.distributed import world_size
-from layerloop.components.runtime.progress import log
-
 if TYPE_CHECKING:
     from layerloop.components.policy.model import LayeredPolicy
-    from layerloop.components.schema.recipe import ModelRecipe
-
-
-def is_sharded(model: ModelRecipe) -> bool:
-    """Whether the base is sharded here: the recipe asks for it, and there are several ranks. Says so where it cannot
-    be."""
-    if model.fsdp and world_size() == 1:
-        log("recipe.model.fsdp is true, but this is a single process (one GPU): the base is loaded whole")
-    return model.fsdp and world_size() > 1
 
 
 def shard_base(policy: LayeredPolicy, device: torch.device, *, ranks: int) -> None:

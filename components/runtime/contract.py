@@ -47,7 +47,7 @@ def step_main(
     *,
     iteration_from: str | None = None,
     iteration_offset: int = 0,
-    parallel: bool = False,
+    spread: Callable[[str, Sequence[str]], int | None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run a step from its command line or from `--executor-input`.
@@ -57,7 +57,8 @@ def step_main(
             help is taken from the `Args:` section of its docstring.
         iteration_from: the input artifact whose `iteration` metadata gives the argument `iteration` of a Kubeflow task.
         iteration_offset: what is added to it.
-        parallel: whether the step shares its work among ranks: it then runs in one process per GPU (ranks.py).
+        spread: of a step that shares its work among ranks: runs a module with arguments in several processes and
+            returns its exit status, or None where one process will do (ranks.py).
         argv: arguments, by default the process's own.
 
     Returns:
@@ -75,13 +76,10 @@ def step_main(
         missing = [_flag(p.name) for p in _parameters(run) if p.name not in arguments and p.default is p.empty]
         if missing:
             parser.error(f"these are required: {', '.join(missing)}")
-        if parallel:
-            from layerloop.components.runtime import ranks
-
-            if (processes := ranks.wanted()) > 1:
-                log(f"running {name} in {processes} processes")
-                given_argv = sys.argv[1:] if argv is None else argv
-                return ranks.launch(f"layerloop.components.{name}", given_argv, processes=processes)
+        if spread is not None:
+            status = spread(f"layerloop.components.{name}", sys.argv[1:] if argv is None else argv)
+            if status is not None:
+                return status
         log(f"started {name} {_seconds_since_process_start():.3f} s after process start")
         result = run(**arguments)
         if os.environ.get("RANK", "0") == "0":  # under torchrun every rank gets here; one of them speaks

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 
 if TYPE_CHECKING:
     import torch
+
+    from layerloop.components.schema.recipe import ModelRecipe
 
 TIMEOUT = timedelta(minutes=30)  # of one collective: ranks may load a 40 GB model at different speeds
 
@@ -37,6 +40,16 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def shares_base(model: ModelRecipe) -> bool:
+    """Whether the ranks are to share one copy of the frozen base: the recipe asks for it, and there are several.
+
+    Where it asks in vain, the log says so.
+    """
+    if model.fsdp and world_size() == 1:
+        log("recipe.model.fsdp is true, but this is a single process (one GPU): the base is loaded whole")
+    return model.fsdp and world_size() > 1
 
 
 @contextmanager

@@ -11,9 +11,26 @@ import sys
 import uuid
 from collections.abc import Sequence
 
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 
 VARIABLE = "LAYERLOOP_PROCESSES"
+
+
+def spread(module: str, arguments: Sequence[str]) -> int | None:
+    """Run `python -m module arguments` in as many processes as are wanted, where that is more than this one.
+
+    Returns:
+        The exit status, or None where the caller is to do the work itself.
+
+    Raises:
+        LayerloopError: $LAYERLOOP_PROCESSES is no number that can be.
+    """
+    processes = wanted()
+    if processes == 1:
+        return None
+    log(f"running {module} in {processes} processes")
+    return launch(module, arguments, processes=processes)
 
 
 def wanted() -> int:

@@ -22,6 +22,15 @@ class LoraRecipe(Record):
     targets: tuple[str, ...] = LORA_TARGETS
     start_from: str | None = None  # an adapter (either layout) to begin with: a folder, s3://, hf://owner/name[/sub]
 
+    @model_validator(mode="after")
+    def _targets(self) -> Self:
+        if not self.targets:
+            raise ValueError(
+                "recipe.lora.targets is empty: name linear layers of the transformer, such as to_q and to_v, or leave "
+                f"it out for {', '.join(LORA_TARGETS)}"
+            )
+        return self
+
 
 class NftRecipe(Record):
     """DiffusionNFT (arXiv 2509.16117): forward-process, likelihood-free."""
@@ -33,7 +42,15 @@ class NftRecipe(Record):
 
 
 class UpdateRecipe(Record):
-    """One iteration's learning. Clip is on log-ratio scale of the chosen RatioNorm."""
+    """One iteration's learning.
+
+    Clips are of the ratio itself: r = exp(log r) of the chosen RatioNorm is held to 1 - clip_low .. 1 + clip_high. The
+    defaults are for `sum_rescale`, whose log r does not depend on the number D of latent dimensions. That of `guard` is
+    1/sqrt(D) of it (1/716 for four layers at 640 pixels, D = 512,000), and that of `mean` 1/(s sqrt(D)) to first
+    order, with s the step's noise: there set clips that much smaller, or nothing is ever clipped. Published ones, for
+    images with D = 65,536: 2e-6 to 4e-6 for `guard` (GRPO-Guard, arXiv 2510.22319), 1e-5 to 1e-4 for `mean`
+    (flow_grpo's configs).
+    """
 
     algorithm: Literal["grpo", "nft"] = "grpo"
     ratio_norm: Literal["sum_rescale", "guard", "mean"] = "sum_rescale"

@@ -25,6 +25,12 @@ class ModelRecipe(Record):
     gradient_checkpointing: bool = True
     fsdp: bool = False  # shard the frozen base over the ranks of a torchrun
 
+    @model_validator(mode="after")
+    def _one_way_to_a_smaller_base(self) -> Self:
+        if self.fsdp and self.fp8_base:
+            raise ValueError("recipe.model has both fsdp and fp8_base: choose one, either makes the base smaller")
+        return self
+
 
 class DataRecipe(Record):
     """How source images are normalised and what is refused."""
@@ -50,12 +56,27 @@ class WindowRecipe(Record):
 
 
 class NoiseRecipe(Record):
-    """Noise level eta of the window's steps; `decay` goes linearly from `eta` to `final_eta` over the window."""
+    """Noise level eta of the window's steps; `decay` goes linearly from `eta` to `final_eta` over the window.
+
+    With `cps` a step leaves noise of level sigma', of which the part sigma' sin(eta pi/2) is new: all of it at 1, less
+    again beyond, and at 2 none that a ratio could be of. With `flow_sde` it grows in proportion to eta.
+    """
 
     dynamics: Literal["flow_sde", "cps"] = "flow_sde"
     eta: float = Field(default=0.7, gt=0)
     schedule: Literal["constant", "decay"] = "constant"
     final_eta: float = Field(default=0.3, gt=0)
+
+    @model_validator(mode="after")
+    def _quarter_turn(self) -> Self:
+        used = {"eta": self.eta} | ({"final_eta": self.final_eta} if self.schedule == "decay" else {})
+        for name, value in used.items():
+            if self.dynamics == "cps" and value > 1:
+                raise ValueError(
+                    f"recipe.rollout.noise.{name} is {value} but dynamics is cps, whose noise sigma' sin(eta pi/2) "
+                    "is greatest at 1: choose at most 1"
+                )
+        return self
 
 
 class RolloutRecipe(Record):
@@ -84,6 +105,11 @@ class RolloutRecipe(Record):
         if window.size > last:
             raise ValueError(f"{where}.window.size is {window.size} but steps is {self.steps}: choose 1..{last}")
         stop = last if window.stop is None else window.stop
+        if stop < window.size:
+            raise ValueError(
+                f"{where}.window.stop is {stop} but window.size is {window.size}, which does not fit before it: "
+                f"choose {window.size}..{last}, or a smaller size"
+            )
         if stop > last:
             raise ValueError(
                 f"{where}.window.stop is {stop} but steps is {self.steps}: choose {window.size}..{last}, "

@@ -11,12 +11,15 @@ with S = (L+1)*h*w packed tokens. Layer PNGs are straight RGBA, bottom first (la
 
 from __future__ import annotations
 
-from typing import Literal
+import itertools
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from layerloop.components.schema.manifest import Sha256
 from layerloop.components.schema.record import SCHEMA_VERSION, Record
+
+REMEDY = "delete the iteration's folder, and it is sampled and scored again"  # for what is not as it was sampled
 
 
 def group_key(iteration: int, group: int) -> str:
@@ -36,10 +39,10 @@ class GroupRecord(Record):
     image_key: str
     layers: int = Field(ge=1, le=20)  # L; the policy generates L+1 frames, frame 0 being the composite
     group_size: int = Field(ge=2)  # G
-    height: int  # pixels
-    width: int  # pixels
-    latent_height: int  # h, packed tokens
-    latent_width: int  # w, packed tokens
+    height: int = Field(ge=1)  # pixels
+    width: int = Field(ge=1)  # pixels
+    latent_height: int = Field(ge=1)  # h, packed tokens
+    latent_width: int = Field(ge=1)  # w, packed tokens
     sigmas: tuple[float, ...]  # steps+1 values from 1 to 0, float32 values written exactly
     window_start: int = Field(ge=0)  # index of the first SDE step
     window_size: int = Field(ge=0)  # 0: no SDE step at all (NFT)
@@ -49,6 +52,30 @@ class GroupRecord(Record):
     outside: Literal["heun", "euler"]
     base_fingerprint: Sha256  # of the frozen model
     adapter_sha256: Sha256 | None  # None: the base model, no adapter
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """A schedule that falls to 0, and a window inside it with a noise level for each of its steps."""
+        steps = len(self.sigmas) - 1
+        falling = all(a > b for a, b in itertools.pairwise(self.sigmas))
+        if steps < 1 or not falling or self.sigmas[0] > 1 or self.sigmas[-1] != 0:
+            raise ValueError(f"sigmas is {list(self.sigmas)}, not 2 values or more that fall from 1 to 0: {REMEDY}")
+        end = self.window_start + self.window_size
+        if end > (steps - 1 if self.window_size else steps):
+            raise ValueError(
+                f"window_start is {self.window_start} and window_size {self.window_size}, but sigmas has {steps} steps "
+                f"and the last is never stochastic: {REMEDY}"
+            )
+        if len(self.etas) != self.window_size or any(eta <= 0 for eta in self.etas):
+            raise ValueError(
+                f"etas is {list(self.etas)}, not one positive value for each of the {self.window_size} steps of the "
+                f"window: {REMEDY}"
+            )
+        if self.window_size and self.dynamics == "ode":
+            raise ValueError(
+                f"dynamics is 'ode', which is not stochastic, but window_size is {self.window_size}: {REMEDY}"
+            )
+        return self
 
 
 class CandidateRecord(Record):

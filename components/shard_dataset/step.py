@@ -1,5 +1,7 @@
 """Turn images into a campaign's sources: decode, normalise, drop duplicates and what cannot be read, set some pictures
-aside for evaluation, write shards, cache the prompt's embedding, and commit.
+aside for evaluation, embed the prompt, write shards, and commit.
+
+Nothing is written before the recipe has been found good: a campaign freezes it with the first file.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from collections.abc import Sequence
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.manifest import File, Manifest, Shard
+from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.components.schema.seeds import seed_for
+from layerloop.components.shard_dataset.base import CheckedBase
 from layerloop.components.shard_dataset.duplicates import Gallery
 from layerloop.components.shard_dataset.inputs import Inputs, absolute_uri, find_inputs, read_items
 from layerloop.components.shard_dataset.layered import find_designs, read_designs
@@ -32,12 +35,15 @@ from layerloop.components.storage.manifests import add_file, commit, describe_fi
 from layerloop.components.storage.shards import existing_shard, write_shard
 from layerloop.components.storage.stores import open_store, read_uri
 
+PROMPT = f"{Campaign.sources_dir}/prompt.safetensors"
+
 
 def run(*, campaign: str, recipe: str, images: str = "", designs: str = "") -> StepResult:
     """Shard a campaign's images: normalised, without duplicates, with the prompt's embedding beside them.
 
-    The first run freezes the recipe. A campaign that has its sources already is left as it is: then images may be left
-    out, and may not be other pictures than the first run's.
+    The first run freezes the recipe, once the base and the images were checked and the prompt is embedded, so that a
+    recipe that was refused can be mended. A campaign that has its sources already is left as it is: then images may be
+    left out, and may not be other pictures than the first run's.
 
     Args:
         campaign: Root URI of the campaign, a folder or s3://bucket/prefix.
@@ -48,8 +54,8 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "") -> S
             subfolder of numbered PNG layers for each. Optional.
 
     Raises:
-        LayerloopError: nothing at `images`, too many that cannot be read, another recipe or other images than the
-            campaign's, or a store that cannot be written to. Nothing is committed then.
+        LayerloopError: nothing at `images`, too many that cannot be read, a base that the recipe does not fit, another
+            recipe or other images than the campaign's, or a store that cannot be written to. Nothing is committed then.
     """
     chosen = read_recipe(recipe)
     store = open_store(campaign)
@@ -68,6 +74,7 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "") -> S
         raise LayerloopError(f"campaign {store.uri} lies inside images {images}: choose a folder outside")
     layered = find_designs(designs) if designs.strip() else None
     store.check_writable()
+    base = None if begun and store.exists(PROMPT) else CheckedBase.of(chosen)
 
     with Spool() as spool:
         # Designs come first: a picture that shows one of them would leak it into training, and is dropped as its twin.
@@ -80,14 +87,16 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "") -> S
         if not train:
             raise LayerloopError(f"images {images} has no picture left to train on: give some that can be read")
 
+        embedding = base.embed_prompt() if base else None
         place = Campaign.create_or_open(campaign, chosen)
+        prompt = add_file(store, PROMPT, embedding) if embedding is not None else describe_file(store, PROMPT)
         splits = {"train": train, "holdout": holdout, "designs": truths.keys}
         shards = [shard for split, keys in splits.items() for shard in _write_split(place, spool, split, keys)]
     table = add_file(store, f"{place.sources_dir}/rejects.parquet", _table([*truths.refused, *found.refused]))
     manifest = Manifest(
         kind="sources",
         shards=tuple(shards),
-        files=(table, _prompt(place)),
+        files=(table, prompt),
         counts={
             "images": found.seen,
             "duplicates": found.duplicates + truths.duplicates,
@@ -189,34 +198,6 @@ def _table(refused: Sequence[Refused]) -> bytes:
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), buffer)
     return buffer.getvalue()
-
-
-def _prompt(place: Campaign) -> File:
-    """The prompt's embedding `prompt_embeds[T, E]` float32, made once: later steps never load the text encoder.
-
-    Raises:
-        LayerloopError: the model cannot be loaded, or needs other image sides than the recipe's.
-    """
-    name = f"{place.sources_dir}/prompt.safetensors"
-    if place.store.exists(name):
-        return describe_file(place.store, name)
-    import numpy as np
-    from safetensors.numpy import save
-
-    from layerloop.components.policy.prompt import embed_prompt, text_folder
-    from layerloop.components.storage.folders import local_folder
-
-    model, multiple = place.recipe.model, place.recipe.data.multiple
-    log(f"embedding the prompt {model.prompt!r} with {model.base}")
-    remote = "://" in model.base and not model.base.startswith("file://")
-    folder, sides = text_folder(model, folder=local_folder(model.base) if remote else None)
-    if multiple % sides:
-        raise LayerloopError(
-            f"recipe.data.multiple is {multiple} but {model.base} takes sides that are multiples of "
-            f"{sides}: choose {sides} or a multiple of it"
-        )
-    embeds = np.ascontiguousarray(embed_prompt(model, folder=folder).numpy(), np.float32)
-    return add_file(place.store, name, save({"prompt_embeds": embeds}))
 
 
 def _result(place: Campaign, sources: Manifest) -> StepResult:

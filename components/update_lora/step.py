@@ -12,8 +12,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.distributed import broadcast_json, failing_together, process_group, rank, world_size
+from layerloop.components.runtime.distributed import (
+    broadcast_json,
+    failing_together,
+    process_group,
+    rank,
+    shares_base,
+    world_size,
+)
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
@@ -81,7 +89,10 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
             for step in steps:
                 for microbatch in step.ranks[rank()]:
                     wanted.setdefault(microbatch.group, set()).update(p.candidate for p in microbatch.points)
-            expected = Expected(number, policy.fingerprint, adapter, recipe.update.algorithm, timesteps_of(recipe))
+            expected = Expected(
+                number, policy.fingerprint, adapter, recipe.update.algorithm, timesteps_of(recipe),
+                token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
+            )  # fmt: skip
             groups = read_groups(place.store, rollouts, wanted, expected)
             state = TrainingState.resume(policy, recipe.update, place.store, previous, number)
         prompt_embeds = _prompt_embeds(place).to(device, policy.dtype)
@@ -112,10 +123,10 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
     from layerloop.components.policy.adapters import weights_sha256
     from layerloop.components.policy.lora import add_lora, load_adapter, start_from
     from layerloop.components.policy.model import LayeredPolicy
-    from layerloop.components.policy.sharding import is_sharded, shard_base
+    from layerloop.components.policy.sharding import shard_base
 
     recipe = place.recipe
-    sharded = is_sharded(recipe.model)
+    sharded = shares_base(recipe.model)
     base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
     policy = LayeredPolicy.load(recipe.model, device="cpu" if sharded else device, folder=base)
     sha256: str | None = None
@@ -207,7 +218,7 @@ def _result(manifest: Manifest) -> StepResult:
     return StepResult(manifests={"policy": manifest}, metrics=metrics)
 
 
-main = functools.partial(step_main, run, iteration_from="scores", iteration_offset=0, parallel=True)
+main = functools.partial(step_main, run, iteration_from="scores", iteration_offset=0, spread=ranks.spread)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
-from layerloop.components.schema.trajectory import CandidateRecord, GroupRecord
+from layerloop.components.schema.trajectory import REMEDY, CandidateRecord, GroupRecord, candidate_key, group_key
 from layerloop.components.storage.shards import read_shard
 from layerloop.components.storage.stores import Store
 
@@ -41,6 +41,8 @@ class Expected:
     adapter_sha256: str | None
     algorithm: str
     timesteps: int  # window steps that the surrogate learns from
+    token_pixels: int  # side of a packed token
+    channels: int  # C, of a packed token
 
 
 def read_groups(
@@ -49,8 +51,9 @@ def read_groups(
     """Groups of `wanted` (group -> candidates) from the workers' shards; shards without one are not fetched.
 
     Raises:
-        LayerloopError: a record of another model, adapter, iteration or schema version; latents that are not finite or
-            of the wrong shape; a wanted candidate that is not there.
+        LayerloopError: a record of another model, adapter, iteration or schema version, or one that contradicts itself;
+            latents that are not finite or not of the record's and the model's shape; a wanted candidate that is not
+            there.
     """
     groups: dict[int, Group] = {}
     for manifest in manifests:
@@ -60,14 +63,18 @@ def read_groups(
                 if "condition.safetensors" in members:
                     record = GroupRecord.from_json(members["json"], where=f"{where}:{key}.json")
                     _check(record, expected, where=f"{where}:{key}")
+                    _check_key(key, group_key(record.iteration, record.group), where=f"{where}:{key}")
                     if record.group in wanted:
-                        groups[record.group] = Group(record, _condition(members, record, where=f"{where}:{key}"))
+                        condition = _condition(members, record, expected, where=f"{where}:{key}")
+                        groups[record.group] = Group(record, condition)
                     continue
                 candidate = CandidateRecord.from_json(members["json"], where=f"{where}:{key}.json")
+                own = candidate_key(candidate.iteration, candidate.group, candidate.candidate)
+                _check_key(key, own, where=f"{where}:{key}")
                 if candidate.candidate in wanted.get(candidate.group, ()):
                     group = groups.get(candidate.group)
                     if group is None:
-                        raise LayerloopError(f"{where}:{key} comes before its group's record: make the shard again")
+                        raise LayerloopError(f"{where}:{key} comes before its group's record: {REMEDY}")
                     group.trajectories[candidate.candidate] = _trajectory(
                         members, group.record, candidate, expected, where=f"{where}:{key}"
                     )
@@ -95,7 +102,7 @@ def _missing(groups: Mapping[int, Group], wanted: Mapping[int, Set[int]]) -> Ite
 
 def _check(record: GroupRecord, expected: Expected, *, where: str) -> None:
     if record.iteration != expected.iteration:
-        raise LayerloopError(f"{where} is of iteration {record.iteration}, not {expected.iteration}: shards were mixed")
+        raise LayerloopError(f"{where} is of iteration {record.iteration}, not {expected.iteration}: {REMEDY}")
     if record.base_fingerprint != expected.base_fingerprint:
         raise LayerloopError(
             f"{where} was sampled from a base model with fingerprint {record.base_fingerprint[:12]}, this one has "
@@ -105,18 +112,29 @@ def _check(record: GroupRecord, expected: Expected, *, where: str) -> None:
         theirs, ours = (sha[:12] if sha else "none" for sha in (record.adapter_sha256, expected.adapter_sha256))
         raise LayerloopError(
             f"{where} was sampled with adapter {theirs}, the policy of iteration {expected.iteration - 1} has {ours}: "
-            "generate the rollouts of this iteration again"
+            f"{REMEDY}"
         )
     if expected.algorithm == "grpo" and (record.dynamics == "ode" or record.window_size != expected.timesteps):
         raise LayerloopError(
             f"{where} has an SDE window of {record.window_size} steps ({record.dynamics}), recipe.update.algorithm "
-            f"grpo learns from {expected.timesteps}: generate the rollouts of this iteration again"
+            f"grpo learns from {expected.timesteps}: {REMEDY}"
+        )
+    pixels = (record.latent_height * expected.token_pixels, record.latent_width * expected.token_pixels)
+    if (record.height, record.width) != pixels:
+        raise LayerloopError(
+            f"{where} has height {record.height} and width {record.width}, but its {record.latent_height} x "
+            f"{record.latent_width} tokens of {expected.token_pixels} pixels make {pixels[0]} and {pixels[1]}: {REMEDY}"
         )
 
 
-def _condition(members: Mapping[str, bytes], record: GroupRecord, *, where: str) -> Tensor:
-    tokens = record.latent_height * record.latent_width
-    return _tensor(members, "condition.safetensors", "condition", (tokens, -1), where=where)
+def _check_key(key: str, own: str, *, where: str) -> None:
+    if key != own:
+        raise LayerloopError(f"{where} holds the record of {own}: {REMEDY}")
+
+
+def _condition(members: Mapping[str, bytes], record: GroupRecord, expected: Expected, *, where: str) -> Tensor:
+    shape = (record.latent_height * record.latent_width, expected.channels)
+    return _tensor(members, "condition.safetensors", "condition", shape, where=where)
 
 
 def _trajectory(
@@ -124,29 +142,31 @@ def _trajectory(
 ) -> Trajectory:
     tokens = (record.layers + 1) * record.latent_height * record.latent_width
     steps, name = ((record.window_size + 1,), "window") if expected.algorithm == "grpo" else ((), "final")
-    shape = (*steps, tokens, -1)
+    shape = (*steps, tokens, expected.channels)
     return Trajectory(candidate.seed, _tensor(members, "trajectory.safetensors", name, shape, where=where))
 
 
 def _tensor(members: Mapping[str, bytes], member: str, name: str, shape: tuple[int, ...], *, where: str) -> Tensor:
-    """One finite float32 tensor of a safetensors member; -1 in `shape` stands for any size."""
+    """One finite float32 tensor of a safetensors member."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     if member not in members:
-        raise LayerloopError(f"{where} lacks {member}: make the shard again")
+        raise LayerloopError(f"{where} lacks {member}: {REMEDY}")
     try:
         tensors = load(members[member])
-    except SafetensorError as error:
-        raise LayerloopError(f"{where}.{member} is not safetensors ({error}): make the shard again") from None
+    except (SafetensorError, KeyError) as error:  # a KeyError for a dtype that torch has not
+        raise LayerloopError(f"{where}.{member} is not safetensors ({error}): {REMEDY}") from None
     if name not in tensors:
-        raise LayerloopError(f"{where}.{member} has no tensor {name!r}: make the shard again")
+        raise LayerloopError(f"{where}.{member} has no tensor {name!r}: {REMEDY}")
     tensor = tensors[name]
-    if tensor.ndim != len(shape) or any(n not in (-1, m) for n, m in zip(shape, tensor.shape, strict=True)):
-        wanted = " x ".join("any" if n == -1 else str(n) for n in shape)
-        raise LayerloopError(f"{where}.{member} {name} is {tuple(tensor.shape)}, its record says {wanted}")
+    if tuple(tensor.shape) != shape:
+        found, wanted = (" x ".join(map(str, sizes)) or "one number" for sizes in (tensor.shape, shape))
+        raise LayerloopError(
+            f"{where}.{member} {name} is {found}, its record and the model's channels say {wanted}: {REMEDY}"
+        )
     if tensor.dtype != torch.float32:
-        raise LayerloopError(f"{where}.{member} {name} is {tensor.dtype}: latents are stored in float32")
+        raise LayerloopError(f"{where}.{member} {name} is {tensor.dtype}, latents are stored in float32: {REMEDY}")
     if not bool(torch.isfinite(tensor).all()):
         raise LayerloopError(
             f"{where}.{member} {name} has NaN or infinite latents: the policy that sampled it has diverged, or the "

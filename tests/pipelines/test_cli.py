@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.storage.stores import open_store
 from layerloop.pipelines.cli import build_parser, main
 from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_text
 
@@ -111,6 +114,31 @@ def test_compile_writes_a_file_and_says_what_it_is(tmp_path: Path, capsys: pytes
     assert main(["compile", "-o", str(path), "--recipe", "tiny", "--iterations", "2", "--workers", "1"]) == 0
     assert f"{path}: train pipeline, 9 container tasks" in capsys.readouterr().out
     assert next(yaml.safe_load_all(path.read_text()))["pipelineInfo"]["name"] == "layerloop-train"
+
+
+def test_an_adapter_on_s3_is_fetched_to_be_merged(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "cache"))
+    a, b = np.ones((2, 8), np.float32), np.full((8, 2), 3, np.float32)
+    weights = save({"transformer.proj.lora_A.weight": a, "transformer.proj.lora_B.weight": b})
+    open_store(s3_bucket).write("mine/pytorch_lora_weights.safetensors", weights)
+    out = tmp_path / "out"
+    assert main(["adapter", "merge", str(out), f"{s3_bucket}/mine=0.5"]) == 0
+    printed = capfd.readouterr().out
+    assert f"{s3_bucket}/mine is in {tmp_path}/cache/" in printed and f"{out}: rank 2, 1 layers" in printed
+    merged = load_file(out / "diffusers" / "pytorch_lora_weights.safetensors")
+    product = merged["transformer.proj.lora_B.weight"] @ merged["transformer.proj.lora_A.weight"]
+    assert np.array_equal(product, 0.5 * b @ a)
+
+
+def test_an_adapter_that_is_not_on_s3_is_refused_by_its_uri(
+    s3_bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["adapter", "merge", str(tmp_path / "out"), f"{s3_bucket}/none=0.5"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {s3_bucket}/none has no objects: correct the URI, or upload the files first"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,42 @@ def test_the_prompt_is_embedded_without_the_rest_of_the_model(folder: Path) -> N
         embed_prompt(ModelRecipe(base=str(folder), dtype="float32"))
 
 
+def split_tokenizer(folder: Path) -> None:
+    """`tokenizer.json` as the two files of the released model's tokenizer."""
+    tokenizer = folder / "tokenizer"
+    whole = json.loads((tokenizer / "tokenizer.json").read_text())
+    (tokenizer / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]))
+    merges = [" ".join(pair) for pair in whole["model"]["merges"]]
+    (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (tokenizer / "tokenizer.json").unlink()
+
+
+def test_a_tokenizer_in_two_files_is_as_good_as_in_one(folder: Path) -> None:
+    model = ModelRecipe(base=str(folder), dtype="float32")
+    expected = embed_prompt(model)
+    split_tokenizer(folder)
+    assert torch.equal(embed_prompt(model), expected)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_named(folder: Path) -> None:
+    """It would load, and make no tokens."""
+    model = ModelRecipe(base=str(folder), dtype="float32")
+    split_tokenizer(folder)
+    (folder / "tokenizer/merges.txt").rename(folder / "merges.txt")
+    with pytest.raises(LayerloopError, match=r"tokenizer/merges\.txt is missing: .* is not a complete"):
+        embed_prompt(model)
+    (folder / "tokenizer/vocab.json").unlink()
+    with pytest.raises(LayerloopError) as caught:
+        embed_prompt(model)
+    assert str(caught.value) == (
+        f"{folder}/tokenizer/tokenizer.json is missing, and so are vocab.json and merges.txt, which would do as well: "
+        f"{folder} is not a complete diffusers folder of the model"
+    )
+    (folder / "merges.txt").rename(folder / "tokenizer/merges.txt")
+    with pytest.raises(LayerloopError, match=r"tokenizer/vocab\.json is missing: "):
+        embed_prompt(model)
+
+
 def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
     (folder / "vae/config.json").write_text("{")
     with pytest.raises(LayerloopError, match=r"vae/config\.json is not a JSON object"):

@@ -277,7 +277,9 @@ def test_an_adapter_of_another_base_is_refused_by_its_first_key(trained, policy,
     def wider(state: dict[str, torch.Tensor]) -> None:
         state[f"base_model.model.{first}"] = torch.zeros(4, 3072)
 
-    with pytest.raises(LayerloopError, match=rf"{first} has shape 4x3072, the base needs 4x64"):
+    with pytest.raises(
+        LayerloopError, match=rf"{first} has shape 4x3072, the base needs 4x64: .* another base; give one of this"
+    ):
         lora.load_adapter(policy, damaged(trained, tmp_path, wider))
     assert not policy.trainable_parameters()
 
@@ -287,7 +289,10 @@ def test_an_adapter_for_layers_that_the_base_lacks_is_refused(trained, policy, t
         for side, shape in (("A", (4, 64)), ("B", (64, 4))):
             state[f"base_model.model.transformer_blocks.59.attn.to_q.lora_{side}.weight"] = torch.zeros(shape)
 
-    with pytest.raises(LayerloopError, match=r"transformer_blocks\.59\.attn\.to_q, which the base has not"):
+    with pytest.raises(
+        LayerloopError,
+        match=r"transformer_blocks\.59\.attn\.to_q, which the base has not: .*; give one of this base, or set",
+    ):
         lora.load_adapter(policy, damaged(trained, tmp_path, deeper))
 
 
@@ -305,7 +310,7 @@ def test_nan_is_refused_on_reading_and_on_writing(trained, tmp_path, value) -> N
     for write in (lora.write_peft, lora.write_diffusers):
         with pytest.raises(LayerloopError, match=f"{key} has NaN or infinite values: nothing was written"):
             write(adapter, tmp_path / "written", transformer=trained.transformer)
-    assert not list((tmp_path / "written").glob("*.safetensors"))
+    assert not (tmp_path / "written").exists()
 
 
 def test_files_that_are_no_adapter_are_named(trained, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -409,7 +414,9 @@ def test_merging_adapters_of_different_bases_is_refused(two_adapters, tmp_path) 
     key = "transformer_blocks.0.attn.to_q"
     state = {f"transformer.{key}.lora_A.weight": torch.ones(2, 8), f"transformer.{key}.lora_B.weight": torch.ones(8, 2)}
     save_file(state, tmp_path / "other.safetensors")
-    with pytest.raises(LayerloopError, match=r"to_q is 8x8, another adapter's is 64x64"):
+    with pytest.raises(
+        LayerloopError, match=r"to_q is 8x8, another adapter's is 64x64: .*; merge adapters of one base"
+    ):
         lora.merge_adapters([(two_adapters[0], 1.0), (tmp_path / "other.safetensors", 1.0)])
     with pytest.raises(LayerloopError, match="no adapters to merge"):
         lora.merge_adapters([])

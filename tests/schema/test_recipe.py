@@ -16,7 +16,26 @@ from layerloop.components.schema.recipe import Recipe, parse_recipe, recipe_diff
         ("name: x\nzzz: 1", "recipe.zzz is not a known key: known keys: data, evaluation"),
         ("name: x\nrollout: {window: {size: 12}}", "recipe.rollout.window.size is 12 but steps is 10: choose 1..9"),
         ("name: x\nrollout: {window: {start: 7}}", "recipe.rollout.window.start is 7 with size 4, past its end 9"),
-        ("name: x\nrollout: {window: {stop: 10}}", "recipe.rollout.window.stop is 10 but steps is 10"),
+        ("name: x\nrollout: {window: {stop: 10}}", "recipe.rollout.window.stop is 10 but steps is 10: choose 4..9"),
+        (
+            "name: x\nrollout: {window: {stop: 2}}",
+            "recipe.rollout.window.stop is 2 but window.size is 4, which does not fit before it: choose 4..9, or a",
+        ),
+        ("name: x\nrollout: {window: {stop: -1}}", "recipe.rollout.window.stop is -1 but window.size is 4"),
+        (
+            "name: x\nrollout: {noise: {dynamics: cps, eta: 2.0}}",
+            "recipe.rollout.noise.eta is 2.0 but dynamics is cps, whose noise sigma' sin(eta pi/2) is greatest at 1: "
+            "choose at most 1",
+        ),
+        ("name: x\nrollout: {noise: {dynamics: cps, eta: 1.0000001}}", "recipe.rollout.noise.eta is 1.0000001 but"),
+        (
+            "name: x\nrollout: {noise: {dynamics: cps, schedule: decay, final_eta: 1.5}}",
+            "recipe.rollout.noise.final_eta is 1.5 but dynamics is cps",
+        ),
+        (
+            "name: x\nmodel: {fsdp: true, fp8_base: true}",
+            "recipe.model has both fsdp and fp8_base: choose one, either makes the base smaller",
+        ),
         (
             "name: x\nrollout: {group_size: 1}",
             "recipe.rollout.group_size is 1: input should be greater than",
@@ -24,6 +43,10 @@ from layerloop.components.schema.recipe import Recipe, parse_recipe, recipe_diff
         ("name: x\nrollout: {min_layers: 5, max_layers: 3}", "recipe.rollout.min_layers is 5 but max_layers is 3"),
         ("name: x\njudge: {min_valid: 9}", "recipe.judge.min_valid is 9 but rollout.group_size is 8: choose 2..8"),
         ("name: x\nupdate: {adam_betas: [0.9, 1.0]}", "recipe.update.adam_betas has 1.0"),
+        (
+            "name: x\nlora: {targets: []}",
+            "recipe.lora.targets is empty: name linear layers of the transformer, such",
+        ),
         ("name: x\nupdate: {learning_rate: .nan}", "recipe.update.learning_rate is nan"),
         ("seed: 1", "recipe.name is missing: set it"),
         ("name: Bad Name", "recipe.name is 'Bad Name'"),
@@ -37,6 +60,20 @@ def test_a_bad_recipe_is_refused_with_one_line_naming_field_value_and_remedy(tex
         parse_recipe(text)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        "{dynamics: cps, eta: 1}",
+        "{dynamics: cps, eta: 0.3, schedule: decay, final_eta: 1.0}",
+        "{dynamics: cps, final_eta: 1.5}",  # not used without a decay
+        "{dynamics: flow_sde, eta: 2, schedule: decay, final_eta: 1.5}",
+    ],
+)
+def test_noise_levels_that_the_dynamics_can_have_are_accepted(noise: str) -> None:
+    parsed = parse_recipe(f"name: x\nrollout: {{noise: {noise}}}").rollout.noise
+    assert parsed.dynamics in noise
 
 
 def test_a_recipe_survives_the_round_trip_through_its_canonical_json() -> None:

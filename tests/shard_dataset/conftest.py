@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from layerloop.components.storage.stores import open_store
+from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.storage.campaign import Campaign
 
 
 @pytest.fixture
@@ -65,25 +66,35 @@ def recipe() -> str:
 
 
 @pytest.fixture
-def with_prompt() -> Callable[[str], str]:
-    """Put a prompt embedding into a campaign, as an interrupted run leaves it, so that no model is loaded for one."""
+def with_prompt() -> Callable[..., str]:
+    """Begin a campaign and put a prompt embedding into it, as an interrupted run leaves it: then no model is loaded."""
 
-    def put(uri: str) -> str:
+    def put(uri: str, recipe: str = RECIPE) -> str:
         from safetensors.numpy import save
 
-        open_store(uri).write("sources/prompt.safetensors", save({"prompt_embeds": np.ones((3, 4), np.float32)}))
+        place = Campaign.create_or_open(uri, parse_recipe(recipe))
+        place.store.write("sources/prompt.safetensors", save({"prompt_embeds": np.ones((3, 4), np.float32)}))
         return uri
 
     return put
 
 
 @pytest.fixture
-def local_campaign(tmp_path: Path, with_prompt: Callable[[str], str]) -> str:
+def base(tmp_path: Path) -> Path:
+    """A folder with a whole layered model of one block and 16 pixels a token."""
+    from layerloop.components.policy.tiny import build_tiny_pipeline, save_pipeline
+
+    save_pipeline(build_tiny_pipeline(vae_dim=8, blocks=1, heads=2, seed=3), tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def local_campaign(tmp_path: Path, with_prompt: Callable[..., str]) -> str:
     """A folder for a campaign that needs no model."""
     return with_prompt(f"{tmp_path}/campaign")
 
 
 @pytest.fixture
-def campaign_uri(store_uri: str, with_prompt: Callable[[str], str]) -> str:
+def campaign_uri(store_uri: str, with_prompt: Callable[..., str]) -> str:
     """A place for a campaign, in a folder and on S3, that needs no model."""
     return with_prompt(f"{store_uri}/campaign")

@@ -103,7 +103,7 @@ def test_samples_are_ordered_by_key(local_campaign: str, recipe: str, folder: Pa
 
 
 def test_the_same_input_gives_the_same_bytes(
-    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[[str], str]
+    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[..., str]
 ) -> None:
     shutil.copytree(folder, tmp_path / "elsewhere")
     first, second = with_prompt(f"{tmp_path}/a"), with_prompt(f"{tmp_path}/b")
@@ -114,7 +114,7 @@ def test_the_same_input_gives_the_same_bytes(
 
 
 def test_webdataset_reads_the_sources(
-    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[[str], str]
+    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[..., str]
 ) -> None:
     campaign = with_prompt(f"{tmp_path}/c")
     run(campaign=campaign, recipe=recipe, images=str(folder))
@@ -124,7 +124,7 @@ def test_webdataset_reads_the_sources(
     assert [(image.mode, image.size) for image in images] == [("RGB", (64, 48))] * 5
 
 
-def test_pictures_come_from_s3(s3_bucket: str, recipe: str, folder: Path, with_prompt: Callable[[str], str]) -> None:
+def test_pictures_come_from_s3(s3_bucket: str, recipe: str, folder: Path, with_prompt: Callable[..., str]) -> None:
     store = open_store(f"{s3_bucket}/pictures")
     for path in folder.rglob("*.*"):
         store.upload(path.relative_to(folder).as_posix(), path)
@@ -135,7 +135,7 @@ def test_pictures_come_from_s3(s3_bucket: str, recipe: str, folder: Path, with_p
 
 
 def test_our_own_shards_are_a_webdataset_of_pictures(
-    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[[str], str]
+    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[..., str]
 ) -> None:
     first, second = with_prompt(f"{tmp_path}/a"), with_prompt(f"{tmp_path}/b")
     run(campaign=first, recipe=recipe, images=str(folder))
@@ -179,7 +179,7 @@ def test_too_many_rejects_fail_the_step_with_nothing_committed(store_uri: str, r
     for number in range(8):
         (folder / f"bad-{number}.png").write_bytes(b"text")
     with pytest.raises(LayerloopError) as caught:
-        run(campaign=f"{store_uri}/c", recipe=recipe, images=str(folder))
+        run(campaign=f"{store_uri}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=str(folder))
     assert str(caught.value) == (
         "8 of 15 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input or allow more; "
         "the first is bad-0.png: image begins with b'text', as no known format does: give a PNG, JPEG, WebP, GIF, BMP, "
@@ -206,7 +206,7 @@ def test_duplicates_are_dropped_listed_and_never_held_against_the_input(
 
 
 def test_flat_pictures_of_different_colours_are_all_kept(
-    tmp_path: Path, recipe: str, with_prompt: Callable[[str], str]
+    tmp_path: Path, recipe: str, with_prompt: Callable[..., str]
 ) -> None:
     (tmp_path / "flat").mkdir()
     for number, colour in enumerate(("red", "green", "blue", "white", "black", "#808080")):
@@ -235,9 +235,7 @@ def test_never_more_than_a_third_is_held_out(images: int, held: int) -> None:
     assert (len(train), len(holdout)) == (images - held, held)
 
 
-def test_one_picture_is_enough(
-    tmp_path: Path, recipe: str, encoded: Encoded, with_prompt: Callable[[str], str]
-) -> None:
+def test_one_picture_is_enough(tmp_path: Path, recipe: str, encoded: Encoded, with_prompt: Callable[..., str]) -> None:
     (tmp_path / "one.png").write_bytes(encoded(1))
     result = run(campaign=with_prompt(f"{tmp_path}/c"), recipe=recipe, images=str(tmp_path / "one.png"))
     assert (result.metrics["train"], result.metrics["holdout"]) == (1, 0)
@@ -336,6 +334,7 @@ def test_a_picture_of_a_held_out_design_is_not_trained_on(
 def test_designs_that_are_none_are_one_line(tmp_path: Path, recipe: str, folder: Path, encoded: Encoded) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "0.png").write_bytes(encoded(1))  # numbered, but in no subfolder of its own
+    recipe = recipe.replace("/no/such/model", "tiny")
     with pytest.raises(
         LayerloopError, match=r"/d has no designs: give parquet in Crello's columns, or a folder with a sub"
     ):
@@ -412,15 +411,16 @@ def test_shards_of_an_interrupted_run_are_kept(campaign_uri: str, recipe: str, f
 
 
 def test_a_killed_run_leaves_nothing_committed_and_the_next_one_finishes(
-    tmp_path: Path, recipe: str, encoded: Encoded, with_prompt: Callable[[str], str]
+    tmp_path: Path, recipe: str, encoded: Encoded, with_prompt: Callable[..., str]
 ) -> None:
     (tmp_path / "pictures").mkdir()
     for seed in range(60):
         (tmp_path / "pictures" / f"{seed}.png").write_bytes(encoded(seed))
-    (tmp_path / "recipe.yaml").write_text(recipe.replace("images_per_shard: 3", "images_per_shard: 1"))
+    recipe = recipe.replace("images_per_shard: 3", "images_per_shard: 1")
+    (tmp_path / "recipe.yaml").write_text(recipe)
     flags = ["--recipe", str(tmp_path / "recipe.yaml"), "--images", str(tmp_path / "pictures")]
     command = [sys.executable, "-m", "layerloop.components.shard_dataset", *flags, "--campaign"]
-    clean, killed = with_prompt(f"{tmp_path}/clean"), with_prompt(f"{tmp_path}/killed")
+    clean, killed = with_prompt(f"{tmp_path}/clean", recipe), with_prompt(f"{tmp_path}/killed", recipe)
     subprocess.run([*command, clean], check=True, capture_output=True)
 
     shards = tmp_path / "killed" / "sources"
@@ -455,7 +455,7 @@ def test_bad_images_are_one_line_and_nothing_is_written(tmp_path: Path, recipe: 
     (tmp_path / "text.png").write_bytes(b"text")
     place = {"tmp": tmp_path, "campaign": tmp_path / "c"}
     with pytest.raises(LayerloopError) as caught:
-        run(campaign=f"{tmp_path}/c", recipe=recipe, images=images.format(**place))
+        run(campaign=f"{tmp_path}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=images.format(**place))
     assert str(caught.value) == message.format(**place)
     assert not (tmp_path / "c").exists()
 
@@ -465,7 +465,7 @@ def test_nothing_left_to_train_on_is_one_line(tmp_path: Path, recipe: str) -> No
     with pytest.raises(LayerloopError, match=r"text\.png has no picture left to train on: give some that can be read"):
         run(
             campaign=f"{tmp_path}/c",
-            recipe=recipe.replace("max_reject_fraction: 0.5", "max_reject_fraction: 1.0"),
+            recipe=recipe.replace("0.5", "1.0").replace("/no/such/model", "tiny"),
             images=str(tmp_path / "text.png"),
         )
     assert not (tmp_path / "c").exists()
@@ -514,14 +514,14 @@ def test_a_campaign_that_cannot_be_written_is_told_before_the_work(tmp_path: Pat
 # ----------------------------------------------------------------------------------------------------------- the prompt
 
 
-def test_the_prompt_is_embedded_once_by_the_recipes_model(tmp_path: Path, recipe: str, folder: Path) -> None:
+def test_the_prompt_is_embedded_once_by_the_recipes_model(
+    tmp_path: Path, recipe: str, folder: Path, base: Path
+) -> None:
     from safetensors.numpy import load
 
     from layerloop.components.policy.model import LayeredPolicy
-    from layerloop.components.policy.tiny import build_tiny_pipeline, save_pipeline
 
-    save_pipeline(build_tiny_pipeline(vae_dim=8, blocks=1, heads=2, seed=3), tmp_path / "base")
-    text = recipe.replace("/no/such/model", str(tmp_path / "base")) + "lora: {rank: 2}\n"
+    text = recipe.replace("/no/such/model", str(base)) + "lora: {rank: 2}\n"
     run(campaign=f"{tmp_path}/c", recipe=text, images=str(folder))
     place = Campaign.open(f"{tmp_path}/c")
     embeds = load(read_file(place.store, place.sources().file("prompt.safetensors")))
@@ -532,25 +532,11 @@ def test_the_prompt_is_embedded_once_by_the_recipes_model(tmp_path: Path, recipe
     assert embeds["prompt_embeds"].dtype == np.float32
     assert np.array_equal(embeds["prompt_embeds"], expected.numpy())
 
-    with pytest.raises(
-        LayerloopError, match=r"recipe\.data\.multiple is 8 but .*/base takes sides that are multiples of 16"
-    ):
-        run(
-            campaign=f"{tmp_path}/d",
-            recipe=text.replace("resolution: 64", "resolution: 64, multiple: 8"),
-            images=str(folder),
-        )
-    assert Campaign.open(f"{tmp_path}/d").find("sources") is None
-
 
 def test_only_the_text_encoder_is_loaded_but_the_whole_base_must_be_there(
-    tmp_path: Path, recipe: str, folder: Path
+    tmp_path: Path, recipe: str, folder: Path, base: Path
 ) -> None:
     """41 GB of a full-size transformer are no business of this step; that they are missing is."""
-    from layerloop.components.policy.tiny import build_tiny_pipeline, save_pipeline
-
-    base = tmp_path / "base"
-    save_pipeline(build_tiny_pipeline(vae_dim=8, blocks=1, heads=2, seed=3), base)
     text = recipe.replace("/no/such/model", str(base))
     weights = base / "transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(b"cannot be loaded")
@@ -559,22 +545,103 @@ def test_only_the_text_encoder_is_loaded_but_the_whole_base_must_be_there(
     weights.unlink()
     with pytest.raises(LayerloopError, match=r"base/transformer/diffusion_pytorch_model\.safetensors is missing"):
         run(campaign=f"{tmp_path}/d", recipe=text, images=str(folder))
-    assert Campaign.open(f"{tmp_path}/d").find("sources") is None
+    assert not (tmp_path / "d").exists()
 
 
-def test_a_model_that_is_not_there_is_one_line_and_nothing_is_committed(
-    tmp_path: Path, recipe: str, folder: Path
+def test_a_base_and_an_adapter_at_a_uri_are_checked_and_named_by_it(
+    s3_bucket: str, tmp_path: Path, recipe: str, folder: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(LayerloopError, match="/no/such/model"):
-        run(campaign=f"{tmp_path}/c", recipe=recipe, images=str(folder))
-    assert Campaign.open(f"{tmp_path}/c").find("sources") is None
+    monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "cache"))
+    store = open_store(f"{s3_bucket}/base")
+    for path in base.rglob("*.*"):
+        store.upload(path.relative_to(base).as_posix(), path)
+    text = recipe.replace("/no/such/model", f"{s3_bucket}/base")
+    with pytest.raises(LayerloopError) as caught:
+        run(campaign=f"{tmp_path}/c", recipe=f"{text}lora: {{start_from: {s3_bucket}/none}}\n", images=str(folder))
+    assert str(caught.value).startswith(f"recipe.lora.start_from is {s3_bucket}/none: {s3_bucket}/none has no objects")
+    store.delete("tokenizer/tokenizer.json")
+    with pytest.raises(LayerloopError) as caught:
+        run(campaign=f"{tmp_path}/c", recipe=text, images=str(folder))
+    assert str(caught.value).startswith(f"recipe.model.base is {s3_bucket}/base: /")
+    assert "/tokenizer/tokenizer.json is missing, and so are" in str(caught.value)
+    assert not (tmp_path / "c").exists()
+    store.upload("tokenizer/tokenizer.json", base / "tokenizer/tokenizer.json")
+    assert run(campaign=f"{tmp_path}/c", recipe=text, images=str(folder)).metrics["train"] == 5
+
+
+# ------------------------------------------------------------------------------------------- a recipe that is mended
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": {"base": "/nope"}}, "recipe.model.base is '/nope': no such folder; give 'tiny', a folder"),
+        (
+            {"data": {"resolution": 64, "multiple": 8}},
+            "recipe.data.multiple is 8 but {base} takes sides that are multiples of 16: choose 16 or a multiple of it",
+        ),
+        (
+            {"lora": {"targets": ["to_k", "to_qq"]}},
+            "recipe.lora.targets has 'to_qq', which is no linear layer of the model: layers of a block are img_mod.1, "
+            "attn.to_q, attn.to_k, attn.to_v,",
+        ),
+        (
+            {"lora": {"targets": ["txt_mlp.net.2", "to_add_out"]}},
+            "recipe.lora.targets is txt_mlp.net.2, to_add_out, which names only layers of {base} that cannot change "
+            "its output (the text side of its last block): add one of img_mod.1, attn.to_q,",
+        ),
+        (
+            {"lora": {"start_from": "/nope"}},
+            "recipe.lora.start_from is /nope: folder /nope does not exist: correct the path",
+        ),
+        ({"model": {"attention": "naive"}}, "recipe.model.attention is 'naive': choose one of "),
+    ],
+    ids=["base", "multiple", "targets", "dead-targets", "start-from", "attention"],
+)
+def test_a_recipe_that_was_refused_can_be_mended_in_the_same_campaign(
+    tmp_path: Path, folder: Path, base: Path, change: dict[str, dict[str, Any]], message: str
+) -> None:
+    good = {"name": "test", "model": {"base": str(base), "dtype": "float32"}, "data": {"resolution": 64}}
+    bad = good | {section: good.get(section, {}) | fields for section, fields in change.items()}  # type: ignore[operator]
+    with pytest.raises(LayerloopError) as caught:
+        run(campaign=f"{tmp_path}/c", recipe=json.dumps(bad), images=str(folder))
+    assert str(caught.value).startswith(message.format(base=base))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "c").exists()
+    run(campaign=f"{tmp_path}/c", recipe=json.dumps(good), images=str(folder))
+    assert Campaign.open(f"{tmp_path}/c").recipe == parse_recipe(json.dumps(good))
+    assert Campaign.open(f"{tmp_path}/c").find("sources") is not None
+
+
+def test_a_recipe_whose_prompt_could_not_be_embedded_can_be_mended_in_the_same_campaign(
+    tmp_path: Path, recipe: str, folder: Path, base: Path
+) -> None:
+    broken = Path(shutil.copytree(base, tmp_path / "broken"))
+    weights = broken / "text_encoder/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(LayerloopError, match=r"/broken/text_encoder cannot be loaded .*: fetch it again"):
+        run(campaign=f"{tmp_path}/c", recipe=recipe.replace("/no/such/model", str(broken)), images=str(folder))
+    assert not (tmp_path / "c").exists()
+    run(campaign=f"{tmp_path}/c", recipe=recipe.replace("/no/such/model", str(base)), images=str(folder))
+    assert Campaign.open(f"{tmp_path}/c").recipe.model.base == str(base)
+
+
+def test_an_embedding_without_a_recipe_beside_it_is_not_believed(
+    tmp_path: Path, recipe: str, folder: Path, base: Path
+) -> None:
+    """Someone deleted recipe.json to begin anew with another model; what is left of the first attempt is of no use."""
+    text = recipe.replace("/no/such/model", str(base))
+    run(campaign=f"{tmp_path}/clean", recipe=text, images=str(folder))
+    open_store(f"{tmp_path}/c").write("sources/prompt.safetensors", b"of another model")
+    run(campaign=f"{tmp_path}/c", recipe=text, images=str(folder))
+    assert Campaign.open(f"{tmp_path}/c").sources() == Campaign.open(f"{tmp_path}/clean").sources()
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
 def test_the_command_runs_as_a_kubeflow_task(
-    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[[str], str]
+    tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[..., str]
 ) -> None:
     def output(name: str) -> dict[str, Any]:
         return {"artifacts": [{"name": name, "uri": str(tmp_path / "out" / name), "metadata": {}, "type": {}}]}

@@ -395,10 +395,33 @@ def changed_record(*, everywhere: bool = False, **fields: object) -> Callable[[l
     return change
 
 
-def short_latents(samples: list[Sample]) -> list[Sample]:
-    tensors = load(samples[1][1]["trajectory.safetensors"])
-    tensors["window"] = tensors["window"][:, :-1].contiguous()
-    samples[1][1]["trajectory.safetensors"] = save(tensors)
+def changed_latents(
+    change: Callable[[torch.Tensor], torch.Tensor], member: str = "trajectory", name: str = "window"
+) -> Callable[[list[Sample]], list[Sample]]:
+    """Change one tensor wherever it is."""
+
+    def spoil(samples: list[Sample]) -> list[Sample]:
+        for _, members in samples:
+            if f"{member}.safetensors" in members:
+                tensors = load(members[f"{member}.safetensors"])
+                tensors[name] = change(tensors[name]).contiguous()
+                members[f"{member}.safetensors"] = save(tensors)
+        return samples
+
+    return spoil
+
+
+def swapped_candidates(samples: list[Sample]) -> list[Sample]:
+    """The records of the last two candidates change places."""
+    first, second = samples[-2][1], samples[-1][1]
+    first["json"], second["json"] = second["json"], first["json"]
+    return samples
+
+
+def foreign_tensor(samples: list[Sample]) -> list[Sample]:
+    """A tensor in a dtype that safetensors knows and torch has not."""
+    header = json.dumps({"window": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()
+    samples[-1][1]["trajectory.safetensors"] = len(header).to_bytes(8, "little") + header + bytes(4)
     return samples
 
 
@@ -414,10 +437,71 @@ def short_latents(samples: list[Sample]) -> list[Sample]:
         (changed_record(iteration=4), "is of iteration 4, not 1"),
         (changed_record(window_size=1, etas=[0.7]), "has an SDE window of 1 steps"),
         (nan_in_the_last_group, "i000001-g000003-c03.trajectory.safetensors window has NaN or infinite latents"),
-        (short_latents, "its record says 3 x 8 x any"),
+        (
+            changed_latents(lambda window: window[:, :-1]),
+            "c00.trajectory.safetensors window is 3 x 7 x 64, its record and the model's channels say 3 x 8 x 64: "
+            "delete the iteration's folder, and it is sampled and scored again",
+        ),
+        (changed_latents(lambda window: window[..., :32]), "window is 3 x 8 x 32, its record and the model's"),
+        (changed_latents(lambda window: window[0, 0, 0]), "window is one number, its record and the model's"),
+        (changed_latents(lambda window: window.half()), "window is torch.float16, latents are stored in float32"),
+        (
+            changed_latents(lambda condition: condition[:, :32], "condition", "condition"),
+            "i000001-g000000.condition.safetensors condition is 4 x 32, its record and the model's channels say 4 x 64",
+        ),
+        (foreign_tensor, "i000001-g000003-c03.trajectory.safetensors is not safetensors ("),
+        (
+            changed_record(height=48),
+            "i000001-g000003 has height 48 and width 32, but its 2 x 2 tokens of 16 pixels make 32 and 32: delete",
+        ),
+        (changed_record(height=48, latent_height=3), "g000003.condition.safetensors condition is 4 x 64, its record"),
+        (changed_record(height=-32), "i000001-g000003.json.height is -32: "),
+        (changed_record(layers=5), "window is 3 x 12 x 64, its record and the model's channels say 3 x 24 x 64"),
+        (
+            changed_record(window_start=9),
+            "i000001-g000003.json: window_start is 9 and window_size 2, but sigmas has 5 steps and the last is "
+            "never stochastic: delete",
+        ),
+        (changed_record(window_start=3), "window_start is 3 and window_size 2, but sigmas has 5 steps"),
+        (changed_record(etas=[0.7]), "etas is [0.7], not one positive value for each of the 2 steps of the window"),
+        (changed_record(etas=[0.7, 0.0]), "etas is [0.7, 0.0], not one positive value"),
+        (changed_record(sigmas=[1.0, 0.0]), "window_start is 0 and window_size 2, but sigmas has 1 steps"),
+        (changed_record(sigmas=[1.0]), "sigmas is [1.0], not 2 values or more that fall from 1 to 0"),
+        (changed_record(sigmas=[1, 0.8, 0.8, 0.5, 0.2, 0]), "sigmas is [1.0, 0.8, 0.8, 0.5, 0.2, 0.0], not 2 values"),
+        (changed_record(dynamics="ode"), "dynamics is 'ode', which is not stochastic, but window_size is 2"),
+        (changed_record(group=2), "i000001-g000003 holds the record of i000001-g000002: delete"),
+        (swapped_candidates, "i000001-g000003-c02 holds the record of i000001-g000003-c03: delete"),
         (lambda samples: samples[:1] + samples[2:], "lack candidate 0 of group 0, which was scored"),
     ],
-    ids=["base", "adapter", "schema", "iteration", "window", "nan", "shape", "missing"],
+    ids=[
+        "base",
+        "adapter",
+        "schema",
+        "iteration",
+        "window",
+        "nan",
+        "tokens",
+        "channels",
+        "number",
+        "dtype",
+        "condition",
+        "foreign",
+        "height",
+        "latent-height",
+        "negative",
+        "layers",
+        "start",
+        "late",
+        "etas",
+        "no-noise",
+        "short-sigmas",
+        "one-sigma",
+        "even-sigmas",
+        "ode",
+        "group",
+        "candidate",
+        "missing",
+    ],
 )
 def test_a_shard_that_this_policy_did_not_sample_is_refused(
     make_lab: MakeLab, change: Callable[[list[Sample]], list[Sample]], message: str
@@ -429,6 +513,15 @@ def test_a_shard_that_this_policy_did_not_sample_is_refused(
         run(campaign=lab.uri)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+    assert not lab.committed(1)
+
+
+def test_final_latents_of_another_model_are_refused_where_they_are_learnt_from(make_lab: MakeLab) -> None:
+    lab = make_lab(update={"algorithm": "nft"})
+    lab.rollouts(1, change=changed_latents(lambda final: final[:, :32], name="final"))
+    lab.scores(1)
+    with pytest.raises(LayerloopError, match="final is 8 x 32, its record and the model's channels say 8 x 64: delete"):
+        run(campaign=lab.uri)
     assert not lab.committed(1)
 
 

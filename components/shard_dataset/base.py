@@ -1,0 +1,60 @@
+"""The recipe's base as this step needs it: refused while the recipe can still be mended, then asked for the prompt's
+embedding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Self
+
+from layerloop.components.runtime.progress import log
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import ModelRecipe, Recipe
+from layerloop.components.storage.folders import local_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedBase:
+    """A base that the recipe fits. `folder` is a local copy of one at a URI, else None."""
+
+    model: ModelRecipe
+    folder: Path | None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """The base of a recipe, without having loaded anything of it.
+
+        Raises:
+            LayerloopError: what later steps would refuse of the base, of the recipe's use of it, or of the adapter that
+                the recipe starts from.
+        """
+        from layerloop.components.policy.preflight import preflight
+
+        base, start = recipe.model.base, recipe.lora.start_from
+        remote = "://" in base and not base.startswith("file://")
+        folder = _fetched("recipe.model.base", base) if remote else None
+        preflight(recipe, folder=folder, start=_fetched("recipe.lora.start_from", start) if start is not None else None)
+        return cls(recipe.model, folder)
+
+    def embed_prompt(self) -> bytes:
+        """The prompt's embedding `prompt_embeds[T, E]` float32 as safetensors: later steps never load the text encoder.
+
+        Raises:
+            LayerloopError: the text encoder or the tokenizer cannot be loaded.
+        """
+        import numpy as np
+        from safetensors.numpy import save
+
+        from layerloop.components.policy.prompt import embed_prompt
+
+        log(f"embedding the prompt {self.model.prompt!r} with {self.model.base}")
+        embeds = embed_prompt(self.model, folder=self.folder).numpy()
+        return save({"prompt_embeds": np.ascontiguousarray(embeds, np.float32)})
+
+
+def _fetched(field: str, uri: str) -> Path:
+    try:
+        return local_folder(uri)
+    except LayerloopError as error:
+        raise LayerloopError(f"{field} is {uri}: {error}") from None

@@ -1,0 +1,210 @@
+"""Reading adapters: peft's own scale of every module, dtypes, and configs and folders that say something impossible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from layerloop.components.policy import lora
+from layerloop.components.policy.adapters import read_adapter
+from layerloop.components.policy.model import LayeredPolicy
+from layerloop.components.schema.errors import LayerloopError
+
+MODULE = "transformer_blocks.0.attn.to_q"
+
+
+def set_config(folder: Path, **fields: Any) -> None:
+    """Change fields of the peft config in `folder`; `...` removes one."""
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+@pytest.fixture
+def adapter_folder(tmp_path: Path) -> Path:
+    """A peft folder of one module, rank 4 and alpha 4."""
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        f"{MODULE}.lora_{side}.weight": torch.randn(shape, generator=generator)
+        for side, shape in (("A", (4, 64)), ("B", (64, 4)))
+    }
+    lora.write_peft(lora.Adapter(state, 4, 4), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+# ---- scales
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"alpha_pattern": {"to_q": 8}},
+        {"alpha_pattern": {"attn.to_q": 8, "net.0.proj": 1}},
+        {"alpha_pattern": {"transformer_blocks.1.attn.to_q": 8}},
+        {"alpha_pattern": {r"attn\.to_q": 8}},
+        {"alpha_pattern": {r"^transformer_blocks\.1\..*": 8, r"to_[qk]": 2}},
+        {"alpha_pattern": {"to_q": 2, "attn.to_q": 8}},
+        {"alpha_pattern": {"to": 8, "q": 8, "attn": 8}},
+        {"alpha_pattern": {r"\d+\.attn\.to_q": 8}, "rank_pattern": {r".*\.to_(q|k)": 2, "net.2": 3}},
+        {"alpha_pattern": {r"to_q|to_k": 8}, "use_rslora": True},
+        {"lora_alpha": ...},
+    ],
+    ids=str,
+)
+def test_every_module_has_the_scale_that_peft_gives_it(base_recipe, tmp_path, fields) -> None:  # type: ignore[no-untyped-def]
+    written = {key: value for key, value in fields.items() if value is not ...}
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 4, "target_modules": ["to_q", "to_k", "net.0.proj", "net.2"]} | written
+    )
+    wrapped = get_peft_model(LayeredPolicy.load(base_recipe).transformer, config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in (p for name, p in wrapped.named_parameters() if "lora_B" in name):
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(tmp_path)
+    set_config(tmp_path, **fields)
+
+    transformer = LayeredPolicy.load(base_recipe).transformer
+    PeftModel.from_pretrained(transformer, tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert len(adapter.modules) == 2 * 6  # both streams have the feed-forward's
+    scales = set()
+    for module in adapter.modules:
+        layer = transformer.get_submodule(module)
+        scales.add(layer.scaling["default"])
+        theirs = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        a, b = (adapter.state[f"{module}.lora_{side}.weight"] for side in "AB")
+        assert torch.allclose(adapter.alpha / adapter.rank * b @ a, theirs, rtol=1e-5, atol=1e-6), module
+    assert scales != {1.0} or fields == {"alpha_pattern": {"to": 8, "q": 8, "attn": 8}}  # it matches nothing
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_alpha": "sixteen"}, "has lora_alpha 'sixteen', which is no finite number: set it to the alpha"),
+        ({"lora_alpha": [16]}, "has lora_alpha [16], which is no finite number"),
+        ({"lora_alpha": None}, "has lora_alpha None, which is no finite number"),
+        ({"lora_alpha": True}, "has lora_alpha True, which is no finite number"),
+        ({"lora_alpha": float("nan")}, "has lora_alpha nan, which is no finite number"),
+        ({"lora_alpha": 10**400}, "which is no finite number"),
+        ({"alpha_pattern": [8]}, "has alpha_pattern [8], which is no mapping: write it as"),
+        ({"alpha_pattern": {"to_q": "8"}}, "has alpha_pattern['to_q'] '8', which is no finite number"),
+        ({"alpha_pattern": {"to_(q": 8}}, "has alpha_pattern {'to_(q': 8} with a key that is no regular expression"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_impossible_alpha_is_one_line_naming_file_field_and_value(
+    adapter_folder: Path, fields: dict[str, Any], message: str
+) -> None:
+    set_config(adapter_folder, **fields)
+    with pytest.raises(LayerloopError) as caught:
+        read_adapter(adapter_folder)
+    assert str(caught.value).startswith(f"{adapter_folder / 'adapter_config.json'} ")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_impossible_alpha_in_a_files_metadata_names_the_file(adapter_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    tensors = {f"transformer.{key}": value for key, value in read_adapter(adapter_folder).state.items()}
+    for fields, alpha in (({"transformer.r": 4, "transformer.lora_alpha": 8}, 8), ({"text_encoder.r": 4}, 4)):
+        save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(fields)})
+        assert read_adapter(file).alpha == alpha
+    save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": "8"})})
+    with pytest.raises(LayerloopError, match=r"x\.safetensors has lora_alpha '8', which is no finite number"):
+        read_adapter(file)
+
+
+# ---- dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16], ids=str)
+def test_narrow_floats_are_read_exactly(adapter_folder: Path, dtype: torch.dtype) -> None:
+    file = adapter_folder / "adapter_model.safetensors"
+    narrow = {key: value.to(dtype) for key, value in load_file(file).items()}
+    save_file(narrow, file)
+    state = read_adapter(adapter_folder).state
+    assert len(state) == 2
+    for key, value in state.items():
+        assert value.dtype == torch.float32 and value.any()
+        assert torch.equal(value, narrow[f"base_model.model.{key}"].float())
+
+
+def test_nan_in_float8_is_refused(adapter_folder: Path) -> None:
+    file = adapter_folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"base_model.model.{MODULE}.lora_A.weight"][0, 0] = float("nan")
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()}, file)
+    with pytest.raises(LayerloopError, match=r"lora_A\.weight has NaN or infinite values"):
+        read_adapter(adapter_folder)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(4, 64, dtype=torch.int8), torch.ones(4, 64).byte().view(torch.float4_e2m1fn_x2)],
+    ids=["int8", "float4"],
+)
+def test_quantised_weights_are_refused_by_key_and_dtype(adapter_folder: Path, tensor: torch.Tensor) -> None:
+    file = adapter_folder / "adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.{MODULE}.lora_A.weight": tensor}, file)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    with pytest.raises(LayerloopError, match=rf"lora_A\.weight has dtype {dtype}, .*: save the adapter in float32"):
+        read_adapter(adapter_folder)
+
+
+# ---- places
+
+
+def test_a_path_that_is_no_adapter_says_what_to_give(adapter_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LayerloopError, match=r"absent is no adapter: there is no such file or folder; correct the"):
+        read_adapter(tmp_path / "absent")
+    published = tmp_path / "published"
+    published.mkdir()
+    with pytest.raises(LayerloopError, match=r"is no adapter: it has neither .* nor .*; give the folder that has one"):
+        read_adapter(published)
+    adapter = read_adapter(adapter_folder)
+    lora.write_diffusers(adapter, published / "diffusers")
+    with pytest.raises(LayerloopError, match=r"is no adapter itself, but .*/published/diffusers is one: give that"):
+        read_adapter(published)
+    lora.write_peft(adapter, published / "peft")
+    with pytest.raises(LayerloopError, match=r"is no adapter itself, but .*/published/peft is one: give that"):
+        read_adapter(published)
+    with pytest.raises(LayerloopError, match=r"x{300} cannot be read \(File name too long\)"):
+        read_adapter(tmp_path / ("x" * 300))
+    (adapter_folder / "adapter_config.json").unlink()
+    (adapter_folder / "adapter_config.json").mkdir()
+    with pytest.raises(LayerloopError, match=r"adapter_config\.json cannot be read \(Is a directory\)"):
+        read_adapter(adapter_folder)
+
+
+# ---- writing
+
+
+def test_an_adapter_that_is_written_over_is_never_a_mixture(adapter_folder: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """The weights make a folder an adapter: the first of the old files to go, the last of the new to come."""
+    adapter = read_adapter(adapter_folder)
+    doubled = lora.Adapter({key: 2 * value for key, value in adapter.state.items()}, 4, 16)
+    seen = []
+    rename = Path.replace
+
+    def watched(file: Path, target: Path) -> Path:
+        try:
+            seen.append(read_adapter(adapter_folder).alpha)
+        except LayerloopError as error:
+            seen.append("none" if "is no adapter" in str(error) else str(error))
+        return rename(file, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    lora.write_peft(doubled, adapter_folder)
+    assert seen == ["none", "none"]
+    again = read_adapter(adapter_folder)
+    assert again.alpha == 16 and all(torch.equal(again.state[key], value) for key, value in doubled.state.items())
+    assert sorted(path.name for path in adapter_folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
