@@ -132,7 +132,7 @@ def test_a_tokenizer_without_its_vocabulary_is_named(folder: Path) -> None:
         embed_prompt(model)
     assert str(caught.value) == (
         f"{folder}/tokenizer/tokenizer.json is missing, and so are vocab.json and merges.txt, which would do as well: "
-        f"{folder} is not a complete diffusers folder of the model"
+        f"{folder} is not a complete diffusers folder of the model; fetch it again"
     )
     (folder / "merges.txt").rename(folder / "tokenizer/merges.txt")
     with pytest.raises(LayerloopError, match=r"tokenizer/vocab\.json is missing: "):
