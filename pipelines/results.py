@@ -236,7 +236,29 @@ def _expectations(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
             "(below) is to 1, the less is left to add. `phase1_fine` against `full_fine` (further below) is the same",
             "comparison with a judge that is fine in both phases.",
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + _room(full, by_arm.get("shipped_base", ()))
+
+
+def _room(full: Sequence[Outcome], shipped: Sequence[Outcome]) -> str:
+    """How much of the per-layer L1 the base's faults cost, which is what there is to win back, and how much of it is
+    won: per layer count, over the seeds that both arms have. `shipped` began as the base was before its faults."""
+    before = {item.run.seed: item for item in shipped}
+    pairs = [(item, before[item.run.seed]) for item in full if item.run.seed in before]
+    if not pairs:
+        return ""
+    cost, won = [], []
+    for layers in (2, 3, 4):
+        of = f"l1_{layers}"
+        base = _mean([item.metrics[of][0] for item, _ in pairs])
+        tuned = _mean([item.metrics[of][1] for item, _ in pairs])
+        whole = _mean([item.metrics[of][0] for _, item in pairs])
+        cost.append(f"{(base - whole) / base:.0%}" if base else "0%")
+        won.append(f"{(base - tuned) / (base - whole):.0%}" if base > whole else "none")
+    seeds = ", ".join(str(item.run.seed) for item, _ in pairs)
+    return f"""
+The faults are {", ".join(cost)} of the base's per-layer L1 at 2, 3 and 4 layers (against the policy as it ships;
+seed {seeds}): unlearning them can lower it by no more. `full` wins back {", ".join(won)} of that.
+"""
 
 
 def _measures_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:

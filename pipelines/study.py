@@ -27,7 +27,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
 
-TRAINING_DESIGNS, HELD_OUT_DESIGNS, SEED = 240, 48, 20260529
+TRAINING_DESIGNS, HELD_OUT_DESIGNS, SEED = 240, 144, 20260529
 
 
 @dataclass(frozen=True)
