@@ -63,7 +63,8 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f}" if self.half is None else f"{self.mean:.4f} ± {self.half:.4f}"
+        mean = f"{self.mean:.4f}".replace("-0.0000", "0.0000")
+        return mean if self.half is None else f"{mean} ± {self.half:.4f}"
 
 
 def interval(values: Sequence[float]) -> Interval:
