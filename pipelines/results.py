@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerloop.components.judge.reference import FINE
+from layerloop.components.judge.reference import FINE, NAME
 from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.components.storage.campaign import Campaign
 from layerloop.pipelines.study import ARMS, Run, Study
@@ -170,8 +170,8 @@ def _page(study: Study, by_arm: Mapping[str, Sequence[Outcome]], missing: Sequen
             "Difference of the tuned value to the other arm's of the same seed, averaged over seeds.\n",
             _comparison_table(by_arm),
             "## Rewards over iterations\n",
-            "Phase-1 reward, whose scale does not depend on the group, averaged over ten iterations; thin lines are\n"
-            "seeds, dashed arms have one.\n",
+            "Phase-1 reward, averaged over ten iterations; thin lines are seeds, dashed arms have one. Its scale\n"
+            "does not depend on the group, but on the judge.\n",
             "![rewards over iterations](results-rewards.svg)\n",
         ]
     if missing:
@@ -325,16 +325,23 @@ def _comparison_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 def _draw_curves(by_arm: Mapping[str, Sequence[Outcome]], path: Path, *, smooth: int = 10) -> None:
-    """Mean reward over iterations, a colour an arm: seeds thin, their mean thick, dashed where there is one seed."""
+    """Mean reward over iterations, a panel a judge: seeds thin, their mean thick, dashed where there is one seed."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "layerloop"  # the same drawing gives the same bytes
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    for index, (arm, items) in enumerate(by_arm.items()):
-        colour = f"C{index}"
+    judges = {arm: ARMS[arm].changes.get("judge", {}).get("model", NAME) for arm in by_arm}
+    panels = list(dict.fromkeys(judges.values()))
+    widths = [3 if panel == NAME else 2 for panel in panels]
+    figure, row = pyplot.subplots(
+        1, len(panels), figsize=(11, 5), layout="constrained", squeeze=False, width_ratios=widths
+    )
+    on = dict(zip(panels, row[0], strict=True))
+    for arm, items in by_arm.items():
+        index = [other for other in by_arm if judges[other] == judges[arm]].index(arm)
+        axes, colour = on[judges[arm]], f"C{index}"
         lines = []
         for item in items:
             values = [value for _, value in item.curve]
@@ -344,9 +351,11 @@ def _draw_curves(by_arm: Mapping[str, Sequence[Outcome]], path: Path, *, smooth:
         mean = [sum(column) / len(column) for column in zip(*lines, strict=True)]
         style: dict[str, Any] = {"linewidth": 2} if len(items) > 1 else {"linewidth": 1, "linestyle": "--"}
         axes.plot(range(1, len(mean) + 1), mean, color=colour, label=arm, **style)
-    axes.set_xlabel("iteration")
-    axes.set_ylabel(f"mean phase-1 reward, {smooth} iterations")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=3, loc="lower right")
+    for panel, axes in on.items():
+        axes.set_title(panel, loc="left", fontsize="medium")
+        axes.set_xlabel("iteration")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    row[0][0].set_ylabel(f"mean phase-1 reward, {smooth} iterations")
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
