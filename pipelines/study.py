@@ -109,7 +109,7 @@ class Study:
         return (self.campaign(run) / "evaluations" / f"iteration-{self.iterations:06d}" / "manifest.json").exists()
 
 
-def plan(arms: Sequence[str], seeds: int | None = None) -> list[Run]:
+def plan(arms: Sequence[str]) -> list[Run]:
     """All runs, first seeds first, so that a study that is cut short compares arms on equal terms.
 
     Raises:
@@ -118,7 +118,7 @@ def plan(arms: Sequence[str], seeds: int | None = None) -> list[Run]:
     for arm in arms:
         if arm not in ARMS:
             raise LayerloopError(f"arm {arm} is not known: choose from {', '.join(ARMS)}")
-    runs = [Run(arm, seed) for arm in arms for seed in range(ARMS[arm].seeds if seeds is None else seeds)]
+    runs = [Run(arm, seed) for arm in arms for seed in range(ARMS[arm].seeds)]
     return sorted(runs, key=lambda run: (run.seed, arms.index(run.arm)))
 
 

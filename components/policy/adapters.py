@@ -117,7 +117,7 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if value.is_floating_point():
             try:
                 tensors[key] = value.float()  # exact for float8 too, of which torch knows little else
-            except NotImplementedError:  # float4
+            except NotImplementedError:  # torch converts float8, but not float4
                 raise LayerloopError(
                     f"{file}: {key} has dtype {str(value.dtype).removeprefix('torch.')}, which cannot be read: "
                     "save the adapter in float32 or bfloat16"
