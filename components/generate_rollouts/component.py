@@ -13,6 +13,7 @@ def generate_rollouts(
     policy: Input[Model],
     rollouts: Output[Dataset],
     metrics: Output[Metrics],
+    runtime: dict = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Sample candidate decompositions of this worker's groups with the current policy.
 
@@ -24,6 +25,7 @@ def generate_rollouts(
         policy: Manifest of the policy to sample with; the iteration is one more than its own.
         rollouts: Manifest of this worker's trajectory shards.
         metrics: Groups, candidates, and seconds of the sampler's parts.
+        runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(
         image="layerloop-policy",
