@@ -145,12 +145,15 @@ def _compile(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> None:
+    from layerloop.components.schema.runtime import flat
     from layerloop.pipelines.inputs import packaged_recipes, recipe_and_runtime
 
     if arguments.recipe:
         text, runtime = recipe_and_runtime(arguments.recipe, arguments.set)
         if arguments.set and runtime:
-            raise LayerloopError(f"{runtime} is of the runtime, which no recipe holds: give it to `layerloop run`")
+            raise LayerloopError(
+                f"{', '.join(flat(runtime))} is not of the recipe but of the runtime: set it for a run"
+            )
         print(text, end="")
     for name, text in {} if arguments.recipe else packaged_recipes().items():
         print(f"{name:8} {text.splitlines()[0].lstrip('# ')}")

@@ -28,7 +28,7 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
 
     @dsl.pipeline(name="layerloop-evaluate", display_name="layerloop: evaluation of a campaign's head")
     def evaluate(
-        campaign: str, images: str = "", designs: str = "", recipe: str = recipe, runtime: dict = free
+        campaign: str, images: str = "", designs: str = "", recipe: str = recipe, runtime: dict[str, Any] = free
     ) -> None:
         """Evaluate the head of a campaign, as it is when the run starts.
 

@@ -55,7 +55,7 @@ def recipe_and_runtime(value: str, changes: Sequence[str] = (), runtime: str = "
     if found:
         names = ", ".join(flat(found))
         print(
-            f"recipe {value}: {names} say where and how fast, so they hold for this run and are not kept in the campaign; "
+            f"recipe {value}: {names} say where and how fast: they hold for this run, the campaign does not keep them; "
             "move them to a file for --runtime",
             file=sys.stderr,
         )
@@ -76,7 +76,8 @@ def recipe_text(value: str, changes: Sequence[str] = ()) -> str:
 
 def _changed(text: str, changes: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The recipe's text with those changes that are the recipe's, and the others, which are the runtime's."""
-    recipe, runtime = yaml.safe_load(text), {}
+    recipe: dict[str, Any] = yaml.safe_load(text)
+    runtime: dict[str, Any] = {}
     for change in changes:
         path, separator, value = change.partition("=")
         keys = path.split(".")

@@ -65,7 +65,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
     # A sub-pipeline needs at least one parameter: without one, kfp.local 2.17 finds no artifact inputs.
     @dsl.pipeline(name="iteration")
     def iteration(
-        campaign: str, judge_url: str, sources: Input[Dataset], policy: Input[Model], runtime: dict
+        campaign: str, judge_url: str, sources: Input[Dataset], policy: Input[Model], runtime: dict[str, Any]
     ) -> Updated:
         with dsl.ParallelFor(items=list(range(workers)), name="workers") as worker:
             rollouts = generate_rollouts(
@@ -89,7 +89,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         recipe: str = recipe,
         judge_url: str = "",
         name: str = "",
-        runtime: dict = free,
+        runtime: dict[str, Any] = free,
     ) -> None:
         """Fine-tune the campaign's policy by `iterations` more iterations, evaluate it and publish the adapter.
 

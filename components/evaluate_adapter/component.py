@@ -1,5 +1,7 @@
 """KFP declaration of the step `evaluate_adapter`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
 
@@ -12,7 +14,7 @@ def evaluate_adapter(
     report: Output[HTML],
     evaluation: Output[Artifact],
     metrics: Output[Metrics],
-    runtime: dict = {},  # noqa: B006
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Compare adapter and base on the same seeds, on held-out designs and pictures.
 

@@ -1,5 +1,7 @@
 """KFP declaration of the step `generate_rollouts`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
@@ -13,7 +15,7 @@ def generate_rollouts(
     policy: Input[Model],
     rollouts: Output[Dataset],
     metrics: Output[Metrics],
-    runtime: dict = {},  # noqa: B006
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Sample candidate decompositions of this worker's groups with the current policy.
 

@@ -1,5 +1,7 @@
 """KFP declaration of the step `publish_adapter`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Markdown, Metrics, Model, Output
 
@@ -13,7 +15,7 @@ def publish_adapter(
     adapter: Output[Model],
     card: Output[Markdown],
     metrics: Output[Metrics],
-    runtime: dict = {},  # noqa: B006
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Write the adapter in peft and in diffusers layout with a model card, each loaded back and compared first.
 

@@ -1,5 +1,7 @@
 """KFP declaration of the step `score_rollouts`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Output
 
@@ -11,7 +13,7 @@ def score_rollouts(
     scores: Output[Dataset],
     metrics: Output[Metrics],
     judge_url: str = "",
-    runtime: dict = {},  # noqa: B006
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Let the judge score every candidate on its own, then side by side within its group.
 

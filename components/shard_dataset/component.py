@@ -1,5 +1,7 @@
 """KFP declaration of the step `shard_dataset`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Metrics, Model, Output
 
@@ -13,7 +15,7 @@ def shard_dataset(
     policy: Output[Model],
     metrics: Output[Metrics],
     designs: str = "",
-    runtime: dict = {},  # noqa: B006
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Normalise images into shards, once per campaign, and find the policy to continue from.
 

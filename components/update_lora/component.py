@@ -1,5 +1,7 @@
 """KFP declaration of the step `update_lora`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
@@ -11,7 +13,7 @@ def update_lora(
     previous: Input[Model],
     policy: Output[Model],
     metrics: Output[Metrics],
-    runtime: dict = {},  # noqa: B006
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """One iteration of learning: group-relative advantages, clipped surrogate, LoRA and optimizer state carried on.
 

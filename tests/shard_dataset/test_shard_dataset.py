@@ -498,9 +498,9 @@ def test_a_recipe_is_text_or_a_path_or_a_uri(
     open_store(s3_bucket).write("r.yaml", recipe.encode())
     monkeypatch.chdir(tmp_path)
     for given in (recipe, "r.yaml", f"{tmp_path}/r.yaml", f"file://{tmp_path}/r.yaml", f"{s3_bucket}/r.yaml"):
-        assert read_recipe(given) == expected
-    assert read_recipe("name: test").name == "test"
-    assert read_recipe(expected.to_json().decode()) == expected
+        assert read_recipe(given) == (expected, {})
+    assert read_recipe("name: test")[0].name == "test"
+    assert read_recipe(expected.to_json().decode()) == (expected, {})
 
 
 def test_a_campaign_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, recipe: str, folder: Path) -> None:

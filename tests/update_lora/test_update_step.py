@@ -101,9 +101,9 @@ def candidates_of(lab: Lab) -> Iterator[tuple[GroupRecord, int, Condition, torch
 
 def test_gradient_is_that_of_the_textbook_surrogate_in_one_large_batch(make_lab: MakeLab) -> None:
     """Against flow_grpo's form written out: log-probabilities of stored steps, PPO ratio, one autograd graph."""
-    lab = make_lab(update={"steps": 1, "ratio_norm": "mean", "reweight": False, "max_grad_norm": 1e9, "microbatch": 3})
+    lab = make_lab(update={"steps": 1, "ratio_norm": "mean", "reweight": False, "max_grad_norm": 1e9})
     lab.ready(1)
-    run(campaign=lab.uri)
+    run(campaign=lab.uri, runtime="update: {microbatch: 3}")
 
     policy = LayeredPolicy.load(lab.recipe.model)
     add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
@@ -129,9 +129,9 @@ def test_gradient_of_nft_is_that_of_its_authors_loss(make_lab: MakeLab) -> None:
     """Against NVlabs/DiffusionNFT's train script written out, one candidate at one time after another."""
     beta, clip = 0.5, 5.0
     nft = {"timesteps": 2, "beta": beta}
-    lab = make_lab(update={"algorithm": "nft", "steps": 1, "max_grad_norm": 1e9, "microbatch": 3, "nft": nft})
+    lab = make_lab(update={"algorithm": "nft", "steps": 1, "max_grad_norm": 1e9, "nft": nft})
     lab.ready(1)
-    run(campaign=lab.uri)
+    run(campaign=lab.uri, runtime="update: {microbatch: 3}")
 
     policy = LayeredPolicy.load(lab.recipe.model)
     add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
@@ -167,9 +167,9 @@ def test_gradient_of_nft_is_that_of_its_authors_loss(make_lab: MakeLab) -> None:
 def test_gradient_does_not_depend_on_the_size_of_the_microbatches(make_lab: MakeLab, update: dict[str, Any]) -> None:
     gradients = []
     for microbatch in (1, 3, 100):
-        lab = make_lab(f"by-{microbatch}", update={"steps": 1, "microbatch": microbatch, "max_grad_norm": 1e9} | update)
+        lab = make_lab(f"by-{microbatch}", update={"steps": 1, "max_grad_norm": 1e9} | update)
         lab.ready(1)
-        run(campaign=lab.uri)
+        run(campaign=lab.uri, runtime=f"update: {{microbatch: {microbatch}}}")
         gradients.append(first_gradient(lab))
     scale = max(float(g.abs().max()) for g in gradients[0].values())
     for other in gradients[1:]:
@@ -223,7 +223,7 @@ def test_it_learns_what_is_rewarded(make_lab: MakeLab, update: dict[str, Any], w
         return samples
 
     lab = make_lab(
-        update={"learning_rate": 1e-2, "microbatch": 64} | update,
+        update={"learning_rate": 1e-2} | update,
         rollout={"group_size": 16, "noise": {"eta": 1.0}},
     )
 
