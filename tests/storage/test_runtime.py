@@ -120,7 +120,7 @@ def test_it_is_text_or_a_mapping_or_a_file_anywhere(
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ("nowhere.yaml", "runtime is nowhere.yaml, which cannot be read (nowhere.yaml does not exist"),
+        ("nowhere.yaml", "runtime is nowhere.yaml, which cannot be read ("),
         ("judge: [", "runtime is not YAML: "),
         ("- judge: 3", "runtime is [{'judge': 3}], not a mapping: write it as judge: {concurrency: 8}"),
         ("judge: {retries: -1}", "runtime.judge.retries is -1: input should be greater than or equal to 0"),
