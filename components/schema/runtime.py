@@ -42,7 +42,7 @@ class UpdateRuntime(Record):
 class EvaluationRuntime(Record):
     """How an evaluation is made."""
 
-    batch_size: int = Field(default=1, ge=1)  # cases in one forward pass; same bits in float32 on a CPU
+    batch_size: int = Field(default=1, ge=1)  # cases in one forward pass; rounding
     bootstrap: int = Field(default=2000, ge=100)  # resamples behind the intervals; their ends move by Monte Carlo error
 
 

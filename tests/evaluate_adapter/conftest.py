@@ -173,7 +173,7 @@ class Evaluated:
 def evaluated(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     folder = tmp_path_factory.mktemp("evaluated")
     lab = fill(lab_at(str(folder / "campaign"), base), folder)
-    result = run(campaign=lab.uri)
+    result = run(campaign=lab.uri, runtime="evaluation: {batch_size: 4, bootstrap: 200}")
     manifest = lab.campaign.find("evaluations/iteration-000002")
     assert manifest is not None
     metrics = json.loads(lab.store.read("evaluations/iteration-000002/metrics.json"))

@@ -137,12 +137,12 @@ def test_an_interrupted_run_is_finished_and_not_redone(make_campaign, monkeypatc
     expected = run(campaign=whole.uri).manifests["rollouts"]
     real, sampled = candidates.sample_group, []
 
-    def killed_at_the_third(policy, recipe, iteration, plan, *rest):  # type: ignore[no-untyped-def]
+    def killed_at_the_third(policy, recipe, iteration, plan, *rest, **more):  # type: ignore[no-untyped-def]
         if plan.group == 2 and not sampled[2:]:
             sampled.append("killed")
             raise KeyboardInterrupt
         sampled.append(plan.group)
-        return real(policy, recipe, iteration, plan, *rest)
+        return real(policy, recipe, iteration, plan, *rest, **more)
 
     monkeypatch.setattr(candidates, "sample_group", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):

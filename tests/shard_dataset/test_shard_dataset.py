@@ -498,8 +498,8 @@ def test_what_later_steps_would_not_get_of_a_recipe_is_refused(local_campaign: s
     with pytest.raises(LayerloopError) as caught:
         run(campaign=local_campaign, recipe=old, images=str(folder))
     assert str(caught.value) == (
-        "recipe.judge.concurrency is 64: that says where and how fast to run, which no recipe keeps: take it out and give the "
-        'parameter runtime {"judge": {"concurrency": 64, "start_seconds": 0.0}}'
+        "recipe.judge.concurrency is 64: that says where and how fast to run, which no recipe keeps: take it out and "
+        'give the parameter runtime {"judge": {"concurrency": 64, "start_seconds": 0.0}}'
     )
     assert Campaign.open(local_campaign).find("sources") is None
     run(campaign=local_campaign, recipe=old, images=str(folder), runtime='{"judge": {"concurrency": 64}}')

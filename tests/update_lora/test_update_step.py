@@ -177,6 +177,29 @@ def test_gradient_does_not_depend_on_the_size_of_the_microbatches(make_lab: Make
             torch.testing.assert_close(other[key], gradient, rtol=1e-4, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("update", [{}, {"algorithm": "nft", "nft": {"timesteps": 2}}], ids=["grpo", "nft"])
+def test_the_runtime_changes_an_adapter_by_no_more_than_the_order_of_a_sum(
+    make_lab: MakeLab, update: dict[str, Any]
+) -> None:
+    """The same three optimizer steps on three runtimes; one of AdamW is at most the learning rate, 1e-3."""
+    adapters = []
+    runtimes: tuple[dict[str, Any], ...] = (
+        {"update": {"microbatch": 8}, "model": {"gradient_checkpointing": False}},
+        {"update": {"microbatch": 8}, "model": {"gradient_checkpointing": True}},
+        {"update": {"microbatch": 1}, "model": {"gradient_checkpointing": True}},
+    )
+    for n, runtime in enumerate(runtimes):
+        lab = make_lab(f"lab-{n}", update={"steps": 3, "kl": 0.01} | update)
+        lab.ready(1)
+        run(campaign=lab.uri, runtime=json.dumps(runtime))
+        adapters.append(lab.adapter(1))
+    assert adapters[0] == adapters[1], "checkpointing computes the same again"
+    one, other = load(adapters[0]), load(adapters[2])
+    assert max(float(tensor.abs().max()) for key, tensor in one.items() if "lora_B" in key) > 5e-4, "it has learned"
+    for key in one:
+        torch.testing.assert_close(other[key], one[key], rtol=1e-5, atol=2e-6)
+
+
 def test_gradient_is_clipped_by_its_global_norm(make_lab: MakeLab) -> None:
     norms = []
     for limit in (1e9, 1e-3):
