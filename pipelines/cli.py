@@ -91,6 +91,7 @@ def _run(arguments: argparse.Namespace) -> None:
     import os
 
     from layerloop.components.schema.recipe import parse_recipe
+    from layerloop.components.storage.runtime import read_runtime
     from layerloop.pipelines.inputs import check_judge
     from layerloop.pipelines.job import run_job, say_what_was_made
 
@@ -98,21 +99,24 @@ def _run(arguments: argparse.Namespace) -> None:
     if not judge_url:
         raise LayerloopError("--judge-url is empty: give an OpenAI-compatible base URL, or run `layerloop judge serve`")
     job = _job(arguments, campaign=arguments.campaign)
-    judge = parse_recipe(job.recipe).judge
-    check_judge(judge_url, judge)
+    recipe = parse_recipe(job.recipe)
+    judge = recipe.judge
+    check_judge(judge_url, judge, read_runtime(job.runtime, recipe).judge)
     print(f"judge {judge.model} at {judge_url}", flush=True)
     say_what_was_made(run_job(job, runs=Path(arguments.runs)), job)
 
 
 def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:
-    from layerloop.pipelines.inputs import recipe_text
+    from layerloop.pipelines.inputs import recipe_and_runtime
     from layerloop.pipelines.job import Job
 
+    recipe, runtime = recipe_and_runtime(arguments.recipe, arguments.set, arguments.runtime)
     return Job(
         campaign=campaign,
         images=arguments.images,
         designs=arguments.designs,
-        recipe=recipe_text(arguments.recipe, arguments.set),
+        recipe=recipe,
+        runtime=runtime,
         judge_url=arguments.judge_url,
         iterations=arguments.iterations,
         workers=arguments.workers,
@@ -123,16 +127,17 @@ def _compile(arguments: argparse.Namespace) -> None:
     from layerloop.pipelines.cluster import Cluster, read_cluster
     from layerloop.pipelines.compiled import write_pipeline
     from layerloop.pipelines.evaluate import evaluate_pipeline
-    from layerloop.pipelines.inputs import recipe_text
+    from layerloop.pipelines.inputs import recipe_and_runtime
     from layerloop.pipelines.train import container_tasks, train_pipeline
 
-    recipe = recipe_text(arguments.recipe, arguments.set)
+    recipe, runtime = recipe_and_runtime(arguments.recipe, arguments.set, arguments.runtime)
     cluster = read_cluster(arguments.cluster) if arguments.cluster else Cluster()
     if arguments.pipeline == "train":
         counts = {"iterations": arguments.iterations, "workers": arguments.workers}
-        pipeline, tasks = train_pipeline(**counts, recipe=recipe, cluster=cluster), container_tasks(**counts)
+        pipeline = train_pipeline(**counts, recipe=recipe, cluster=cluster, runtime=runtime)
+        tasks = container_tasks(**counts)
     else:
-        pipeline, tasks = evaluate_pipeline(recipe=recipe, cluster=cluster), 2
+        pipeline, tasks = evaluate_pipeline(recipe=recipe, cluster=cluster, runtime=runtime), 2
     path = write_pipeline(pipeline, Path(arguments.output))
     print(f"{path}: {arguments.pipeline} pipeline, {tasks} container tasks, {path.stat().st_size / 1024:.0f} KiB")
     if not arguments.cluster:
@@ -140,12 +145,24 @@ def _compile(arguments: argparse.Namespace) -> None:
 
 
 def _recipe(arguments: argparse.Namespace) -> None:
-    from layerloop.pipelines.inputs import packaged_recipes, recipe_text
+    from layerloop.components.schema.runtime import flat
+    from layerloop.pipelines.inputs import packaged_recipes, recipe_and_runtime
 
     if arguments.recipe:
-        print(recipe_text(arguments.recipe, arguments.set), end="")
+        text, runtime = recipe_and_runtime(arguments.recipe, arguments.set)
+        if arguments.set and runtime:
+            raise LayerloopError(
+                f"{', '.join(flat(runtime))} is not of the recipe but of the runtime: set it for a run"
+            )
+        print(text, end="")
     for name, text in {} if arguments.recipe else packaged_recipes().items():
         print(f"{name:8} {text.splitlines()[0].lstrip('# ')}")
+
+
+def _runtime(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.inputs import runtime_text
+
+    print(runtime_text(), end="")
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -291,11 +308,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compile_.add_argument("--cluster", default="", metavar="FILE", help="YAML: images by digest, GPUs, queues, secrets")
     _set_option(compile_)
+    _runtime_option(compile_)
     _counts(compile_)
 
     recipe = _command(commands, "recipe", _recipe, "list the packaged recipes, or print one to begin your own with")
     recipe.add_argument("recipe", nargs="?", metavar="NAME|FILE", help="which to print")
     _set_option(recipe)
+    _command(commands, "runtime", _runtime, "print the runtime's defaults: where and how fast, free at every run")
 
     submit = _command(commands, "submit", _submit, "start a run on a cluster, and wait for it", SUBMIT_EXAMPLES)
     _client_options(submit)
@@ -366,12 +385,18 @@ def _job_options(parser: argparse.ArgumentParser, *, recipe: str) -> None:
         "--recipe", default=recipe, metavar="NAME|FILE", help="a packaged recipe or a YAML file (default: %(default)s)"
     )
     _set_option(parser)
+    _runtime_option(parser)
     _counts(parser)
 
 
 def _set_option(parser: argparse.ArgumentParser) -> None:
-    help_ = "change a value of the recipe, such as judge.model=qwen3-vl (may be repeated)"
+    help_ = "change a value of the recipe or the runtime, such as judge.model=qwen3-vl (may be repeated)"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_)
+
+
+def _runtime_option(parser: argparse.ArgumentParser) -> None:
+    help_ = "YAML: where and how fast, as `layerloop runtime` prints it (default: LAYERLOOP_RUNTIME, then its defaults)"
+    parser.add_argument("--runtime", default="", metavar="FILE", help=help_)
 
 
 def _counts(parser: argparse.ArgumentParser) -> None:

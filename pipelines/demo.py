@@ -19,6 +19,7 @@ from pathlib import Path
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.storage.runtime import read_runtime
 from layerloop.pipelines.inputs import check_judge
 from layerloop.pipelines.job import Job, run_job, say_what_was_made
 
@@ -55,8 +56,9 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
         job = replace(job, images=str(images), designs=str(designs))
     log = folder / "judge.log"
     with contextlib.nullcontext(job.judge_url) if job.judge_url else reference_judge(log) as judge_url:
-        judge = parse_recipe(job.recipe).judge
-        check_judge(judge_url, judge)
+        recipe = parse_recipe(job.recipe)
+        judge = recipe.judge
+        check_judge(judge_url, judge, read_runtime(job.runtime, recipe).judge)
         print(f"judge {judge.model} at {judge_url}", flush=True)
         run = run_job(replace(job, judge_url=judge_url), runs=folder / "runs")
     say_what_was_made(run, job)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import importlib.resources
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
-from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.schema.recipe import parse_recipe, parse_recipe_runtime
+from layerloop.components.schema.runtime import JudgeRuntime, checked_values, flat, merged, runtime_key, split_runtime
+from layerloop.components.storage.runtime import runtime_values
 
 
 def packaged_recipes() -> dict[str, str]:
@@ -21,11 +26,21 @@ def packaged_recipes() -> dict[str, str]:
     return {file.name.removesuffix(".yaml"): file.read_text() for file in sorted(files, key=lambda file: file.name)}
 
 
-def recipe_text(value: str, changes: Sequence[str] = ()) -> str:
-    """YAML text of a packaged recipe's name or of a file, with changes such as `judge.model=my-model`, checked.
+def runtime_text() -> str:
+    """YAML text of the runtime's defaults, with comments."""
+    return (importlib.resources.files("layerloop.pipelines") / "runtime.yaml").read_text()
+
+
+def recipe_and_runtime(value: str, changes: Sequence[str] = (), runtime: str = "") -> tuple[str, dict[str, Any]]:
+    """What to run: a recipe's YAML text, checked, and the runtime's values that were given.
+
+    Args:
+        value: a packaged recipe's name or a file. Values of the runtime in it are taken for this run, and said.
+        changes: such as `judge.model=my-model` of the recipe, or `judge.concurrency=64` of the runtime.
+        runtime: a file (or text) of the runtime; it goes over the recipe file's values, and `changes` over it.
 
     Raises:
-        LayerloopError: neither a name nor a readable file, not a recipe, or a change that is none.
+        LayerloopError: neither a name nor a readable file, not a recipe, no runtime, or a change that is none.
     """
     packaged = packaged_recipes()
     if value in packaged:
@@ -36,23 +51,41 @@ def recipe_text(value: str, changes: Sequence[str] = ()) -> str:
         except (OSError, UnicodeDecodeError) as error:
             reason = "is not text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
             raise LayerloopError(f"recipe {value} {reason}: name a YAML file or one of {', '.join(packaged)}") from None
+    _, found = parse_recipe_runtime(text)
+    if found:
+        names = ", ".join(flat(found))
+        print(
+            f"recipe {value}: {names} say where and how fast: they hold for this run, the campaign does not keep them; "
+            "move them to a file for --runtime",
+            file=sys.stderr,
+        )
+        text = yaml.safe_dump(split_runtime(yaml.safe_load(text))[0], sort_keys=False)
+    text, changed = _changed(text, changes)
     parse_recipe(text)
-    if changes:
-        text = _changed(text, changes)
-        parse_recipe(text)
-    return text
+    return text, merged(merged(found, runtime_values(runtime)), changed)
 
 
-def _changed(text: str, changes: Sequence[str]) -> str:
-    import yaml
+def recipe_text(value: str, changes: Sequence[str] = ()) -> str:
+    """The recipe of `recipe_and_runtime`, without the runtime.
 
-    recipe = yaml.safe_load(text)
+    Raises:
+        LayerloopError: as there.
+    """
+    return recipe_and_runtime(value, changes)[0]
+
+
+def _changed(text: str, changes: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The recipe's text with those changes that are the recipe's, and the others, which are the runtime's."""
+    recipe: dict[str, Any] = yaml.safe_load(text)
+    runtime: dict[str, Any] = {}
     for change in changes:
         path, separator, value = change.partition("=")
-        *sections, key = path.split(".")
-        if not separator or not key:
+        keys = path.split(".")
+        if not separator or not keys[-1]:
             raise LayerloopError(f"--set {change!r} is no change: write it as judge.model=name")
-        place: Any = recipe
+        name = runtime_key(*keys[:2]) if len(keys) > 1 else None
+        *sections, key = [keys[0], name, *keys[2:]] if name else keys
+        place: Any = runtime if name else recipe
         for section in sections:
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
@@ -61,7 +94,10 @@ def _changed(text: str, changes: Sequence[str]) -> str:
             place[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise LayerloopError(f"--set {path}: {value!r} is no YAML value: quote it") from None
-    return yaml.safe_dump(recipe, sort_keys=False)
+    recipe, found = split_runtime(recipe)  # of a change such as judge={...}
+    if recipe != yaml.safe_load(text):
+        text = yaml.safe_dump(recipe, sort_keys=False)
+    return text, checked_values(merged(found, runtime), where="runtime")
 
 
 def absolute(uri: str) -> str:
@@ -69,7 +105,7 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri or not uri else os.path.abspath(os.path.expanduser(uri))
 
 
-def check_judge(url: str, recipe: JudgeRecipe) -> list[str]:
+def check_judge(url: str, recipe: JudgeRecipe, runtime: JudgeRuntime) -> list[str]:
     """Ask the judge for its models before a run, so that a wrong URL, key or model costs seconds and not rollouts.
 
     The key is taken from OPENAI_API_KEY.
@@ -83,7 +119,7 @@ def check_judge(url: str, recipe: JudgeRecipe) -> list[str]:
         raise LayerloopError(f"judge URL is {url!r}: give a base URL such as http://127.0.0.1:8788/v1")
 
     async def models() -> list[str]:
-        async with Judge(url, recipe) as judge:
+        async with Judge(url, recipe, runtime) as judge:
             return await judge.check_reachable()
 
     return asyncio.run(models())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from layerloop.components.schema.manifest import Manifest
 from layerloop.pipelines.compiled import write_pipeline
@@ -25,6 +27,7 @@ class Job:
     name: str = ""
     iterations: int = 3
     workers: int = 2
+    runtime: Mapping[str, Any] = field(default_factory=dict)  # values that are not left to their defaults
 
 
 def run_job(job: Job, *, runs: Path) -> LocalRun:
@@ -42,6 +45,7 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
         "designs": absolute(job.designs),
         "judge_url": job.judge_url,
         "name": job.name,
+        "runtime": dict(job.runtime),
     }
     print(f"{package}: {job.iterations} iterations, {job.workers} workers; logs beside it", flush=True)
     return run_pipeline(package, arguments, folder=folder)

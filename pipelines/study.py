@@ -25,7 +25,9 @@ import yaml
 from layerloop.components.judge.reference import FINE, NAME
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.schema.runtime import TINY
 from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.runtime import VARIABLE
 
 TRAINING_DESIGNS, HELD_OUT_DESIGNS, SEED = 240, 144, 20260529
 
@@ -193,7 +195,9 @@ def warm_steps(logs: Path, *, threads: int) -> Iterator[WarmSteps]:
     """A warm process on `threads` cores; its log is a new file in `logs`."""
     logs.mkdir(parents=True, exist_ok=True)
     number = 1 + len(list(logs.glob("*.log")))
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = (
+        {VARIABLE: json.dumps(TINY)} | os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    )
     command = [sys.executable, "-m", "layerloop.components.runtime.warm"]
     while True:  # two threads may count the same number
         path = logs / f"{number:03d}.log"

@@ -4,7 +4,8 @@ KFP has no loop over time, so the number of iterations is fixed when the DAG is 
 iterations is a chain of such runs: each finds the campaign's head when it starts (`shard_dataset`) and goes on from it.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Model
@@ -34,7 +35,14 @@ def container_tasks(iterations: int, workers: int) -> int:
     return 1 + iterations * (workers + 2) + 2
 
 
-def train_pipeline(*, iterations: int, workers: int, recipe: str, cluster: Cluster | None = None):  # type: ignore[no-untyped-def]
+def train_pipeline(  # type: ignore[no-untyped-def]
+    *,
+    iterations: int,
+    workers: int,
+    recipe: str,
+    cluster: Cluster | None = None,
+    runtime: Mapping[str, Any] | None = None,
+):
     """The training pipeline for a fixed number of iterations and rollout workers.
 
     Args:
@@ -42,6 +50,7 @@ def train_pipeline(*, iterations: int, workers: int, recipe: str, cluster: Clust
         workers: Pods that share an iteration's groups.
         recipe: YAML text that becomes the default of the pipeline's `recipe` parameter.
         cluster: The place; its defaults when None.
+        runtime: Default of the pipeline's `runtime` parameter; empty when None.
 
     Returns:
         A KFP pipeline (`kfp.dsl.graph_component.GraphComponent`), to be compiled or run.
@@ -51,20 +60,24 @@ def train_pipeline(*, iterations: int, workers: int, recipe: str, cluster: Clust
     """
     place = (cluster or Cluster()).place
     _check_size(iterations, workers)
+    free = dict(runtime or {})
 
     # A sub-pipeline needs at least one parameter: without one, kfp.local 2.17 finds no artifact inputs.
     @dsl.pipeline(name="iteration")
-    def iteration(campaign: str, judge_url: str, sources: Input[Dataset], policy: Input[Model]) -> Updated:
+    def iteration(
+        campaign: str, judge_url: str, sources: Input[Dataset], policy: Input[Model], runtime: dict[str, Any]
+    ) -> Updated:
         with dsl.ParallelFor(items=list(range(workers)), name="workers") as worker:
             rollouts = generate_rollouts(
-                campaign=campaign, worker=worker, workers=workers, sources=sources, policy=policy
+                campaign=campaign, worker=worker, workers=workers, sources=sources, policy=policy, runtime=runtime
             )
             place("generate_rollouts", rollouts)
         scores = score_rollouts(
-            campaign=campaign, judge_url=judge_url, rollouts=dsl.Collected(rollouts.outputs["rollouts"])
-        )
+            campaign=campaign, judge_url=judge_url, rollouts=dsl.Collected(rollouts.outputs["rollouts"]),
+            runtime=runtime,
+        )  # fmt: skip
         place("score_rollouts", scores)
-        update = update_lora(campaign=campaign, scores=scores.outputs["scores"], previous=policy)
+        update = update_lora(campaign=campaign, scores=scores.outputs["scores"], previous=policy, runtime=runtime)
         place("update_lora", update)
         return Updated(policy=update.outputs["policy"])
 
@@ -76,6 +89,7 @@ def train_pipeline(*, iterations: int, workers: int, recipe: str, cluster: Clust
         recipe: str = recipe,
         judge_url: str = "",
         name: str = "",
+        runtime: dict[str, Any] = free,
     ) -> None:
         """Fine-tune the campaign's policy by `iterations` more iterations, evaluate it and publish the adapter.
 
@@ -86,17 +100,20 @@ def train_pipeline(*, iterations: int, workers: int, recipe: str, cluster: Clust
             recipe: Recipe as YAML text or the URI of a YAML file; it must be the one that the campaign was made with.
             judge_url: Base URL of an OpenAI-compatible endpoint; empty for OPENAI_BASE_URL of the pods.
             name: Folder under published/; empty for the recipe's name with the iteration.
+            runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}. It changes no result and may
+                differ from run to run; what it leaves out has its default.
         """
-        shard = place("shard_dataset", shard_dataset(campaign=campaign, recipe=recipe, images=images, designs=designs))
+        shard = shard_dataset(campaign=campaign, recipe=recipe, images=images, designs=designs, runtime=runtime)
+        place("shard_dataset", shard)
         sources, policy = shard.outputs["sources"], shard.outputs["policy"]
         for number in range(1, iterations + 1):
-            step = iteration(campaign=campaign, judge_url=judge_url, sources=sources, policy=policy)
+            step = iteration(campaign=campaign, judge_url=judge_url, sources=sources, policy=policy, runtime=runtime)
             step.set_display_name(f"iteration {number}")  # of this run; the campaign's number is in the artifacts
             policy = step.outputs["policy"]
-        evaluation = evaluate_adapter(campaign=campaign, sources=sources, policy=policy)
+        evaluation = evaluate_adapter(campaign=campaign, sources=sources, policy=policy, runtime=runtime)
         place("evaluate_adapter", evaluation)
         publish = publish_adapter(
-            campaign=campaign, name=name, policy=policy, evaluation=evaluation.outputs["evaluation"]
+            campaign=campaign, name=name, policy=policy, evaluation=evaluation.outputs["evaluation"], runtime=runtime
         )
         place("publish_adapter", publish)
 

@@ -1,5 +1,7 @@
 """KFP declaration of the step `evaluate_adapter`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
 
@@ -12,6 +14,7 @@ def evaluate_adapter(
     report: Output[HTML],
     evaluation: Output[Artifact],
     metrics: Output[Metrics],
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Compare adapter and base on the same seeds, on held-out designs and pictures.
 
@@ -22,6 +25,7 @@ def evaluate_adapter(
         report: Self-contained HTML page with tables and contact sheets.
         evaluation: Manifest of the evaluation (report, metrics.json, contact sheets).
         metrics: Every measure for base and adapter.
+        runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(
         image="layerloop-policy",

@@ -49,7 +49,7 @@ SHOWN: dict[Kind, int] = {"designs": 7, "pictures": 4}  # samples with contact s
 Chunk = tuple[Case, ...]
 
 
-def run(*, campaign: str, iteration: int | None = None) -> StepResult:
+def run(*, campaign: str, iteration: int | None = None, runtime: str = "") -> StepResult:
     """Compare an adapter with its base on held-out designs and pictures, and write the report.
 
     The adapter's weights are those that would be published: the average, where the recipe keeps one. Both sample
@@ -59,11 +59,13 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
     Args:
         campaign: Root URI of the campaign.
         iteration: Whose adapter to evaluate; by default the last committed one.
+        runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
+            and the defaults (`layerloop runtime`). It changes no result.
 
     Raises:
         LayerloopError: there is no adapter yet, nothing is held out, or the adapter decodes into NaN.
     """
-    opened = Campaign.open(campaign)
+    opened = Campaign.open(campaign, runtime)
     k = opened.head() if iteration is None else iteration
     if k < 1:
         raise LayerloopError(
@@ -92,7 +94,7 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
     base_rows = _assess(opened, chunks, base_shards, "base", clock)
     tuned_rows = _assess(opened, chunks, tuned_shards, name, clock)
     truth = [assess(c, c.truth, max_edits=recipe.evaluation.max_edits) for c in cases.cases if c.truth is not None]
-    comparisons = compare_rows(base_rows, tuned_rows, resamples=recipe.evaluation.bootstrap, seed=recipe.seed)
+    comparisons = compare_rows(base_rows, tuned_rows, resamples=opened.runtime.evaluation.bootstrap, seed=recipe.seed)
 
     shown = _shown(opened, cases, chunks, base_rows, tuned_rows, base_shards, tuned_shards)
     scores = score_manifests(opened, k)
@@ -110,7 +112,7 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
         shown=shown,
         settings=settings(facts),
         max_edits=recipe.evaluation.max_edits,
-        resamples=recipe.evaluation.bootstrap,
+        resamples=opened.runtime.evaluation.bootstrap,
         version=version("layerloop"),
     )
     metrics = metrics_json(comparisons, report.reference, facts, resamples=report.resamples)
@@ -139,7 +141,7 @@ def _load(opened: Campaign, sources: Manifest, adapter: Manifest, clock: Clock) 
     model = opened.recipe.model
     with clock.time("loading"), tempfile.TemporaryDirectory() as temporary:
         folder = local_folder(model.base) if "://" in model.base else None
-        policy = LayeredPolicy.load(model, device=device(), folder=folder)
+        policy = LayeredPolicy.load(model, opened.runtime.model, device=device(), folder=folder)
         for name, file in (
             ("adapter_model.safetensors", delivered_weights(adapter)),
             ("adapter_config.json", adapter.file("adapter_config.json")),
@@ -168,8 +170,9 @@ def _sample(
         for index, chunk in enumerate(chunks):
             name = f"{stem}-{index:06d}.tar"
             shard, sampled = decomposed_shard(
-                opened.store, name, policy, chunk, prompt, steps=recipe.steps, batch_size=recipe.batch_size, model=model
-            )
+                opened.store, name, policy, chunk, prompt,
+                steps=recipe.steps, batch_size=opened.runtime.evaluation.batch_size, model=model,
+            )  # fmt: skip
             shards.append(shard)
             log(f"{name}: {len(chunk)} decompositions{'' if sampled else ', there already'}")
     return shards

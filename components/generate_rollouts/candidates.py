@@ -70,6 +70,8 @@ def sample_group(
     image: np.ndarray,
     prompt_embeds: torch.Tensor,
     adapter_sha256: str | None,
+    *,
+    batch_size: int,
 ) -> SampledGroup:
     """Sample G candidates for `image` `(H, W, 3 or 4)` uint8 and decode them.
 
@@ -108,7 +110,7 @@ def sample_group(
         Plan.of(record),
         step_noise=functools.partial(step_noise, policy, recipe.seed, record),
         candidates=record.group_size,
-        batch_size=recipe.rollout.batch_size,
+        batch_size=batch_size,
     )
     check_finite(trajectory, record)
     return SampledGroup(

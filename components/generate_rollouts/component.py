@@ -1,5 +1,7 @@
 """KFP declaration of the step `generate_rollouts`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
@@ -13,6 +15,7 @@ def generate_rollouts(
     policy: Input[Model],
     rollouts: Output[Dataset],
     metrics: Output[Metrics],
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Sample candidate decompositions of this worker's groups with the current policy.
 
@@ -24,6 +27,7 @@ def generate_rollouts(
         policy: Manifest of the policy to sample with; the iteration is one more than its own.
         rollouts: Manifest of this worker's trajectory shards.
         metrics: Groups, candidates, and seconds of the sampler's parts.
+        runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(
         image="layerloop-policy",

@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 Finished = tuple[Shard, GroupRecord]
 
 
-def run(*, campaign: str, iteration: int | None = None, worker: int = 0, workers: int = 1) -> StepResult:
+def run(
+    *, campaign: str, iteration: int | None = None, worker: int = 0, workers: int = 1, runtime: str = ""
+) -> StepResult:
     """Sample one iteration's rollouts with the policy of the iteration before it.
 
     Args:
@@ -54,6 +56,8 @@ def run(*, campaign: str, iteration: int | None = None, worker: int = 0, workers
         iteration: Which iteration to sample; by default the one after the last committed policy.
         worker: This worker's number, from 0; it takes the groups g with g % workers == worker.
         workers: How many workers share the iteration.
+        runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
+            and the defaults (`layerloop runtime`). It changes no result.
 
     Raises:
         LayerloopError: no such worker; the sources or the policy before this iteration are not committed; the model
@@ -62,7 +66,7 @@ def run(*, campaign: str, iteration: int | None = None, worker: int = 0, workers
     begun = time.monotonic()
     if not 0 <= worker < workers:
         raise LayerloopError(f"worker is {worker} of {workers}: choose workers of at least 1 and a worker below it")
-    place = Campaign.open(campaign)
+    place = Campaign.open(campaign, runtime)
     number = place.head() + 1 if iteration is None else iteration
     if number < 1:
         raise LayerloopError(f"iteration is {number}: iterations count from 1")
@@ -111,9 +115,9 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
     from layerloop.components.policy.sharding import shard_base
 
     recipe = place.recipe
-    sharded = shares_base(recipe.model)
+    sharded = shares_base(place.runtime.model)
     base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
-    policy = LayeredPolicy.load(recipe.model, device="cpu" if sharded else device, folder=base)
+    policy = LayeredPolicy.load(recipe.model, place.runtime.model, device="cpu" if sharded else device, folder=base)
     sha256: str | None = None
     if previous.iteration:
         with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +152,8 @@ def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
             outside="heun" if group.dynamics == "ode" else rollout.outside,
             share_prefix=rollout.share_prefix and group.window_size > 0,
         )
-        calls[rank()] += plan.nfe(-(-rollout.group_size // rollout.batch_size))  # a batch takes one sample's calls
+        batches = -(-rollout.group_size // place.runtime.rollout.batch_size)
+        calls[rank()] += plan.nfe(batches)  # a batch takes one sample's calls
     all_reduce_sum([calls])
     return int(calls.max() - calls[rank()])
 
@@ -204,7 +209,10 @@ def _sample(
         pending: Future[Finished] | None = None
         for plan in progress(todo, what="sampling", unit="groups") if rank() == 0 else todo:
             key, image = images[plan.image]
-            group = sample_group(policy, place.recipe, iteration, plan, key, image, prompt_embeds, adapter)
+            group = sample_group(
+                policy, place.recipe, iteration, plan, key, image, prompt_embeds, adapter,
+                batch_size=place.runtime.rollout.batch_size,
+            )  # fmt: skip
             bad_layers.append(group.bad_layers)
             if pending is not None:
                 _take(finished, pending.result())

@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol
 from layerloop.components.judge.replies import UnusableError
 from layerloop.components.judge.transport import FATAL, TRANSIENT, Connection, TransportError
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.judging import BatchRecipe
+from layerloop.components.schema.runtime import BatchRuntime
 
 ENDPOINT = "/v1/chat/completions"
 OVER = frozenset({"completed", "failed", "expired", "cancelled"})
@@ -60,13 +60,13 @@ class _Gathering:
 
 
 class Batches:
-    """`Post` by batches. Use as `async with Batches(connection, recipe, ledger) as post`.
+    """`Post` by batches. Use as `async with Batches(connection, runtime, ledger) as post`.
 
-    A batch that fails as a whole, or takes longer than the recipe allows, ends everything with a LayerloopError.
+    A batch that fails as a whole, or takes longer than the runtime allows, ends everything with a LayerloopError.
     """
 
-    def __init__(self, connection: Connection, recipe: BatchRecipe, ledger: Ledger) -> None:
-        self.connection, self.recipe, self.ledger = connection, recipe, ledger
+    def __init__(self, connection: Connection, runtime: BatchRuntime, ledger: Ledger) -> None:
+        self.connection, self.runtime, self.ledger = connection, runtime, ledger
         self.sent = 0  # batches created
         self._gathering = _Gathering()
         self._known: dict[str, str] = {}  # request key -> name of the ledger's entry that has it under way
@@ -109,7 +109,7 @@ class Batches:
             ENDPOINT.encode(),
             payload,
         )
-        limit = self.recipe.max_megabytes << 20
+        limit = self.runtime.max_megabytes << 20
         if self._gathering.waiting and self._gathering.size + len(line) > limit:
             self._seal()
         gathering = self._gathering
@@ -117,7 +117,7 @@ class Batches:
         gathering.size += len(line)
         gathering.last = time.monotonic()
         gathering.waiting[key] = future
-        if len(gathering.waiting) >= self.recipe.max_requests:
+        if len(gathering.waiting) >= self.runtime.max_requests:
             self._seal()
         elif self._closer is None or self._closer.done():
             self._closer = asyncio.create_task(self._seal_when_quiet())
@@ -127,7 +127,7 @@ class Batches:
 
     async def _seal_when_quiet(self) -> None:
         while self._gathering.waiting:
-            rest = self._gathering.last + self.recipe.linger_seconds - time.monotonic()
+            rest = self._gathering.last + self.runtime.linger_seconds - time.monotonic()
             if rest <= 0:
                 self._seal()
                 return
@@ -182,7 +182,7 @@ class Batches:
     async def _follow(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
         """Pick up a batch of an earlier run. If it was never made, its requests are free to be sent again."""
         try:
-            await asyncio.sleep(self.recipe.linger_seconds)  # let those who ask again gather, then deal out once
+            await asyncio.sleep(self.runtime.linger_seconds)  # let those who ask again gather, then deal out once
             entry = self._entries[name]
             if entry["batch"] is None:
                 entry["batch"] = await self._find(name)
@@ -206,17 +206,17 @@ class Batches:
     async def _collect(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
         """Wait for a batch to be over and deal out its answers."""
         entry, api = self._entries[name], self.connection.openai
-        until = time.monotonic() + self.recipe.max_hours * 3600
+        until = time.monotonic() + self.runtime.max_hours * 3600
         while True:
             batch = await self._try(lambda: api.batches.retrieve(entry["batch"]))
             if batch.status in OVER:
                 break
             if time.monotonic() > until:
                 raise LayerloopError(
-                    f"batch {batch.id} is {batch.status} after {self.recipe.max_hours:g} h: run the step again later, "
+                    f"batch {batch.id} is {batch.status} after {self.runtime.max_hours:g} h: run the step again later, "
                     "it will collect the same batch"
                 )
-            await asyncio.sleep(self.recipe.poll_seconds)
+            await asyncio.sleep(self.runtime.poll_seconds)
         answers: dict[str, tuple[int, bytes]] = {}
         for file in (batch.output_file_id, batch.error_file_id):
             if file:
@@ -262,12 +262,12 @@ class Batches:
                 if not problem.problem.retry:
                     raise LayerloopError(
                         f"judge {self.connection.url} refuses batches ({problem.problem}): "
-                        "set recipe.judge.batch.enabled to false"
+                        "set runtime.judge.batch.enabled to false"
                     ) from None
                 wait = problem.retry_after
             except openai.APIConnectionError:
                 wait = None
-            await asyncio.sleep(min(self.recipe.poll_seconds, wait or 0.5 * 2**attempt))
+            await asyncio.sleep(min(self.runtime.poll_seconds, wait or 0.5 * 2**attempt))
         raise LayerloopError(f"judge {self.connection.url} cannot be reached: run the step again when it is back")
 
 

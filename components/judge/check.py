@@ -22,6 +22,7 @@ from layerloop.components.judge.requests import Request, alone
 from layerloop.components.judge.rubric import Rubric, load_rubric
 from layerloop.components.judge.transport import TransportError
 from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.schema.runtime import JudgeRuntime
 
 IMAGE_COUNTS = (4, 8, 16, 32)  # pictures in one request that are tried, in order, until one is refused
 NEEDED_IMAGES = 8  # source, recomposition and the layers of L = 5 on one backdrop, with room for one
@@ -108,9 +109,9 @@ def check(
 
 async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe, designs: int) -> CheckReport:
     start = time.monotonic()
-    recipe = recipe.model_copy(update={"give_up_seconds": 5.0, "retries": min(recipe.retries, 2)})
-    async with Judge(url, recipe, api_key=api_key) as judge:
-        models = await judge.connection.models(timeout=min(20.0, recipe.timeout_seconds))
+    recipe = recipe.model_copy(update={"redraws": min(recipe.redraws, 2)})
+    async with Judge(url, recipe, JudgeRuntime(give_up_seconds=5.0, retries=2), api_key=api_key) as judge:
+        models = await judge.connection.models(timeout=20.0)
         model = model or (models[0] if len(models) == 1 else recipe.model)
         judge.recipe = recipe = recipe.model_copy(update={"model": model})
         await judge.check_reachable()
@@ -185,7 +186,7 @@ async def _post(judge: Judge, request: Request, dialect: Dialect) -> Reply:
     """A reply in exactly this dialect. Raises UnusableError."""
     payload = dialect.payload(request, judge.recipe, seed=1, temperature=judge.recipe.temperature)
     try:
-        return read_body(await judge.connection.post(payload, timeout=judge.recipe.timeout_seconds))
+        return read_body(await judge.connection.post(payload, timeout=judge.runtime.timeout_seconds))
     except TransportError as error:
         raise error.problem from None
 

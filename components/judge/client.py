@@ -30,6 +30,7 @@ from layerloop.components.judge.requests import Request
 from layerloop.components.judge.transport import BUSY, Connection, TransportError
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.schema.runtime import JudgeRuntime
 from layerloop.components.schema.seeds import seed_for
 
 NO_KEY = "none"  # sent where OPENAI_API_KEY is not set: local servers take any
@@ -100,6 +101,7 @@ class Judge:
     Args:
         url: Base URL of the API, ending in /v1 as a rule.
         recipe: How to judge.
+        runtime: How to call the endpoint; by default JudgeRuntime's defaults.
         replies: Where replies are kept and found again.
         api_key: The environment's OPENAI_API_KEY by default.
         seed: Of the campaign; the sampling seed of every request follows from it.
@@ -110,6 +112,7 @@ class Judge:
         self,
         url: str,
         recipe: JudgeRecipe,
+        runtime: JudgeRuntime | None = None,
         *,
         replies: ReplyStore | None = None,
         api_key: str | None = None,
@@ -117,10 +120,11 @@ class Judge:
         ledger: Ledger | None = None,
     ) -> None:
         self.url, self.recipe, self.seed = url, recipe, seed
+        self.runtime = runtime = runtime or JudgeRuntime()
         self.replies: ReplyStore = replies if replies is not None else ReplyMemory()
-        self.limiter = Limiter(recipe.concurrency)
-        self.breaker = Breaker(url, failures=max(8, 2 * recipe.concurrency), seconds=recipe.give_up_seconds)
-        self.patience = Patience(recipe.impatience, recipe.timeout_seconds, in_flight=recipe.concurrency)
+        self.limiter = Limiter(runtime.concurrency)
+        self.breaker = Breaker(url, failures=max(8, 2 * runtime.concurrency), seconds=runtime.give_up_seconds)
+        self.patience = Patience(runtime.timeout_factor, runtime.timeout_seconds, in_flight=runtime.concurrency)
         self.statistics = Statistics()
         self.dialect = Dialect(logprobs=recipe.extraction == "expected")
         self.batches: Batches | None = None
@@ -130,8 +134,8 @@ class Judge:
 
     async def __aenter__(self) -> Self:
         self.connection = Connection(self.url, self._key)
-        if self.recipe.batch.enabled:
-            self.batches = Batches(self.connection, self.recipe.batch, self._ledger)
+        if self.runtime.batch.enabled:
+            self.batches = Batches(self.connection, self.runtime.batch, self._ledger)
             await self.batches.open()
         return self
 
@@ -148,16 +152,16 @@ class Judge:
         Raises:
             LayerloopError: nothing answers at the URL, it refuses the key, or it does not serve the recipe's model.
         """
-        until = time.monotonic() + self.recipe.start_seconds
+        until = time.monotonic() + self.runtime.start_seconds
         while True:
             try:
-                models = await self.connection.models(timeout=min(20.0, self.recipe.timeout_seconds))
+                models = await self.connection.models(timeout=min(20.0, self.runtime.timeout_seconds))
                 if models or time.monotonic() >= until:  # a proxy before a judge that starts lists nothing
                     break
             except LayerloopError:
                 if time.monotonic() >= until:
                     raise
-            await asyncio.sleep(min(5.0, self.recipe.start_seconds / 20))
+            await asyncio.sleep(min(5.0, self.runtime.start_seconds / 20))
         if models and self.recipe.model not in models:
             served = ", ".join(sorted(models)[:6])
             what = f"recipe.judge.model is {self.recipe.model!r}, judge {self.url} serves {served}"
@@ -172,7 +176,7 @@ class Judge:
             LayerloopError: there is no judge any more, or it refuses us altogether.
         """
         last = UnusableError("no_json")
-        for draw in range(self.recipe.retries + 1):
+        for draw in range(self.recipe.redraws + 1):
             key = self._address(request, sample, draw)
             try:
                 if key in self.replies:
@@ -200,7 +204,7 @@ class Judge:
         return hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()
 
     async def _fetch(self, request: Request, key: str, sample: int, draw: int, priority: int) -> Reply:
-        """One stored reply, over as many attempts as the recipe allows.
+        """One stored reply, over as many attempts as the runtime allows.
 
         A body that is no completion (HTML of a proxy, half a body) counts as a failure of transport: nothing was paid,
         so nothing is stored. A completion is stored before it is read for scores.
@@ -228,7 +232,7 @@ class Judge:
             if problem.reason in ("http_400", "http_404", "http_422") and self._yield(dialect, problem.detail):
                 continue
             attempts += 1
-            if not problem.retry or attempts > self.recipe.retries:
+            if not problem.retry or attempts > self.runtime.retries:
                 problem.retry = False  # there was no answer that could be drawn again
                 raise problem
             await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
@@ -241,7 +245,7 @@ class Judge:
 
     async def _send(self, payload: bytes, shape: tuple[str, int, int], given_up: int) -> bytes:
         """One HTTP request in its slot, seen by limiter, breaker and patience."""
-        timeout = self.recipe.timeout_seconds
+        timeout = self.runtime.timeout_seconds
         allowed = self.patience.seconds(shape, given_up)
         start = time.monotonic()
         self.statistics.sent += 1

@@ -28,6 +28,7 @@ from layerloop.components.policy.loading import BASE, DTYPES, TEXT, fingerprint,
 from layerloop.components.policy.prompt import embed_text
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe
+from layerloop.components.schema.runtime import ModelRuntime
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
@@ -103,6 +104,7 @@ class LayeredPolicy:
     def load(
         cls,
         model: ModelRecipe,
+        runtime: ModelRuntime | None = None,
         *,
         device: str | torch.device = "cpu",
         text_encoder: bool = False,
@@ -111,6 +113,7 @@ class LayeredPolicy:
         """Load `model.base`: "tiny", a local folder, or a Hugging Face id (of `model.revision`).
 
         Args:
+            runtime: how it is called; by default ModelRuntime's defaults.
             device: where the modules go.
             text_encoder: load the text encoder too; `prompt.embed_prompt` loads nothing else.
             folder: a local copy of the base that the caller fetched, for a base that is an object store's URI.
@@ -120,7 +123,7 @@ class LayeredPolicy:
         """
         parts = (*BASE, *TEXT) if text_encoder else tuple(BASE)
         folder = local_folder(model, parts=parts) if folder is None else folder
-        dtype = DTYPES[model.dtype]
+        runtime, dtype = runtime or ModelRuntime(), DTYPES[model.dtype]
         try:
             transformer, vae, scheduler = load_base(folder, dtype=dtype)
             text = load_text(folder, dtype=dtype) if text_encoder else None
@@ -135,15 +138,15 @@ class LayeredPolicy:
             store_in_float8(policy.transformer)  # before any adapter is added, whose weights stay float32
         try:
             with _quiet("diffusers.models.modeling_utils"):  # it calls itself experimental every time
-                policy.transformer.set_attention_backend(model.attention)
+                policy.transformer.set_attention_backend(runtime.attention)
         except (ValueError, RuntimeError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise LayerloopError(
-                f"recipe.model.attention is {model.attention!r}, which cannot be had: {reason}"
+                f"runtime.model.attention is {runtime.attention!r}, which cannot be had: {reason}"
             ) from None
-        if model.gradient_checkpointing:
+        if runtime.gradient_checkpointing:
             policy.transformer.enable_gradient_checkpointing()  # acts only where gradients are enabled
-        if model.compile:
+        if runtime.compile:
             # One code object serves all blocks, with and without gradients, an adapter, the last block's dead layers,
             # and for a first and then any shape: more variants than the 8 that torch expects.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)

@@ -23,9 +23,12 @@ from layerloop.components.policy.loading import (
 )
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import Recipe
+from layerloop.components.schema.runtime import ModelRuntime
 
 
-def preflight(recipe: Recipe, *, folder: Path | None = None, start: Path | None = None) -> None:
+def preflight(
+    recipe: Recipe, runtime: ModelRuntime | None = None, *, folder: Path | None = None, start: Path | None = None
+) -> None:
     """Refuse what the steps to come could not begin with: a base that is not there or not whole, of another kind, or
     for other image sides than the recipe's; LoRA targets that it has not; an adapter to start from that does not fit.
 
@@ -50,7 +53,7 @@ def preflight(recipe: Recipe, *, folder: Path | None = None, start: Path | None 
         _check_text(folder, transformer)
     except LayerloopError as error:  # a copy in a cache says nothing to people
         raise LayerloopError(f"recipe.model.base is {model.base}: {error}") from error.__cause__
-    _check_attention(model.attention)
+    _check_attention((runtime or ModelRuntime()).attention)
     sides = 2 * 2 ** len(vae.temperal_downsample)  # `LayeredPolicy.pixel_multiple`
     if recipe.data.multiple % sides:
         raise LayerloopError(
@@ -97,7 +100,7 @@ def _check_attention(name: str) -> None:
 
     known = sorted(backend.value for backend in AttentionBackendName)
     if name.lower() not in known:
-        raise LayerloopError(f"recipe.model.attention is {name!r}: choose one of {', '.join(known)}")
+        raise LayerloopError(f"runtime.model.attention is {name!r}: choose one of {', '.join(known)}")
 
 
 def _check_lora(recipe: Recipe, transformer: Any, start: Path | None) -> None:

@@ -1,5 +1,7 @@
 """KFP declaration of the step `publish_adapter`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Artifact, Input, Markdown, Metrics, Model, Output
 
@@ -13,6 +15,7 @@ def publish_adapter(
     adapter: Output[Model],
     card: Output[Markdown],
     metrics: Output[Metrics],
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Write the adapter in peft and in diffusers layout with a model card, each loaded back and compared first.
 
@@ -24,6 +27,7 @@ def publish_adapter(
         adapter: Manifest of the published files.
         card: The model card.
         metrics: Sizes, and the largest difference between the layouts' outputs.
+        runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(
         image="layerloop-policy",

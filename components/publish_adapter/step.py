@@ -31,7 +31,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 CARD = "README.md"
 
 
-def run(*, campaign: str, name: str = "", iteration: int | None = None) -> StepResult:
+def run(*, campaign: str, name: str = "", iteration: int | None = None, runtime: str = "") -> StepResult:
     """Publish one iteration's adapter under a name, as `published/<name>/`.
 
     Args:
@@ -39,6 +39,8 @@ def run(*, campaign: str, name: str = "", iteration: int | None = None) -> StepR
         name: Folder under `published/`: letters, digits, dot, dash and underscore; by default the recipe's name and the
             iteration, so that every run of a campaign publishes under a name of its own.
         iteration: Which iteration's adapter; by default the last committed one.
+        runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
+            and the defaults (`layerloop runtime`). It changes no result.
 
     Raises:
         LayerloopError: a name that is no folder name, or that holds another adapter already; no adapter to publish; a
@@ -48,7 +50,7 @@ def run(*, campaign: str, name: str = "", iteration: int | None = None) -> StepR
         raise LayerloopError(
             f"name is {name!r}: give 1 to 96 letters, digits, dots, dashes or underscores, not beginning with a sign"
         )
-    place = Campaign.open(campaign)
+    place = Campaign.open(campaign, runtime)
     number = place.head() if iteration is None else iteration
     if number < 1:
         raise LayerloopError(f"campaign {place.uri} has no adapter to publish (iteration {number}): train it first")
@@ -64,7 +66,7 @@ def run(*, campaign: str, name: str = "", iteration: int | None = None) -> StepR
 
     recipe = place.recipe
     local = local_folder(recipe.model.base) if "://" in recipe.model.base else None
-    policy = LayeredPolicy.load(recipe.model, device=device(), folder=local)
+    policy = LayeredPolicy.load(recipe.model, place.runtime.model, device=device(), folder=local)
     if policy.fingerprint != policy_manifest.metadata.get("base_fingerprint"):
         raise LayerloopError(
             f"base model {recipe.model.base} has fingerprint {policy.fingerprint[:12]}, the adapter was trained on "

@@ -18,7 +18,7 @@ from layerloop.components.schema.errors import LayerloopError
 if TYPE_CHECKING:
     import torch
 
-    from layerloop.components.schema.recipe import ModelRecipe
+    from layerloop.components.schema.runtime import ModelRuntime
 
 TIMEOUT = timedelta(minutes=30)  # of one collective: ranks may load a 40 GB model at different speeds
 
@@ -42,13 +42,13 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def shares_base(model: ModelRecipe) -> bool:
-    """Whether the ranks are to share one copy of the frozen base: the recipe asks for it, and there are several.
+def shares_base(model: ModelRuntime) -> bool:
+    """Whether the ranks are to share one copy of the frozen base: the runtime asks for it, and there are several.
 
     Where it asks in vain, the log says so.
     """
     if model.fsdp and world_size() == 1:
-        log("recipe.model.fsdp is true, but this is a single process (one GPU): the base is loaded whole")
+        log("runtime.model.fsdp is true, but this is a single process (one GPU): the base is loaded whole")
     return model.fsdp and world_size() > 1
 
 

@@ -32,27 +32,8 @@ class PhaseTwoRecipe(Record):
         return self
 
 
-class BatchRecipe(Record):
-    """Batch API mode: a file of requests is uploaded, polled for and collected. Slower; cheaper where discounted."""
-
-    enabled: bool = False
-    poll_seconds: float = Field(default=30.0, gt=0)
-    max_hours: float = Field(default=24.0, gt=0)  # a batch that takes longer fails the step, which can be resumed
-    linger_seconds: float = Field(default=5.0, gt=0)  # a batch is sent when no request has joined it for so long
-    max_requests: int = Field(default=20_000, ge=1, le=50_000)  # in one file (OpenAI: 50,000)
-    max_megabytes: int = Field(default=180, ge=1, le=200)  # of one file (OpenAI: 200 MB)
-
-
-class PriceRecipe(Record):
-    """What a judge charges per million tokens, in any currency. Zero: no cost is reported."""
-
-    input: float = Field(default=0.0, ge=0)
-    cached_input: float | None = Field(default=None, ge=0)  # None: as `input`
-    output: float = Field(default=0.0, ge=0)
-
-
 class JudgeRecipe(Record):
-    """How candidates are judged. The URL and the key are not here: they belong to the place, not to the campaign."""
+    """How candidates are judged. URL, key and how the endpoint is called (runtime.judge) belong to the run."""
 
     model: str = "layerloop-reference-judge"
     rubric: str = "default"  # a name of components/judge/rubrics, or the path of a YAML file
@@ -68,16 +49,9 @@ class JudgeRecipe(Record):
     uncertainty_weighting: bool = False  # weigh a group's update by how far the judge's repeats agree
     artifact_penalty: float = Field(default=0.0, ge=0, le=1)  # reward lost by a stack whose layers are all bad, by rule
     canaries: bool = True  # score the known good and bad decompositions every iteration
-    concurrency: int = Field(default=16, ge=1)  # most requests in flight; fewer when the judge asks for it
-    timeout_seconds: float = Field(default=120.0, gt=0)
-    impatience: float = Field(default=1.5, ge=0)  # give up after so many times what 9 of 10 requests take; 0: never
-    retries: int = Field(default=4, ge=0)
-    start_seconds: float = Field(default=0.0, ge=0)  # wait this long for a judge that is being started
-    give_up_seconds: float = Field(default=60.0, ge=0)  # without any success, before the circuit breaker may open
+    redraws: int = Field(default=4, ge=0)  # of an unusable answer, before the candidate is masked
     min_valid: int = Field(default=2, ge=2)  # valid candidates a group needs
     max_dropped_fraction: float = Field(default=0.25, ge=0, le=1)  # of groups; more fails the step
-    price: PriceRecipe = PriceRecipe()
-    batch: BatchRecipe = BatchRecipe()
     phase2: PhaseTwoRecipe = PhaseTwoRecipe()
 
     @model_validator(mode="after")

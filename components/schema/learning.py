@@ -63,7 +63,6 @@ class UpdateRecipe(Record):
     max_grad_norm: float = Field(default=1.0, gt=0)  # clipping
     stop_grad_norm: float = Field(default=1e3, gt=0)  # a larger norm before clipping stops the step
     steps: int = Field(default=2, ge=1)  # optimizer steps an iteration; the groups are split between them
-    microbatch: int = Field(default=4, ge=1)  # points in one forward pass; a point is one candidate at one timestep
     reweight: bool = True  # gradient reweighting over the window's timesteps
     advantage_epsilon: float = Field(default=1e-4, ge=0)
     advantage_clip: float = Field(default=5.0, gt=0)

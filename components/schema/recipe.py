@@ -1,7 +1,8 @@
-"""The recipe: everything that defines a campaign and nothing that belongs to the place where it runs."""
+"""The recipe: everything that defines a campaign. Where and how fast it runs is the runtime (runtime.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,6 +11,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.learning import LoraRecipe, UpdateRecipe
 from layerloop.components.schema.record import Record, validate
+from layerloop.components.schema.runtime import checked_values, flat, split_runtime
 
 
 class ModelRecipe(Record):
@@ -19,17 +21,7 @@ class ModelRecipe(Record):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     prompt: str = "a clean, well composed image"  # the released model's; a basic prompt beats a detailed one (paper)
-    attention: str = "native"  # one backend for rollout and replay
     fp8_base: bool = False  # store the frozen base in float8_e4m3fn
-    compile: bool = False  # torch.compile of the repeated blocks
-    gradient_checkpointing: bool = True
-    fsdp: bool = False  # shard the frozen base over the ranks of a torchrun
-
-    @model_validator(mode="after")
-    def _one_way_to_a_smaller_base(self) -> Self:
-        if self.fsdp and self.fp8_base:
-            raise ValueError("recipe.model has both fsdp and fp8_base: choose one, either makes the base smaller")
-        return self
 
 
 class DataRecipe(Record):
@@ -91,7 +83,6 @@ class RolloutRecipe(Record):
     window: WindowRecipe = WindowRecipe()
     noise: NoiseRecipe = NoiseRecipe()
     share_prefix: bool = False  # one initial noise and one deterministic prefix for the whole group
-    batch_size: int = Field(default=8, ge=1)  # candidates in one forward pass; changes no result in float32
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -130,9 +121,7 @@ class EvaluationRecipe(Record):
     layers: tuple[int, ...] = (2, 3, 4)
     designs: int = Field(default=32, ge=0)  # held-out designs with ground truth
     pictures: int = Field(default=8, ge=0)  # held-out unlabelled pictures
-    batch_size: int = Field(default=8, ge=1)
     max_edits: int = Field(default=5, ge=0, le=5)  # LayerD's merges
-    bootstrap: int = Field(default=2000, ge=100)
 
 
 class Recipe(Record):
@@ -159,7 +148,16 @@ class Recipe(Record):
 
 
 def parse_recipe(text: str | bytes) -> Recipe:
-    """A recipe from YAML (or JSON) text.
+    """A recipe from YAML (or JSON) text; values that belong to the runtime are left out (`parse_recipe_runtime`).
+
+    Raises:
+        LayerloopError: as `parse_recipe_runtime`.
+    """
+    return parse_recipe_runtime(text)[0]
+
+
+def parse_recipe_runtime(text: str | bytes) -> tuple[Recipe, dict[str, Any]]:
+    """A recipe from YAML (or JSON) text, and the runtime's values in it: recipes held them once.
 
     Raises:
         LayerloopError: not YAML, a misspelt key, or an impossible value, in one line that names it and the remedy.
@@ -172,19 +170,21 @@ def parse_recipe(text: str | bytes) -> Recipe:
         raise LayerloopError(f"recipe is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise LayerloopError(f"recipe is {type(value).__name__}, not a mapping: start from a file of pipelines/recipes")
-    return validate(Recipe, value, where="recipe")
+    return split_recipe(value, where="recipe")
+
+
+def split_recipe(values: Mapping[str, Any], *, where: str) -> tuple[Recipe, dict[str, Any]]:
+    """A recipe from its decoded text, and the runtime's values in it, both checked.
+
+    Raises:
+        LayerloopError: a misspelt key or an impossible value, in one line that begins with `where`.
+    """
+    recipe, runtime = split_runtime(values)
+    return validate(Recipe, recipe, where=where), checked_values(runtime, where=where)
 
 
 def recipe_differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """Fields that differ, as `path: theirs -> ours` lines, in a fixed order."""
-
-    def flat(value: Any, path: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {
-                k: v for key, item in value.items() for k, v in flat(item, f"{path}.{key}" if path else key).items()
-            }
-        return {path: value}
-
     left, right = flat(theirs.model_dump(mode="json")), flat(ours.model_dump(mode="json"))
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"

@@ -1,5 +1,7 @@
 """KFP declaration of the step `score_rollouts`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Output
 
@@ -11,6 +13,7 @@ def score_rollouts(
     scores: Output[Dataset],
     metrics: Output[Metrics],
     judge_url: str = "",
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Let the judge score every candidate on its own, then side by side within its group.
 
@@ -20,6 +23,7 @@ def score_rollouts(
         scores: Manifest of the scores (a shard and `scores.parquet`).
         metrics: Rewards, masked candidates with their reasons, judge calls and tokens.
         judge_url: Base URL of an OpenAI-compatible endpoint; empty for the environment's OPENAI_BASE_URL.
+        runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(
         image="layerloop-light",

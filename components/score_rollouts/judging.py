@@ -71,9 +71,9 @@ def _groups_at_once(campaign: Campaign, total: int) -> int:
 
     In batch mode all of them, because a phase is one batch; their layers are held as PNG.
     """
-    if campaign.recipe.judge.batch.enabled:
+    if campaign.runtime.judge.batch.enabled:
         return max(1, total)
-    return 3 * math.ceil(campaign.recipe.judge.concurrency / campaign.recipe.rollout.group_size) + 4
+    return 3 * math.ceil(campaign.runtime.judge.concurrency / campaign.recipe.rollout.group_size) + 4
 
 
 def _next(groups: Iterator[Group]) -> Group | None:

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 from layerloop.components.judge.canaries import CanaryReport
 from layerloop.components.judge.client import Statistics
-from layerloop.components.schema.judging import PriceRecipe, ScoreRow
+from layerloop.components.schema.judging import ScoreRow
+from layerloop.components.schema.runtime import PriceRuntime
 from layerloop.components.schema.trajectory import candidate_key
 from layerloop.components.score_rollouts.calibration import position_share
 from layerloop.components.score_rollouts.scoring import ScoredGroup
@@ -80,7 +81,7 @@ def mask_reasons(rows: Sequence[ScoreRow]) -> Counter[str]:
     return Counter(":".join(row.reason.split(":")[:2]) for row in rows if row.reason is not None)
 
 
-def judge_metrics(statistics: Statistics, price: PriceRecipe) -> dict[str, float]:
+def judge_metrics(statistics: Statistics, price: PriceRuntime) -> dict[str, float]:
     """What judging took: requests, tokens, latencies and, with prices, cost."""
     metrics = {
         "judge_requests": float(statistics.sent),

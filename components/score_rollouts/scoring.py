@@ -67,7 +67,7 @@ class Scorer:
     def __init__(self, judge: Judge, recipe: JudgeRecipe, rubric: Rubric, *, seed: int) -> None:
         self.judge, self.recipe, self.rubric, self.seed = judge, recipe, rubric, seed
         # A batch is sent when all its requests are there, so none may wait for another to be answered.
-        self.room = Limiter(1 << 30 if recipe.batch.enabled else recipe.concurrency + 4)
+        self.room = Limiter(1 << 30 if judge.runtime.batch.enabled else judge.runtime.concurrency + 4)
 
     async def score(self, group: Group) -> ScoredGroup:
         """Both phases of one group. Failures are masks; LayerloopError only if there is no judge any more."""

@@ -35,7 +35,7 @@ from layerloop.components.storage.manifests import add_file, commit, verify
 from layerloop.components.storage.shards import write_shard
 
 
-def run(*, campaign: str, iteration: int | None = None, judge_url: str = "") -> StepResult:
+def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", runtime: str = "") -> StepResult:
     """Let the judge score every candidate on its own, then side by side within its group.
 
     Replies are stored as they come, so a step that is run again repeats no request. The scores are committed when every
@@ -46,8 +46,10 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "") -> 
         iteration: Which iteration to score; by default the open one, after the head.
         judge_url: Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8788/v1; by default the
             environment's OPENAI_BASE_URL. The key is the environment's OPENAI_API_KEY, if there is one.
+        runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
+            and the defaults (`layerloop runtime`). It changes no result.
     """
-    opened = Campaign.open(campaign)
+    opened = Campaign.open(campaign, runtime)
     recipe = opened.recipe
     k = opened.head() + 1 if iteration is None else iteration
     folder = opened.scores_dir(k)
@@ -68,7 +70,7 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "") -> 
     log(f"judging iteration {k} by {recipe.judge.model} at {url}; {len(replies)} replies are stored from before")
 
     start = time.monotonic()
-    judge = Judge(url, recipe.judge, replies=replies, ledger=replies, seed=recipe.seed)
+    judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed)
     judged = asyncio.run(judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, k, total))
     seconds = time.monotonic() - start
 
@@ -82,7 +84,7 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "") -> 
     metrics = {
         **reward_metrics(rows, rubric.names),
         **position_metrics(judged.groups),
-        **judge_metrics(judge.statistics, recipe.judge.price),
+        **judge_metrics(judge.statistics, opened.runtime.judge.price),
         **canary_metrics(judged.canaries, _canaries_before(opened, k)),
         "seconds": seconds,
     }

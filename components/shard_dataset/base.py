@@ -11,6 +11,7 @@ from typing import Self
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe, Recipe
+from layerloop.components.schema.runtime import ModelRuntime
 from layerloop.components.storage.folders import local_folder
 
 
@@ -22,7 +23,7 @@ class CheckedBase:
     folder: Path | None
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Self:
+    def of(cls, recipe: Recipe, runtime: ModelRuntime) -> Self:
         """The base of a recipe, without having loaded anything of it.
 
         Raises:
@@ -34,7 +35,8 @@ class CheckedBase:
         base, start = recipe.model.base, recipe.lora.start_from
         remote = "://" in base and not base.startswith("file://")
         folder = _fetched("recipe.model.base", base) if remote else None
-        preflight(recipe, folder=folder, start=_fetched("recipe.lora.start_from", start) if start is not None else None)
+        adapter = _fetched("recipe.lora.start_from", start) if start is not None else None
+        preflight(recipe, runtime, folder=folder, start=adapter)
         return cls(recipe.model, folder)
 
     def embed_prompt(self) -> bytes:

@@ -1,5 +1,7 @@
 """KFP declaration of the step `shard_dataset`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Metrics, Model, Output
 
@@ -13,6 +15,7 @@ def shard_dataset(
     policy: Output[Model],
     metrics: Output[Metrics],
     designs: str = "",
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Normalise images into shards, once per campaign, and find the policy to continue from.
 
@@ -24,6 +27,7 @@ def shard_dataset(
         policy: Manifest of the campaign's head; its metadata carries the iteration that the run continues from.
         metrics: Images read, rejected, dropped as duplicates, and kept in each split.
         designs: Held-out designs with ground-truth layers (parquet in Crello's columns); empty for none.
+        runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(
         image="layerloop-policy",  # caches the prompt embedding, which takes the text encoder

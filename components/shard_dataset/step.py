@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
-from layerloop.components.schema.recipe import Recipe, parse_recipe
+from layerloop.components.schema.recipe import Recipe, parse_recipe_runtime
+from layerloop.components.schema.runtime import Runtime, flat
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.shard_dataset.base import CheckedBase
 from layerloop.components.shard_dataset.duplicates import Gallery
@@ -32,13 +35,14 @@ from layerloop.components.shard_dataset.pictures import (
 from layerloop.components.shard_dataset.spool import Spool
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.manifests import add_file, commit, describe_file, verify
+from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.shards import existing_shard, write_shard
 from layerloop.components.storage.stores import open_store, read_uri
 
 PROMPT = f"{Campaign.sources_dir}/prompt.safetensors"
 
 
-def run(*, campaign: str, recipe: str, images: str = "", designs: str = "") -> StepResult:
+def run(*, campaign: str, recipe: str, images: str = "", designs: str = "", runtime: str = "") -> StepResult:
     """Shard a campaign's images: normalised, without duplicates, with the prompt's embedding beside them.
 
     The first run freezes the recipe, once the base and the images were checked and the prompt is embedded, so that a
@@ -52,14 +56,18 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "") -> S
             or s3://.
         designs: Designs with their true layers, to evaluate on: parquet in Crello's columns, or a folder with a
             subfolder of numbered PNG layers for each. Optional.
+        runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
+            and the defaults. Of the recipe's, what later steps would not get is refused.
 
     Raises:
         LayerloopError: nothing at `images`, too many that cannot be read, a base that the recipe does not fit, another
             recipe or other images than the campaign's, or a store that cannot be written to. Nothing is committed then.
     """
-    chosen = read_recipe(recipe)
+    chosen, moved = read_recipe(recipe)
     store = open_store(campaign)
-    begun = Campaign.create_or_open(campaign, chosen) if store.exists(RECIPE) else None
+    begun = Campaign.create_or_open(campaign, chosen, runtime) if store.exists(RECIPE) else None
+    place = begun or Campaign(store, chosen, read_runtime(runtime, chosen))  # not kept yet
+    check_nothing_lost(moved, place.runtime)
     done = begun.find(begun.sources_dir) if begun else None
     if begun and done:
         check_same_inputs(done, images=images, designs=designs)
@@ -74,7 +82,7 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "") -> S
         raise LayerloopError(f"campaign {store.uri} lies inside images {images}: choose a folder outside")
     layered = find_designs(designs) if designs.strip() else None
     store.check_writable()
-    base = None if begun and store.exists(PROMPT) else CheckedBase.of(chosen)
+    base = None if begun and store.exists(PROMPT) else CheckedBase.of(chosen, place.runtime.model)
 
     with Spool() as spool:
         # Designs come first: a picture that shows one of them would leak it into training, and is dropped as its twin.
@@ -88,7 +96,7 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "") -> S
             raise LayerloopError(f"images {images} has no picture left to train on: give some that can be read")
 
         embedding = base.embed_prompt() if base else None
-        place = Campaign.create_or_open(campaign, chosen)
+        place = Campaign.create_or_open(campaign, chosen, runtime)
         prompt = add_file(store, PROMPT, embedding) if embedding is not None else describe_file(store, PROMPT)
         splits = {"train": train, "holdout": holdout, "designs": truths.keys}
         shards = [shard for split, keys in splits.items() for shard in _write_split(place, spool, split, keys)]
@@ -113,8 +121,8 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "") -> S
     return _result(place, commit(store, f"{place.sources_dir}/{MANIFEST}", manifest))
 
 
-def read_recipe(recipe: str) -> Recipe:
-    """A recipe given as text, or as the path or URI of a file.
+def read_recipe(recipe: str) -> tuple[Recipe, dict[str, Any]]:
+    """A recipe given as text, or as the path or URI of a file, and the runtime's values in it.
 
     Raises:
         LayerloopError: no such file, or not a recipe.
@@ -123,8 +131,24 @@ def read_recipe(recipe: str) -> Recipe:
     if not text:
         raise LayerloopError("recipe is empty: give YAML text or the path of a YAML file")
     if "\n" in text or ": " in text or text.startswith("{"):
-        return parse_recipe(text)
-    return parse_recipe(read_uri(text))
+        return parse_recipe_runtime(text)
+    return parse_recipe_runtime(read_uri(text))
+
+
+def check_nothing_lost(moved: Mapping[str, Any], runtime: Runtime) -> None:
+    """Refuse values of the runtime that were given in the recipe, unless the run has them anyway: the recipe reaches
+    this step only, so the steps that need them would not get them.
+
+    Raises:
+        LayerloopError: naming them, and where they belong.
+    """
+    given, used = flat(moved), flat(runtime.model_dump(mode="json"))
+    if lost := {key: value for key, value in given.items() if value != used[key]}:
+        named = ", ".join(f"recipe.{key} is {value!r}" for key, value in lost.items())
+        raise LayerloopError(
+            f"{named}: that says where and how fast to run, which no recipe keeps: take it out and give the "
+            f"parameter runtime {json.dumps(moved)}"
+        )
 
 
 def hold_out(keys: Sequence[str], wanted: int, seed: int) -> tuple[list[str], list[str]]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
-from layerloop.components.schema.recipe import Recipe, recipe_differences
+from layerloop.components.schema.recipe import Recipe, recipe_differences, split_recipe
+from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.manifests import load
+from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.stores import MissingObjectError, Store, open_store
 
 RECIPE = "recipe.json"
@@ -18,37 +22,43 @@ _ITERATION = re.compile(r"\d{6}")
 
 
 class Campaign:
-    """A root URI with a frozen recipe. Nothing is cached: every question is put to the store."""
+    """A root URI with a frozen recipe, and the runtime of this process. Nothing is cached: every question is put to the
+    store."""
 
-    def __init__(self, store: Store, recipe: Recipe) -> None:
-        self.store, self.recipe, self.uri = store, recipe, store.uri
+    def __init__(self, store: Store, recipe: Recipe, runtime: Runtime) -> None:
+        self.store, self.recipe, self.runtime, self.uri = store, recipe, runtime, store.uri
 
     @classmethod
-    def create_or_open(cls, uri: str, recipe: Recipe) -> Campaign:
+    def create_or_open(cls, uri: str, recipe: Recipe, runtime: str | Mapping[str, Any] = "") -> Campaign:
         """Freeze `recipe` as the campaign's, or open the campaign that was made with this very recipe.
 
+        `runtime` is never kept and never compared: see `read_runtime`.
+
         Raises:
-            LayerloopError: the campaign was made with another recipe; the line lists the fields that differ.
+            LayerloopError: the campaign was made with another recipe; the line lists the fields that differ. Or the
+                runtime is none.
         """
         store = open_store(uri)
+        stored: dict[str, Any] = {}
         if not store.create(RECIPE, recipe.to_json()):
-            frozen = _frozen_recipe(store)
+            frozen, stored = _frozen_recipe(store)
             if different := recipe_differences(recipe, frozen):
                 raise LayerloopError(
                     f"campaign {store.uri} was made with another recipe ({'; '.join(different)}): "
                     "go on with its own, or give another campaign URI"
                 )
-        return cls(store, recipe)
+        return cls(store, recipe, read_runtime(runtime, recipe, stored=stored, where=f"{store.uri}/{RECIPE}"))
 
     @classmethod
-    def open(cls, uri: str) -> Campaign:
-        """An existing campaign.
+    def open(cls, uri: str, runtime: str | Mapping[str, Any] = "") -> Campaign:
+        """An existing campaign, to be worked on with `runtime` (`read_runtime`).
 
         Raises:
-            LayerloopError: there is none.
+            LayerloopError: there is none, or the runtime is none.
         """
         store = open_store(uri)
-        return cls(store, _frozen_recipe(store))
+        recipe, stored = _frozen_recipe(store)
+        return cls(store, recipe, read_runtime(runtime, recipe, stored=stored, where=f"{store.uri}/{RECIPE}"))
 
     # Names, relative to the root.
 
@@ -175,14 +185,22 @@ def exact_cover(covers: Sequence[frozenset[int]], wanted: frozenset[int]) -> lis
     return search(wanted)
 
 
-def _frozen_recipe(store: Store) -> Recipe:
+def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe, and the runtime's values in it: recipe.json held them once."""
     try:
         data = store.read(RECIPE)
     except MissingObjectError:
         raise LayerloopError(
             f"campaign {store.uri} has no {RECIPE}: begin it with shard_dataset, or correct the URI"
         ) from None
-    return Recipe.from_json(data, where=f"{store.uri}/{RECIPE}")
+    where = f"{store.uri}/{RECIPE}"
+    try:
+        value = json.loads(data)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        return Recipe.from_json(data, where=where), {}  # says what is wrong with it
+    return split_recipe(value, where=where)
 
 
 def _groups(manifest: Manifest, uri: str) -> frozenset[int]:

@@ -1,5 +1,7 @@
 """KFP declaration of the step `update_lora`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Metrics, Model, Output
 
@@ -11,6 +13,7 @@ def update_lora(
     previous: Input[Model],
     policy: Output[Model],
     metrics: Output[Metrics],
+    runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """One iteration of learning: group-relative advantages, clipped surrogate, LoRA and optimizer state carried on.
 
@@ -20,6 +23,7 @@ def update_lora(
         previous: Manifest of the policy that sampled the rollouts.
         policy: Manifest of the updated policy.
         metrics: Loss, clip fractions, ratio and gradient norms, groups used and filtered.
+        runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(
         image="layerloop-policy",

@@ -40,19 +40,21 @@ if TYPE_CHECKING:
     from layerloop.components.update_lora.state import TrainingState
 
 
-def run(*, campaign: str, iteration: int | None = None) -> StepResult:
+def run(*, campaign: str, iteration: int | None = None, runtime: str = "") -> StepResult:
     """Update the adapter from one iteration's rollouts and scores.
 
     Args:
         campaign: Root URI of the campaign.
         iteration: Which iteration to learn from; by default the one after the last committed policy.
+        runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
+            and the defaults (`layerloop runtime`). It changes no result.
 
     Raises:
         LayerloopError: rollouts or scores are missing, or of another model, adapter or schema version; NaN in latents
             or rewards; a gradient that is not finite or explodes. Nothing is committed then.
     """
     begun = time.monotonic()
-    place = Campaign.open(campaign)
+    place = Campaign.open(campaign, runtime)
     recipe = place.recipe
     number = place.head() + 1 if iteration is None else iteration
     if number < 1:
@@ -78,9 +80,9 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
                 advantages.groups,
                 steps=recipe.update.steps,
                 timesteps=timesteps_of(recipe),
-                microbatch=recipe.update.microbatch,
+                microbatch=place.runtime.update.microbatch,
                 ranks=world_size(),
-                pad=recipe.model.fsdp,
+                pad=place.runtime.model.fsdp,
             )
             if rank() == 0:
                 _say(advantages, number)
@@ -126,9 +128,9 @@ def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tu
     from layerloop.components.policy.sharding import shard_base
 
     recipe = place.recipe
-    sharded = shares_base(recipe.model)
+    sharded = shares_base(place.runtime.model)
     base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
-    policy = LayeredPolicy.load(recipe.model, device="cpu" if sharded else device, folder=base)
+    policy = LayeredPolicy.load(recipe.model, place.runtime.model, device="cpu" if sharded else device, folder=base)
     sha256: str | None = None
     if previous.iteration:
         with tempfile.TemporaryDirectory() as folder:

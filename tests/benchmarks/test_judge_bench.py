@@ -31,6 +31,7 @@ from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
 from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.schema.runtime import JudgeRuntime, split_runtime
 from layerloop.components.storage.images import decode_png, encode_png
 
 RUBRIC = load_rubric("default")
@@ -130,8 +131,10 @@ def ahead(parallelism: int) -> int:
     return parallelism + max(2, parallelism // 2)
 
 
-def recipe(**changes: Any) -> JudgeRecipe:
-    return JudgeRecipe.model_validate({"model": "bench", "timeout_seconds": 600, "retries": 8} | changes)
+def settings(**changes: Any) -> tuple[JudgeRecipe, JudgeRuntime]:
+    """Recipe and runtime of a judge, each with its own of `changes`."""
+    recipe, runtime = split_runtime({"judge": {"model": "bench", "timeout_seconds": 600, "retries": 8} | changes})
+    return JudgeRecipe.model_validate(recipe.get("judge", {})), JudgeRuntime.model_validate(runtime["judge"])
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def test_the_judge_is_kept_busy_at_every_parallelism(record_benchmark: Callable[
         rounds = 8 if parallelism <= 64 else 6
         for _ in range(2):  # a second time if it fell short, because other processes disturb
             with server(parallelism, service) as url:
-                judge = Judge(url, recipe(concurrency=ahead(parallelism)))
+                judge = Judge(url, *settings(concurrency=ahead(parallelism)))
                 run = asyncio.run(judged(judge, variants(request, rounds * parallelism)))
             fraction = run.rate(parallelism) * service / parallelism
             if fraction > fractions.get(parallelism, 0.0):
@@ -204,9 +207,9 @@ def test_baselines_of_one_at_a_time_and_all_at_once(record_benchmark: Callable[[
     request, parallelism, service = small_request(), 16, 0.5
     capacity = parallelism / service
     with server(parallelism, service) as url:
-        sequential = asyncio.run(judged(Judge(url, recipe(concurrency=1)), variants(request, 16)))
-        everything = recipe(concurrency=10_000, impatience=0)
-        unbounded = asyncio.run(judged(Judge(url, everything), variants(request, 320)))
+        sequential = asyncio.run(judged(Judge(url, *settings(concurrency=1)), variants(request, 16)))
+        everything = settings(concurrency=10_000, timeout_factor=0)
+        unbounded = asyncio.run(judged(Judge(url, *everything), variants(request, 320)))
     record_benchmark("judge_sequential_capacity_fraction", sequential.whole / capacity)
     record_benchmark("judge_unbounded_capacity_fraction", unbounded.whole / capacity)
     assert sequential.whole < unbounded.whole
@@ -231,7 +234,7 @@ def test_client_overhead(record_benchmark: Callable[[str, float], None]) -> None
             for stack in stacks[first : first + 8]:
                 request = alone(RUBRIC, source, candidate_pictures(stack, ("white",)), label="bench")
                 assert request.digest
-                Dialect().payload(request, recipe(), seed=1, temperature=0.0)
+                Dialect().payload(request, settings()[0], seed=1, temperature=0.0)
                 parse(request, read_body(body))
         rounds.append((time.process_time() - start) / len(stacks) * 1e3)
     record_benchmark("judge_client_ms", min(rounds))
@@ -259,15 +262,15 @@ def test_reading_and_sizing_what_was_rolled_out(record_benchmark: Callable[[str,
 def test_faults_cost_little_throughput_and_change_no_score(record_benchmark: Callable[[str, float], None]) -> None:
     """Throughput with 10 % failing and 5 % ten times as slow, as a share of throughput without.
 
-    What is lost at the least: 2 % fail after full service, and the slow ones hold a place for `impatience` (1.5) times
-    the usual latency until they are given up: 1 + 0.02 + 0.05 * 1.5, so 0.91 is the most that can be had.
+    What is lost at the least: 2 % fail after full service, and the slow ones hold a place for 1.5 times the usual
+    latency (`timeout_factor`) until they are given up: 1 + 0.02 + 0.05 * 1.5, so 0.91 is the most that can be had.
     """
     requests, parallelism, service = variants(small_request(), 960), 16, 0.6
     changes = {"concurrency": parallelism, "give_up_seconds": 1e6}
     with server(parallelism, service) as url:
-        sound = asyncio.run(judged(Judge(url, recipe(**changes)), requests))
+        sound = asyncio.run(judged(Judge(url, *settings(**changes)), requests))
     with server(parallelism, service, faulty=True) as url:
-        judge = Judge(url, recipe(**changes))
+        judge = Judge(url, *settings(**changes))
         faulty = asyncio.run(judged(judge, requests))
     print(dict(judge.statistics.failures), f"whole runs {faulty.whole / sound.whole:.3f}")
     fraction = faulty.rate(parallelism) / sound.rate(parallelism)
@@ -297,7 +300,7 @@ def test_memory_of_ten_thousand_candidates(record_benchmark: Callable[[str, floa
     from layerloop.components.storage.shards import write_shard
 
     groups, size, layers, side = 1250, 8, 3, 64
-    judge = {"model": "bench", "concurrency": 64, "resolution": side, "phase2": {"resolution": side}, "canaries": False}
+    judge = {"model": "bench", "resolution": side, "phase2": {"resolution": side}, "canaries": False}
     campaign = Campaign.create_or_open(
         str(tmp_path / "campaign"),
         Recipe.model_validate({"name": "bench", "rollout": {"groups": groups, "group_size": size}, "judge": judge}),
@@ -335,7 +338,11 @@ def test_memory_of_ten_thousand_candidates(record_benchmark: Callable[[str, floa
     commit(campaign.store, f"{folder}/w00of01.json", manifest)
     with server(64, 0.0) as url:
         done = subprocess.run(
-            [sys.executable, "-c", STEP, campaign.uri, url], check=True, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", STEP, campaign.uri, url],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"LAYERLOOP_RUNTIME": "judge: {concurrency: 64}"},
         )
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["candidates"] == groups * size and told["candidates_masked"] == 0

@@ -44,7 +44,7 @@ RECIPE = Recipe.model_validate(
             "groups": GROUPS, "group_size": G, "min_layers": 2, "max_layers": 4, "steps": 8, "outside": "euler",
             "window": {"size": 4, "start": 0}, "noise": {"eta": 0.8},
         },
-        "update": {"ratio_norm": "mean", "reweight": False, "learning_rate": 1e-3, "microbatch": 16, "steps": 2},
+        "update": {"ratio_norm": "mean", "reweight": False, "learning_rate": 1e-3, "steps": 2},
     }
 )  # fmt: skip
 
@@ -118,7 +118,7 @@ def ours(policy: LayeredPolicy, groups: dict[int, Group]) -> float:
     ]  # fmt: skip
     steps = plan_steps(
         advantages_of(rows, update).groups,
-        steps=update.steps, timesteps=timesteps_of(RECIPE), microbatch=update.microbatch, ranks=1, pad=False,
+        steps=update.steps, timesteps=timesteps_of(RECIPE), microbatch=16, ranks=1, pad=False,
     )  # fmt: skip
     counters = LearnerState(iteration=1, algorithm="grpo", optimizer_steps=0, ema_steps=0)
     learn(policy, TrainingState(policy, update, counters), steps, groups, prompt(), RECIPE, iteration=1)

@@ -126,9 +126,9 @@ def lab_at(uri: str, base: Path) -> Lab:
     """A campaign with a recipe and nothing else."""
     recipe = {
         "name": "lab",
-        "model": {"base": str(base), "dtype": "float32", "gradient_checkpointing": False},
+        "model": {"base": str(base), "dtype": "float32"},
         "lora": {"rank": 2, "alpha": 2.0},
-        "evaluation": {"steps": 2, "layers": [2, 3], "designs": 6, "pictures": 2, "batch_size": 4, "bootstrap": 200},
+        "evaluation": {"steps": 2, "layers": [2, 3], "designs": 6, "pictures": 2},
     }
     return Lab(Campaign.create_or_open(uri, Recipe.model_validate(recipe)))
 
@@ -173,7 +173,7 @@ class Evaluated:
 def evaluated(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     folder = tmp_path_factory.mktemp("evaluated")
     lab = fill(lab_at(str(folder / "campaign"), base), folder)
-    result = run(campaign=lab.uri)
+    result = run(campaign=lab.uri, runtime="evaluation: {batch_size: 4, bootstrap: 200}")
     manifest = lab.campaign.find("evaluations/iteration-000002")
     assert manifest is not None
     metrics = json.loads(lab.store.read("evaluations/iteration-000002/metrics.json"))

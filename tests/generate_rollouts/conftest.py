@@ -65,7 +65,7 @@ def make_campaign(base_folder: Path, prompt: bytes, tmp_path: Path) -> Callable[
     ) -> Campaign:
         nonlocal made
         made += 1
-        rollout = {"groups": 4, "group_size": 3, "steps": 4, "min_layers": 1, "max_layers": 3, "batch_size": 2}
+        rollout = {"groups": 4, "group_size": 3, "steps": 4, "min_layers": 1, "max_layers": 3}
         model = {"base": str(base_folder), "dtype": "float32"} | sections.pop("model", {})
         recipe = Recipe.model_validate(
             {

@@ -94,8 +94,8 @@ def test_a_group_is_one_image_with_g_candidates_and_all_that_the_next_steps_need
 
 def test_stored_latents_replay_with_the_bits_of_the_rollout(make_campaign) -> None:  # type: ignore[no-untyped-def]
     """From the shard alone: latents, condition, schedule, and the seeds."""
-    campaign = make_campaign(rollout={"group_size": 2, "batch_size": 2, "groups": 1})
-    run(campaign=campaign.uri)
+    campaign = make_campaign(rollout={"group_size": 2, "groups": 1})
+    run(campaign=campaign.uri, runtime="rollout: {batch_size: 2}")
     policy, found = LayeredPolicy.load(campaign.recipe.model), samples(campaign)
     record = GroupRecord.from_json(found["i000001-g000000"]["json"], where="group")
     prompt = load(campaign.store.read("sources/prompt.safetensors"))["prompt_embeds"]
@@ -117,9 +117,9 @@ def test_results_are_byte_for_byte_the_same_for_any_workers_and_batch_size(make_
     one = make_campaign()
     run(campaign=one.uri)
     for workers, batch_size in ((2, 3), (3, 1)):
-        other = make_campaign(rollout={"batch_size": batch_size})
+        other, runtime = make_campaign(), f"rollout: {{batch_size: {batch_size}}}"
         for worker in reversed(range(workers)):
-            run(campaign=other.uri, worker=worker, workers=workers)
+            run(campaign=other.uri, worker=worker, workers=workers, runtime=runtime)
         assert [m.metadata["groups"] for m in other.rollouts(1)] == [list(range(w, 4, workers)) for w in range(workers)]
         assert samples(other) == samples(one)
 
@@ -137,12 +137,12 @@ def test_an_interrupted_run_is_finished_and_not_redone(make_campaign, monkeypatc
     expected = run(campaign=whole.uri).manifests["rollouts"]
     real, sampled = candidates.sample_group, []
 
-    def killed_at_the_third(policy, recipe, iteration, plan, *rest):  # type: ignore[no-untyped-def]
+    def killed_at_the_third(policy, recipe, iteration, plan, *rest, **more):  # type: ignore[no-untyped-def]
         if plan.group == 2 and not sampled[2:]:
             sampled.append("killed")
             raise KeyboardInterrupt
         sampled.append(plan.group)
-        return real(policy, recipe, iteration, plan, *rest)
+        return real(policy, recipe, iteration, plan, *rest, **more)
 
     monkeypatch.setattr(candidates, "sample_group", killed_at_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -267,9 +267,10 @@ def test_two_ranks_that_share_a_sharded_base_commit_what_one_process_commits(mak
     """Three groups, whose windows begin at different steps: the ranks have unequally many calls of the model to do."""
     rollout = {"groups": 3, "steps": 6, "share_prefix": True, "window": {"size": 2, "position": "random"}}
     one = make_campaign(rollout=rollout)
-    two = make_campaign(rollout=rollout, model={"fsdp": True})
+    two = make_campaign(rollout=rollout)
     run(campaign=one.uri)
     command = [sys.executable, "-m", "layerloop.components.generate_rollouts", "--campaign", two.uri]
+    command += ["--runtime", '{"model": {"fsdp": true}}']
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,12 +15,13 @@ from layerloop.components.judge.replies import UnusableError
 from layerloop.components.judge.requests import Request
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.schema.runtime import JudgeRuntime
 
 BATCH = {"enabled": True, "poll_seconds": 0.05, "linger_seconds": 0.3}
 
 
-def recipe(**batch: Any) -> JudgeRecipe:
-    return JudgeRecipe.model_validate({"batch": {**BATCH, **batch}, "retries": 1})
+def settings(**batch: Any) -> tuple[JudgeRecipe, JudgeRuntime]:
+    return JudgeRecipe(redraws=1), JudgeRuntime.model_validate({"batch": {**BATCH, **batch}, "retries": 1})
 
 
 def variants(request: Request, count: int) -> list[Request]:
@@ -33,7 +34,7 @@ async def ask_all(judge: Judge, requests: list[Request]) -> list[Any]:
 
 
 def test_requests_that_come_together_go_as_one_batch(reference_url: str, one: Request) -> None:
-    judge = Judge(reference_url, recipe())
+    judge = Judge(reference_url, *settings())
     answers = asyncio.run(ask_all(judge, variants(one, 12)))
     direct = asyncio.run(ask_all(Judge(reference_url, JudgeRecipe()), [one]))
     assert all(scores == direct[0][0] for scores, _ in answers)
@@ -42,7 +43,7 @@ def test_requests_that_come_together_go_as_one_batch(reference_url: str, one: Re
 
 
 def test_a_full_file_is_sent_at_once(reference_url: str, one: Request) -> None:
-    judge = Judge(reference_url, recipe(max_requests=5))
+    judge = Judge(reference_url, *settings(max_requests=5))
     answers = asyncio.run(ask_all(judge, variants(one, 12)))
     assert not [a for a in answers if isinstance(a, BaseException)]
     assert judge.batches is not None and judge.batches.sent == 3
@@ -52,14 +53,14 @@ def test_a_killed_step_collects_the_batch_that_it_had_sent(reference_url: str, o
     ledger, requests = LedgerMemory(), variants(one, 6)
 
     async def killed() -> None:
-        async with Judge(reference_url, recipe(poll_seconds=60.0), ledger=ledger) as judge:
+        async with Judge(reference_url, *settings(poll_seconds=60.0), ledger=ledger) as judge:
             asking = asyncio.gather(*(judge.ask(request) for request in requests))
             while not any(entry["batch"] for entry in ledger.values()):
                 await asyncio.sleep(0.05)
             asking.cancel()
 
     asyncio.run(killed())
-    judge = Judge(reference_url, recipe(), ledger=ledger, replies=ReplyMemory())
+    judge = Judge(reference_url, *settings(), ledger=ledger, replies=ReplyMemory())
     answers = asyncio.run(ask_all(judge, requests))
     assert not [a for a in answers if isinstance(a, BaseException)]
     assert judge.batches is not None and judge.batches.sent == 0  # nothing is paid twice
@@ -67,10 +68,10 @@ def test_a_killed_step_collects_the_batch_that_it_had_sent(reference_url: str, o
 
 def test_a_batch_that_was_made_but_not_entered_is_found_by_its_digest(reference_url: str, one: Request) -> None:
     ledger, requests = LedgerMemory(), variants(one, 3)
-    asyncio.run(ask_all(Judge(reference_url, recipe(), ledger=ledger), requests))
+    asyncio.run(ask_all(Judge(reference_url, *settings(), ledger=ledger), requests))
     for entry in ledger.values():
         entry["batch"] = None  # as if the step had been killed in between
-    judge = Judge(reference_url, recipe(), ledger=ledger)
+    judge = Judge(reference_url, *settings(), ledger=ledger)
     answers = asyncio.run(ask_all(judge, requests))
     assert not [a for a in answers if isinstance(a, BaseException)]
     assert judge.batches is not None and judge.batches.sent == 0
@@ -78,18 +79,18 @@ def test_a_batch_that_was_made_but_not_entered_is_found_by_its_digest(reference_
 
 def test_a_request_that_the_judge_refuses_is_a_mask_of_its_own(reference_url: str, one: Request) -> None:
     blind = replace(one, parts=one.parts[-1:])  # no picture at all
-    answers = asyncio.run(ask_all(Judge(reference_url, recipe()), [one, blind]))
+    answers = asyncio.run(ask_all(Judge(reference_url, *settings()), [one, blind]))
     assert not isinstance(answers[0], BaseException)
     assert isinstance(answers[1], UnusableError) and answers[1].reason == "http_400"
 
 
 def test_an_endpoint_without_batches_is_one_clear_line(scripted: Any, one: Request) -> None:
-    judge = Judge(scripted.url, recipe().model_copy(update={"model": "scripted"}))
+    judge = Judge(scripted.url, JudgeRecipe(model="scripted"), settings()[1])
     scripted.serve = lambda sock: sock.sendall(
         b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}"
     )
     answers = asyncio.run(ask_all(judge, [one]))
-    assert isinstance(answers[0], LayerloopError) and "recipe.judge.batch.enabled" in str(answers[0])
+    assert isinstance(answers[0], LayerloopError) and "runtime.judge.batch.enabled" in str(answers[0])
 
 
 @pytest.mark.parametrize("line", [b"", b"not json", b"[]", b"{}", b'{"custom_id": "a"}'])

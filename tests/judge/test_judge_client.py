@@ -19,6 +19,7 @@ from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.layers.stack import composite
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.schema.runtime import JudgeRuntime, split_runtime
 
 Say = Callable[..., bytes]
 
@@ -28,8 +29,12 @@ def good(one: Request, say: Say) -> bytes:
     return say({"scores": dict.fromkeys(one.names, 4)})
 
 
-def recipe(**changes: Any) -> JudgeRecipe:
-    return JudgeRecipe.model_validate({"model": "scripted", "timeout_seconds": 20, "impatience": 0} | changes)
+def settings(**changes: Any) -> tuple[JudgeRecipe, JudgeRuntime]:
+    """Recipe and runtime of a judge, each with its own of `changes`."""
+    recipe, runtime = split_runtime(
+        {"judge": {"model": "scripted", "timeout_seconds": 20, "timeout_factor": 0} | changes}
+    )
+    return JudgeRecipe.model_validate(recipe.get("judge", {})), JudgeRuntime.model_validate(runtime["judge"])
 
 
 def variants(request: Request, count: int) -> list[Request]:
@@ -42,9 +47,9 @@ async def ask_all(judge: Judge, requests: list[Request]) -> list[Any]:
         return await asyncio.gather(*(judge.ask(request) for request in requests), return_exceptions=True)
 
 
-def test_never_more_requests_in_flight_than_the_recipe_allows(scripted: Any, one: Request, good: bytes) -> None:
+def test_never_more_requests_in_flight_than_the_runtime_allows(scripted: Any, one: Request, good: bytes) -> None:
     scripted.answer, scripted.seconds = good, 0.2
-    answers = asyncio.run(ask_all(Judge(scripted.url, recipe(concurrency=3)), variants(one, 15)))
+    answers = asyncio.run(ask_all(Judge(scripted.url, *settings(concurrency=3)), variants(one, 15)))
     assert all(scores == [dict.fromkeys(one.names, 0.8)] for scores, _ in answers)
     assert scripted.most_in_flight == 3
 
@@ -53,7 +58,7 @@ def test_a_failed_attempt_is_asked_again_and_the_slot_is_free_meanwhile(
     scripted: Any, one: Request, good: bytes, respond: Say
 ) -> None:
     scripted.answer = lambda body, number: good if number != 0 else respond("{}", status="500 Oops")
-    judge = Judge(scripted.url, recipe(concurrency=1))
+    judge = Judge(scripted.url, *settings(concurrency=1))
     answers = asyncio.run(ask_all(judge, variants(one, 2)))
     assert [scores[0]["alpha_cleanliness"] for scores, _ in answers] == [0.8, 0.8]
     systems = [body["messages"][0]["content"][-1] for body in scripted.bodies]
@@ -63,7 +68,7 @@ def test_a_failed_attempt_is_asked_again_and_the_slot_is_free_meanwhile(
 
 def test_retries_end_in_a_mask_with_the_reason(scripted: Any, one: Request, respond: Say) -> None:
     scripted.answer = respond("{}", status="500 Oops")
-    answers = asyncio.run(ask_all(Judge(scripted.url, recipe(retries=2, give_up_seconds=1e6)), [one]))
+    answers = asyncio.run(ask_all(Judge(scripted.url, *settings(retries=2, give_up_seconds=1e6)), [one]))
     assert isinstance(answers[0], UnusableError) and answers[0].reason == "http_500"
     assert len(scripted.bodies) == 3
 
@@ -72,7 +77,7 @@ def test_an_unusable_answer_is_asked_again_with_another_seed_and_some_temperatur
     scripted: Any, one: Request, good: bytes, say: Say
 ) -> None:
     scripted.answer = lambda body, number: good if number == 2 else say("no idea")
-    judge = Judge(scripted.url, recipe())
+    judge = Judge(scripted.url, *settings())
     answers = asyncio.run(ask_all(judge, [one]))
     assert answers[0][0] == [dict.fromkeys(one.names, 0.8)]
     assert len({body["seed"] for body in scripted.bodies}) == 3
@@ -82,7 +87,7 @@ def test_an_unusable_answer_is_asked_again_with_another_seed_and_some_temperatur
 
 def test_a_refusal_is_not_asked_again(scripted: Any, one: Request, say: Say) -> None:
     scripted.answer = say(None, refusal="I cannot judge this.")
-    judge = Judge(scripted.url, recipe())
+    judge = Judge(scripted.url, *settings())
     answers = asyncio.run(ask_all(judge, [one]))
     assert answers[0].reason == "refused" and len(scripted.bodies) == 1
     assert judge.statistics.tokens_out == 10  # a refusal is paid too
@@ -100,7 +105,7 @@ def test_the_limit_comes_to_rest_on_what_the_judge_takes(
         return good
 
     scripted.answer = answer
-    judge = Judge(scripted.url, recipe(concurrency=32, retries=20, give_up_seconds=1e6))
+    judge = Judge(scripted.url, *settings(concurrency=32, retries=20, give_up_seconds=1e6))
     answers = asyncio.run(ask_all(judge, variants(one, 80)))
     assert all(not isinstance(a, BaseException) for a in answers)
     assert judge.limiter.lowest <= 12 and judge.limiter.limit < 32  # it takes 4, and 32 were tried at first
@@ -115,13 +120,13 @@ def test_retry_after_is_obeyed_by_everyone(scripted: Any, one: Request, good: by
         return good if number else respond("{}", status="503 Busy", headers="Retry-After: 0.7\r\n")
 
     scripted.answer = answer
-    asyncio.run(ask_all(Judge(scripted.url, recipe(concurrency=1)), variants(one, 3)))
+    asyncio.run(ask_all(Judge(scripted.url, *settings(concurrency=1)), variants(one, 3)))
     assert len(times) == 4 and times[1] - times[0] >= 0.7
 
 
 def test_the_breaker_opens_when_the_judge_is_gone_and_says_what_to_do(scripted: Any, one: Request, good: bytes) -> None:
     scripted.answer = lambda body, number: good if number < 3 else b""
-    judge = Judge(scripted.url, recipe(concurrency=2, retries=6, give_up_seconds=0.2))
+    judge = Judge(scripted.url, *settings(concurrency=2, retries=6, give_up_seconds=0.2))
     answers = asyncio.run(ask_all(judge, variants(one, 30)))
     gone = [a for a in answers if isinstance(a, LayerloopError)]
     assert gone and f"judge {scripted.url} failed" in str(gone[0]) and "run the step again" in str(gone[0])
@@ -131,7 +136,7 @@ def test_the_breaker_opens_when_the_judge_is_gone_and_says_what_to_do(scripted: 
 
 def test_masks_alone_do_not_open_the_breaker(scripted: Any, one: Request, say: Say) -> None:
     scripted.answer = say("no idea")
-    answers = asyncio.run(ask_all(Judge(scripted.url, recipe(concurrency=4, give_up_seconds=0)), variants(one, 20)))
+    answers = asyncio.run(ask_all(Judge(scripted.url, *settings(concurrency=4, give_up_seconds=0)), variants(one, 20)))
     assert all(isinstance(a, UnusableError) and a.reason == "no_json" for a in answers)
 
 
@@ -143,7 +148,7 @@ def test_a_request_that_hangs_is_given_up_after_a_multiple_of_what_is_usual(
         return good
 
     scripted.answer = answer
-    judge = Judge(scripted.url, recipe(concurrency=2, impatience=3.0, timeout_seconds=100))
+    judge = Judge(scripted.url, *settings(concurrency=2, timeout_factor=3.0, timeout_seconds=100))
     start = time.monotonic()
     answers = asyncio.run(ask_all(judge, variants(one, 40)))
     assert all(not isinstance(a, BaseException) for a in answers)
@@ -168,7 +173,7 @@ def test_what_the_endpoint_does_not_know_is_given_up(
         return good
 
     scripted.answer = answer
-    judge = Judge(scripted.url, recipe(retries=0, concurrency=2))
+    judge = Judge(scripted.url, *settings(retries=0, concurrency=2))
     answers = asyncio.run(ask_all(judge, variants(one, 6)))
     assert all(not isinstance(a, BaseException) for a in answers)
     assert len(scripted.bodies) <= 6 + 2  # at most the two in flight learned it the hard way
@@ -184,7 +189,7 @@ def test_a_server_without_any_response_format_is_asked_in_words(
         return good
 
     scripted.answer = answer
-    answers = asyncio.run(ask_all(Judge(scripted.url, recipe(retries=0)), [one]))
+    answers = asyncio.run(ask_all(Judge(scripted.url, *settings(retries=0)), [one]))
     assert answers[0][0] == [dict.fromkeys(one.names, 0.8)]
     assert [body.get("response_format", {}).get("type") for body in scripted.bodies] == [
         "json_schema",
@@ -201,7 +206,7 @@ def test_a_refusal_without_a_reason_is_taken_for_one_of_the_schema_until_somethi
         return respond("Bad Request", status="400 Bad Request") if schema or number == 3 else good
 
     scripted.answer = answer
-    judge = Judge(scripted.url, recipe(retries=0, concurrency=1))
+    judge = Judge(scripted.url, *settings(retries=0, concurrency=1))
     answers = asyncio.run(ask_all(judge, variants(one, 3)))
     assert [isinstance(a, UnusableError) for a in answers] == [False, False, True]  # number 3: its own fault
     assert judge.dialect.response_format == "json_object"
@@ -216,7 +221,7 @@ def test_the_words_and_the_source_come_first_so_that_a_group_shares_its_prefix(
     worse[:, ..., :3] //= 2
     requests = [alone(rubric, source, candidate_pictures(stack, ("white",)), label="x") for stack in (truth, worse)]
     scripted.answer = good
-    asyncio.run(ask_all(Judge(scripted.url, recipe(concurrency=1)), requests))
+    asyncio.run(ask_all(Judge(scripted.url, *settings(concurrency=1)), requests))
     first, second = (body["messages"] for body in scripted.bodies)
     assert first[0] == second[0] and first[1]["content"][:3] == second[1]["content"][:3]
     kinds = [part["type"] for part in first[1]["content"][:4]]
@@ -226,7 +231,7 @@ def test_the_words_and_the_source_come_first_so_that_a_group_shares_its_prefix(
 
 def test_a_wrong_key_stops_everything_at_once(scripted: Any, one: Request, respond: Say) -> None:
     scripted.answer = respond('{"error": {"message": "bad key sk-123"}}', status="401 Unauthorized")
-    answers = asyncio.run(ask_all(Judge(scripted.url, recipe(), api_key="sk-secret"), [one]))
+    answers = asyncio.run(ask_all(Judge(scripted.url, *settings(), api_key="sk-secret"), [one]))
     assert isinstance(answers[0], LayerloopError) and "set OPENAI_API_KEY" in str(answers[0])
     assert "sk-secret" not in str(answers[0]) and len(scripted.bodies) == 1
 
@@ -236,9 +241,9 @@ def test_the_key_comes_from_the_environment_or_is_a_dummy(
 ) -> None:
     scripted.answer = good
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    asyncio.run(ask_all(Judge(scripted.url, recipe()), [one]))
+    asyncio.run(ask_all(Judge(scripted.url, *settings()), [one]))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-from-environment")
-    asyncio.run(ask_all(Judge(scripted.url, recipe()), [one]))
+    asyncio.run(ask_all(Judge(scripted.url, *settings()), [one]))
     assert f"Bearer {NO_KEY}" in scripted.headers[0] and "Bearer sk-from-environment" in scripted.headers[1]
 
 
@@ -247,9 +252,9 @@ def test_what_was_answered_is_never_asked_again_even_if_it_was_unusable(
 ) -> None:
     replies = ReplyMemory()
     scripted.answer = lambda body, number: say("no idea") if number == 0 else good
-    first = asyncio.run(ask_all(Judge(scripted.url, recipe(), replies=replies), [one]))
+    first = asyncio.run(ask_all(Judge(scripted.url, *settings(), replies=replies), [one]))
     scripted.answer = b""  # from now on the judge is gone
-    judge = Judge(scripted.url, recipe(), replies=replies)
+    judge = Judge(scripted.url, *settings(), replies=replies)
     again = asyncio.run(ask_all(judge, [one]))
     assert again[0][0] == first[0][0] and len(scripted.bodies) == 2
     assert judge.statistics.sent == 0 and judge.statistics.recalled == 2
@@ -265,15 +270,15 @@ def test_another_model_sample_or_seed_is_another_question(scripted: Any, one: Re
             await judge.ask(one, sample=0)
             await judge.ask(one, sample=1)
 
-    asyncio.run(twice(Judge(scripted.url, recipe(), replies=replies)))
-    asyncio.run(twice(Judge(scripted.url, recipe(), replies=replies, seed=1)))
-    asyncio.run(twice(Judge(scripted.url, recipe(model="other"), replies=replies)))
+    asyncio.run(twice(Judge(scripted.url, *settings(), replies=replies)))
+    asyncio.run(twice(Judge(scripted.url, *settings(), replies=replies, seed=1)))
+    asyncio.run(twice(Judge(scripted.url, *settings(model="other"), replies=replies)))
     assert len(replies) == len(scripted.bodies) == 6
 
 
 def test_tokens_latency_and_version_are_counted(scripted: Any, one: Request, good: bytes) -> None:
     scripted.answer, scripted.seconds = good, 0.02
-    judge = Judge(scripted.url, recipe())
+    judge = Judge(scripted.url, *settings())
     asyncio.run(ask_all(judge, variants(one, 5)))
     statistics = judge.statistics
     assert (statistics.tokens_in, statistics.tokens_out, statistics.answered) == (500, 50, 5)
@@ -283,7 +288,7 @@ def test_tokens_latency_and_version_are_counted(scripted: Any, one: Request, goo
 
 def test_the_openai_package_makes_the_requests(scripted: Any, one: Request, good: bytes) -> None:
     scripted.answer = good
-    asyncio.run(ask_all(Judge(scripted.url, recipe()), [one]))
+    asyncio.run(ask_all(Judge(scripted.url, *settings()), [one]))
     assert "AsyncOpenAI/Python" in scripted.headers[0]
 
 
@@ -303,7 +308,7 @@ def test_a_judge_that_is_being_started_is_waited_for(one: Request, good: bytes) 
         servers[0].serve_forever(poll_interval=0.05)
 
     async def reach(seconds: float) -> list[str]:
-        async with Judge(f"http://127.0.0.1:{port}/v1", JudgeRecipe(start_seconds=seconds)) as judge:
+        async with Judge(f"http://127.0.0.1:{port}/v1", JudgeRecipe(), JudgeRuntime(start_seconds=seconds)) as judge:
             return await judge.check_reachable()
 
     with pytest.raises(LayerloopError, match="does not answer"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -9,14 +10,18 @@ from typing import Any
 
 import pytest
 
+from layerloop.components.judge.canaries import make_canaries
+from layerloop.components.judge.client import Judge
 from layerloop.components.judge.dialect import Dialect
 from layerloop.components.judge.expected import sharpen
+from layerloop.components.judge.pictures import candidate_pictures, fitted, picture
 from layerloop.components.judge.replies import Reply, Usage
-from layerloop.components.judge.requests import Request
+from layerloop.components.judge.requests import Request, alone, prompt_sha256
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.schema.runtime import JudgeRuntime
 
 
 def token(text: str, options: dict[str, float] | None = None) -> dict[str, Any]:
@@ -110,6 +115,19 @@ def test_a_request_begins_with_what_its_group_shares(one: Request, three: Reques
     assert bodies[0]["messages"][1]["content"][:2] == bodies[1]["messages"][1]["content"][:2]  # label and source
     labels = [part["text"] for part in bodies[0]["messages"][1]["content"] if part["type"] == "text"]
     assert labels[0] == "Source picture:" and labels[2] == "Layer 0 of 3 (background), on white:"
+
+
+def test_stored_replies_of_earlier_versions_are_found_again() -> None:
+    """Hashes of version 0.1.0: a campaign's replies are named by them."""
+    canary, rubric, recipe = make_canaries()[0], load_rubric("default"), JudgeRecipe()
+    pictures = candidate_pictures(fitted(canary.stack, 64), ("white",))
+    request = alone(rubric, picture(fitted(canary.source, 64)), pictures, label="golden", max_tokens=1024)
+    judge = Judge("http://127.0.0.1:1/v1", recipe, JudgeRuntime(concurrency=3, retries=0), seed=7)
+    assert request.digest == "91a3a5a0884a74bad8a01c8f037d423569c2aad4674eb40fc374015f599d5080"
+    assert prompt_sha256(rubric) == "4fa04698917fd50782472c11a40aa2aa6611bfaae9838e1a0c012df03987d199"
+    assert judge._address(request, 1, 2) == "3ea4766ec309d6e0b9dae5a4fe4353773b4962b6869e3adcb7798701254d5568"
+    sent = hashlib.sha256(judge._payload(request, judge.dialect, 1, 2)).hexdigest()
+    assert sent == "224df15e9c3d9346e92fbd347dc1fb79e86acb3b3c6ec7060937ce45515bdb94"
 
 
 def test_the_digest_is_of_words_and_pictures_and_nothing_else(one: Request, three: Request) -> None:

@@ -13,6 +13,7 @@ from layerloop.components.judge.client import Judge
 from layerloop.components.judge.replies import UnusableError
 from layerloop.components.judge.requests import Request
 from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.schema.runtime import JudgeRuntime
 
 NAMES = (
     "semantic_separation",
@@ -180,8 +181,8 @@ TOGETHER: dict[str, tuple[bytes, str | None]] = {
 
 
 async def judged(url: str, request: Request) -> list[dict[str, float]]:
-    recipe = JudgeRecipe(model="scripted", retries=0, timeout_seconds=20, give_up_seconds=1e6)
-    async with Judge(url, recipe) as judge:
+    runtime = JudgeRuntime(retries=0, timeout_seconds=20, give_up_seconds=1e6)
+    async with Judge(url, JudgeRecipe(model="scripted", redraws=0), runtime) as judge:
         return (await judge.ask(request))[0]
 
 

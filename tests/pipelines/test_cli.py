@@ -12,13 +12,15 @@ import yaml
 from safetensors.numpy import load_file, save
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.schema.recipe import parse_recipe, parse_recipe_runtime
+from layerloop.components.schema.runtime import Runtime
+from layerloop.components.storage.runtime import runtime_values
 from layerloop.components.storage.stores import open_store
 from layerloop.pipelines.cli import build_parser, main
-from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_text
+from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_and_runtime, recipe_text
 
 COMMANDS = [
-    ["demo"], ["run"], ["compile"], ["recipe"], ["submit"], ["schedule", "apply"], ["judge", "serve"],
+    ["demo"], ["run"], ["compile"], ["recipe"], ["runtime"], ["submit"], ["schedule", "apply"], ["judge", "serve"],
     ["judge", "check"], ["campaign", "show"], ["adapter", "merge"], ["study"],
 ]  # fmt: skip
 
@@ -98,6 +100,82 @@ def test_a_change_of_a_recipe_is_made_and_checked() -> None:
 def test_a_change_that_is_none_is_refused(change: str, line: str) -> None:
     with pytest.raises(LayerloopError, match=line):
         recipe_text("tiny", [change])
+
+
+OLD = "name: mine\nmodel: {base: tiny}\nrollout: {groups: 5, batch_size: 3}\njudge: {concurrency: 4, impatience: 9}\n"
+
+
+def test_the_runtimes_values_in_a_recipe_file_hold_for_the_run_and_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(OLD)
+    text, runtime = recipe_and_runtime(f"{tmp_path}/mine.yaml")
+    assert yaml.safe_load(text) == {"name": "mine", "model": {"base": "tiny"}, "rollout": {"groups": 5}}
+    assert runtime == {"rollout": {"batch_size": 3}, "judge": {"concurrency": 4, "timeout_factor": 9.0}}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "rollout.batch_size, judge.concurrency, judge.timeout_factor say where and how fast" in line
+
+
+def test_a_change_goes_over_the_runtimes_file_and_that_over_the_recipes(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(OLD)
+    (tmp_path / "runtime.yaml").write_text("judge: {concurrency: 5, retries: 1}\n")
+    changes = ["judge.concurrency=6", "judge.price.input=2.5", "rollout.groups=7", "judge.impatience=2"]
+    text, runtime = recipe_and_runtime(f"{tmp_path}/mine.yaml", changes, f"{tmp_path}/runtime.yaml")
+    assert parse_recipe(text).rollout.groups == 7
+    assert runtime == {
+        "rollout": {"batch_size": 3},
+        "judge": {"concurrency": 6, "retries": 1, "timeout_factor": 2.0, "price": {"input": 2.5}},
+    }
+
+
+def test_a_change_of_the_runtime_alone_leaves_the_recipes_text_as_it_is() -> None:
+    text, runtime = recipe_and_runtime("tiny", ["judge.retries=9"])
+    assert text == packaged_recipes()["tiny"]
+    assert runtime == {"judge": {"retries": 9}}
+    text, runtime = recipe_and_runtime("tiny", ["judge={model: m, concurrency: 2}"])
+    assert parse_recipe(text).judge.model == "m"
+    assert runtime == {"judge": {"concurrency": 2}}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("judge.concurrency=0", "runtime.judge.concurrency is 0: input should be greater than or equal to 1"),
+        ("judge.price.inputs=1", "runtime.judge.price.inputs is not a known key: did you mean 'input'"),
+    ],
+)
+def test_an_impossible_change_of_the_runtime_is_refused(change: str, line: str) -> None:
+    with pytest.raises(LayerloopError, match=line):
+        recipe_and_runtime("tiny", [change])
+
+
+def test_packaged_recipes_hold_nothing_of_the_runtime() -> None:
+    for text in packaged_recipes().values():
+        assert parse_recipe_runtime(text)[1] == {}
+
+
+def test_the_runtime_that_is_printed_is_all_of_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runtime"]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed) == Runtime().model_dump(mode="json")
+    assert Runtime.model_validate(runtime_values(printed)) == Runtime()
+
+
+def test_a_recipe_is_not_printed_with_a_value_that_it_would_not_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe", "tiny", "--set", "judge.concurrency=3"]) == 2
+    assert capsys.readouterr().err.startswith("error: judge.concurrency is not of the recipe but of the runtime")
+
+
+def test_the_compiled_pipelines_runtime_is_the_one_given(tmp_path: Path) -> None:
+    (tmp_path / "runtime.yaml").write_text("judge: {concurrency: 5}\n")
+    for kind in ("train", "evaluate"):
+        path = tmp_path / f"{kind}.yaml"
+        given = ["--runtime", f"{tmp_path}/runtime.yaml", "--set", "update.microbatch=3"]
+        assert main(["compile", "-o", str(path), "--pipeline", kind, "--recipe", "tiny", *given]) == 0
+        spec = next(yaml.safe_load_all(path.read_text()))
+        parameter = spec["root"]["inputDefinitions"]["parameters"]["runtime"]
+        assert parameter["parameterType"] == "STRUCT"
+        assert runtime_values(parameter["defaultValue"]) == {"judge": {"concurrency": 5}, "update": {"microbatch": 3}}
 
 
 def test_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,22 @@ def test_a_run_is_shard_then_iterations_in_a_row_then_evaluate_and_publish(tmp_p
     assert shown == ["iteration 1", "iteration 2", "iteration 3"]
 
 
+def test_every_step_gets_the_runtime(tmp_path: Path) -> None:
+    train, _ = compiled(tmp_path)
+    evaluate = next(
+        yaml.safe_load_all(write_pipeline(evaluate_pipeline(recipe=RECIPE), tmp_path / "evaluate.yaml").read_text())
+    )
+    for spec in (train, evaluate):
+        assert spec["root"]["inputDefinitions"]["parameters"]["runtime"]["defaultValue"] == {}
+        dags = [spec["root"]["dag"], *(c["dag"] for c in spec["components"].values() if "dag" in c)]
+        tasks = [task for dag in dags for task in dag["tasks"].values()]
+        assert len(tasks) >= 2
+        for task in tasks:
+            given = task["inputs"]["parameters"]
+            passed = given.get("runtime") or given["pipelinechannel--runtime"]  # a loop's own name for it
+            assert passed["componentInputParameter"].endswith("runtime")
+
+
 def test_an_iteration_is_a_loop_over_workers_then_score_then_update(tmp_path: Path) -> None:
     spec, _ = compiled(tmp_path, workers=3)
     tasks = spec["components"]["comp-iteration"]["dag"]["tasks"]

@@ -28,7 +28,7 @@ def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def base_recipe(random_folder: Path) -> ModelRecipe:
-    return ModelRecipe(base=str(random_folder), dtype="float32", gradient_checkpointing=False)
+    return ModelRecipe(base=str(random_folder), dtype="float32")
 
 
 @pytest.fixture(scope="session")

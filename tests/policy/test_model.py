@@ -21,6 +21,7 @@ from layerloop.components.policy.sampling import Plan
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import LoraRecipe
 from layerloop.components.schema.recipe import ModelRecipe
+from layerloop.components.schema.runtime import ModelRuntime
 
 PROMPT = "a clean, well composed image"
 
@@ -310,7 +311,7 @@ def gradient(policy: LayeredPolicy, condition: Condition) -> dict[str, torch.Ten
 def test_gradient_checkpointing_changes_no_gradient(base_recipe, prompt_embeds, make_picture, shake) -> None:  # type: ignore[no-untyped-def]
     gradients = []
     for checkpointing in (False, True):
-        policy = LayeredPolicy.load(base_recipe.model_copy(update={"gradient_checkpointing": checkpointing}))
+        policy = LayeredPolicy.load(base_recipe, ModelRuntime(gradient_checkpointing=checkpointing))
         assert policy.transformer.is_gradient_checkpointing == checkpointing
         add_lora(policy.transformer, LoraRecipe(rank=2), seed=0)
         shake(policy.transformer)
@@ -323,7 +324,7 @@ def test_gradient_checkpointing_changes_no_gradient(base_recipe, prompt_embeds, 
 def test_the_adapter_is_float32_on_a_base_of_any_precision(
     base_recipe, prompt_embeds, make_picture, shake, fp8
 ) -> None:  # type: ignore[no-untyped-def]
-    update = {"dtype": "bfloat16", "fp8_base": fp8, "gradient_checkpointing": True}
+    update = {"dtype": "bfloat16", "fp8_base": fp8}
     policy = LayeredPolicy.load(base_recipe.model_copy(update=update))
     add_lora(policy.transformer, LoraRecipe(rank=2), seed=0)
     shake(policy.transformer)
@@ -370,7 +371,7 @@ def test_compiled_blocks_take_all_that_a_campaign_asks_of_them_and_change_no_bit
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # pytest would keep megabytes of it
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compiled(block, backend="eager", **how))
-    recipe = base_recipe.model_copy(update={"dtype": "bfloat16", "fp8_base": True, "compile": True})
+    recipe = base_recipe.model_copy(update={"dtype": "bfloat16", "fp8_base": True})
     picture = make_picture(32, 32)
 
     def outputs(policy: LayeredPolicy) -> list[torch.Tensor]:
@@ -393,17 +394,17 @@ def test_compiled_blocks_take_all_that_a_campaign_asks_of_them_and_change_no_bit
             run(2, times)
         return found
 
-    expected = outputs(LayeredPolicy.load(recipe.model_copy(update={"compile": False})))
+    expected = outputs(LayeredPolicy.load(recipe))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8):  # restored afterwards
-        policy = LayeredPolicy.load(recipe)
+        policy = LayeredPolicy.load(recipe, ModelRuntime(compile=True))
         assert all(block._compiled_call_impl is not None for block in policy.transformer.transformer_blocks)
         assert all(torch.equal(a, b) for a, b in zip(expected, outputs(policy), strict=True))
 
 
-def test_every_attention_layer_has_the_recipes_backend(base_recipe, frozen_policy, condition) -> None:  # type: ignore[no-untyped-def]
+def test_every_attention_layer_has_the_runtimes_backend(base_recipe, frozen_policy, condition) -> None:  # type: ignore[no-untyped-def]
     """Rollout, update and evaluation all load the policy here, so what one of them runs the others do."""
-    policy = LayeredPolicy.load(base_recipe.model_copy(update={"attention": "_native_math"}))
+    policy = LayeredPolicy.load(base_recipe, ModelRuntime(attention="_native_math"))
     backends = {block.attn.processor._attention_backend for block in policy.transformer.transformer_blocks}
     assert [backend.value for backend in backends] == ["_native_math"]
     noise = policy.noise(0, 2, 64, 64)
@@ -414,8 +415,8 @@ def test_every_attention_layer_has_the_recipes_backend(base_recipe, frozen_polic
 
 
 def test_an_unknown_attention_backend_is_refused_in_one_line(base_recipe: ModelRecipe) -> None:
-    with pytest.raises(LayerloopError, match=r"recipe\.model\.attention is 'telepathy'"):
-        LayeredPolicy.load(base_recipe.model_copy(update={"attention": "telepathy"}))
+    with pytest.raises(LayerloopError, match=r"runtime\.model\.attention is 'telepathy'"):
+        LayeredPolicy.load(base_recipe, ModelRuntime(attention="telepathy"))
 
 
 def test_velocity_refuses_tokens_that_are_no_whole_frames(frozen_policy, condition) -> None:  # type: ignore[no-untyped-def]

@@ -15,6 +15,7 @@ from layerloop.components.policy.preflight import preflight
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import LoraRecipe
 from layerloop.components.schema.recipe import Recipe, parse_recipe
+from layerloop.components.schema.runtime import ModelRuntime
 from layerloop.pipelines.inputs import packaged_recipes
 
 
@@ -143,8 +144,8 @@ def test_an_adapter_to_start_from_has_to_fit(folder: Path, tmp_path: Path) -> No
 
 
 def test_an_attention_that_diffusers_does_not_know_is_refused(folder: Path) -> None:
-    line = refusal(Recipe.model_validate({"name": "test", "model": {"base": str(folder), "attention": "flesh"}}))
-    assert line.startswith("recipe.model.attention is 'flesh': choose one of ")
+    line = refusal(recipe_for(folder), runtime=ModelRuntime(attention="flesh"))
+    assert line.startswith("runtime.model.attention is 'flesh': choose one of ")
     assert "native" in line
 
 

@@ -51,7 +51,7 @@ def make_campaign(pipeline_folder: Path, tmp_path: Path) -> MakeCampaign:
         recipe = Recipe.model_validate(
             {
                 "name": "shop",
-                "model": {"base": str(pipeline_folder), "dtype": "float32", "gradient_checkpointing": False},
+                "model": {"base": str(pipeline_folder), "dtype": "float32"},
                 "lora": {"rank": 4, "alpha": 8.0},  # a scale other than 1, so that losing it would show
             }
             | sections

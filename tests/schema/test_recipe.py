@@ -33,10 +33,6 @@ from layerloop.components.schema.recipe import Recipe, parse_recipe, recipe_diff
             "recipe.rollout.noise.final_eta is 1.5 but dynamics is cps",
         ),
         (
-            "name: x\nmodel: {fsdp: true, fp8_base: true}",
-            "recipe.model has both fsdp and fp8_base: choose one, either makes the base smaller",
-        ),
-        (
             "name: x\nrollout: {group_size: 1}",
             "recipe.rollout.group_size is 1: input should be greater than",
         ),

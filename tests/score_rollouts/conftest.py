@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
+from layerloop.components.schema.runtime import split_runtime
 from layerloop.components.schema.trajectory import CandidateRecord, GroupRecord, candidate_key, group_key
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.images import encode_png
@@ -76,18 +78,20 @@ def judge_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def make_campaign(tmp_path: Path) -> Callable[..., Campaign]:
+def make_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Campaign]:
     """`make_campaign(groups=2, size=4, workers=1, **judge)`: iteration 1 has its rollouts; candidate i of a group of G
-    is spoiled by i / (G - 1), so candidate 0 is the truth."""
+    is spoiled by i / (G - 1), so candidate 0 is the truth. The runtime's part of `judge` is put in the environment."""
 
     def make(*, groups: int = 2, size: int = 4, workers: int = 1, side: int = SIZE, **judge: Any) -> Campaign:
-        recipe = Recipe.model_validate(
+        values, runtime = split_runtime(
             {
                 "name": "test",
                 "rollout": {"groups": groups, "group_size": size},
                 "judge": {"resolution": 32, "backdrops": ["white", "black"], "phase2": {"resolution": 32}} | judge,
             }
         )
+        recipe = Recipe.model_validate(values)
+        monkeypatch.setenv("LAYERLOOP_RUNTIME", json.dumps(runtime))
         campaign = Campaign.create_or_open(str(tmp_path / "campaign"), recipe)
         for worker in range(workers):
             mine = [g for g in range(groups) if g % workers == worker]

@@ -10,6 +10,7 @@ import pytest
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
+from layerloop.components.schema.runtime import JudgeRuntime
 from layerloop.components.score_rollouts.step import run
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.shards import read_shard
@@ -93,6 +94,35 @@ def test_results_do_not_depend_on_workers_or_concurrency(
     many = make_campaign(groups=3, workers=3, concurrency=32)
     run(campaign=many.uri, judge_url=judge_url)
     assert [(r.group, r.candidate, r.reward) for r in rows_of(many)] == rewards
+
+
+OTHER_RUNTIMES: dict[str, object] = {
+    "concurrency": 2, "timeout_seconds": 77.0, "timeout_factor": 0.0, "retries": 1, "start_seconds": 3.0,
+    "give_up_seconds": 5.0, "price": {"input": 1.0, "cached_input": 0.5, "output": 2.0},
+    "batch": {"enabled": True, "poll_seconds": 0.05, "linger_seconds": 0.2, "max_hours": 1.0, "max_requests": 50,
+              "max_megabytes": 3},
+}  # fmt: skip
+
+
+def test_no_value_of_the_judges_runtime_changes_a_score_or_the_name_of_a_reply(
+    make_campaign: MakeCampaign, judge_url: str
+) -> None:
+    """Each is changed in a campaign that was judged with the defaults, whose judgement was lost."""
+    assert OTHER_RUNTIMES.keys() == JudgeRuntime.model_fields.keys(), "every key is tried"
+    campaign = make_campaign(groups=2, size=3)
+    folder, found = campaign.scores_dir(1), {}
+    for key, value in {"": None, **OTHER_RUNTIMES}.items():
+        run(campaign=campaign.uri, judge_url=judge_url, runtime=json.dumps({"judge": {key: value}} if key else {}))
+        files = {
+            name: campaign.store.read(name) for name in campaign.store.list(f"{folder}/") if "/batches/" not in name
+        }
+        scores = {name: files[f"{folder}/{name}"] for name in ("000000.tar", "scores.parquet")}
+        found[key] = scores, sorted(name for name in files if "/replies/" in name)
+        for name in campaign.store.list(f"{folder}/"):
+            campaign.store.delete(name)
+    assert len(found[""][1]) == 2 * (3 + 1) + 9, "replies about candidates, groups and canaries"
+    for key in OTHER_RUNTIMES:
+        assert found[key] == found[""], key
 
 
 def test_a_judge_that_is_not_there_is_one_clear_line_and_nothing_is_committed(make_campaign: MakeCampaign) -> None:

@@ -152,7 +152,7 @@ def test_a_judge_that_obeys_writing_in_pictures_is_seen_in_every_iteration(
 def test_a_step_that_is_killed_resumes_without_repeating_a_paid_request(
     make_campaign: MakeCampaign, meddling: Any
 ) -> None:
-    campaign = make_campaign(groups=4, size=4, canaries=False, concurrency=2, impatience=0)
+    campaign = make_campaign(groups=4, size=4, canaries=False, concurrency=2, timeout_factor=0)
     reached = threading.Event()
 
     def slowly(body: dict[str, Any], number: int, text: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+import yaml
 from PIL import Image
 
 from layerloop.components.layers.designs import generate_design, write_designs_parquet
@@ -24,6 +25,7 @@ from layerloop.components.layers.stack import composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.schema.runtime import merged
 from layerloop.components.shard_dataset.normalise import image_key
 from layerloop.components.shard_dataset.step import hold_out, read_recipe, run
 from layerloop.components.storage.campaign import Campaign
@@ -490,6 +492,28 @@ def test_bad_recipes_are_one_line(tmp_path: Path, folder: Path, recipe: str, mes
     assert not (tmp_path / "c").exists()
 
 
+def test_what_later_steps_would_not_get_of_a_recipe_is_refused(local_campaign: str, recipe: str, folder: Path) -> None:
+    store = open_store(local_campaign)
+    old = yaml.safe_dump(merged(yaml.safe_load(recipe), {"judge": {"concurrency": 64, "start_seconds": 0.0}}))
+    with pytest.raises(LayerloopError) as caught:
+        run(campaign=local_campaign, recipe=old, images=str(folder))
+    assert str(caught.value) == (
+        "recipe.judge.concurrency is 64: that says where and how fast to run, which no recipe keeps: take it out and "
+        'give the parameter runtime {"judge": {"concurrency": 64, "start_seconds": 0.0}}'
+    )
+    assert Campaign.open(local_campaign).find("sources") is None
+    run(campaign=local_campaign, recipe=old, images=str(folder), runtime='{"judge": {"concurrency": 64}}')
+    assert store.read("recipe.json") == parse_recipe(recipe).to_json(), "it is not kept"
+    run(campaign=local_campaign, recipe=recipe, images=str(folder), runtime="judge: {concurrency: 3}")
+
+
+def test_an_attention_that_no_step_could_use_is_refused_at_once(tmp_path: Path, folder: Path, base: Path) -> None:
+    recipe = json.dumps({"name": "test", "model": {"base": str(base), "dtype": "float32"}})
+    with pytest.raises(LayerloopError, match=r"^runtime\.model\.attention is 'flesh': choose one of"):
+        run(campaign=f"{tmp_path}/c", recipe=recipe, images=str(folder), runtime="model: {attention: flesh}")
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_recipe_is_text_or_a_path_or_a_uri(
     s3_bucket: str, tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,9 +522,9 @@ def test_a_recipe_is_text_or_a_path_or_a_uri(
     open_store(s3_bucket).write("r.yaml", recipe.encode())
     monkeypatch.chdir(tmp_path)
     for given in (recipe, "r.yaml", f"{tmp_path}/r.yaml", f"file://{tmp_path}/r.yaml", f"{s3_bucket}/r.yaml"):
-        assert read_recipe(given) == expected
-    assert read_recipe("name: test").name == "test"
-    assert read_recipe(expected.to_json().decode()) == expected
+        assert read_recipe(given) == (expected, {})
+    assert read_recipe("name: test")[0].name == "test"
+    assert read_recipe(expected.to_json().decode()) == (expected, {})
 
 
 def test_a_campaign_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, recipe: str, folder: Path) -> None:
@@ -594,9 +618,8 @@ def test_a_base_and_an_adapter_at_a_uri_are_checked_and_named_by_it(
             {"lora": {"start_from": "/nope"}},
             "recipe.lora.start_from is /nope: folder /nope does not exist: correct the path",
         ),
-        ({"model": {"attention": "naive"}}, "recipe.model.attention is 'naive': choose one of "),
     ],
-    ids=["base", "multiple", "targets", "dead-targets", "start-from", "attention"],
+    ids=["base", "multiple", "targets", "dead-targets", "start-from"],
 )
 def test_a_recipe_that_was_refused_can_be_mended_in_the_same_campaign(
     tmp_path: Path, folder: Path, base: Path, change: dict[str, dict[str, Any]], message: str

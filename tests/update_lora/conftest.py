@@ -176,6 +176,13 @@ def nan_in_the_last_group(samples: list[Sample]) -> list[Sample]:
 MakeLab = Callable[..., Lab]
 
 
+@pytest.fixture(autouse=True)
+def _runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is quick on a small base; a test may give its step another one."""
+    runtime = {"update": {"microbatch": 8}, "model": {"gradient_checkpointing": False}}
+    monkeypatch.setenv("LAYERLOOP_RUNTIME", json.dumps(runtime))
+
+
 @pytest.fixture
 def make_lab(base: Path, tmp_path: Path) -> MakeLab:
     """`make_lab(name, update={...}, rollout={...})`: a campaign with sources, before its first iteration."""
@@ -188,11 +195,10 @@ def make_lab(base: Path, tmp_path: Path) -> MakeLab:
         recipe = Recipe.model_validate(
             {
                 "name": "lab",
-                "model": {"base": str(base), "dtype": "float32", "gradient_checkpointing": False}
-                | sections.pop("model", {}),
+                "model": {"base": str(base), "dtype": "float32"} | sections.pop("model", {}),
                 "rollout": rollout_section | sections.pop("rollout", {}),
                 "lora": {"rank": 2, "alpha": 2.0},
-                "update": {"learning_rate": 1e-3, "microbatch": 8, **(update or {})},
+                "update": {"learning_rate": 1e-3, **(update or {})},
             }
             | sections
         )

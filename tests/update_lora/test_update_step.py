@@ -101,9 +101,9 @@ def candidates_of(lab: Lab) -> Iterator[tuple[GroupRecord, int, Condition, torch
 
 def test_gradient_is_that_of_the_textbook_surrogate_in_one_large_batch(make_lab: MakeLab) -> None:
     """Against flow_grpo's form written out: log-probabilities of stored steps, PPO ratio, one autograd graph."""
-    lab = make_lab(update={"steps": 1, "ratio_norm": "mean", "reweight": False, "max_grad_norm": 1e9, "microbatch": 3})
+    lab = make_lab(update={"steps": 1, "ratio_norm": "mean", "reweight": False, "max_grad_norm": 1e9})
     lab.ready(1)
-    run(campaign=lab.uri)
+    run(campaign=lab.uri, runtime="update: {microbatch: 3}")
 
     policy = LayeredPolicy.load(lab.recipe.model)
     add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
@@ -129,9 +129,9 @@ def test_gradient_of_nft_is_that_of_its_authors_loss(make_lab: MakeLab) -> None:
     """Against NVlabs/DiffusionNFT's train script written out, one candidate at one time after another."""
     beta, clip = 0.5, 5.0
     nft = {"timesteps": 2, "beta": beta}
-    lab = make_lab(update={"algorithm": "nft", "steps": 1, "max_grad_norm": 1e9, "microbatch": 3, "nft": nft})
+    lab = make_lab(update={"algorithm": "nft", "steps": 1, "max_grad_norm": 1e9, "nft": nft})
     lab.ready(1)
-    run(campaign=lab.uri)
+    run(campaign=lab.uri, runtime="update: {microbatch: 3}")
 
     policy = LayeredPolicy.load(lab.recipe.model)
     add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
@@ -167,14 +167,37 @@ def test_gradient_of_nft_is_that_of_its_authors_loss(make_lab: MakeLab) -> None:
 def test_gradient_does_not_depend_on_the_size_of_the_microbatches(make_lab: MakeLab, update: dict[str, Any]) -> None:
     gradients = []
     for microbatch in (1, 3, 100):
-        lab = make_lab(f"by-{microbatch}", update={"steps": 1, "microbatch": microbatch, "max_grad_norm": 1e9} | update)
+        lab = make_lab(f"by-{microbatch}", update={"steps": 1, "max_grad_norm": 1e9} | update)
         lab.ready(1)
-        run(campaign=lab.uri)
+        run(campaign=lab.uri, runtime=f"update: {{microbatch: {microbatch}}}")
         gradients.append(first_gradient(lab))
     scale = max(float(g.abs().max()) for g in gradients[0].values())
     for other in gradients[1:]:
         for key, gradient in gradients[0].items():
             torch.testing.assert_close(other[key], gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("update", [{}, {"algorithm": "nft", "nft": {"timesteps": 2}}], ids=["grpo", "nft"])
+def test_the_runtime_changes_an_adapter_by_no_more_than_the_order_of_a_sum(
+    make_lab: MakeLab, update: dict[str, Any]
+) -> None:
+    """The same three optimizer steps on three runtimes; one of AdamW is at most the learning rate, 1e-3."""
+    adapters = []
+    runtimes: tuple[dict[str, Any], ...] = (
+        {"update": {"microbatch": 8}, "model": {"gradient_checkpointing": False}},
+        {"update": {"microbatch": 8}, "model": {"gradient_checkpointing": True}},
+        {"update": {"microbatch": 1}, "model": {"gradient_checkpointing": True}},
+    )
+    for n, runtime in enumerate(runtimes):
+        lab = make_lab(f"lab-{n}", update={"steps": 3, "kl": 0.01} | update)
+        lab.ready(1)
+        run(campaign=lab.uri, runtime=json.dumps(runtime))
+        adapters.append(lab.adapter(1))
+    assert adapters[0] == adapters[1], "checkpointing computes the same again"
+    one, other = load(adapters[0]), load(adapters[2])
+    assert max(float(tensor.abs().max()) for key, tensor in one.items() if "lora_B" in key) > 5e-4, "it has learned"
+    for key in one:
+        torch.testing.assert_close(other[key], one[key], rtol=1e-5, atol=2e-6)
 
 
 def test_gradient_is_clipped_by_its_global_norm(make_lab: MakeLab) -> None:
@@ -223,7 +246,7 @@ def test_it_learns_what_is_rewarded(make_lab: MakeLab, update: dict[str, Any], w
         return samples
 
     lab = make_lab(
-        update={"learning_rate": 1e-2, "microbatch": 64} | update,
+        update={"learning_rate": 1e-2} | update,
         rollout={"group_size": 16, "noise": {"eta": 1.0}},
     )
 
