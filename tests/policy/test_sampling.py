@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import math
 
@@ -12,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from layerloop.components.policy import sampling
 from layerloop.components.policy import schedule as schedules
+from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.policy.sampling import Plan
 
 UNIFORM = tuple(np.linspace(1, 0, 11, dtype=np.float32).tolist())
@@ -298,3 +301,34 @@ def test_microbatches_are_few_and_even(count: int, batch_size: int) -> None:
     assert [i for batch in batches for i in batch] == list(range(count))
     assert len(batches) == -(-count // batch_size)
     assert max(map(len, batches)) <= batch_size and max(map(len, batches)) - min(map(len, batches)) <= 1
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 12, 40])
+def test_every_matrix_product_of_a_rollout_has_rows_enough_that_batch_sizes_do_not_show(
+    frozen_policy: LayeredPolicy, condition: Condition, tokens: int
+) -> None:
+    """Rows that go through each linear layer, and what they are for: with one row, or 15, MKL sums in another order.
+
+    The layers of the time embedding and the modulations see one row, whatever the batch size."""
+    short = dataclasses.replace(condition, prompt_embeds=condition.prompt_embeds[:, :1].expand(-1, tokens, -1))
+    noise = torch.cat([frozen_policy.noise(seed, 1, 64, 64) for seed in range(5)])
+    plan = Plan(frozen_policy.sigmas(2, 64, 64), outside="euler")
+    rows: dict[int, set[int]] = {size: set() for size in (1, 2, 5)}
+    finals = {}
+    for size, seen in rows.items():
+        with contextlib.ExitStack() as hooks:
+            for module in frozen_policy.transformer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    count = module.register_forward_pre_hook(
+                        lambda module, args, seen=seen: seen.add(args[0].shape[:-1].numel())
+                    )
+                    hooks.callback(count.remove)
+            finals[size] = sampling.rollout(frozen_policy, short, noise, plan, batch_size=size).final
+    for size, seen in rows.items():
+        assert min(seen - {1}) >= 16, f"batches of {size}: {sorted(seen)}"
+        assert 1 in seen, "the time is embedded once for a batch"
+        assert tokens * size in seen or tokens * size < 16, "no more rows than are needed"
+        assert torch.equal(finals[size], finals[5]), size
