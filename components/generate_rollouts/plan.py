@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from layerloop.components.schema.learning import ALGORITHMS
 from layerloop.components.schema.recipe import Recipe, RolloutRecipe
 from layerloop.components.schema.seeds import seed_for
 
@@ -38,16 +39,16 @@ def plan_iteration(recipe: Recipe, iteration: int, images: int) -> list[GroupPla
         epoch: epoch_order(seed, epoch, images)
         for epoch in range(first // images, (first + rollout.groups - 1) // images + 1)
     }
-    forward = recipe.update.algorithm == "nft"  # learns from final latents, sampled exactly as at inference
+    windowed = ALGORITHMS[recipe.update.algorithm].samples_from == "window"  # else sampled exactly as at inference
     return [
         GroupPlan(
             group=group,
             image=orders[(first + group) // images][(first + group) % images],
             layers=rollout.min_layers + seed_for(seed, iteration, group, "layers") % spread,
-            window_start=0 if forward else window_start(rollout, seed, iteration, group),
-            window_size=0 if forward else rollout.window.size,
-            etas=() if forward else window_etas(rollout),
-            dynamics="ode" if forward else rollout.noise.dynamics,
+            window_start=window_start(rollout, seed, iteration, group) if windowed else 0,
+            window_size=rollout.window.size if windowed else 0,
+            etas=window_etas(rollout) if windowed else (),
+            dynamics=rollout.noise.dynamics if windowed else "ode",
         )
         for group in range(rollout.groups)
     ]

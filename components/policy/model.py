@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
-from layerloop.components.policy import sampling
+from layerloop.components.policy import schedule
 from layerloop.components.policy.autoencoder import FrameDecoder
 from layerloop.components.policy.float8 import store_in_float8
 from layerloop.components.policy.loading import BASE, DTYPES, TEXT, fingerprint, load_base, load_text, local_folder
@@ -257,9 +257,9 @@ class LayeredPolicy:
         return output[:, :length].float()
 
     def sigmas(self, steps: int, height: int, width: int) -> tuple[float, ...]:
-        """The inference schedule of `steps` steps for this image size: see `sampling.sigmas`."""
+        """The inference schedule of `steps` steps for this image size: see `schedule.sigmas`."""
         h, w = self.tokens(height, width)
-        return sampling.sigmas(self.scheduler, steps, condition_tokens=h * w)
+        return schedule.sigmas(self.scheduler, steps, condition_tokens=h * w)
 
     def noise(self, seed: int, layers: int, height: int, width: int) -> torch.Tensor:
         """Initial noise `(1, S, 64)` float32 on the CPU: what the pipeline draws with a CPU generator of this seed."""

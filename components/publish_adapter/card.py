@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerloop.components.judge.reference import NAME as REFERENCE_JUDGE
+from layerloop.components.schema.learning import ALGORITHMS, Algorithm
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.storage.delivered import delivered_weights
@@ -50,7 +51,7 @@ def model_card(publication: Publication) -> str:
         _judge(publication.scores),
         _evaluation(publication),
         _limitations(publication),
-        _references(),
+        _references(publication),
     )
     return "\n\n".join(sections) + "\n"
 
@@ -70,7 +71,7 @@ def _front_matter(p: Publication) -> str:
         "pipeline_tag": "image-to-image",
         "tags": [
             "lora", "peft", "diffusers", "image-layer-decomposition", "rgba", "reinforcement-learning",
-            "diffusion-nft" if p.recipe.update.algorithm == "nft" else "flow-grpo", "layerloop", f"arxiv:{PAPER}",
+            _algorithm(p.recipe).tag, "layerloop", f"arxiv:{PAPER}",
         ],
     }  # fmt: skip
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---"
@@ -124,24 +125,16 @@ def _loading(p: Publication) -> str:
 
 def _training(p: Publication) -> str:
     rollout, update = p.recipe.rollout, p.recipe.update
-    if update.algorithm == "nft":
-        nft = update.nft
-        algorithm = f"DiffusionNFT, beta {nft.beta:g}, {nft.timesteps} times a candidate, {nft.weighting} weighting"
-        sampling = f"{rollout.outside}, {rollout.steps} steps"
-    else:
-        algorithm = (
-            f"Flow-GRPO, ratio norm `{update.ratio_norm}`, clip −{update.clip_low:g} / +{update.clip_high:g}, "
-            f"gradient reweighting {'on' if update.reweight else 'off'}, KL weight {update.kl:g}"
-        )
-        window = rollout.window
-        sampling = (
-            f"{rollout.steps} steps, {rollout.noise.dynamics} with eta {rollout.noise.eta:g} in a {window.position} "
-            f"window of {window.size} steps from step {window.start}, {rollout.outside} outside it"
-        )
+    algorithm, window = _algorithm(p.recipe), rollout.window
+    sampling = {
+        "final": f"heun, {rollout.steps} steps",
+        "window": f"{rollout.steps} steps, {rollout.noise.dynamics} with eta {rollout.noise.eta:g} in a "
+        f"{window.position} window of {window.size} steps from step {window.start}, {rollout.outside} outside it",
+    }
     rows = {
         "Iterations": f"{p.iteration}, each of {rollout.groups} images with {rollout.group_size} candidates",
-        "Algorithm": algorithm,
-        "Sampling": sampling,
+        "Algorithm": f"{algorithm.title}, {algorithm.settings(update)}",
+        "Sampling": sampling[algorithm.samples_from],
         "Optimizer": f"AdamW, learning rate {update.learning_rate:g}, {update.steps} steps an iteration",
         "Adapter": f"rank {p.recipe.lora.rank}, alpha {p.recipe.lora.alpha:g}, on {', '.join(p.recipe.lora.targets)}",
         "Mean reward": f"{_reward(p.first)} in iteration 1, {_reward(p.policy)} in the last",
@@ -225,14 +218,18 @@ def _limitations(p: Publication) -> str:
     return "## Limitations\n\n" + "\n".join(f"- {point}" for point in points)
 
 
-def _references() -> str:
+def _references(p: Publication) -> str:
+    algorithm = _algorithm(p.recipe)
     return (
         "## References\n\n"
         f"- Stable-Layers, [arXiv:{PAPER}](https://arxiv.org/abs/{PAPER}): the method.\n"
         "- Qwen-Image-Layered, [arXiv:2512.15603](https://arxiv.org/abs/2512.15603): the base model.\n"
-        "- Flow-GRPO, [arXiv:2505.05470](https://arxiv.org/abs/2505.05470); "
-        "DiffusionNFT, [arXiv:2509.16117](https://arxiv.org/abs/2509.16117)."
+        f"- {algorithm.title}, [arXiv:{algorithm.arxiv}](https://arxiv.org/abs/{algorithm.arxiv}): the algorithm."
     )
+
+
+def _algorithm(recipe: Recipe) -> Algorithm:
+    return ALGORITHMS[recipe.update.algorithm]
 
 
 def _layers(recipe: Recipe) -> str:

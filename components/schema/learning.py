@@ -1,10 +1,16 @@
-"""Recipe sections of the adapter and of its update."""
+"""Recipe sections of the adapter and of its update, and the table of learning algorithms.
+
+An algorithm is two things: a row of `ALGORITHMS` here, which is what sampling, storage and the model card have to know
+of it (without torch), and `update_lora/<name>.py`, its batches and losses.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from layerloop.components.schema.record import SCHEMA_VERSION, Record
 
@@ -32,6 +38,15 @@ class LoraRecipe(Record):
         return self
 
 
+def _known_algorithm(name: str) -> str:
+    if name not in ALGORITHMS:
+        raise ValueError(f"{name!r} is not a learning algorithm: choose one of {', '.join(ALGORITHMS)}")
+    return name
+
+
+AlgorithmName = Annotated[str, AfterValidator(_known_algorithm)]
+
+
 class NftRecipe(Record):
     """DiffusionNFT (arXiv 2509.16117): forward-process, likelihood-free."""
 
@@ -52,7 +67,7 @@ class UpdateRecipe(Record):
     (flow_grpo's configs).
     """
 
-    algorithm: Literal["grpo", "nft"] = "grpo"
+    algorithm: AlgorithmName = "grpo"
     ratio_norm: Literal["sum_rescale", "guard", "mean"] = "sum_rescale"
     clip_low: float = Field(default=0.02, gt=0, lt=1)
     clip_high: float = Field(default=0.02, gt=0)
@@ -66,8 +81,8 @@ class UpdateRecipe(Record):
     reweight: bool = True  # gradient reweighting over the window's timesteps
     advantage_epsilon: float = Field(default=1e-4, ge=0)
     advantage_clip: float = Field(default=5.0, gt=0)
-    min_reward_std: float = Field(default=1e-4, ge=0)  # groups with less spread teach nothing and are filtered
-    kl: float = Field(default=0.0, ge=0)  # weight of the exact per-step KL to the base (nft: of the velocity's MSE)
+    min_reward_std: float = Field(default=1e-4, ge=0)  # groups whose rewards spread no more than this are filtered
+    kl: float = Field(default=0.0, ge=0)  # weight of the KL to the base: exact per window step, or the velocity's MSE
     ema: float | None = Field(default=None, gt=0, lt=1)  # decay of an averaged adapter: evaluated and published
     nft: NftRecipe = NftRecipe()
 
@@ -79,11 +94,53 @@ class UpdateRecipe(Record):
         return self
 
 
+@dataclass(frozen=True)
+class Algorithm:
+    """A learning algorithm as the steps around the update see it."""
+
+    title: str
+    arxiv: str  # of the paper
+    tag: str  # on the Hugging Face hub
+    settings: Callable[[UpdateRecipe], str]  # its settings in words, for the model card
+    # How many times of the forward process a candidate's final latents are learned from at; None: the algorithm learns
+    # from the steps of the stochastic window.
+    forward_times: Callable[[UpdateRecipe], int] | None = None
+    # Decay of the policy that samples towards the trained one, applied once an iteration; 0: they are the same policy.
+    old_decay: Callable[[UpdateRecipe], float] = lambda _: 0.0
+
+    @property
+    def samples_from(self) -> Literal["window", "final"]:
+        """Latents that are learned from: those around the steps of the stochastic window, or the final ones, which are
+        then sampled as at inference, without noise."""
+        return "window" if self.forward_times is None else "final"
+
+
+def _grpo_settings(update: UpdateRecipe) -> str:
+    return (
+        f"ratio norm `{update.ratio_norm}`, clip −{update.clip_low:g} / +{update.clip_high:g}, "
+        f"gradient reweighting {'on' if update.reweight else 'off'}, KL weight {update.kl:g}"
+    )
+
+
+def _nft_settings(update: UpdateRecipe) -> str:
+    nft = update.nft
+    return f"beta {nft.beta:g}, {nft.timesteps} times a candidate, {nft.weighting} weighting"
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "grpo": Algorithm("Flow-GRPO", "2505.05470", "flow-grpo", _grpo_settings),
+    "nft": Algorithm(
+        "DiffusionNFT", "2509.16117", "diffusion-nft", _nft_settings,
+        forward_times=lambda update: update.nft.timesteps, old_decay=lambda update: update.nft.old_decay,
+    ),
+}  # fmt: skip
+
+
 class LearnerState(Record):
     """Counters of `learner.json`, beside the optimizer's tensors. Everything else derives from the campaign's seed."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     iteration: int = Field(ge=1)
-    algorithm: Literal["grpo", "nft"]
+    algorithm: AlgorithmName
     optimizer_steps: int = Field(ge=0)  # taken since the campaign began; those of AdamW's bias correction
     ema_steps: int = Field(ge=0)  # updates of the averaged adapter

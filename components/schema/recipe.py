@@ -50,8 +50,8 @@ class WindowRecipe(Record):
 class NoiseRecipe(Record):
     """Noise level eta of the window's steps; `decay` goes linearly from `eta` to `final_eta` over the window.
 
-    With `cps` a step leaves noise of level sigma', of which the part sigma' sin(eta pi/2) is new: all of it at 1, less
-    again beyond, and at 2 none that a ratio could be of. With `flow_sde` it grows in proportion to eta.
+    With `cps` a step leaves noise of level sigma', of which the part sigma' sin(eta pi/2) is new: all of it at eta = 1,
+    the most that is allowed. With `flow_sde` the noise of a step grows in proportion to eta, without a bound.
     """
 
     dynamics: Literal["flow_sde", "cps"] = "flow_sde"

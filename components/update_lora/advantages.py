@@ -19,25 +19,20 @@ from layerloop.components.schema.learning import UpdateRecipe
 Floats = NDArray[np.float64]
 
 
-def group_mean_and_std(rewards: Floats, weights: Floats) -> tuple[float, float]:
-    """Weighted mean and population standard deviation (ddof 0) of one group.
-
-    Args:
-        rewards: `rewards[G]`, finite.
-        weights: `weights[G]`, non-negative with a positive sum; all ones gives the plain mean and deviation.
-    """
-    share = weights / weights.sum()
+def group_mean_and_std(rewards: Floats) -> tuple[float, float]:
+    """Mean and population standard deviation (ddof 0) of one group's `rewards[G]`, finite."""
+    share = 1 / len(rewards)
     mean = float((share * rewards).sum())
     return mean, float(np.sqrt((share * (rewards - mean) ** 2).sum()))
 
 
-def normalise(rewards: Floats, weights: Floats, *, epsilon: float, clip: float) -> Floats:
+def normalise(rewards: Floats, *, epsilon: float, clip: float) -> Floats:
     """Advantages `A[G] = clip((r - mean) / (std + epsilon), -clip, clip)`; their mean is 0 where none is clipped.
 
     `epsilon` keeps a group of nearly equal rewards from being blown up to unit spread: A has deviation
     std / (std + epsilon). Source: Flow-GRPO (arXiv 2505.05470), per-image statistics.
     """
-    mean, std = group_mean_and_std(rewards, weights)
+    mean, std = group_mean_and_std(rewards)
     return np.clip((rewards - mean) / (std + epsilon), -clip, clip)
 
 
@@ -49,16 +44,17 @@ class GroupAdvantage:
     layers: int
     candidates: tuple[int, ...]
     advantages: tuple[float, ...]
-    weights: tuple[float, ...]
+    weight: float = 1.0  # of each of its points in the loss, positive
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """What the scores of one iteration teach."""
+    """The learning signal of one iteration, and what was left out of it."""
 
     groups: tuple[GroupAdvantage, ...]  # in order of group
-    flat: tuple[int, ...] = ()  # groups whose rewards spread less than `min_reward_std`
-    small: tuple[int, ...] = ()  # groups with fewer than two valid candidates
+    zero_std_groups: tuple[int, ...] = ()  # rewards spread no more than `min_reward_std`
+    underfilled_groups: tuple[int, ...] = ()  # fewer than two valid candidates
+    zero_weight_groups: tuple[int, ...] = ()  # the judge's own spread explains all of the rewards': weight 0
     masked: int = 0  # candidates without a reward
     reward_mean: float = 0.0  # over valid candidates
     reward_std: float = 0.0  # mean over groups of the within-group deviation
@@ -66,22 +62,70 @@ class Advantages:
     clipped: int = 0  # advantages at the clip
 
     @property
+    def filtered_groups(self) -> int:
+        """Groups that give no gradient."""
+        return len(self.zero_std_groups) + len(self.underfilled_groups) + len(self.zero_weight_groups)
+
+    @property
     def filtered_fraction(self) -> float:
-        """Share of groups that teach nothing."""
-        left_out = len(self.flat) + len(self.small)
-        return left_out / max(1, left_out + len(self.groups))
+        """Share of groups that give no gradient."""
+        return self.filtered_groups / max(1, self.filtered_groups + len(self.groups))
 
 
 def advantages_of(rows: Iterable[ScoreRow], recipe: UpdateRecipe) -> Advantages:
     """Advantages from score rows; masked candidates are left out, never counted as zero.
 
-    Groups with fewer than two valid candidates, or whose rewards spread less than `recipe.min_reward_std` (a tolerance:
-    the deviation of identical floats is 1e-16, not 0), are filtered. A row's `weight` (how far the judge agrees with
-    itself) weighs the candidate in the group's mean and deviation and in the loss.
+    Filtered are groups with fewer than two valid candidates, of weight 0 (how far the judge agrees with itself), or
+    whose rewards spread no more than `recipe.min_reward_std` (a tolerance: the deviation of identical floats is 1e-16,
+    not 0). A group's weight is that of its points in the loss.
 
     Raises:
-        LayerloopError: a reward or weight that is not finite, or a candidate that is judged twice.
+        LayerloopError: a reward or weight that is not finite, weights that differ within a group, or a candidate that
+            is judged twice.
     """
+    groups: list[GroupAdvantage] = []
+    zero_std: list[int] = []
+    underfilled: list[int] = []
+    zero_weight: list[int] = []
+    masked, clipped = 0, 0
+    every_reward: list[float] = []
+    stds: list[float] = []
+    for group, members in sorted(_by_group(rows).items()):
+        valid = [members[c] for c in sorted(members) if members[c].reward is not None]
+        masked += len(members) - len(valid)
+        rewards = _rewards(valid)
+        every_reward.extend(rewards)
+        if len(valid) < 2:
+            underfilled.append(group)
+            continue
+        if (weight := _weight(valid)) == 0:
+            zero_weight.append(group)
+            continue
+        _, std = group_mean_and_std(rewards)
+        stds.append(std)
+        if std <= recipe.min_reward_std:
+            zero_std.append(group)
+            continue
+        advantages = normalise(rewards, epsilon=recipe.advantage_epsilon, clip=recipe.advantage_clip)
+        clipped += int(np.count_nonzero(np.abs(advantages) >= recipe.advantage_clip))
+        candidates = tuple(row.candidate for row in valid)
+        groups.append(GroupAdvantage(group, valid[0].layers, candidates, tuple(float(a) for a in advantages), weight))
+    trained = np.array([a for g in groups for a in g.advantages], dtype=np.float64)
+    return Advantages(
+        groups=tuple(groups),
+        zero_std_groups=tuple(zero_std),
+        underfilled_groups=tuple(underfilled),
+        zero_weight_groups=tuple(zero_weight),
+        masked=masked,
+        reward_mean=float(np.mean(every_reward)) if every_reward else 0.0,
+        reward_std=float(np.mean(stds)) if stds else 0.0,
+        advantage_std=float(trained.std()) if trained.size else 0.0,
+        clipped=clipped,
+    )
+
+
+def _by_group(rows: Iterable[ScoreRow]) -> dict[int, dict[int, ScoreRow]]:
+    """Group -> candidate -> row."""
     by_group: dict[int, dict[int, ScoreRow]] = {}
     for row in rows:
         members = by_group.setdefault(row.group, {})
@@ -90,48 +134,7 @@ def advantages_of(rows: Iterable[ScoreRow], recipe: UpdateRecipe) -> Advantages:
                 f"scores judge candidate {row.candidate} of group {row.group} twice: score the iteration again"
             )
         members[row.candidate] = row
-
-    groups: list[GroupAdvantage] = []
-    flat: list[int] = []
-    small: list[int] = []
-    masked, clipped = 0, 0
-    every_reward: list[float] = []
-    spreads: list[float] = []
-    for group, members in sorted(by_group.items()):
-        valid = [members[c] for c in sorted(members) if members[c].reward is not None]
-        masked += len(members) - len(valid)
-        rewards, weights = _rewards(valid), _weights(valid)
-        every_reward.extend(rewards)
-        if len(valid) < 2 or np.count_nonzero(weights) < 2:
-            small.append(group)
-            continue
-        _, std = group_mean_and_std(rewards, weights)
-        spreads.append(std)
-        if std <= recipe.min_reward_std:
-            flat.append(group)
-            continue
-        advantages = normalise(rewards, weights, epsilon=recipe.advantage_epsilon, clip=recipe.advantage_clip)
-        clipped += int(np.count_nonzero(np.abs(advantages) >= recipe.advantage_clip))
-        groups.append(
-            GroupAdvantage(
-                group=group,
-                layers=valid[0].layers,
-                candidates=tuple(row.candidate for row in valid),
-                advantages=tuple(float(a) for a in advantages),
-                weights=tuple(float(w) for w in weights),
-            )
-        )
-    trained = np.array([a for g in groups for a in g.advantages], dtype=np.float64)
-    return Advantages(
-        groups=tuple(groups),
-        flat=tuple(flat),
-        small=tuple(small),
-        masked=masked,
-        reward_mean=float(np.mean(every_reward)) if every_reward else 0.0,
-        reward_std=float(np.mean(spreads)) if spreads else 0.0,
-        advantage_std=float(trained.std()) if trained.size else 0.0,
-        clipped=clipped,
-    )
+    return by_group
 
 
 def _rewards(rows: Sequence[ScoreRow]) -> Floats:
@@ -145,11 +148,18 @@ def _rewards(rows: Sequence[ScoreRow]) -> Floats:
     return rewards
 
 
-def _weights(rows: Sequence[ScoreRow]) -> Floats:
-    weights = np.array([row.weight for row in rows], dtype=np.float64)
-    for row, weight in zip(rows, weights, strict=True):
-        if not (np.isfinite(weight) and weight >= 0):
+def _weight(rows: Sequence[ScoreRow]) -> float:
+    """The one weight that all rows of a group carry."""
+    weight = rows[0].weight
+    for row in rows:
+        if not (np.isfinite(row.weight) and row.weight >= 0):
             raise LayerloopError(
-                f"weight of candidate {row.candidate} of group {row.group} is {weight}: give a finite one of at least 0"
+                f"weight of candidate {row.candidate} of group {row.group} is {row.weight}: a group's weight is finite "
+                "and at least 0; score the iteration again"
             )
-    return weights
+        if row.weight != weight:
+            raise LayerloopError(
+                f"candidates {rows[0].candidate} and {row.candidate} of group {row.group} have weights {weight} and "
+                f"{row.weight}: a group has one; score the iteration again"
+            )
+    return weight

@@ -1,4 +1,4 @@
-"""What an update tells of itself, per timestep: summed over points on each rank, then over ranks."""
+"""Training metrics of one update, per timestep: summed over points on each rank, then over ranks."""
 
 from __future__ import annotations
 
@@ -27,8 +27,14 @@ class Diagnostics:
     def __post_init__(self) -> None:
         self.sums = torch.zeros(self.timesteps, len(COLUMNS), dtype=torch.float64)
 
-    def add(self, timesteps: Tensor, weights: Tensor, **values: Tensor) -> None:
-        """Add values `[P]` of the points whose weight is not 0 (a point of weight 0 only keeps ranks in step)."""
+    def add(self, timesteps: Tensor, weights: Tensor, *, first: bool, **values: Tensor) -> None:
+        """Add values `[P]` of the points whose weight is not 0 (a point of weight 0 only keeps ranks in step).
+
+        Args:
+            first: they are of the iteration's first optimizer step.
+        """
+        if first:
+            values |= {f"first_{name}": values[name] for name in ("points", "log_ratio") if name in values}
         counted = (weights > 0).cpu()
         index = timesteps.cpu()[counted]
         self.observed |= values.keys()
@@ -41,7 +47,7 @@ class Diagnostics:
         all_reduce_sum([self.sums])
 
     def per_timestep(self) -> dict[str, list[float]]:
-        """Means over the points of each timestep, of what the algorithm has (DiffusionNFT has no ratio).
+        """Means over the points of each timestep, of what the algorithm has (some have no ratio).
 
         `clip_fraction_*` counts the points whose gradient the clip stopped. `first_log_ratio_abs` is the mean |log r|
         in the first optimizer step, 0 by construction. `replay_noise` is the root mean square of (x' - mu_old) / s:

@@ -22,10 +22,8 @@ from layerloop.components.runtime.progress import progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import UpdateRecipe
 from layerloop.components.schema.recipe import Recipe
-from layerloop.components.update_lora.batches import BATCHES, Batch
+from layerloop.components.update_lora.algorithm import Batch, Learner, Observed, Velocities, learner_of, timesteps_of
 from layerloop.components.update_lora.diagnostics import Diagnostics
-from layerloop.components.update_lora.nft import nft_loss, optimality
-from layerloop.components.update_lora.objective import clipped_surrogate, gaussian_kl, log_ratio, reweighting
 from layerloop.components.update_lora.plan import Microbatch, OptimizerStep
 from layerloop.components.update_lora.state import TrainingState
 from layerloop.components.update_lora.trajectories import Group
@@ -44,7 +42,7 @@ def learn(
     """Take the iteration's optimizer steps on the policy's adapter, in place.
 
     Args:
-        state: optimizer, averages and the sampling policy's weights; advanced in place.
+        state: optimizer, averages and the sampling policy's weights; advanced in place, to the end of the iteration.
         steps: the plan; this rank does its own share of it.
         groups: at least those of this rank's microbatches.
         prompt_embeds: `prompt_embeds[T, E]` on the policy's device and in its dtype.
@@ -52,11 +50,11 @@ def learn(
     Raises:
         LayerloopError: a gradient that is not finite or exceeds `stop_grad_norm`.
     """
-    update = recipe.update
+    update, learner = recipe.update, learner_of(recipe.update.algorithm)
     diagnostics = Diagnostics(timesteps_of(recipe))
 
     def batch_of(microbatch: Microbatch) -> Batch:
-        return BATCHES[update.algorithm](microbatch, groups[microbatch.group], prompt_embeds, recipe)
+        return learner.batch(microbatch, groups[microbatch.group], prompt_embeds, recipe)
 
     mine = [step.ranks[rank()] for step in steps]
     work = [(i, j) for i, microbatches in enumerate(mine) for j in range(len(microbatches))]
@@ -74,15 +72,17 @@ def learn(
             parameter.grad = torch.zeros_like(parameter)
         for j, microbatch in enumerate(microbatches):
             next(every)
-            _accumulate(
-                policy, batch_of(microbatch), anchors.pop((i, j), None), step, update, diagnostics, first=i == 0
-            )
+            batch = batch_of(microbatch)
+            velocities = _velocities(policy, batch, anchors.pop((i, j), None), update)
+            observed = _accumulate(learner, batch, velocities, step, update)
+            diagnostics.add(batch.timesteps, batch.weights, first=i == 0, **observed)
         gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
         all_reduce_sum(gradients)
         diagnostics.gradient_norms.append(_clip(gradients, update, what=f"step {i + 1} of iteration {iteration}"))
         state.step()
     for _ in every:  # lets the progress line end
         pass
+    state.end_iteration()
     diagnostics.reduce()
     return diagnostics
 
@@ -92,89 +92,30 @@ def _shown(work: Sequence[tuple[int, int]], what: str) -> Iterator[tuple[int, in
     return iter(progress(work, what=what, unit="passes") if rank() == 0 and work else work)
 
 
-def timesteps_of(recipe: Recipe) -> int:
-    """Points of a candidate: the window's steps, or the drawn times of the forward process."""
-    return recipe.rollout.window.size if recipe.update.algorithm == "grpo" else recipe.update.nft.timesteps
+def _velocities(policy: LayeredPolicy, batch: Batch, v_old: Tensor | None, update: UpdateRecipe) -> Velocities:
+    """The batch's velocities; without an anchor `v_old` the policy that learns is the one that sampled."""
+    base = None
+    if update.kl > 0:
+        with torch.no_grad(), policy.without_adapter():
+            base = policy.velocity(batch.latents, batch.sigma, batch.condition)
+    new = policy.velocity(batch.latents, batch.sigma, batch.condition)
+    new.retain_grad()
+    return Velocities(new, new.detach() if v_old is None else v_old.to(new.device), base)
 
 
 def _accumulate(
-    policy: LayeredPolicy,
-    batch: Batch,
-    v_old: Tensor | None,
-    step: OptimizerStep,
-    update: UpdateRecipe,
-    diagnostics: Diagnostics,
-    *,
-    first: bool,
-) -> None:
-    """Add one microbatch's share of the step's gradient."""
-    v_ref = None
-    if update.kl > 0:
-        with torch.no_grad(), policy.without_adapter():
-            v_ref = policy.velocity(batch.latents, batch.sigma, batch.condition)
-    velocity = policy.velocity(batch.latents, batch.sigma, batch.condition)
-    velocity.retain_grad()
-    old = velocity.detach() if v_old is None else v_old.to(velocity.device)
-    losses, observed = LOSSES[update.algorithm](batch, velocity, old, v_ref, update)
+    learner: Learner, batch: Batch, velocities: Velocities, step: OptimizerStep, update: UpdateRecipe
+) -> Observed:
+    """Add one microbatch's share of the step's gradient; what was observed of its points."""
+    losses, observed = learner.losses(batch, velocities, update)
     (losses * batch.weights).sum().div(step.total_weight).backward()
-    assert velocity.grad is not None
+    assert velocities.new.grad is not None
     scale = step.total_weight / batch.weights.clamp_min(1e-30)
-    observed |= {
+    return observed | {
         "points": torch.ones_like(losses),
         "loss": losses,
-        "velocity_gradient": velocity.grad.flatten(1).norm(dim=1) * scale,
+        "velocity_gradient": velocities.new.grad.flatten(1).norm(dim=1) * scale,
     }
-    if first:
-        observed |= {"first_points": torch.ones_like(losses)}
-        if "log_ratio" in observed:
-            observed |= {"first_log_ratio": observed["log_ratio"]}
-    diagnostics.add(batch.timesteps, batch.weights, **observed)
-
-
-def surrogate_losses(
-    batch: Batch, velocity: Tensor, v_old: Tensor, v_ref: Tensor | None, update: UpdateRecipe
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Per-point losses `[P]` of the clipped surrogate, and what to observe of them."""
-    mu, mu_old = batch.mean(velocity), batch.mean(v_old)
-    log_r = log_ratio(mu, mu_old, batch.target, batch.s, norm=update.ratio_norm)
-    losses = clipped_surrogate(log_r, batch.advantages, clip_low=update.clip_low, clip_high=update.clip_high)
-    if update.reweight:
-        losses = losses * reweighting(batch.b)
-    ratio, excess = log_r.detach().exp(), log_r.detach().expm1()
-    z = (batch.target - mu_old).flatten(1)
-    observed = {
-        "ratio_excess": excess,
-        "ratio_excess_squared": excess**2,
-        "clipped_low": (ratio < 1 - update.clip_low) & (batch.advantages < 0),
-        "clipped_high": (ratio > 1 + update.clip_high) & (batch.advantages > 0),
-        "log_ratio": log_r.detach().abs(),
-        "replay_noise_squared": (z**2).mean(1) / batch.s**2,
-    }
-    if v_ref is not None:
-        kl = gaussian_kl(mu, batch.mean(v_ref), batch.s)
-        losses = losses + update.kl * kl
-        observed["kl"] = kl
-    return losses, observed
-
-
-def nft_losses(
-    batch: Batch, velocity: Tensor, v_old: Tensor, v_ref: Tensor | None, update: UpdateRecipe
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Per-point losses `[P]` of DiffusionNFT; its KL term is the mean squared difference of velocities."""
-    nft = update.nft
-    losses = nft_loss(
-        velocity, v_old, batch.target, batch.sigma, optimality(batch.advantages, update.advantage_clip),
-        beta=nft.beta, scale=update.advantage_clip / nft.beta, weighting=nft.weighting,
-    )  # fmt: skip
-    observed: dict[str, Tensor] = {}
-    if v_ref is not None:
-        kl = ((velocity - v_ref) ** 2).flatten(1).mean(1)
-        losses = losses + update.kl * kl
-        observed["kl"] = kl
-    return losses, observed
-
-
-LOSSES = {"grpo": surrogate_losses, "nft": nft_losses}
 
 
 def _clip(gradients: Sequence[Tensor], update: UpdateRecipe, *, what: str) -> float:

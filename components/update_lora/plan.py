@@ -17,12 +17,12 @@ from layerloop.components.update_lora.advantages import GroupAdvantage
 
 @dataclass(frozen=True)
 class Point:
-    """One candidate at one timestep: the window's steps for the surrogate, drawn times for DiffusionNFT."""
+    """One candidate at one timestep: a step of the stochastic window, or a drawn time of the forward process."""
 
     candidate: int
     timestep: int  # index from 0
     advantage: float
-    weight: float  # 0: computed and not counted, so that ranks stay in step
+    weight: float  # 0: padding, computed and not counted, so that ranks stay in step
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Microbatch:
         return (self.layers + 2) * len(self.points)
 
     def padding(self) -> Microbatch:
-        """The same pass counting for nothing."""
+        """A copy of weight 0."""
         return Microbatch(self.group, self.layers, tuple(Point(p.candidate, p.timestep, 0.0, 0.0) for p in self.points))
 
 
@@ -79,13 +79,21 @@ def plan_steps(
     return tuple(planned)
 
 
+def candidates_of(steps: Sequence[OptimizerStep], rank: int) -> dict[int, set[int]]:
+    """Group -> candidates whose trajectories a rank learns from."""
+    wanted: dict[int, set[int]] = {}
+    for step in steps:
+        for microbatch in step.ranks[rank]:
+            wanted.setdefault(microbatch.group, set()).update(point.candidate for point in microbatch.points)
+    return wanted
+
+
 def _microbatches(group: GroupAdvantage, timesteps: int, size: int) -> list[Microbatch]:
     """All points of a group in as few passes as `size` allows, of nearly equal sizes."""
     points = [
-        Point(candidate, timestep, advantage, weight)
-        for candidate, advantage, weight in zip(group.candidates, group.advantages, group.weights, strict=True)
+        Point(candidate, timestep, advantage, group.weight)
+        for candidate, advantage in zip(group.candidates, group.advantages, strict=True)
         for timestep in range(timesteps)
-        if weight > 0
     ]
     passes = -(-len(points) // size)
     bounds = [round(i * len(points) / passes) for i in range(passes + 1)]
@@ -93,7 +101,7 @@ def _microbatches(group: GroupAdvantage, timesteps: int, size: int) -> list[Micr
 
 
 def _share(batches: Sequence[Microbatch], ranks: int) -> list[list[Microbatch]]:
-    """Microbatches per rank: the dearest first, each to the rank with least to do; then in their own order again."""
+    """Microbatches per rank, in their order: longest processing time first, each to the least loaded rank."""
     load = [0] * ranks
     owner: dict[int, int] = {}
     for index in sorted(range(len(batches)), key=lambda i: (-batches[i].cost, i)):

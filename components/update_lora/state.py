@@ -25,7 +25,7 @@ from layerloop.components.policy.adapters import NAME, PEFT_PREFIX, PEFT_WEIGHTS
 from layerloop.components.policy.lora import adapter_of, write_peft
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.learning import LearnerState, UpdateRecipe
+from layerloop.components.schema.learning import ALGORITHMS, LearnerState, UpdateRecipe
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.manifests import read_file
 from layerloop.components.storage.stores import Store
@@ -37,7 +37,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainingState:
     """The adapter's parameters by key, the optimizer over them, and what is averaged over time.
 
-    `sampling` holds the weights of the policy that samples where these are not the learning ones (DiffusionNFT with
+    `sampling` holds the weights of the policy that samples where these are not the learning ones (an algorithm with an
     `old_decay`), else None.
     """
 
@@ -56,8 +56,8 @@ class TrainingState:
             weight_decay=update.weight_decay,
         )
         self.ema = self._copy() if update.ema is not None else None
-        keeps_sampling = update.algorithm == "nft" and update.nft.old_decay > 0
-        self.sampling = self._copy() if keeps_sampling else None
+        self.old_decay = ALGORITHMS[update.algorithm].old_decay(update)
+        self.sampling = self._copy() if self.old_decay > 0 else None
 
     @classmethod
     def resume(
@@ -101,6 +101,13 @@ class TrainingState:
             counters["ema_steps"] = n + 1
         self.counters = self.counters.model_copy(update=counters)
 
+    @torch.no_grad()
+    def end_iteration(self) -> None:
+        """Move the policy that samples next towards the trained one: once an iteration, after its last step."""
+        if self.sampling is not None:
+            for key, parameter in self.parameters.items():
+                self.sampling[key].lerp_(parameter, 1 - self.old_decay)
+
     @contextmanager
     def sampling_weights(self) -> Iterator[None]:
         """Within this context the policy is the one that sampled."""
@@ -115,7 +122,7 @@ class TrainingState:
             self._put(trained)
 
     def write(self, policy: LayeredPolicy, folder: Path, *, base: str | None) -> list[Path]:
-        """Write the files above into `folder`; returns them in a fixed order.
+        """Write the files above into `folder`; returns them in a fixed order. The state stays as it is.
 
         Raises:
             LayerloopError: NaN in the adapter.
@@ -126,9 +133,6 @@ class TrainingState:
             tensors |= {f"{name}.{key}": moments[name] for name in MOMENTS if name in moments}
         if self.sampling is not None:
             tensors |= {f"trained.{key}": parameter.detach() for key, parameter in self.parameters.items()}
-            decay = self.update.nft.old_decay
-            for key, parameter in self.parameters.items():
-                self.sampling[key].lerp_(parameter.detach(), 1 - decay)
         with self.sampling_weights():
             adapter = adapter_of(policy.transformer)
         write_peft(adapter, folder, transformer=policy.transformer, base=base)

@@ -66,8 +66,9 @@ def run(*, campaign: str, iteration: int | None = None, runtime: str = "") -> St
         return _result(done)
 
     from layerloop.components.update_lora.advantages import advantages_of
-    from layerloop.components.update_lora.learner import learn, timesteps_of
-    from layerloop.components.update_lora.plan import plan_steps
+    from layerloop.components.update_lora.algorithm import timesteps_of
+    from layerloop.components.update_lora.learner import learn
+    from layerloop.components.update_lora.plan import candidates_of, plan_steps
     from layerloop.components.update_lora.state import TrainingState
     from layerloop.components.update_lora.trajectories import Expected, read_groups
 
@@ -85,17 +86,13 @@ def run(*, campaign: str, iteration: int | None = None, runtime: str = "") -> St
                 pad=place.runtime.model.fsdp,
             )
             if rank() == 0:
-                _say(advantages, number)
+                _log_advantages(advantages, number)
             policy, adapter = load_policy(place, previous, device)
-            wanted: dict[int, set[int]] = {}
-            for step in steps:
-                for microbatch in step.ranks[rank()]:
-                    wanted.setdefault(microbatch.group, set()).update(p.candidate for p in microbatch.points)
             expected = Expected(
                 number, policy.fingerprint, adapter, recipe.update.algorithm, timesteps_of(recipe),
                 token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
             )  # fmt: skip
-            groups = read_groups(place.store, rollouts, wanted, expected)
+            groups = read_groups(place.store, rollouts, candidates_of(steps, rank()), expected)
             state = TrainingState.resume(policy, recipe.update, place.store, previous, number)
         prompt_embeds = _prompt_embeds(place).to(device, policy.dtype)
         diagnostics = learn(policy, state, steps, groups, prompt_embeds, recipe, iteration=number)
@@ -156,14 +153,15 @@ def _prompt_embeds(place: Campaign) -> torch.Tensor:
     return load(read_file(place.store, place.sources().file("prompt.safetensors")))["prompt_embeds"]
 
 
-def _say(advantages: Advantages, iteration: int) -> None:
+def _log_advantages(advantages: Advantages, iteration: int) -> None:
     log(
-        f"iteration {iteration}: learning from {len(advantages.groups)} groups, {len(advantages.flat)} too even and "
-        f"{len(advantages.small)} too small left out, {advantages.masked} candidates masked; reward mean "
-        f"{advantages.reward_mean:.4f}, within-group deviation {advantages.reward_std:.4f}"
+        f"iteration {iteration}: learning from {len(advantages.groups)} groups; left out: "
+        f"{len(advantages.zero_std_groups)} of equal rewards, {len(advantages.underfilled_groups)} with fewer than two "
+        f"valid candidates, {len(advantages.zero_weight_groups)} of weight 0; {advantages.masked} candidates masked; "
+        f"reward mean {advantages.reward_mean:.4f}, within-group deviation {advantages.reward_std:.4f}"
     )
     if not advantages.groups:
-        log(f"iteration {iteration}: no group teaches anything, so the adapter is committed unchanged")
+        log(f"iteration {iteration}: no group gives a gradient, so the adapter is committed unchanged")
 
 
 def _commit(
@@ -188,7 +186,7 @@ def _commit(
         files=files,
         counts={
             "groups": len(advantages.groups),
-            "groups_filtered": len(advantages.flat) + len(advantages.small),
+            "groups_filtered": advantages.filtered_groups,
             "candidates": sum(len(group.candidates) for group in advantages.groups),
             "candidates_masked": advantages.masked,
             "optimizer_steps": state.counters.optimizer_steps,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.learning import ALGORITHMS
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.trajectory import REMEDY, CandidateRecord, GroupRecord, candidate_key, group_key
 from layerloop.components.storage.shards import read_shard
@@ -40,7 +41,7 @@ class Expected:
     base_fingerprint: str
     adapter_sha256: str | None
     algorithm: str
-    timesteps: int  # window steps that the surrogate learns from
+    timesteps: int  # window steps that are learned from, where the algorithm learns from them
     token_pixels: int  # side of a packed token
     channels: int  # C, of a packed token
 
@@ -114,10 +115,11 @@ def _check(record: GroupRecord, expected: Expected, *, where: str) -> None:
             f"{where} was sampled with adapter {theirs}, the policy of iteration {expected.iteration - 1} has {ours}: "
             f"{REMEDY}"
         )
-    if expected.algorithm == "grpo" and (record.dynamics == "ode" or record.window_size != expected.timesteps):
+    windowed = ALGORITHMS[expected.algorithm].samples_from == "window"
+    if windowed and (record.dynamics == "ode" or record.window_size != expected.timesteps):
         raise LayerloopError(
             f"{where} has an SDE window of {record.window_size} steps ({record.dynamics}), recipe.update.algorithm "
-            f"grpo learns from {expected.timesteps}: {REMEDY}"
+            f"{expected.algorithm} learns from {expected.timesteps}: {REMEDY}"
         )
     pixels = (record.latent_height * expected.token_pixels, record.latent_width * expected.token_pixels)
     if (record.height, record.width) != pixels:
@@ -141,7 +143,8 @@ def _trajectory(
     members: Mapping[str, bytes], record: GroupRecord, candidate: CandidateRecord, expected: Expected, *, where: str
 ) -> Trajectory:
     tokens = (record.layers + 1) * record.latent_height * record.latent_width
-    steps, name = ((record.window_size + 1,), "window") if expected.algorithm == "grpo" else ((), "final")
+    name = ALGORITHMS[expected.algorithm].samples_from
+    steps = (record.window_size + 1,) if name == "window" else ()
     shape = (*steps, tokens, expected.channels)
     return Trajectory(candidate.seed, _tensor(members, "trajectory.safetensors", name, shape, where=where))
 

@@ -93,7 +93,7 @@ def test_trajectory_overhead_fraction(policy, condition, record_benchmark) -> No
         x = start
         for i in plan.window:
             z = torch.cat([noise(candidate, i) for candidate in range(GROUP)])
-            x = sampling.sde_step(x, velocity(x, plan.sigmas[i]), z, plan.sigmas, i, 0.7).next
+            x = sampling.stochastic_step(x, velocity(x, plan.sigmas[i]), z, plan.sigmas, i, 0.7, "flow_sde")
         sampling.deterministic(x, velocity, plan, range(4, 6))
 
     def record() -> None:

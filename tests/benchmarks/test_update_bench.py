@@ -13,6 +13,7 @@ on the machine count little.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,14 +24,15 @@ import torch
 
 from layerloop.components.policy.lora import adapter_state, add_lora
 from layerloop.components.policy.model import Condition, LayeredPolicy
-from layerloop.components.policy.sampling import Plan, log_prob, replay_mean, rollout
+from layerloop.components.policy.sampling import COEFFICIENTS, Plan, rollout
 from layerloop.components.policy.tiny import build_tiny_pipeline
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.learning import LearnerState
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.trajectory import GroupRecord
 from layerloop.components.update_lora.advantages import advantages_of
-from layerloop.components.update_lora.learner import learn, timesteps_of
+from layerloop.components.update_lora.algorithm import timesteps_of
+from layerloop.components.update_lora.learner import learn
 from layerloop.components.update_lora.plan import plan_steps
 from layerloop.components.update_lora.state import TrainingState
 from layerloop.components.update_lora.trajectories import Group, Trajectory
@@ -137,8 +139,10 @@ def straightforward(policy: LayeredPolicy, groups: dict[int, Group]) -> float:
         condition = Condition(group.condition[None], prompt()[None], SIZE, SIZE).expand(G)
         i = record.window_start + j
         v = policy.velocity(window[:, j], record.sigmas[i], condition)
-        mean, s = replay_mean(window[:, j], v, record.sigmas, i, record.etas[j], record.dynamics)
-        return log_prob(window[:, j + 1], mean, s)
+        a, b, s = COEFFICIENTS[record.dynamics](record.sigmas, i, record.etas[j])
+        mean = a * window[:, j] + b * v
+        density = -((window[:, j + 1] - mean) ** 2) / (2 * s**2) - math.log(s) - 0.5 * math.log(2 * math.pi)
+        return density.flatten(1).mean(dim=1)
 
     steps = range(RECIPE.rollout.window.size)
     begun = time.process_time()

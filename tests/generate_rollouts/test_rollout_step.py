@@ -108,9 +108,9 @@ def test_stored_latents_replay_with_the_bits_of_the_rollout(make_campaign) -> No
     for j, i in enumerate(plan.window):
         with torch.no_grad():
             v = policy.velocity(window[:, j], plan.sigmas[i], condition)
-        mean, s = sampling.replay_mean(window[:, j], v, plan.sigmas, i, plan.etas[j], plan.dynamics)
         z = torch.cat([candidates.step_noise(policy, campaign.recipe.seed, record, c, j) for c in range(2)])
-        assert torch.equal(mean + s * z, window[:, j + 1])
+        step = sampling.stochastic_step(window[:, j], v, z, plan.sigmas, i, plan.etas[j], plan.dynamics)
+        assert torch.equal(step, window[:, j + 1])
 
 
 def test_results_are_byte_for_byte_the_same_for_any_workers_and_batch_size(make_campaign) -> None:  # type: ignore[no-untyped-def]
@@ -180,9 +180,9 @@ def test_the_policy_of_the_iteration_before_samples(make_campaign, tmp_path) -> 
             else:
                 with policy.without_adapter():
                     v = policy.velocity(latents[:1].expand(2, -1, -1), 1.0, condition)
-        mean, s = sampling.replay_mean(latents[:1], v[:1], record.sigmas, 0, 0.7, "flow_sde")
         z = candidates.step_noise(policy, 0, record, 0, 0)
-        assert torch.equal((mean + s * z)[0], latents[1]) == adapted
+        step = sampling.stochastic_step(latents[:1], v[:1], z, record.sigmas, 0, 0.7, "flow_sde")
+        assert torch.equal(step[0], latents[1]) == adapted
 
 
 def test_a_campaign_may_start_from_an_adapter(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import math
 
@@ -11,12 +13,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from layerloop.components.policy import sampling
+from layerloop.components.policy import schedule as schedules
+from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.policy.sampling import Plan
 
 UNIFORM = tuple(np.linspace(1, 0, 11, dtype=np.float32).tolist())
 # what Qwen-Image-Layered's own config is reported to say
 SHIPPED = {"use_dynamic_shifting": True, "time_shift_type": "linear", "shift_terminal": None}
-LAYERED = sampling.sigmas(FlowMatchEulerDiscreteScheduler(**SHIPPED), 10, condition_tokens=1600)
+LAYERED = schedules.sigmas(FlowMatchEulerDiscreteScheduler(**SHIPPED), 10, condition_tokens=1600)
 DYNAMICS = ("flow_sde", "cps")
 
 
@@ -40,7 +44,7 @@ def test_schedule_is_float32_and_survives_json() -> None:
 def test_schedule_follows_the_loaded_scheduler_and_leaves_it_alone() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(**{**SHIPPED, "time_shift_type": "exponential", "shift_terminal": 0.02})
     before = scheduler.timesteps.clone()
-    schedule = sampling.sigmas(scheduler, 10, condition_tokens=1600)
+    schedule = schedules.sigmas(scheduler, 10, condition_tokens=1600)
     assert schedule[-2] == pytest.approx(0.02) and schedule[5] > LAYERED[5]
     assert torch.equal(scheduler.timesteps, before)
 
@@ -51,7 +55,7 @@ def test_schedule_follows_the_loaded_scheduler_and_leaves_it_alone() -> None:
 def test_euler_step_has_the_bits_of_the_diffusers_scheduler() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.5)
     scheduler.set_timesteps(sigmas=np.linspace(1, 0, 8)[:-1])
-    schedule = sampling.sigmas(FlowMatchEulerDiscreteScheduler(shift=2.5), 7, condition_tokens=16)
+    schedule = schedules.sigmas(FlowMatchEulerDiscreteScheduler(shift=2.5), 7, condition_tokens=16)
     x = theirs = draw(2, 5, 64)
     for i, t in enumerate(scheduler.timesteps):
         v = draw(2, 5, 64, seed=i + 1)
@@ -82,21 +86,22 @@ def test_steps_equal_the_expressions_of_flow_grpo(dynamics, upstream, schedule, 
     x, v, z = draw(2, 3, 64), draw(2, 3, 64, seed=1), draw(2, 3, 64, seed=2)
     for i in range(len(schedule) - 2):
         mean, s = upstream(x.double(), v.double(), schedule[i], schedule[i + 1], schedule[1], eta)
+        assert sampling.COEFFICIENTS[dynamics](schedule, i, eta)[2] == pytest.approx(s, rel=1e-12)
+        still = sampling.stochastic_step(x, v, torch.zeros_like(z), schedule, i, eta, dynamics)
+        assert torch.allclose(still.double(), mean, atol=3e-6)
         step = sampling.stochastic_step(x, v, z, schedule, i, eta, dynamics)
-        assert step.s == pytest.approx(s, rel=1e-12)
-        assert torch.allclose(step.mean.double(), mean, atol=3e-6)
-        assert torch.allclose(step.next.double(), mean + s * z, atol=5e-6)
+        assert torch.allclose(step.double(), mean + s * z, atol=5e-6)
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
-def test_replay_of_a_stored_step_has_the_bits_of_the_rollout(dynamics: str) -> None:
-    x, v, z = draw(2, 7, 64), draw(2, 7, 64, seed=1), draw(2, 7, 64, seed=2)
-    for i in range(len(LAYERED) - 2):
-        step = sampling.stochastic_step(x, v, z, LAYERED, i, 0.7, dynamics)
-        mean, s = sampling.replay_mean(x.clone(), v.clone(), tuple(LAYERED), i, 0.7, dynamics)
-        assert torch.equal(mean, step.mean) and s == step.s
-        density = sampling.log_prob(step.next, step.mean, step.s)
-        assert torch.equal(sampling.log_prob(step.next, mean, s), density) and torch.isfinite(density).all()
+def test_a_mean_has_the_same_bits_from_numbers_and_from_float32_tensors(dynamics: str) -> None:
+    """The rollout steps with numbers; an update has steps of many times in one batch and so columns of them."""
+    x, v = draw(8, 7, 64), draw(8, 7, 64, seed=1)
+    rows = [sampling.COEFFICIENTS[dynamics](LAYERED, i, 0.7) for i in range(8)]
+    a, b, _ = torch.tensor(rows, dtype=torch.float32).unbind(1)
+    together = sampling.step_mean(x, v, a.view(-1, 1, 1), b.view(-1, 1, 1))
+    for i, (a_i, b_i, _) in enumerate(rows):
+        assert torch.equal(together[i : i + 1], sampling.step_mean(x[i : i + 1], v[i : i + 1], a_i, b_i))
 
 
 @pytest.mark.parametrize("eta", [0.0, 1e-9])
@@ -105,18 +110,16 @@ def test_without_noise_the_step_is_eulers(dynamics: str, eta: float) -> None:
     x, v = draw(2, 7, 64), draw(2, 7, 64, seed=1)
     for i in range(len(LAYERED) - 1):
         step = sampling.stochastic_step(x, v, torch.zeros_like(x), LAYERED, i, eta, dynamics)
-        assert torch.allclose(step.next, sampling.euler_step(x, v, LAYERED, i), atol=2.4e-7, rtol=1.2e-7)
+        assert torch.allclose(step, sampling.euler_step(x, v, LAYERED, i), atol=2.4e-7, rtol=1.2e-7)
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
-def test_the_last_step_has_no_noise_and_no_density(dynamics: str) -> None:
+def test_the_last_step_has_no_noise(dynamics: str) -> None:
     x, v, z = draw(1, 3, 64), draw(1, 3, 64, seed=1), draw(1, 3, 64, seed=2)
     last = len(LAYERED) - 2
+    assert sampling.COEFFICIENTS[dynamics](LAYERED, last, 0.7)[2] == 0
     step = sampling.stochastic_step(x, v, z, LAYERED, last, 0.7, dynamics)
-    assert step.s == 0
-    assert torch.allclose(step.next, sampling.euler_step(x, v, LAYERED, last), atol=1e-6)
-    with pytest.raises(ValueError, match="no log-probability"):
-        sampling.log_prob(step.next, step.mean, step.s)
+    assert torch.allclose(step, sampling.euler_step(x, v, LAYERED, last), atol=1e-6)
 
 
 def test_velocity_coefficient_of_flow_sde_is_one_plus_half_eta_squared() -> None:
@@ -131,13 +134,6 @@ def test_velocity_coefficient_of_flow_sde_is_one_plus_half_eta_squared() -> None
 def test_first_step_is_finite_though_sigma_is_one() -> None:
     for schedule, dynamics in itertools.product((UNIFORM, LAYERED), DYNAMICS):
         assert all(math.isfinite(c) and abs(c) < 10 for c in sampling.COEFFICIENTS[dynamics](schedule, 0, 1.0))
-
-
-def test_log_prob_is_the_mean_gaussian_log_density() -> None:
-    mean, s = draw(3, 5, 64), 0.37
-    following = mean + s * draw(3, 5, 64, seed=1)
-    expected = torch.distributions.Normal(mean.double(), s).log_prob(following.double()).mean(dim=(1, 2))
-    assert torch.allclose(sampling.log_prob(following, mean, s).double(), expected, atol=1e-6)
 
 
 # ---- data whose velocity is known: x0 ~ N(m, s2) in every dimension
@@ -167,9 +163,9 @@ def test_flow_sde_steps_along_the_reverse_sde_with_the_datas_own_score(eta: floa
         sigma, dt = LAYERED[i], LAYERED[i + 1] - LAYERED[i]
         score = -(x - (1 - sigma) * M) / ((1 - sigma) ** 2 * S2 + sigma**2)
         g = eta * math.sqrt(sigma / (1 - sigma))
-        step = sampling.sde_step(x, velocity(x, sigma), torch.zeros_like(x), LAYERED, i, eta)
-        torch.testing.assert_close(step.mean, x + (velocity(x, sigma) - g**2 / 2 * score) * dt, rtol=1e-12, atol=1e-12)
-        assert step.s == pytest.approx(g * math.sqrt(-dt), rel=1e-12)
+        mean = sampling.stochastic_step(x, velocity(x, sigma), torch.zeros_like(x), LAYERED, i, eta, "flow_sde")
+        torch.testing.assert_close(mean, x + (velocity(x, sigma) - g**2 / 2 * score) * dt, rtol=1e-12, atol=1e-12)
+        assert sampling.flow_sde_coefficients(LAYERED, i, eta)[2] == pytest.approx(g * math.sqrt(-dt), rel=1e-12)
 
 
 @pytest.mark.parametrize("eta", [0.3, 0.8, 1.0])
@@ -207,15 +203,12 @@ def test_samples_follow_the_affine_gaussian_recursion_at_every_step(dynamics: st
     count, mean, variance = 400_000, 0.0, 1.0
     x = torch.randn(count, generator=generator)
     for i in range(9):
-        step = sampling.stochastic_step(
+        x = sampling.stochastic_step(
             x, velocity(x, UNIFORM[i]), torch.randn(count, generator=generator), UNIFORM, i, eta, dynamics
         )
-        density = float(sampling.log_prob(step.next[None], step.mean[None], step.s))
-        assert density == pytest.approx(-0.5 - math.log(step.s) - 0.5 * math.log(2 * math.pi), abs=4 / count**0.5)
         a, b, s = sampling.COEFFICIENTS[dynamics](UNIFORM, i, eta)
         slope, offset = analytic(UNIFORM[i])
         mean, variance = (a + b * slope) * mean + b * offset, (a + b * slope) ** 2 * variance + s**2
-        x = step.next
         assert abs(float(x.double().mean()) - mean) < 4 * math.sqrt(variance / count)
         assert abs(float(x.double().var()) / variance - 1) < 4 * math.sqrt(2 / count)
 
@@ -308,3 +301,34 @@ def test_microbatches_are_few_and_even(count: int, batch_size: int) -> None:
     assert [i for batch in batches for i in batch] == list(range(count))
     assert len(batches) == -(-count // batch_size)
     assert max(map(len, batches)) <= batch_size and max(map(len, batches)) - min(map(len, batches)) <= 1
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 12, 40])
+def test_every_matrix_product_of_a_rollout_has_rows_enough_that_batch_sizes_do_not_show(
+    frozen_policy: LayeredPolicy, condition: Condition, tokens: int
+) -> None:
+    """Rows that go through each linear layer, and what they are for: with one row, or 15, MKL sums in another order.
+
+    The layers of the time embedding and the modulations see one row, whatever the batch size."""
+    short = dataclasses.replace(condition, prompt_embeds=condition.prompt_embeds[:, :1].expand(-1, tokens, -1))
+    noise = torch.cat([frozen_policy.noise(seed, 1, 64, 64) for seed in range(5)])
+    plan = Plan(frozen_policy.sigmas(2, 64, 64), outside="euler")
+    rows: dict[int, set[int]] = {size: set() for size in (1, 2, 5)}
+    finals = {}
+    for size, seen in rows.items():
+        with contextlib.ExitStack() as hooks:
+            for module in frozen_policy.transformer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    count = module.register_forward_pre_hook(
+                        lambda module, args, seen=seen: seen.add(args[0].shape[:-1].numel())
+                    )
+                    hooks.callback(count.remove)
+            finals[size] = sampling.rollout(frozen_policy, short, noise, plan, batch_size=size).final
+    for size, seen in rows.items():
+        assert min(seen - {1}) >= 16, f"batches of {size}: {sorted(seen)}"
+        assert 1 in seen, "the time is embedded once for a batch"
+        assert tokens * size in seen or tokens * size < 16, "no more rows than are needed"
+        assert torch.equal(finals[size], finals[5]), size

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from layerloop.components.update_lora.nft import draw, forward_process, nft_loss, optimality
+from layerloop.components.policy.model import Condition
+from layerloop.components.schema.learning import UpdateRecipe
+from layerloop.components.update_lora.algorithm import Batch, Velocities
+from layerloop.components.update_lora.forward_process import draw, forward_process
+from layerloop.components.update_lora.nft import nft_losses, optimality
 
 SHAPE = (4, 6, 8)
 D = 6 * 8
@@ -15,6 +19,16 @@ SIGMAS = (1.0, 0.9, 0.6, 0.0)
 def tensors(seed: int = 0) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(3))
+
+
+def losses(
+    velocities: Velocities, target: torch.Tensor, t: torch.Tensor, advantages: torch.Tensor, **update: object
+) -> torch.Tensor:
+    """`nft_losses` at points of which only what it reads is given."""
+    ones = torch.ones(len(t))
+    condition = Condition(torch.zeros(1, 1, 64), torch.zeros(1, 1, 16), 16, 16)
+    batch = Batch(target, t, condition, target, ones, ones, ones, advantages, ones, ones.long())
+    return nft_losses(batch, velocities, UpdateRecipe.model_validate({"algorithm": "nft", **update}))[0]
 
 
 def test_optimality_maps_the_clipped_advantage_to_the_unit_interval() -> None:
@@ -37,10 +51,10 @@ def test_first_gradient_is_flow_matching_weighted_by_the_advantage(beta: float, 
     v_old, target, _ = tensors()
     advantages = torch.tensor([1.0, -0.5, 0.0, 0.9], dtype=torch.float64)
     velocity = v_old.clone().requires_grad_()
-    t = torch.rand(4, dtype=torch.float64)
-    loss = nft_loss(
-        velocity, v_old, target, t, optimality(advantages, clip), beta=beta, scale=clip / beta, weighting="uniform"
-    )
+    loss = losses(
+        Velocities(velocity, v_old, None), target, torch.rand(4, dtype=torch.float64), advantages,
+        advantage_clip=clip, nft={"beta": beta, "weighting": "uniform"},
+    )  # fmt: skip
     loss.sum().backward()
     expected = 2 * advantages.view(-1, 1, 1) * (v_old - target) / D
     torch.testing.assert_close(velocity.grad, expected, rtol=1e-10, atol=1e-15)
@@ -51,7 +65,11 @@ def test_the_minimum_is_the_implicit_mixture() -> None:
     v_old, target, _ = tensors()
     r, beta = torch.tensor([1.0, 0.8, 0.5, 0.0], dtype=torch.float64), 0.5
     velocity = (v_old + (2 * r - 1).view(-1, 1, 1) * (target - v_old) / beta).requires_grad_()
-    nft_loss(velocity, v_old, target, torch.ones(4), r, beta=beta, scale=1.0, weighting="uniform").sum().backward()
+    loss = losses(
+        Velocities(velocity, v_old, None), target, torch.ones(4), 2 * r - 1,
+        advantage_clip=1, nft={"beta": beta, "weighting": "uniform"},
+    )  # fmt: skip
+    loss.sum().backward()
     assert float(velocity.grad.abs().max()) < 1e-15
 
 
@@ -62,7 +80,10 @@ def test_adaptive_weighting_is_the_error_of_the_predicted_latents_over_its_mean_
     x_t, target = forward_process(x0, noise, t)
     r, beta, time = torch.full((4,), 0.7, dtype=torch.float64), 0.5, t.view(-1, 1, 1)
 
-    loss = nft_loss(velocity, v_old, target, t, r, beta=beta, scale=2.0, weighting="adaptive")
+    loss = losses(  # r = 1/2 + 0.4 / 2, scale = 1 / beta
+        Velocities(velocity, v_old, None), target, t, 2 * r - 1,
+        advantage_clip=1, nft={"beta": beta, "weighting": "adaptive"},
+    )  # fmt: skip
 
     expected = torch.zeros(4, dtype=torch.float64)
     for share, v in ((r, (1 - beta) * v_old + beta * velocity), (1 - r, (1 + beta) * v_old - beta * velocity)):
@@ -75,8 +96,15 @@ def test_no_advantage_at_the_sampling_policy_gives_no_gradient() -> None:
     v_old, target, _ = tensors()
     velocity = v_old.clone().requires_grad_()
     half = torch.full((4,), 0.5, dtype=torch.float64)
-    nft_loss(velocity, v_old, target, half, half, beta=1.0, scale=5.0, weighting="adaptive").sum().backward()
+    losses(Velocities(velocity, v_old, None), target, half, torch.zeros_like(half)).sum().backward()
     assert float(velocity.grad.abs().max()) < 1e-16
+
+
+def test_the_kl_term_is_the_mean_squared_difference_to_the_bases_velocity() -> None:
+    new, target, base = tensors()
+    t, none = torch.full((4,), 0.5, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    with_kl, without = (losses(Velocities(new, new, base), target, t, none, kl=kl) for kl in (0.3, 1e-30))
+    torch.testing.assert_close(with_kl - without, 0.3 * ((new - base) ** 2).mean(dim=(1, 2)))
 
 
 def test_times_are_stratified_along_the_sampling_schedule() -> None:

@@ -18,13 +18,17 @@ from safetensors.torch import load, save
 
 from layerloop.components.policy.lora import add_lora
 from layerloop.components.policy.model import Condition, LayeredPolicy
-from layerloop.components.policy.sampling import Plan, log_prob, replay_mean, rollout
+from layerloop.components.policy.sampling import COEFFICIENTS, Plan, rollout
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.trajectory import GroupRecord
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.shards import Sample, read_shard
-from layerloop.components.update_lora.nft import draw
+from layerloop.components.update_lora.forward_process import draw
+from layerloop.components.update_lora.grpo import surrogate_batch
+from layerloop.components.update_lora.plan import Microbatch, Point
+from layerloop.components.update_lora.state import TrainingState
 from layerloop.components.update_lora.step import run
+from layerloop.components.update_lora.trajectories import Expected, read_groups
 
 from .conftest import SIZE, WINDOW, G, Lab, MakeLab, nan_in_the_last_group, spread
 
@@ -46,6 +50,22 @@ def first_gradient(lab: Lab) -> dict[str, torch.Tensor]:
 
 
 # ---- the gradient
+
+
+def test_the_update_replays_a_stored_step_with_the_bits_of_the_rollout(make_lab: MakeLab) -> None:
+    """The mean that the learner computes, plus the noise that the sampler drew, is the stored latent."""
+    lab = make_lab(rollout={"groups": 1})
+    lab.rollouts(1)
+    policy, record = lab.policy(0), lab.record(lab.policy(0), 1, 0)
+    expected = Expected(1, policy.fingerprint, None, "grpo", WINDOW, policy.pixel_multiple, policy.packed_channels)
+    group = read_groups(lab.store, lab.campaign.rollouts(1), {0: set(range(G))}, expected)[0]
+    for j in range(WINDOW):  # one step of all candidates: the rollout's own batch, so that velocities have its bits
+        points = tuple(Point(c, j, 0.0, 1.0) for c in range(G))
+        batch = surrogate_batch(Microbatch(0, record.layers, points), group, lab.prompt(), lab.recipe)
+        with torch.no_grad():
+            velocity = policy.velocity(batch.latents, record.sigmas[j], batch.condition)
+        noise = torch.cat([lab.step_noise(record, c, j) for c in range(G)])
+        assert torch.equal(batch.mean(velocity) + batch.s.view(-1, 1, 1) * noise, batch.target)
 
 
 def test_ratio_is_exactly_one_in_the_first_optimizer_step_and_close_to_it_in_the_next(lab: Lab) -> None:
@@ -113,8 +133,9 @@ def test_gradient_is_that_of_the_textbook_surrogate_in_one_large_batch(make_lab:
         for j in range(WINDOW):
             i = record.window_start + j
             v = policy.velocity(window[j : j + 1], record.sigmas[i], condition)
-            mean, s = replay_mean(window[j : j + 1], v, record.sigmas, i, record.etas[j], record.dynamics)
-            logp = log_prob(window[j + 1 : j + 2], mean, s)
+            a, b, s = COEFFICIENTS[record.dynamics](record.sigmas, i, record.etas[j])
+            step = torch.distributions.Normal(a * window[j : j + 1] + b * v, s)
+            logp = step.log_prob(window[j + 1 : j + 2]).mean(dim=(1, 2))
             losses.append(-float(advantages[c]) * (logp - logp.detach()).exp())
     torch.cat(losses).mean().backward()
 
@@ -308,8 +329,10 @@ def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
     assert whole.adapter(4) != whole.adapter(2)
 
 
-def test_the_average_follows_the_adapter(make_lab: MakeLab) -> None:
-    lab = make_lab(update={"ema": 0.5, "steps": 1})
+@pytest.mark.parametrize(("ema", "decay"), [(0.5, 2 / 11), (0.15, 0.15)], ids=["in-the-warm-up", "after-it"])
+def test_the_average_follows_the_adapter(make_lab: MakeLab, ema: float, decay: float) -> None:
+    """Decays of the warm-up are 1/10, 2/11, ..., and never more than `ema`."""
+    lab = make_lab(update={"ema": ema, "steps": 1})
     averages = []
     for iteration in (1, 2):
         lab.ready(iteration)
@@ -317,9 +340,9 @@ def test_the_average_follows_the_adapter(make_lab: MakeLab) -> None:
         averages.append((state_of(lab, iteration, "ema.safetensors"), load(lab.adapter(iteration))))
     (first, weights), (second, later) = averages
     for key in later:
-        # decays of the warm-up: 1/10, then 2/11
-        expected = 2 / 11 * first[key] + 9 / 11 * later[key]
-        torch.testing.assert_close(second[key], expected)
+        expected = decay * first[key] + (1 - decay) * later[key]
+        # two weights move by 1e-3 a step: a decay that is wrong by 0.03 shows as 3e-5
+        torch.testing.assert_close(second[key], expected, rtol=0, atol=1e-6)
     assert any(not torch.equal(weights[key], first[key]) for key in weights)
 
 
@@ -334,6 +357,25 @@ def test_nft_with_decay_samples_from_a_policy_that_lags_behind_the_trained_one(m
     for key, sampling in load(lab.adapter(1)).items():
         key = key.removeprefix("base_model.model.")
         torch.testing.assert_close(sampling, 0.3 * start[key] + 0.7 * trained[f"trained.{key}"])
+
+
+@pytest.mark.parametrize("update", [GRPO_EMA, NFT_DECAY], ids=["grpo-ema", "nft-decay"])
+def test_writing_the_state_leaves_it_as_it_is(make_lab: MakeLab, tmp_path: Path, update: dict[str, Any]) -> None:
+    lab = make_lab(update=update)
+    lab.ready(1)
+    run(campaign=lab.uri)
+    policy = lab.trainable(1)
+    state = TrainingState.resume(policy, lab.recipe.update, lab.store, lab.campaign.policy(1), 2)
+    written = []
+    for attempt in ("first", "second"):
+        (folder := tmp_path / attempt).mkdir()
+        written.append({path.name: path.read_bytes() for path in state.write(policy, folder, base=None)})
+    assert written[0] == written[1]
+    committed = {name: load(written[0][name]) for name in ("adapter_model.safetensors", "optimizer.safetensors")}
+    for name, tensors in committed.items():
+        stored = state_of(lab, 1, name)
+        assert tensors.keys() == stored.keys()
+        assert all(torch.equal(tensors[key], stored[key]) for key in tensors), f"{name} is what was resumed from"
 
 
 def test_a_committed_iteration_is_returned_and_not_done_again(lab: Lab) -> None:
@@ -360,7 +402,7 @@ def test_without_a_group_that_teaches_the_adapter_stays_and_the_campaign_goes_on
     assert state_of(lab, 2).keys() == state_of(lab, 1).keys()
     filtered = [result.metrics[name] for name in ("groups", "groups_filtered", "filtered_fraction")]
     assert filtered == [0, 4, 1]
-    assert "no group teaches anything, so the adapter is committed unchanged" in capsys.readouterr().err
+    assert "no group gives a gradient, so the adapter is committed unchanged" in capsys.readouterr().err
     lab.ready(3)
     run(campaign=lab.uri)
     assert lab.adapter(3) != lab.adapter(2)
@@ -489,7 +531,7 @@ def foreign_tensor(samples: list[Sample]) -> list[Sample]:
         (changed_record(etas=[0.7]), "etas is [0.7], not one positive value for each of the 2 steps of the window"),
         (changed_record(etas=[0.7, 0.0]), "etas is [0.7, 0.0], not one positive value"),
         (changed_record(sigmas=[1.0, 0.0]), "window_start is 0 and window_size 2, but sigmas has 1 steps"),
-        (changed_record(sigmas=[1.0]), "sigmas is [1.0], not 2 values or more that fall from 1 to 0"),
+        (changed_record(sigmas=[1.0]), "sigmas is [1.0], not 2 values or more that fall from at most 1 to 0"),
         (changed_record(sigmas=[1, 0.8, 0.8, 0.5, 0.2, 0]), "sigmas is [1.0, 0.8, 0.8, 0.5, 0.2, 0.0], not 2 values"),
         (changed_record(dynamics="ode"), "dynamics is 'ode', which is not stochastic, but window_size is 2"),
         (changed_record(group=2), "i000001-g000003 holds the record of i000001-g000002: delete"),
