@@ -18,6 +18,7 @@ from layerloop.components.generate_rollouts import candidates
 from layerloop.components.generate_rollouts.plan import initial_seed
 from layerloop.components.generate_rollouts.step import run
 from layerloop.components.policy import lora, sampling
+from layerloop.components.policy.at import policy_at
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import LoraRecipe
@@ -27,7 +28,6 @@ from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.images import decode_png
 from layerloop.components.storage.manifests import add_file, commit
 from layerloop.components.storage.shards import read_shard
-from layerloop.components.update_lora.step import load_policy as learner_policy
 
 
 def samples(campaign: Campaign, iteration: int = 1) -> dict[str, dict[str, bytes]]:
@@ -50,7 +50,9 @@ def commit_policy(campaign: Campaign, folder: Path, *, iteration: int = 1, scale
         add_file(campaign.store, f"{campaign.policy_dir(iteration)}/{path.name}", path)
         for path in sorted(folder.iterdir())
     )
-    manifest = Manifest(kind="policy", iteration=iteration, files=files)
+    manifest = Manifest(
+        kind="policy", iteration=iteration, files=files, metadata={"base_fingerprint": policy.fingerprint}
+    )
     return commit(campaign.store, f"{campaign.policy_dir(iteration)}/manifest.json", manifest)
 
 
@@ -219,9 +221,10 @@ def test_the_adapter_that_a_campaign_starts_from_samples_and_is_what_the_learner
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert manifest.metadata["adapter_sha256"] == hashlib.sha256(weights).hexdigest()
 
-    learner, sha256 = learner_policy(campaign, campaign.policy(0), torch.device("cpu"))
-    assert sha256 == manifest.metadata["adapter_sha256"] and learner.trainable_parameters()
-    assert torch.equal(replayed(learner, campaign, 1), window_of(campaign, 1))
+    learner = policy_at(campaign, 0, device="cpu", trainable=True)  # as update_lora loads it
+    assert learner.adapter_sha256 == manifest.metadata["adapter_sha256"]
+    assert learner.policy.trainable_parameters()
+    assert torch.equal(replayed(learner.policy, campaign, 1), window_of(campaign, 1))
 
     alone = LayeredPolicy.load(campaign.recipe.model)
     assert not torch.equal(replayed(alone, campaign, 1)[1:], window_of(campaign, 1)[1:])
@@ -335,7 +338,9 @@ def test_an_adapter_of_another_base_is_refused(make_campaign, tmp_path) -> None:
     state[key] = torch.zeros(2, 96)
     save_file(state, folder / "adapter_model.safetensors")
     files = tuple(add_file(campaign.store, f"{campaign.policy_dir(1)}/{p.name}", p) for p in sorted(folder.iterdir()))
-    commit(campaign.store, f"{campaign.policy_dir(1)}/manifest.json", Manifest(kind="policy", iteration=1, files=files))
+    told = {"base_fingerprint": LayeredPolicy.load(campaign.recipe.model).fingerprint}
+    manifest = Manifest(kind="policy", iteration=1, files=files, metadata=told)
+    commit(campaign.store, f"{campaign.policy_dir(1)}/manifest.json", manifest)
     with pytest.raises(LayerloopError, match=r"has shape 2x96, the base needs 2x64"):
         run(campaign=campaign.uri)
     assert campaign.worker_manifests(2) == {}
