@@ -121,11 +121,11 @@ class Lab:
 MakeLab = Callable[..., Lab]
 
 
-def lab_at(uri: str, base: Path) -> Lab:
-    """A campaign with a recipe and nothing else."""
+def lab_at(uri: str, base: Path, **model: object) -> Lab:
+    """A campaign with a recipe and nothing else; `model` has fields of its section."""
     recipe = {
         "name": "lab",
-        "model": {"base": str(base), "dtype": "float32", "gradient_checkpointing": False},
+        "model": {"base": str(base), "dtype": "float32", "gradient_checkpointing": False, **model},
         "lora": {"rank": 2, "alpha": 2.0},
         "evaluation": {"steps": 2, "layers": [2, 3], "designs": 6, "pictures": 2, "batch_size": 4, "bootstrap": 200},
     }
@@ -145,7 +145,7 @@ def fill(lab: Lab, tmp: Path) -> Lab:
 @pytest.fixture
 def make_lab(base: Path, tmp_path: Path) -> MakeLab:
     """An empty campaign, in a folder of the test's own or at a URI."""
-    return lambda uri=None: lab_at(uri or str(tmp_path / "campaign"), base)
+    return lambda uri=None, **model: lab_at(uri or str(tmp_path / "campaign"), base, **model)
 
 
 @pytest.fixture
