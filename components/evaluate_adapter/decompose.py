@@ -1,10 +1,15 @@
-"""Decompositions of the evaluation's cases, sampled exactly as at inference and kept in shards."""
+"""Decompositions of the evaluation's cases, sampled exactly as at inference and kept in shards.
+
+Ranks share the work batch by batch, with the same batches for any number of them, so a shard's bytes do not depend on
+how many there are. As many shards are made at a time as there are ranks; a killed attempt loses no more than those.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,28 +18,121 @@ import torch
 from layerloop.components.evaluate_adapter.cases import Case, batches
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.policy.sampling import Plan, deterministic
-from layerloop.components.runtime.progress import progress
+from layerloop.components.policy.sharding import dummy_forwards
+from layerloop.components.runtime.distributed import broadcast_json, failing_together, gather_to_first, rank, world_size
+from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Shard
 from layerloop.components.storage.images import decode_png, encode_png
 from layerloop.components.storage.shards import Sample, existing_shard, read_shard, write_shard
 
 if TYPE_CHECKING:
+    from layerloop.components.policy.at import LoadedPolicy
     from layerloop.components.policy.model import LayeredPolicy
-    from layerloop.components.schema.manifest import Shard
+    from layerloop.components.schema.recipe import EvaluationRecipe
     from layerloop.components.storage.stores import Store
+
+Chunk = Sequence[Case]  # the cases of one shard
+
+
+def decomposed_shards(
+    store: Store,
+    stem: str,
+    *,
+    here: LoadedPolicy,
+    chunks: Sequence[Chunk],
+    recipe: EvaluationRecipe,
+    batch_size: int,
+    model: str,
+) -> list[Shard]:
+    """Shards `<stem>-000000.tar` ... of the cases' decompositions, one per chunk; those of an earlier attempt are kept.
+
+    Every rank calls this and gets all shards; rank 0 writes them.
+
+    Args:
+        batch_size: cases in one forward pass.
+        model: the weights' name, for the log and for errors.
+
+    Raises:
+        LayerloopError: the decoded layers are not finite, or a source is of a size that the model does not take.
+    """
+    names = [f"{stem}-{index:06d}.tar" for index in range(len(chunks))]
+    kept = _kept(store, dict(zip(names, chunks, strict=True)))
+    todo = [(name, chunk) for name, chunk in zip(names, chunks, strict=True) if name not in kept]
+    made: dict[str, Shard] = {}
+    for start in range(0, len(todo), world_size()):
+        part = todo[start : start + world_size()]
+        work = [batch for _, chunk in part for batch in batches(chunk, batch_size)]
+        samples = _shared_out(here, work, recipe, model)
+        with failing_together():
+            for name, chunk in part if rank() == 0 else ():
+                made[name] = write_shard(store, name, ((case.name, samples[case.name]) for case in chunk))
+                log(f"{name}: {len(chunk)} decompositions")
+    told = broadcast_json(
+        [shard.model_dump(mode="json") for shard in ({**kept, **made}[name] for name in names)] if rank() == 0 else None
+    )
+    return [Shard.model_validate(shard) for shard in told]
+
+
+def _kept(store: Store, chunks: Mapping[str, Chunk]) -> dict[str, Shard]:
+    """Shards of an earlier attempt by name, as rank 0 finds them: every rank has to do the same work."""
+    found: dict[str, Shard] = {}
+    with failing_together():
+        for name, chunk in chunks.items() if rank() == 0 else ():
+            shard = existing_shard(store, name, [case.name for case in chunk])
+            if shard is not None:
+                found[name] = shard
+                log(f"{name}: {len(chunk)} decompositions, there already")
+    told = broadcast_json({name: shard.model_dump(mode="json") for name, shard in found.items()})
+    return {name: Shard.model_validate(shard) for name, shard in told.items()}
+
+
+def _shared_out(
+    here: LoadedPolicy, every: Sequence[Sequence[Case]], recipe: EvaluationRecipe, model: str
+) -> dict[str, dict[str, bytes]]:
+    """The members of every case's sample by case name, on rank 0. Each rank samples and encodes its share of the
+    batches."""
+    shares = deal([cost(batch) for batch in every], world_size())
+    mine = [every[index] for index in shares[rank()]]
+    # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
+    sharded = here.policy.sharded
+    behind = max(map(len, shares)) - len(mine) if sharded else 0
+    with nullcontext() if sharded else failing_together():
+        sampled = (
+            pair
+            for batch in mine
+            for pair in decompose(here.policy, batch, here.prompt, steps=recipe.steps, model=model)
+        )
+        if rank() == 0:
+            sampled = progress(sampled, what=f"decomposing by {model}", unit="images", total=sum(map(len, mine)))
+        samples = dict(_sample(case, stack) for case, stack in sampled)
+        dummy_forwards(here.policy, here.prompt, behind * evaluations_per_sample(recipe.steps))
+    return {name: members for part in gather_to_first(samples) for name, members in part.items()}
+
+
+def cost(batch: Sequence[Case]) -> float:
+    """What a batch takes, in tokens of the model: pixels times the layers, the composite and the condition."""
+    layers, height, width = batch[0].geometry
+    return float(len(batch) * (layers + 2) * height * width)
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Which items each rank takes, in their order: the dearest first, each to the rank that has least to do (LPT)."""
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for item in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        least = min(range(ranks), key=lambda index: (load[index], index))
+        shares[least].append(item)
+        load[least] += costs[item]
+    return [sorted(share) for share in shares]
 
 
 @torch.no_grad()
 def decompose(
-    policy: LayeredPolicy,
-    cases: Sequence[Case],
-    prompt_embeds: torch.Tensor,
-    *,
-    steps: int,
-    batch_size: int,
-    model: str,
+    policy: LayeredPolicy, batch: Sequence[Case], prompt_embeds: torch.Tensor, *, steps: int, model: str
 ) -> Iterator[tuple[Case, Pixels]]:
-    """Each case with its layers `(L, H, W, 4)` uint8: `steps` Heun steps, no guidance, opaque condition.
+    """Each case of a batch of one geometry with its layers `(L, H, W, 4)` uint8: `steps` Heun steps, no guidance,
+    opaque condition.
 
     These are the released model's inference settings; with others its authors call the results garbled. `model` names
     the weights in errors.
@@ -42,48 +140,25 @@ def decompose(
     Raises:
         LayerloopError: the decoded layers are not finite.
     """
-    for batch in batches(cases, batch_size):
-        layers, height, width = batch[0].geometry
-        condition = policy.encode(np.stack([case.source for case in batch]), prompt_embeds)
-        noise = torch.cat([policy.noise(case.seed, layers, height, width) for case in batch]).to(policy.device)
-        plan = Plan(sigmas=policy.sigmas(steps, height, width), outside="heun")
-        velocity = functools.partial(policy.velocity, condition=condition)
-        final = deterministic(noise, velocity, plan, range(plan.steps))
-        pixels = policy.decode(final, height, width)
-        for case, latents, decoded in zip(batch, final, pixels, strict=True):
-            if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
-                raise LayerloopError(
-                    f"{model} decodes image {case.key} into NaN: its weights have diverged, "
-                    "evaluate an earlier iteration or lower recipe.update.learning_rate"
-                )
-            yield case, (decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    layers, height, width = batch[0].geometry
+    condition = policy.encode(np.stack([case.source for case in batch]), prompt_embeds)
+    noise = torch.cat([policy.noise(case.seed, layers, height, width) for case in batch]).to(policy.device)
+    plan = Plan(sigmas=policy.sigmas(steps, height, width), outside="heun")
+    velocity = functools.partial(policy.velocity, condition=condition)
+    final = deterministic(noise, velocity, plan, range(plan.steps))
+    pixels = policy.decode(final, height, width)
+    for case, latents, decoded in zip(batch, final, pixels, strict=True):
+        if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
+            raise LayerloopError(
+                f"{model} decodes image {case.key} into NaN: its weights have diverged, "
+                "evaluate an earlier iteration or lower recipe.update.learning_rate"
+            )
+        yield case, (decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def evaluations_per_sample(steps: int) -> int:
     """Calls of the model for one decomposition: two a Heun step, one for the last."""
     return 2 * steps - 1
-
-
-def decomposed_shard(
-    store: Store,
-    name: str,
-    policy: LayeredPolicy,
-    cases: Sequence[Case],
-    prompt_embeds: torch.Tensor,
-    *,
-    steps: int,
-    batch_size: int,
-    model: str,
-) -> tuple[Shard, bool]:
-    """The shard of these cases' decompositions, and whether it had to be sampled: an earlier attempt's is kept."""
-    kept = existing_shard(store, name, [case.name for case in cases])
-    if kept is not None:
-        return kept, False
-    found: Iterable[tuple[Case, Pixels]] = decompose(
-        policy, cases, prompt_embeds, steps=steps, batch_size=batch_size, model=model
-    )
-    found = progress(found, what=f"decomposing by {model}", unit="pictures", total=len(cases))
-    return write_shard(store, name, (_sample(case, stack) for case, stack in found)), True
 
 
 def read_decompositions(store: Store, shard: Shard) -> dict[str, Pixels]:

@@ -1,16 +1,18 @@
-"""The step `evaluate_adapter`: adapter and base decompose the same held-out pictures from the same noise."""
+"""The step `evaluate_adapter`: adapter and base decompose the same held-out images from the same noise.
+
+Under torchrun every rank decomposes its share of the images; rank 0 measures, writes the report and commits.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerloop.components.evaluate_adapter.assess import Row, assess, compare_rows
 from layerloop.components.evaluate_adapter.cases import Case, Cases, Kind, read_cases
@@ -27,29 +29,29 @@ from layerloop.components.evaluate_adapter.results import (
     samples_table,
     score_manifests,
 )
+from layerloop.components.policy.at import LoadedPolicy, policy_at
+from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.distributed import device
+from layerloop.components.runtime.distributed import failing_together, process_group, rank, shares_base
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.delivered import delivered_weights
 from layerloop.components.storage.images import encode_png
-from layerloop.components.storage.manifests import add_file, commit, read_file, verify
+from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
 
 if TYPE_CHECKING:
-    import torch
-
     from layerloop.components.layers.stack import Pixels
-    from layerloop.components.policy.model import LayeredPolicy
 
-CASES_PER_SHARD = 32  # what a killed attempt loses at most, and what is in memory at once
+CASES_PER_SHARD = 32  # per rank: what a killed attempt loses at most, and what is in memory at once
 SHOWN: dict[Kind, int] = {"designs": 7, "pictures": 4}  # samples with contact sheets
 
 Chunk = tuple[Case, ...]
 
 
-def run(*, campaign: str, iteration: int | None = None, runtime: str = "") -> StepResult:
+def run(
+    loaded: LoadedPolicy | None = None, *, campaign: str, iteration: int | None = None, runtime: str = ""
+) -> StepResult:
     """Compare an adapter with its base on held-out designs and pictures, and write the report.
 
     The adapter's weights are those that would be published: the average, where the recipe keeps one. Both sample
@@ -57,152 +59,187 @@ def run(*, campaign: str, iteration: int | None = None, runtime: str = "") -> St
     step that is run again continues; the base's are shared by all evaluations of the campaign.
 
     Args:
+        loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         iteration: Whose adapter to evaluate; by default the last committed one.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
 
+    Returns:
+        On rank 0 the evaluation; on other ranks, which are done when all is sampled, nothing.
+
     Raises:
-        LayerloopError: there is no adapter yet, nothing is held out, or the adapter decodes into NaN.
+        LayerloopError: there is no adapter yet, nothing is held out, the base is not the one that the adapter was
+            trained on, or the adapter decodes into NaN.
     """
-    opened = Campaign.open(campaign, runtime)
-    k = opened.head() if iteration is None else iteration
-    if k < 1:
+    place = Campaign.open(campaign, runtime)
+    number = place.head() if iteration is None else iteration
+    if number < 1:
         raise LayerloopError(
-            f"campaign {opened.uri} has no adapter to evaluate (iteration {k}): train an iteration first"
+            f"campaign {place.uri} has no adapter to evaluate (iteration {number}): train an iteration first"
         )
-    name = f"iteration-{k:06d}"
-    folder = opened.evaluation_dir(name)
-    done = opened.find(folder)
-    if done is not None:
-        verify(opened.store, done)
-        log(f"the evaluation of iteration {k} is committed already")
-        return _result(opened, done)
+    folder = place.evaluation_dir(_name(number))
+    if (done := already_committed(place.store, f"{folder}/{MANIFEST}", log=log)) is not None:
+        return _result(place, done)
 
-    recipe, sources, adapter = opened.recipe, opened.sources(), opened.policy(k)
-    cases = read_cases(opened, sources)
-    log(f"evaluating iteration {k} on {len(cases.of('designs'))} designs and {len(cases.of('pictures'))} pictures")
     clock = Clock()
-    policy, prompt = _load(opened, sources, adapter, clock)
-    chunks = [cases.cases[at : at + CASES_PER_SHARD] for at in range(0, len(cases.cases), CASES_PER_SHARD)]
-    base = f"evaluations/base/decompositions-{policy.fingerprint[:12]}"  # shared by all evaluations of the campaign
-    with policy.without_adapter():
-        base_shards = _sample(opened, chunks, base, policy, prompt, "base", clock)
-    weights = delivered_weights(adapter).sha256
-    tuned_shards = _sample(opened, chunks, f"{folder}/decompositions-{weights[:12]}", policy, prompt, name, clock)
+    with process_group() as device:
+        with failing_together(), clock.time("loading"):
+            cases = read_cases(place, place.sources())
+            sharded = shares_base(place.runtime.model)
+            here = policy_at(place, number, device=device, sharded=sharded, delivered=True, loaded=loaded)
+        if rank() == 0:
+            log(f"evaluating iteration {number} on {_counted(cases)}")
+        sampled = _sample(place, number, cases, here, clock)
+    if rank() != 0:
+        return StepResult()
+    measured = _measure(place, number, cases, sampled, clock)
+    facts = provenance(place.recipe, here.policy, place.policy(number), cases, clock)
+    return _result(place, _commit(place, number, cases, here, sampled, measured, facts))
 
-    base_rows = _assess(opened, chunks, base_shards, "base", clock)
-    tuned_rows = _assess(opened, chunks, tuned_shards, name, clock)
-    truth = [assess(c, c.truth, max_edits=recipe.evaluation.max_edits) for c in cases.cases if c.truth is not None]
-    comparisons = compare_rows(base_rows, tuned_rows, resamples=opened.runtime.evaluation.bootstrap, seed=recipe.seed)
 
-    shown = _shown(opened, cases, chunks, base_rows, tuned_rows, base_shards, tuned_shards)
-    scores = score_manifests(opened, k)
-    facts = provenance(recipe, policy, adapter, cases, clock)
-    report = Report(
-        title=f"Iteration {k} against its base",
-        campaign=recipe.name,
-        model=model_name(recipe),
-        counts={"designs": len(cases.of("designs")), "pictures": len(cases.of("pictures"))},
-        comparisons=comparisons,
-        reference=mean_of(truth),
-        judge=judge_sentence(scores),
-        notices=notices(cases),
-        curve=reward_curve(opened, scores),
-        shown=shown,
-        settings=settings(facts),
-        max_edits=recipe.evaluation.max_edits,
-        resamples=opened.runtime.evaluation.bootstrap,
-        version=version("layerloop"),
+def _name(iteration: int) -> str:
+    return f"iteration-{iteration:06d}"
+
+
+def _counted(cases: Cases) -> str:
+    return f"{len(cases.of('designs'))} designs and {len(cases.of('pictures'))} pictures"
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Decompositions of both models in shards: one of `base` and one of `tuned` for each of `chunks`."""
+
+    chunks: Sequence[Chunk]
+    base: Sequence[Shard]
+    tuned: Sequence[Shard]
+
+
+def _sample(place: Campaign, iteration: int, cases: Cases, here: LoadedPolicy, clock: Clock) -> Sampled:
+    """Both models' decompositions; on all ranks."""
+    from layerloop.components.evaluate_adapter.decompose import decomposed_shards
+
+    chunks = [cases.cases[start : start + CASES_PER_SHARD] for start in range(0, len(cases.cases), CASES_PER_SHARD)]
+    batch_size = place.runtime.evaluation.batch_size
+    sample = functools.partial(
+        decomposed_shards,
+        place.store,
+        here=here,
+        chunks=chunks,
+        recipe=place.recipe.evaluation,
+        batch_size=batch_size,
     )
-    metrics = metrics_json(comparisons, report.reference, facts, resamples=report.resamples)
-    files = {"metrics.json": metrics, "samples.parquet": samples_table({"base": base_rows, name: tuned_rows})}
-    files |= {_sheet_name(item.choice): encode_png(sheet(item.choice, item.strips)) for item in shown}
-    files["report.html"] = render(report)
-    manifest = Manifest(
-        kind="evaluation",
-        iteration=k,
-        shards=(*base_shards, *tuned_shards),
-        files=tuple(add_file(opened.store, f"{folder}/{file}", data) for file, data in files.items()),
-        counts={"designs": report.counts["designs"], "pictures": report.counts["pictures"], "sheets": len(shown)},
-        metadata={"base_fingerprint": policy.fingerprint, "adapter_sha256": weights},
-    )
-    return _result(opened, commit(opened.store, f"{folder}/{MANIFEST}", manifest))
+    with clock.time("sampling base"), here.policy.without_adapter():
+        stem = f"evaluations/base/decompositions-{here.base_fingerprint[:12]}"
+        base = sample(stem, model="base")
+    with clock.time("sampling adapter"):
+        stem = f"{place.evaluation_dir(_name(iteration))}/decompositions-{str(here.adapter_sha256)[:12]}"
+        tuned = sample(stem, model=_name(iteration))
+    return Sampled(chunks, base, tuned)
 
 
-def _load(opened: Campaign, sources: Manifest, adapter: Manifest, clock: Clock) -> tuple[LayeredPolicy, torch.Tensor]:
-    """The base with the adapter on it, and the cached prompt embedding `(T, E)`."""
-    from safetensors.torch import load
-
-    from layerloop.components.policy.lora import load_adapter
-    from layerloop.components.policy.model import LayeredPolicy
-    from layerloop.components.storage.folders import local_folder
-
-    model = opened.recipe.model
-    with clock.time("loading"), tempfile.TemporaryDirectory() as temporary:
-        folder = local_folder(model.base) if "://" in model.base else None
-        policy = LayeredPolicy.load(model, opened.runtime.model, device=device(), folder=folder)
-        for name, file in (
-            ("adapter_model.safetensors", delivered_weights(adapter)),
-            ("adapter_config.json", adapter.file("adapter_config.json")),
-        ):
-            (Path(temporary) / name).write_bytes(read_file(opened.store, file))
-        load_adapter(policy, temporary)
-        prompt = load(read_file(opened.store, sources.file("prompt.safetensors")))["prompt_embeds"]
-    return policy, prompt
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def _sample(
-    opened: Campaign,
-    chunks: Sequence[Chunk],
-    stem: str,
-    policy: LayeredPolicy,
-    prompt: torch.Tensor,
-    model: str,
-    clock: Clock,
-) -> list[Shard]:
-    """Shards `<stem>-000000.tar` ... of one model's decompositions, one a chunk."""
-    from layerloop.components.evaluate_adapter.decompose import decomposed_shard
+@dataclass(frozen=True)
+class Measured:
+    """Numbers of every case, in the order of the cases; `truth` of the true layers themselves."""
 
-    recipe = opened.recipe.evaluation
-    shards = []
-    with clock.time(f"sampling {'base' if model == 'base' else 'adapter'}"):
-        for index, chunk in enumerate(chunks):
-            name = f"{stem}-{index:06d}.tar"
-            shard, sampled = decomposed_shard(
-                opened.store, name, policy, chunk, prompt,
-                steps=recipe.steps, batch_size=opened.runtime.evaluation.batch_size, model=model,
-            )  # fmt: skip
-            shards.append(shard)
-            log(f"{name}: {len(chunk)} decompositions{'' if sampled else ', there already'}")
-    return shards
+    base: Sequence[Row]
+    tuned: Sequence[Row]
+    truth: Sequence[Row]
 
 
-def _assess(opened: Campaign, chunks: Sequence[Chunk], shards: Sequence[Shard], model: str, clock: Clock) -> list[Row]:
-    """Every case's numbers, in the order of the cases. A shard is in memory at a time."""
+def _measure(place: Campaign, iteration: int, cases: Cases, sampled: Sampled, clock: Clock) -> Measured:
+    measure = functools.partial(assess, max_edits=place.recipe.evaluation.max_edits)
+    with clock.time("measuring"):
+        base = _rows(place, sampled.chunks, sampled.base, measure, "base")
+        tuned = _rows(place, sampled.chunks, sampled.tuned, measure, _name(iteration))
+    return Measured(base, tuned, [measure(case, case.truth) for case in cases.cases if case.truth is not None])
+
+
+def _rows(
+    place: Campaign, chunks: Sequence[Chunk], shards: Sequence[Shard], measure: functools.partial[Row], model: str
+) -> list[Row]:
+    """Every case's numbers. A shard is in memory at a time."""
     from layerloop.components.evaluate_adapter.decompose import read_decompositions
 
-    measure = functools.partial(assess, max_edits=opened.recipe.evaluation.max_edits)
     rows: list[Row] = []
     threads = min(8, os.cpu_count() or 1)  # numpy lets go of the interpreter on large arrays
-    with clock.time("measuring"), ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         pairs = list(zip(chunks, shards, strict=True))
         for chunk, shard in progress(pairs, what=f"measuring {model}", unit="shards"):
-            stacks = read_decompositions(opened.store, shard)
+            stacks = read_decompositions(place.store, shard)
             rows += pool.map(measure, chunk, [stacks[case.name] for case in chunk])
     return rows
 
 
-def _shown(
-    opened: Campaign,
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def _commit(
+    place: Campaign,
+    iteration: int,
     cases: Cases,
-    chunks: Sequence[Chunk],
-    base_rows: Sequence[Row],
-    tuned_rows: Sequence[Row],
-    base_shards: Sequence[Shard],
-    tuned_shards: Sequence[Shard],
-) -> list[Shown]:
-    """What is shown, of each kind, with its pictures read from the shards again."""
+    here: LoadedPolicy,
+    sampled: Sampled,
+    measured: Measured,
+    facts: dict[str, Any],
+) -> Manifest:
+    """Write the report and all that it quotes, then the manifest that makes them count."""
+    shown = _shown(place, cases, sampled, measured)
+    report = _report(place, iteration, cases, measured, shown, settings(facts))
+    folder = place.evaluation_dir(_name(iteration))
+    files = {
+        "metrics.json": metrics_json(report.comparisons, report.reference, facts, resamples=report.resamples),
+        "samples.parquet": samples_table({"base": measured.base, _name(iteration): measured.tuned}),
+        **{_sheet_name(item.choice): encode_png(sheet(item.choice, item.strips)) for item in shown},
+        "report.html": render(report),
+    }
+    manifest = Manifest(
+        kind="evaluation",
+        iteration=iteration,
+        shards=(*sampled.base, *sampled.tuned),
+        files=tuple(add_file(place.store, f"{folder}/{file}", data) for file, data in files.items()),
+        counts={"designs": report.counts["designs"], "pictures": report.counts["pictures"], "sheets": len(shown)},
+        metadata={"base_fingerprint": here.base_fingerprint, "adapter_sha256": here.adapter_sha256},
+    )
+    return commit(place.store, f"{folder}/{MANIFEST}", manifest)
+
+
+def _report(
+    place: Campaign,
+    iteration: int,
+    cases: Cases,
+    measured: Measured,
+    shown: Sequence[Shown],
+    told: dict[str, str],
+) -> Report:
+    recipe, scores = place.recipe, score_manifests(place, iteration)
+    resamples = place.runtime.evaluation.bootstrap
+    return Report(
+        title=f"Iteration {iteration} against its base",
+        campaign=recipe.name,
+        model=model_name(recipe),
+        counts={"designs": len(cases.of("designs")), "pictures": len(cases.of("pictures"))},
+        comparisons=compare_rows(measured.base, measured.tuned, resamples=resamples, seed=recipe.seed),
+        reference=mean_of(measured.truth),
+        judge=judge_sentence(scores),
+        notices=notices(cases),
+        curve=reward_curve(place, scores),
+        shown=shown,
+        settings=told,
+        max_edits=recipe.evaluation.max_edits,
+        resamples=resamples,
+        version=version("layerloop"),
+    )
+
+
+def _shown(place: Campaign, cases: Cases, sampled: Sampled, measured: Measured) -> list[Shown]:
+    """What is shown, of each kind, with its images read from the shards again."""
     from layerloop.components.evaluate_adapter.decompose import read_decompositions
 
     choices: list[Choice] = []
@@ -210,17 +247,17 @@ def _shown(
         at = [index for index, case in enumerate(cases.cases) if case.kind == kind]
         choices += choose(
             [cases.cases[index] for index in at],
-            [base_rows[index] for index in at],
-            [tuned_rows[index] for index in at],
-            seed=opened.recipe.seed,
+            [measured.base[index] for index in at],
+            [measured.tuned[index] for index in at],
+            seed=place.recipe.seed,
             count=count,
         )
     wanted = {choice.case.name for choice in choices}
     stacks: dict[str, dict[str, Pixels]] = {name: {} for name in wanted}
-    for model, shards in (("Base", base_shards), ("Adapter", tuned_shards)):
-        for chunk, shard in zip(chunks, shards, strict=True):
+    for model, shards in (("Base", sampled.base), ("Adapter", sampled.tuned)):
+        for chunk, shard in zip(sampled.chunks, shards, strict=True):
             if wanted & {case.name for case in chunk}:
-                found = read_decompositions(opened.store, shard)
+                found = read_decompositions(place.store, shard)
                 for name in wanted & found.keys():
                     stacks[name][model] = found[name]
     return [Shown(choice, tuple(strips_of(choice, stacks[choice.case.name]))) for choice in choices]
@@ -230,16 +267,16 @@ def _sheet_name(choice: Choice) -> str:
     return f"sheets/{choice.case.kind}-{choice.case.name}.png"
 
 
-def _result(opened: Campaign, manifest: Manifest) -> StepResult:
-    document = json.loads(read_file(opened.store, manifest.file("metrics.json")))
+def _result(place: Campaign, manifest: Manifest) -> StepResult:
+    document = json.loads(read_file(place.store, manifest.file("metrics.json")))
     return StepResult(
         manifests={"evaluation": manifest},
-        files={"report": read_file(opened.store, manifest.file("report.html"))},
+        files={"report": read_file(place.store, manifest.file("report.html"))},
         metrics=kubeflow_metrics(document),
     )
 
 
-main = functools.partial(step_main, run, iteration_from="policy")
+main = functools.partial(step_main, run, iteration_from="policy", spread=ranks.spread)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.images import decode_png
-from layerloop.components.storage.manifests import read_file
 from layerloop.components.storage.shards import read_shard
 from layerloop.components.storage.stores import Store
-
-if TYPE_CHECKING:
-    import torch
 
 
 def train_images(sources: Manifest) -> int:
@@ -46,21 +41,3 @@ def read_images(store: Store, sources: Manifest, wanted: Sequence[int]) -> Itera
         for position, (key, members) in enumerate(read_shard(store, shard, required=("png",))):
             if position in inside:
                 yield end - shard.samples + position, key, decode_png(members["png"])
-
-
-def prompt_embedding(store: Store, sources: Manifest, width: int) -> torch.Tensor:
-    """The cached embedding of the recipe's prompt, `(T, E)` float32, for a model that takes tokens of `width`.
-
-    Raises:
-        LayerloopError: missing, or of another model's width.
-    """
-    from safetensors.torch import load
-
-    file = sources.file("prompt.safetensors")
-    embeds = load(read_file(store, file))["prompt_embeds"]
-    if embeds.ndim != 2 or embeds.shape[1] != width:
-        raise LayerloopError(
-            f"{store.uri}/{file.name} is {tuple(embeds.shape)}, the model takes tokens of width {width}: "
-            "the campaign's sources were made with another model, begin a new campaign"
-        )
-    return embeds

@@ -7,16 +7,15 @@ Under torchrun every rank samples its share of the worker's groups, and rank 0 c
 from __future__ import annotations
 
 import functools
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerloop.components.generate_rollouts.plan import GroupPlan, plan_iteration
-from layerloop.components.generate_rollouts.sources import prompt_embedding, read_images, train_images
+from layerloop.components.generate_rollouts.sources import read_images, train_images
+from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import (
@@ -33,8 +32,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.trajectory import GroupRecord, candidate_key, group_key
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.folders import local_folder
-from layerloop.components.storage.manifests import commit, load, read_file, verify
+from layerloop.components.storage.manifests import already_committed, commit
 from layerloop.components.storage.shards import existing_shard, read_shard, write_shard
 
 if TYPE_CHECKING:
@@ -47,11 +45,18 @@ Finished = tuple[Shard, GroupRecord]
 
 
 def run(
-    *, campaign: str, iteration: int | None = None, worker: int = 0, workers: int = 1, runtime: str = ""
+    loaded: LoadedPolicy | None = None,
+    *,
+    campaign: str,
+    iteration: int | None = None,
+    worker: int = 0,
+    workers: int = 1,
+    runtime: str = "",
 ) -> StepResult:
     """Sample one iteration's rollouts with the policy of the iteration before it.
 
     Args:
+        loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         iteration: Which iteration to sample; by default the one after the last committed policy.
         worker: This worker's number, from 0; it takes the groups g with g % workers == worker.
@@ -71,29 +76,30 @@ def run(
     if number < 1:
         raise LayerloopError(f"iteration is {number}: iterations count from 1")
     stem = f"{place.rollouts_dir(number)}/w{worker:02d}of{workers:02d}"
-    if (done := load(place.store, f"{stem}.json")) is not None:
-        verify(place.store, done)
-        log(f"iteration {number} of {place.uri} already has the rollouts of worker {worker} of {workers}")
+    if (done := already_committed(place.store, f"{stem}.json", log=log)) is not None:
         return _result(done)
+
+    from layerloop.components.policy.sharding import dummy_forwards
 
     with process_group() as device:
         with failing_together():
-            sources, previous = place.sources(), place.policy(number - 1)
+            sources = place.sources()
             groups = plan_iteration(place.recipe, number, train_images(sources))[worker::workers]
             names = {plan.group: f"{stem}-{n:06d}.tar" for n, plan in enumerate(groups)}
-            policy, adapter = load_policy(place, previous, device)
+            sharded = shares_base(place.runtime.model)
+            here = policy_at(place, number - 1, device=device, sharded=sharded, loaded=loaded)
+            policy, prompt, adapter = here.policy, here.prompt, here.adapter_sha256
             finished: dict[int, Finished] = {}
             todo: list[GroupPlan] = []
             for plan in groups[rank() :: world_size()]:
                 earlier = _earlier(place, number, plan.group, names[plan.group], policy.fingerprint, adapter)
                 finished |= {plan.group: earlier} if earlier else {}
                 todo += [] if earlier else [plan]
-            prompt = prompt_embedding(place.store, sources, policy.transformer.config.joint_attention_dim)
         # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
         behind = _behind(todo, place) if policy.sharded else 0
         with nullcontext() if policy.sharded else failing_together():
             bad_layers = _sample(place, number, sources, todo, names, finished, policy, prompt, adapter)
-            _keep_in_step(policy, prompt, behind)
+            dummy_forwards(policy, prompt, behind)
         everything = _gather(finished)
         with failing_together():
             manifest = None
@@ -102,36 +108,6 @@ def run(
                 manifest = commit(place.store, f"{stem}.json", manifest)
         committed = Manifest.model_validate(broadcast_json(manifest.model_dump(mode="json") if manifest else None))
     return _result(committed, seconds=time.monotonic() - begun, sampled=len(todo), bad_layers=bad_layers)
-
-
-def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tuple[LayeredPolicy, str | None]:
-    """The policy that samples: the base with the adapter of `previous`, and that adapter's sha256.
-
-    Before the first update that is the base alone, or with `recipe.lora.start_from` on it.
-    """
-    from layerloop.components.policy.adapters import weights_sha256
-    from layerloop.components.policy.lora import load_adapter, start_from
-    from layerloop.components.policy.model import LayeredPolicy
-    from layerloop.components.policy.sharding import shard_base
-
-    recipe = place.recipe
-    sharded = shares_base(place.runtime.model)
-    base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
-    policy = LayeredPolicy.load(recipe.model, place.runtime.model, device="cpu" if sharded else device, folder=base)
-    sha256: str | None = None
-    if previous.iteration:
-        with tempfile.TemporaryDirectory() as folder:
-            for name in ("adapter_model.safetensors", "adapter_config.json"):
-                (Path(folder) / name).write_bytes(read_file(place.store, previous.file(name)))
-            load_adapter(policy, folder)
-            sha256 = weights_sha256(folder)
-    elif recipe.lora.start_from is not None:
-        source = local_folder(recipe.lora.start_from)
-        start_from(policy, recipe.lora, source)
-        sha256 = weights_sha256(source)
-    if sharded:
-        shard_base(policy, device, ranks=world_size())
-    return policy, sha256
 
 
 def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
@@ -156,20 +132,6 @@ def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
         calls[rank()] += plan.nfe(batches)  # a batch takes one sample's calls
     all_reduce_sum([calls])
     return int(calls.max() - calls[rank()])
-
-
-def _keep_in_step(policy: LayeredPolicy, prompt_embeds: torch.Tensor, calls: int) -> None:
-    """Call the model for nothing, on the smallest input."""
-    import torch
-
-    from layerloop.components.policy.model import Condition
-
-    side = policy.pixel_multiple
-    prompt = prompt_embeds[None].to(policy.device, policy.dtype)
-    condition = Condition(policy.noise(0, 0, side, side).to(policy.device), prompt, side, side)
-    for _ in range(calls):
-        with torch.no_grad():
-            policy.velocity(policy.noise(0, 1, side, side).to(policy.device), 1.0, condition)
 
 
 def _earlier(

@@ -37,13 +37,19 @@ __all__ = [
     "adapter_state",
     "add_lora",
     "dead_modules",
+    "has_adapter",
     "load_adapter",
+    "lora_parameters",
     "merge_adapters",
+    "new_adapter",
     "put_adapter",
     "read_adapter",
+    "remove_adapter",
+    "replace_adapter",
     "set_adapter_state",
-    "start_from",
+    "starting_adapter",
     "target_modules",
+    "train_adapter",
     "write_diffusers",
     "write_peft",
 ]
@@ -97,9 +103,8 @@ def _block_layers(names: Iterable[str]) -> list[str]:
 # ---- on a transformer
 
 
-def add_lora(transformer: Any, recipe: LoraRecipe, *, seed: int, name: str = NAME) -> None:
-    """Put a new adapter on `transformer`: float32, A gaussian with std 1/r, B zero, so that the policy is the base
-    exactly.
+def new_adapter(transformer: Any, recipe: LoraRecipe, *, seed: int) -> Adapter:
+    """An untrained adapter: float32, A gaussian with std 1/r, B zero, so that with it the policy is the base exactly.
 
     Each A is drawn by its own seed, hashed from `seed` and the module's name: the same on every rank and for any subset
     of targets.
@@ -115,7 +120,16 @@ def add_lora(transformer: Any, recipe: LoraRecipe, *, seed: int, name: str = NAM
         generator = torch.Generator().manual_seed(seed_for(seed, module, "lora_A"))
         state[f"{module}.lora_A.weight"] = torch.randn(recipe.rank, inputs, generator=generator) / recipe.rank
         state[f"{module}.lora_B.weight"] = torch.zeros(outputs, recipe.rank)
-    put_adapter(transformer, Adapter(dict(sorted(state.items())), recipe.rank, recipe.alpha), name=name)
+    return Adapter(dict(sorted(state.items())), recipe.rank, recipe.alpha)
+
+
+def add_lora(transformer: Any, recipe: LoraRecipe, *, seed: int, name: str = NAME) -> None:
+    """Put a `new_adapter` on `transformer`.
+
+    Raises:
+        LayerloopError: a target matches no linear layer.
+    """
+    put_adapter(transformer, new_adapter(transformer, recipe, seed=seed), name=name)
 
 
 def put_adapter(transformer: Any, adapter: Adapter, *, name: str = NAME, where: str = "adapter") -> None:
@@ -166,6 +180,49 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
                 b = (b if scale == 1 else b * scale).to(x.dtype)
                 result = torch.addmm(result.flatten(0, -2), low.flatten(0, -2), b.T).view_as(result)
     return result
+
+
+def replace_adapter(transformer: Any, adapter: Adapter, *, where: str = "adapter") -> None:
+    """Put `adapter` on `transformer` in place of the one that is there, if there is one.
+
+    Where the two have the same modules, rank and scale the weights are copied: modules and parameters stay the same
+    objects, so what was compiled or sharded around them stays valid.
+
+    Raises:
+        LayerloopError: the adapter does not fit the base.
+    """
+    fitting = fitted(transformer, adapter, where=where)
+    if has_adapter(transformer):
+        present = transformer.peft_config[NAME]
+        keys = {key for key, _ in _lora_linears(transformer, NAME)}
+        if (keys, present.r, float(present.lora_alpha)) == (fitting.state.keys(), fitting.rank, float(fitting.alpha)):
+            set_adapter_state(transformer, fitting.state)
+            return
+        remove_adapter(transformer)
+    put_adapter(transformer, fitting, where=where)
+
+
+def has_adapter(transformer: Any) -> bool:
+    """Whether an adapter is on `transformer`."""
+    return NAME in (getattr(transformer, "peft_config", None) or {})
+
+
+def remove_adapter(transformer: Any) -> None:
+    """Take the adapter off `transformer`, which has the base's own modules again; nothing happens if there is none."""
+    if has_adapter(transformer):
+        transformer.unload_lora()
+
+
+def lora_parameters(transformer: Any) -> list[torch.nn.Parameter]:
+    """The adapter's matrices, trainable or not; empty where there is no adapter."""
+    return [linear.weight for _, linear in _lora_linears(transformer, NAME)]
+
+
+def train_adapter(transformer: Any, trainable: bool) -> None:
+    """Whether the adapter's matrices require gradients from here on; those that they had are dropped."""
+    for parameter in lora_parameters(transformer):
+        parameter.requires_grad_(trainable)
+        parameter.grad = None
 
 
 def set_adapter_state(transformer: Any, state: Mapping[str, torch.Tensor], *, name: str = NAME) -> None:
@@ -224,22 +281,21 @@ def load_adapter(policy: Any, folder: Path | str, *, name: str = NAME) -> Adapte
     return adapter
 
 
-def start_from(policy: Any, recipe: LoraRecipe, folder: Path | str, *, name: str = NAME) -> None:
-    """Put a trainable adapter of `recipe`'s rank, alpha and targets on `policy`, with the weights of the one in
-    `folder`.
+def starting_adapter(transformer: Any, recipe: LoraRecipe, folder: Path | str) -> Adapter:
+    """The adapter in `folder` as one of `recipe`'s rank, alpha and targets.
 
     Another alpha / r is folded into B, so the function is the same.
 
     Raises:
         LayerloopError: its rank or its modules are not the recipe's.
     """
-    source = fitted(policy.transformer, read_adapter(folder), where=str(folder))
+    source = fitted(transformer, read_adapter(folder), where=str(folder))
     if source.rank != recipe.rank:
         raise LayerloopError(
             f"{folder} has rank {source.rank} but recipe.lora.rank is {recipe.rank}: "
             f"set recipe.lora.rank to {source.rank}"
         )
-    wanted, given = target_modules(policy.transformer, recipe.targets), set(source.modules)
+    wanted, given = target_modules(transformer, recipe.targets), set(source.modules)
     for module in sorted(given.symmetric_difference(wanted)):
         raise LayerloopError(
             f"{folder} has {'no weights' if module in wanted else 'weights'} for {module}, which recipe.lora.targets "
@@ -247,7 +303,7 @@ def start_from(policy: Any, recipe: LoraRecipe, folder: Path | str, *, name: str
         )
     ratio = (source.alpha / source.rank) / (recipe.alpha / recipe.rank)
     state = {k: v * ratio if k.endswith("lora_B.weight") and ratio != 1 else v for k, v in source.state.items()}
-    put_adapter(policy.transformer, Adapter(state, recipe.rank, recipe.alpha), name=name, where=str(folder))
+    return Adapter(state, recipe.rank, recipe.alpha)
 
 
 def fitted(transformer: Any, adapter: Adapter, *, where: str) -> Adapter:

@@ -305,13 +305,17 @@ class LayeredPolicy:
     def without_adapter(self) -> Iterator[None]:
         """Within this context the policy is the frozen base, bit for bit."""
         adapted = bool(getattr(self.transformer, "_hf_peft_config_loaded", False))
+        trainable = [p for name, p in self.transformer.named_parameters() if ".lora_" in name and p.requires_grad]
         if adapted:
             self.transformer.disable_adapters()
         try:
             yield
         finally:
             if adapted:
-                self.transformer.enable_adapters()
+                self.transformer.enable_adapters()  # makes every adapter trainable, a frozen one as well
+                self.transformer.requires_grad_(False)
+                for parameter in trainable:
+                    parameter.requires_grad_(True)
 
     # ---- packing
 

@@ -6,7 +6,6 @@ mended; this costs seconds and loads no weights of the base, whatever its size.
 
 from __future__ import annotations
 
-import types
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +104,8 @@ def _check_attention(name: str) -> None:
 
 def _check_lora(recipe: Recipe, transformer: Any, start: Path | None) -> None:
     """Raises LayerloopError for targets that name no layer or none that changes the output, and for an adapter that
-    `start_from` refuses."""
-    from layerloop.components.policy.lora import start_from, target_modules
+    `recipe.lora.start_from` cannot name."""
+    from layerloop.components.policy.lora import starting_adapter, target_modules
 
     targets = recipe.lora.targets
     if not target_modules(transformer, targets):
@@ -119,7 +118,7 @@ def _check_lora(recipe: Recipe, transformer: Any, start: Path | None) -> None:
         )
     if start is not None:
         try:
-            start_from(types.SimpleNamespace(transformer=transformer), recipe.lora, start)
+            starting_adapter(transformer, recipe.lora, start)
         except LayerloopError as error:
             raise LayerloopError(f"recipe.lora.start_from is {recipe.lora.start_from}: {error}") from error.__cause__
 

@@ -2,9 +2,9 @@
 
 Each layout is loaded back the way its users load it, peft's by `PeftModel.from_pretrained` and diffusers' by
 `QwenImageLayeredPipeline.load_lora_weights`, on the same base in memory, and its velocities are compared with those of
-the adapter as the campaign has it. In float32 they must be equal bit for bit. Where the base is bfloat16, diffusers
-rounds the adapter to bfloat16 on loading, so there the root mean square of the difference may be a tenth of that of
-the adapter's own effect, above the resolution of a bfloat16 velocity.
+the adapter as the campaign has it. In float32 they must be equal bit for bit. Where the base is bfloat16, peft
+multiplies in float32 and diffusers rounds the adapter to bfloat16 on loading, so there the root mean square of the
+difference may be a tenth of that of the adapter's own effect, above the resolution of a bfloat16 velocity.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from layerloop.components.policy.adapters import NAME, Adapter
-from layerloop.components.policy.lora import put_adapter, write_diffusers, write_peft
+from layerloop.components.policy.adapters import Adapter
+from layerloop.components.policy.lora import put_adapter, remove_adapter, write_diffusers, write_peft
 from layerloop.components.policy.model import Condition
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.seeds import seed_for
@@ -98,23 +98,21 @@ def _with_campaign_adapter(policy: LayeredPolicy, adapter: Adapter) -> Iterator[
     try:
         yield
     finally:
-        policy.transformer.delete_adapters(NAME)
+        remove_adapter(policy.transformer)
 
 
 @contextmanager
 def _with_peft(policy: LayeredPolicy, folder: Path) -> Iterator[None]:
     from peft import PeftModel
 
-    transformer = policy.transformer
-    try:
-        loaded = PeftModel.from_pretrained(transformer, str(folder))
+    try:  # puts the adapter into the transformer that it is given; what it returns wraps that one
+        loaded = PeftModel.from_pretrained(policy.transformer, str(folder))
     except Exception as error:  # peft raises many kinds; each means that users could not load it either
         raise LayerloopError(f"peft cannot load the adapter back: {_one_line(error)}: nothing is published") from error
-    policy.transformer = loaded
     try:
         yield
     finally:
-        policy.transformer = loaded.unload()
+        loaded.unload()
 
 
 @contextmanager

@@ -8,22 +8,23 @@ import functools
 import json
 import re
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from layerloop.components.policy.at import LoadedPolicy, policy_at
+from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.distributed import device
+from layerloop.components.runtime.distributed import failing_together, process_group, rank, shares_base
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.delivered import delivered_weights
-from layerloop.components.storage.folders import local_folder
-from layerloop.components.storage.manifests import add_file, commit, read_file, verify
+from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
 
 if TYPE_CHECKING:
-    import torch
-
     from layerloop.components.policy.adapters import Adapter
     from layerloop.components.publish_adapter.layouts import Proof
 
@@ -31,10 +32,18 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 CARD = "README.md"
 
 
-def run(*, campaign: str, name: str = "", iteration: int | None = None, runtime: str = "") -> StepResult:
+def run(
+    loaded: LoadedPolicy | None = None,
+    *,
+    campaign: str,
+    name: str = "",
+    iteration: int | None = None,
+    runtime: str = "",
+) -> StepResult:
     """Publish one iteration's adapter under a name, as `published/<name>/`.
 
     Args:
+        loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         name: Folder under `published/`: letters, digits, dot, dash and underscore; by default the recipe's name and the
             iteration, so that every run of a campaign publishes under a name of its own.
@@ -42,9 +51,13 @@ def run(*, campaign: str, name: str = "", iteration: int | None = None, runtime:
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
 
+    Returns:
+        On rank 0 the publication; on other ranks, of which there are some only where they share the base, nothing.
+
     Raises:
         LayerloopError: a name that is no folder name, or that holds another adapter already; no adapter to publish; a
-            layout that does not give the campaign's output when it is loaded back. Nothing is committed then.
+            base that the adapter was not trained on; a layout that does not give the campaign's output when it is
+            loaded back. Nothing is committed then.
     """
     if name and not NAME.fullmatch(name):
         raise LayerloopError(
@@ -55,85 +68,83 @@ def run(*, campaign: str, name: str = "", iteration: int | None = None, runtime:
     if number < 1:
         raise LayerloopError(f"campaign {place.uri} has no adapter to publish (iteration {number}): train it first")
     name = name or f"{place.recipe.name}-{number:06d}"
-    policy_manifest = place.policy(number)
-    source = delivered_weights(policy_manifest)
     folder = place.published_dir(name)
-    if (done := place.find(folder)) is not None:
-        return _already(place, done, name, number, source.sha256)
+    if (done := already_committed(place.store, f"{folder}/{MANIFEST}", log=log)) is not None:
+        _check_same(place, done, number)
+        return _result(place, done)
 
-    from layerloop.components.policy.model import LayeredPolicy
+    with process_group() as device, tempfile.TemporaryDirectory() as temporary:
+        with failing_together():
+            sharded = shares_base(place.runtime.model)
+            here = policy_at(place, number, device=device, sharded=sharded, delivered=True, loaded=loaded)
+        made = _make(place, here, Path(temporary))
+        if rank() != 0:
+            return StepResult()
+        log(
+            f"{name}: both layouts give the campaign's output, differences {made.proof.peft:g} and "
+            f"{made.proof.diffusers:g}"
+        )
+        return _result(place, _commit(place, name, number, here, made))
+
+
+@dataclass(frozen=True)
+class Made:
+    """Both layouts of an adapter, in a local folder, and the proof that they work."""
+
+    adapter: Adapter
+    root: Path
+    paths: list[Path]  # relative to `root`
+    proof: Proof
+
+
+def _make(place: Campaign, here: LoadedPolicy, root: Path) -> Made:
+    """Write both layouts and load them back; the policy is the base alone afterwards."""
+    from layerloop.components.policy.lora import adapter_of, remove_adapter
     from layerloop.components.publish_adapter.layouts import prove, write_layouts
 
-    recipe = place.recipe
-    local = local_folder(recipe.model.base) if "://" in recipe.model.base else None
-    policy = LayeredPolicy.load(recipe.model, place.runtime.model, device=device(), folder=local)
-    if policy.fingerprint != policy_manifest.metadata.get("base_fingerprint"):
-        raise LayerloopError(
-            f"base model {recipe.model.base} has fingerprint {policy.fingerprint[:12]}, the adapter was trained on "
-            f"{str(policy_manifest.metadata.get('base_fingerprint'))[:12]}: use the model that the campaign began with"
-        )
-    adapter = campaign_adapter(place, policy_manifest)
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        paths = write_layouts(adapter, root, policy=policy, base=recipe.model.base)
-        proof = prove(adapter, root, policy=policy, prompt_embeds=_prompt_embeds(place))
-        log(f"{name}: both layouts give the campaign's output, differences {proof.peft:g} and {proof.diffusers:g}")
-        card = _card(place, name, policy_manifest, adapter, proof, root)
-        files = tuple(add_file(place.store, f"{folder}/{path.as_posix()}", root / path) for path in paths)
+    adapter = adapter_of(here.policy.transformer)
+    remove_adapter(here.policy.transformer)
+    paths = write_layouts(adapter, root, policy=here.policy, base=place.recipe.model.base)
+    return Made(adapter, root, paths, prove(adapter, root, policy=here.policy, prompt_embeds=here.prompt))
+
+
+def _commit(place: Campaign, name: str, iteration: int, here: LoadedPolicy, made: Made) -> Manifest:
+    """Write the layouts and the card, then the manifest that makes them count."""
+    folder, policy = place.published_dir(name), place.policy(iteration)
+    card = _card(place, name, policy, made.adapter, made.proof, made.root)
+    files = tuple(add_file(place.store, f"{folder}/{path.as_posix()}", made.root / path) for path in made.paths)
     files += (add_file(place.store, f"{folder}/{CARD}", card),)
     manifest = Manifest(
         kind="published",
-        iteration=number,
+        iteration=iteration,
         files=files,
-        counts={"adapter_parameters": adapter.parameters, "bytes": sum(file.bytes for file in files)},
+        counts={"adapter_parameters": made.adapter.parameters, "bytes": sum(file.bytes for file in files)},
         metadata={
             "name": name,
-            "source_sha256": source.sha256,
-            "averaged": _averaged(source),
-            "base": recipe.model.base,
-            "base_fingerprint": policy.fingerprint,
-            "adapter_effect": proof.effect,
-            "difference_peft": proof.peft,
-            "difference_diffusers": proof.diffusers,
+            "source_sha256": here.adapter_sha256,
+            "averaged": _averaged(delivered_weights(policy)),
+            "base": place.recipe.model.base,
+            "base_fingerprint": here.base_fingerprint,
+            "adapter_effect": made.proof.effect,
+            "difference_peft": made.proof.peft,
+            "difference_diffusers": made.proof.diffusers,
         },
     )
-    return _result(place, commit(place.store, f"{folder}/{MANIFEST}", manifest))
-
-
-def campaign_adapter(place: Campaign, policy: Manifest) -> Adapter:
-    """The adapter of a policy as users should have it: averaged, where the recipe keeps an average."""
-    from layerloop.components.policy.adapters import read_adapter
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, stored in (
-            ("adapter_model.safetensors", delivered_weights(policy)),
-            ("adapter_config.json", policy.file("adapter_config.json")),
-        ):
-            (Path(folder) / name).write_bytes(read_file(place.store, stored))
-        return read_adapter(folder)
+    return commit(place.store, f"{folder}/{MANIFEST}", manifest)
 
 
 def _averaged(weights: File) -> bool:
     return not weights.name.endswith("/adapter_model.safetensors")
 
 
-def _already(place: Campaign, done: Manifest, name: str, iteration: int, sha256: str) -> StepResult:
-    """The publication of that name, if it is of these very weights."""
-    if (done.iteration, done.metadata.get("source_sha256")) != (iteration, sha256):
+def _check_same(place: Campaign, done: Manifest, iteration: int) -> None:
+    """Raises LayerloopError where the publication is not of the very weights of this iteration."""
+    source = delivered_weights(place.policy(iteration))
+    if (done.iteration, done.metadata.get("source_sha256")) != (iteration, source.sha256):
         raise LayerloopError(
-            f"{place.uri}/{place.published_dir(name)} already holds the adapter of iteration {done.iteration}, not of "
-            f"{iteration}: choose another name"
+            f"{place.uri}/{place.published_dir(str(done.metadata.get('name')))} already holds the adapter of iteration "
+            f"{done.iteration}, not of {iteration}: choose another name"
         )
-    verify(place.store, done)
-    log(f"iteration {iteration} of {place.uri} is already published as {name}")
-    return _result(place, done)
-
-
-def _prompt_embeds(place: Campaign) -> torch.Tensor:
-    """The cached embedding of the recipe's prompt, `prompt_embeds[T, E]`."""
-    from safetensors.torch import load
-
-    return load(read_file(place.store, place.sources().file("prompt.safetensors")))["prompt_embeds"]
 
 
 def _card(place: Campaign, name: str, policy: Manifest, adapter: Adapter, proof: Proof, root: Path) -> bytes:
@@ -176,7 +187,13 @@ def _result(place: Campaign, manifest: Manifest) -> StepResult:
     )
 
 
-main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=0)
+def _spread(module: str, argv: Sequence[str], arguments: Mapping[str, Any]) -> int | None:
+    """Several processes only where they share a base that one GPU does not hold: there is nothing else to share out."""
+    sharded = Campaign.open(arguments["campaign"], arguments.get("runtime") or "").runtime.model.fsdp
+    return ranks.spread(module, argv, arguments) if sharded else None
+
+
+main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=0, spread=_spread)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -47,7 +47,7 @@ def step_main(
     *,
     iteration_from: str | None = None,
     iteration_offset: int = 0,
-    spread: Callable[[str, Sequence[str]], int | None] | None = None,
+    spread: Callable[[str, Sequence[str], Mapping[str, Any]], int | None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run a step from its command line or from `--executor-input`.
@@ -57,8 +57,9 @@ def step_main(
             help is taken from the `Args:` section of its docstring.
         iteration_from: the input artifact whose `iteration` metadata gives the argument `iteration` of a Kubeflow task.
         iteration_offset: what is added to it.
-        spread: of a step that shares its work among ranks: runs a module with arguments in several processes and
-            returns its exit status, or None where one process will do (ranks.py).
+        spread: of a step that shares its work among ranks: runs a module with a command line in several processes and
+            returns its exit status, or None where one process will do (ranks.py). It is given the arguments of `run`
+            as well, for a step whose number of processes depends on them.
         argv: arguments, by default the process's own.
 
     Returns:
@@ -77,7 +78,7 @@ def step_main(
         if missing:
             parser.error(f"these are required: {', '.join(missing)}")
         if spread is not None:
-            status = spread(f"layerloop.components.{name}", sys.argv[1:] if argv is None else argv)
+            status = spread(f"layerloop.components.{name}", sys.argv[1:] if argv is None else argv, arguments)
             if status is not None:
                 return status
         log(f"started {name} {_seconds_since_process_start():.3f} s after process start")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from layerloop.components.schema.runtime import ModelRuntime
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # of one collective: ranks may load a 40 GB model at different speeds
 
@@ -54,7 +56,10 @@ def shares_base(model: ModelRuntime) -> bool:
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """The device of this process, in a process group (nccl on GPUs, gloo on CPUs) where there is more than one rank."""
+    """The device of this process, in a process group (nccl on GPUs, gloo on CPUs) where there is more than one rank.
+
+    A group that there is already is used and left as it is: steps may run inside the group of a program around them.
+    """
     here = device()
     if world_size() == 1:
         yield here
@@ -62,6 +67,9 @@ def process_group() -> Iterator[torch.device]:
     import torch
     import torch.distributed as dist
 
+    if dist.is_initialized():
+        yield here
+        return
     if here.type == "cuda":
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -107,6 +115,17 @@ def broadcast_json(value: object) -> object:
         buffer[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     dist.broadcast(buffer, src=0)
     return json.loads(bytes(buffer.numpy().tobytes()))
+
+
+def gather_to_first(value: T) -> list[T]:
+    """Every rank's value in the order of the ranks, on rank 0; an empty list on the others."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    gathered: list[T] | None = [value] * world_size() if rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered or []
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
@@ -17,8 +17,10 @@ from layerloop.components.schema.errors import LayerloopError
 VARIABLE = "LAYERLOOP_PROCESSES"
 
 
-def spread(module: str, arguments: Sequence[str]) -> int | None:
-    """Run `python -m module arguments` in as many processes as are wanted, where that is more than this one.
+def spread(module: str, argv: Sequence[str], arguments: Mapping[str, object]) -> int | None:
+    """Run `python -m module argv` in as many processes as are wanted, where that is more than this one.
+
+    `arguments`, those of the step's `run`, make no difference here.
 
     Returns:
         The exit status, or None where the caller is to do the work itself.
@@ -30,7 +32,7 @@ def spread(module: str, arguments: Sequence[str]) -> int | None:
     if processes == 1:
         return None
     log(f"running {module} in {processes} processes")
-    return launch(module, arguments, processes=processes)
+    return launch(module, argv, processes=processes)
 
 
 def wanted() -> int:

@@ -31,7 +31,7 @@ from layerloop.components.score_rollouts.results import (
 )
 from layerloop.components.score_rollouts.scoring import ScoredGroup, Scorer
 from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.manifests import add_file, commit, verify
+from layerloop.components.storage.manifests import add_file, already_committed, commit
 from layerloop.components.storage.shards import write_shard
 
 
@@ -53,10 +53,7 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
     recipe = opened.recipe
     k = opened.head() + 1 if iteration is None else iteration
     folder = opened.scores_dir(k)
-    done = opened.find(folder)
-    if done is not None:
-        verify(opened.store, done)
-        log(f"scores of iteration {k} are committed already")
+    if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
         return _result(done)
 
     url = judge_url or os.environ.get("OPENAI_BASE_URL", "")

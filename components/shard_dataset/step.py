@@ -34,7 +34,7 @@ from layerloop.components.shard_dataset.pictures import (
 )
 from layerloop.components.shard_dataset.spool import Spool
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
-from layerloop.components.storage.manifests import add_file, commit, describe_file, verify
+from layerloop.components.storage.manifests import add_file, already_committed, commit, describe_file
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.shards import existing_shard, write_shard
 from layerloop.components.storage.stores import open_store, read_uri
@@ -68,11 +68,9 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "", runt
     begun = Campaign.create_or_open(campaign, chosen, runtime) if store.exists(RECIPE) else None
     place = begun or Campaign(store, chosen, read_runtime(runtime, chosen))  # not kept yet
     check_nothing_lost(moved, place.runtime)
-    done = begun.find(begun.sources_dir) if begun else None
+    done = already_committed(store, f"{begun.sources_dir}/{MANIFEST}", log=log) if begun else None
     if begun and done:
         check_same_inputs(done, images=images, designs=designs)
-        verify(store, done)
-        log(f"sources of {store.uri} are committed: {done.counts['train']} train images")
         return _result(begun, done)
 
     if not images.strip():

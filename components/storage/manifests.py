@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from layerloop.components.schema.errors import LayerloopError
@@ -34,6 +35,20 @@ def commit(store: Store, name: str, manifest: Manifest) -> Manifest:
     if stored != manifest:
         verify(store, stored)
     return stored
+
+
+def already_committed(store: Store, name: str, *, log: Callable[[str], None]) -> Manifest | None:
+    """How every step begins: the manifest that an earlier attempt committed under `name`, verified and logged; None
+    where there is work to do.
+
+    Raises:
+        LayerloopError: what the manifest names is missing or has another size.
+    """
+    done = load(store, name)
+    if done is not None:
+        verify(store, done)
+        log(f"{store.uri}/{name} is committed already")
+    return done
 
 
 def load(store: Store, name: str) -> Manifest | None:

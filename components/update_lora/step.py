@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import (
@@ -27,23 +28,23 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.folders import local_folder
-from layerloop.components.storage.manifests import add_file, commit, read_file, verify
+from layerloop.components.storage.manifests import add_file, already_committed, commit
 from layerloop.components.storage.shards import read_shard
 
 if TYPE_CHECKING:
-    import torch
-
     from layerloop.components.policy.model import LayeredPolicy
     from layerloop.components.update_lora.advantages import Advantages
     from layerloop.components.update_lora.diagnostics import Diagnostics
     from layerloop.components.update_lora.state import TrainingState
 
 
-def run(*, campaign: str, iteration: int | None = None, runtime: str = "") -> StepResult:
+def run(
+    loaded: LoadedPolicy | None = None, *, campaign: str, iteration: int | None = None, runtime: str = ""
+) -> StepResult:
     """Update the adapter from one iteration's rollouts and scores.
 
     Args:
+        loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         iteration: Which iteration to learn from; by default the one after the last committed policy.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
@@ -60,9 +61,7 @@ def run(*, campaign: str, iteration: int | None = None, runtime: str = "") -> St
     if number < 1:
         raise LayerloopError(f"iteration is {number}: iterations count from 1")
     folder = place.policy_dir(number)
-    if (done := place.find(folder)) is not None:
-        verify(place.store, done)
-        log(f"iteration {number} of {place.uri} already has its policy")
+    if (done := already_committed(place.store, f"{folder}/{MANIFEST}", log=log)) is not None:
         return _result(done)
 
     from layerloop.components.update_lora.advantages import advantages_of
@@ -87,14 +86,16 @@ def run(*, campaign: str, iteration: int | None = None, runtime: str = "") -> St
             )
             if rank() == 0:
                 _log_advantages(advantages, number)
-            policy, adapter = load_policy(place, previous, device)
+            sharded = shares_base(place.runtime.model)
+            here = policy_at(place, number - 1, device=device, sharded=sharded, trainable=True, loaded=loaded)
+            policy, adapter = here.policy, here.adapter_sha256
             expected = Expected(
                 number, policy.fingerprint, adapter, recipe.update.algorithm, timesteps_of(recipe),
                 token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
             )  # fmt: skip
             groups = read_groups(place.store, rollouts, candidates_of(steps, rank()), expected)
             state = TrainingState.resume(policy, recipe.update, place.store, previous, number)
-        prompt_embeds = _prompt_embeds(place).to(device, policy.dtype)
+        prompt_embeds = here.prompt.to(device, policy.dtype)
         diagnostics = learn(policy, state, steps, groups, prompt_embeds, recipe, iteration=number)
         with failing_together():
             manifest = None
@@ -112,45 +113,6 @@ def score_rows(place: Campaign, iteration: int) -> list[ScoreRow]:
         for shard in place.scores(iteration).shards
         for key, members in read_shard(place.store, shard, required=("json",))
     ]
-
-
-def load_policy(place: Campaign, previous: Manifest, device: torch.device) -> tuple[LayeredPolicy, str | None]:
-    """The base with the adapter of `previous` on it, trainable, and the adapter's sha256 as the rollouts must name it.
-
-    Before the first iteration the adapter is a new one (which leaves the base as it is) or `recipe.lora.start_from`.
-    """
-    from layerloop.components.policy.adapters import weights_sha256
-    from layerloop.components.policy.lora import add_lora, load_adapter, start_from
-    from layerloop.components.policy.model import LayeredPolicy
-    from layerloop.components.policy.sharding import shard_base
-
-    recipe = place.recipe
-    sharded = shares_base(place.runtime.model)
-    base = local_folder(recipe.model.base) if "://" in recipe.model.base else None
-    policy = LayeredPolicy.load(recipe.model, place.runtime.model, device="cpu" if sharded else device, folder=base)
-    sha256: str | None = None
-    if previous.iteration:
-        with tempfile.TemporaryDirectory() as folder:
-            for name in ("adapter_model.safetensors", "adapter_config.json"):
-                (Path(folder) / name).write_bytes(read_file(place.store, previous.file(name)))
-            load_adapter(policy, folder)
-        sha256 = previous.file("adapter_model.safetensors").sha256
-    elif recipe.lora.start_from is not None:
-        source = local_folder(recipe.lora.start_from)
-        start_from(policy, recipe.lora, source)
-        sha256 = weights_sha256(source)
-    else:
-        add_lora(policy.transformer, recipe.lora, seed=recipe.seed)
-    if sharded:
-        shard_base(policy, device, ranks=world_size())
-    return policy, sha256
-
-
-def _prompt_embeds(place: Campaign) -> torch.Tensor:
-    """The cached embedding of the recipe's prompt, `prompt_embeds[T, E]`."""
-    from safetensors.torch import load
-
-    return load(read_file(place.store, place.sources().file("prompt.safetensors")))["prompt_embeds"]
 
 
 def _log_advantages(advantages: Advantages, iteration: int) -> None:

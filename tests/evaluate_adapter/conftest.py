@@ -102,9 +102,8 @@ class Lab:
         where = self.campaign.policy_dir(iteration)
         names = ("adapter_model.safetensors", "adapter_config.json")
         files = tuple(add_file(self.store, f"{where}/{name}", folder / name) for name in names)
-        manifest = Manifest(
-            kind="policy", iteration=iteration, files=files, metadata={"adapter_sha256": files[0].sha256}
-        )
+        told: dict[str, JsonValue] = {"adapter_sha256": files[0].sha256, "base_fingerprint": policy.fingerprint}
+        manifest = Manifest(kind="policy", iteration=iteration, files=files, metadata=told)
         commit(self.store, f"{where}/{MANIFEST}", manifest)
 
     def scores(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from layerloop.components.generate_rollouts import candidates
 from layerloop.components.generate_rollouts.plan import initial_seed
 from layerloop.components.generate_rollouts.step import run
 from layerloop.components.policy import lora, sampling
+from layerloop.components.policy.at import policy_at
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import LoraRecipe
@@ -48,7 +50,9 @@ def commit_policy(campaign: Campaign, folder: Path, *, iteration: int = 1, scale
         add_file(campaign.store, f"{campaign.policy_dir(iteration)}/{path.name}", path)
         for path in sorted(folder.iterdir())
     )
-    manifest = Manifest(kind="policy", iteration=iteration, files=files)
+    manifest = Manifest(
+        kind="policy", iteration=iteration, files=files, metadata={"base_fingerprint": policy.fingerprint}
+    )
     return commit(campaign.store, f"{campaign.policy_dir(iteration)}/manifest.json", manifest)
 
 
@@ -185,16 +189,53 @@ def test_the_policy_of_the_iteration_before_samples(make_campaign, tmp_path) -> 
         assert torch.equal(step[0], latents[1]) == adapted
 
 
-def test_a_campaign_may_start_from_an_adapter(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    commit_policy(make_campaign(), tmp_path / "adapter")
-    campaign = make_campaign(
-        lora={"rank": 2, "alpha": 16, "start_from": str(tmp_path / "adapter")}, rollout={"groups": 1}
-    )
-    manifest = run(campaign=campaign.uri).manifests["rollouts"]
-    import hashlib
+def replayed(policy: LayeredPolicy, campaign: Campaign, iteration: int) -> torch.Tensor:
+    """Candidate 0 of group 0, its window computed again from its first latents by `policy`: `(w+1, S, 64)`."""
+    found, key = samples(campaign, iteration), f"i{iteration:06d}-g000000"
+    record = GroupRecord.from_json(found[key]["json"], where=key)
+    prompt = load(campaign.store.read("sources/prompt.safetensors"))["prompt_embeds"]
+    condition = policy.encode(decode_png(found[key]["source.png"])[None], prompt)
+    plan, latents = sampling.Plan.of(record), [window_of(campaign, iteration)[0]]
+    for j, i in enumerate(plan.window):
+        x = latents[-1][None]
+        with torch.no_grad():
+            v = policy.velocity(x.expand(2, -1, -1), plan.sigmas[i], condition)[:1]  # as many rows as a batch has
+        a, b, s = sampling.COEFFICIENTS[plan.dynamics](plan.sigmas, i, plan.etas[j])
+        noise = candidates.step_noise(policy, campaign.recipe.seed, record, 0, j)
+        latents.append((sampling.step_mean(x, v, a, b) + s * noise)[0])
+    return torch.stack(latents)
 
+
+def window_of(campaign: Campaign, iteration: int) -> torch.Tensor:
+    members = samples(campaign, iteration)[f"i{iteration:06d}-g000000-c00"]
+    return load(members["trajectory.safetensors"])["window"]
+
+
+def test_the_adapter_that_a_campaign_starts_from_samples_and_is_what_the_learner_replays(
+    make_campaign, tmp_path
+) -> None:  # type: ignore[no-untyped-def]
+    """Sampler and learner joined. The adapter's alpha is not the recipe's, so its scale has to be kept as well."""
+    commit_policy(make_campaign(), tmp_path / "adapter")
+    lora_section = {"rank": 2, "alpha": 8, "start_from": str(tmp_path / "adapter")}
+    campaign = make_campaign(lora=lora_section, rollout={"groups": 1})
+    manifest = run(campaign=campaign.uri).manifests["rollouts"]
     weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert manifest.metadata["adapter_sha256"] == hashlib.sha256(weights).hexdigest()
+
+    learner = policy_at(campaign, 0, device="cpu", trainable=True)  # as update_lora loads it
+    assert learner.adapter_sha256 == manifest.metadata["adapter_sha256"]
+    assert learner.policy.trainable_parameters()
+    assert torch.equal(replayed(learner.policy, campaign, 1), window_of(campaign, 1))
+
+    alone = LayeredPolicy.load(campaign.recipe.model)
+    assert not torch.equal(replayed(alone, campaign, 1)[1:], window_of(campaign, 1)[1:])
+    lora.load_adapter(alone, tmp_path / "adapter")  # the adapter itself, not by way of the recipe
+    assert torch.equal(replayed(alone, campaign, 1), window_of(campaign, 1))
+
+    bare = make_campaign(rollout={"groups": 1})
+    run(campaign=bare.uri)
+    assert torch.equal(window_of(bare, 1)[0], window_of(campaign, 1)[0]), "the same noise to begin with"
+    assert not torch.equal(window_of(bare, 1)[1], window_of(campaign, 1)[1])
 
 
 def test_a_shared_prefix_gives_a_group_one_start(make_campaign) -> None:  # type: ignore[no-untyped-def]
@@ -299,7 +340,9 @@ def test_an_adapter_of_another_base_is_refused(make_campaign, tmp_path) -> None:
     state[key] = torch.zeros(2, 96)
     save_file(state, folder / "adapter_model.safetensors")
     files = tuple(add_file(campaign.store, f"{campaign.policy_dir(1)}/{p.name}", p) for p in sorted(folder.iterdir()))
-    commit(campaign.store, f"{campaign.policy_dir(1)}/manifest.json", Manifest(kind="policy", iteration=1, files=files))
+    told = {"base_fingerprint": LayeredPolicy.load(campaign.recipe.model).fingerprint}
+    manifest = Manifest(kind="policy", iteration=1, files=files, metadata=told)
+    commit(campaign.store, f"{campaign.policy_dir(1)}/manifest.json", manifest)
     with pytest.raises(LayerloopError, match=r"has shape 2x96, the base needs 2x64"):
         run(campaign=campaign.uri)
     assert campaign.worker_manifests(2) == {}

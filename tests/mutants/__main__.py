@@ -70,8 +70,7 @@ def read_faults(path: Path = FAULTS) -> list[Fault]:
         ValueError: two faults of one name, or one that changes nothing.
     """
     faults = [
-        Fault(**{**entry, "tests": tuple(entry["tests"])})
-        for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
+        Fault(**{**entry, "tests": tuple(entry["tests"])}) for entry in yaml.safe_load(path.read_text(encoding="utf-8"))
     ]
     names = [fault.name for fault in faults]
     for fault in faults:

@@ -215,7 +215,8 @@ def test_an_adapter_that_peft_saved_with_dead_layers_is_loaded_without_them(base
     assert not any(".1.txt_mlp." in name for name in ours.trainable_parameters())
 
     started = LayeredPolicy.load(base_recipe)
-    lora.start_from(started, LoraRecipe(rank=4, alpha=16), tmp_path)  # another alpha, the same function
+    starting = lora.starting_adapter(started.transformer, LoraRecipe(rank=4, alpha=16), tmp_path)
+    lora.put_adapter(started.transformer, starting)  # another alpha, the same function
     assert torch.allclose(output(started, condition), expected, atol=1e-5)
     assert lora.adapter_of(started.transformer).alpha == 16
 
@@ -338,11 +339,13 @@ def test_files_that_are_no_adapter_are_named(trained, tmp_path) -> None:  # type
 def test_starting_from_an_adapter_of_another_shape_than_the_recipe_says_what_to_set(trained, policy, tmp_path) -> None:  # type: ignore[no-untyped-def]
     lora.write_peft(lora.adapter_of(trained.transformer), tmp_path, transformer=trained.transformer)
     with pytest.raises(LayerloopError, match=r"has rank 4 but recipe\.lora\.rank is 16: set recipe\.lora\.rank to 4"):
-        lora.start_from(policy, LoraRecipe(), tmp_path)
+        lora.starting_adapter(policy.transformer, LoraRecipe(), tmp_path)
     with pytest.raises(LayerloopError, match=r"has weights for .*add_k_proj, which recipe\.lora\.targets leaves out"):
-        lora.start_from(policy, LoraRecipe(rank=4, targets=("to_q",)), tmp_path)
+        lora.starting_adapter(policy.transformer, LoraRecipe(rank=4, targets=("to_q",)), tmp_path)
     with pytest.raises(LayerloopError, match=r"has no weights for .*img_mod\.1, which recipe\.lora\.targets asks for"):
-        lora.start_from(policy, LoraRecipe(rank=4, targets=(*LoraRecipe().targets, "img_mod.1")), tmp_path)
+        lora.starting_adapter(
+            policy.transformer, LoraRecipe(rank=4, targets=(*LoraRecipe().targets, "img_mod.1")), tmp_path
+        )
 
 
 # ---- state

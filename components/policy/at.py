@@ -1,0 +1,161 @@
+"""The policy at an iteration of a campaign: the base, that iteration's adapter on it, and the campaign's prompt.
+
+The one place where a step gets its policy from, and the one file of `policy/` that knows of campaigns. An iteration is
+read from the campaign every time, also where the base is in memory already: what a step left in the weights, trained or
+damaged, is never what the next step begins with.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.delivered import SAMPLING, delivered_weights
+from layerloop.components.storage.folders import local_folder
+from layerloop.components.storage.manifests import read_file
+
+if TYPE_CHECKING:  # steps import this file before they know that there is work to do, for which torch is needed
+    import torch
+
+    from layerloop.components.policy.model import LayeredPolicy
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy, and what a campaign's records say of it.
+
+    `prompt` is `(T, E)` float32 on the CPU. `adapter_sha256` is of the adapter's weights file, None where the policy is
+    the base (iteration 0 without `recipe.lora.start_from`). `base_fingerprint` is `LayeredPolicy.fingerprint`.
+    """
+
+    policy: LayeredPolicy
+    prompt: torch.Tensor
+    adapter_sha256: str | None
+    base_fingerprint: str
+
+
+def policy_at(
+    campaign: Campaign,
+    iteration: int,
+    *,
+    device: torch.device | str,
+    sharded: bool = False,
+    trainable: bool = False,
+    delivered: bool = False,
+    loaded: LoadedPolicy | None = None,
+) -> LoadedPolicy:
+    """The policy after `iteration`; 0 is the policy that the campaign begins with.
+
+    Args:
+        device: where the modules go.
+        sharded: share one copy of the frozen base among the ranks of the process group (FSDP2); every rank has to call
+            this, and then the policy, equally often.
+        trainable: the adapter requires gradients, and iteration 0 has a new one where the campaign does not start from
+            one; a new adapter leaves the base as it is. Otherwise all is frozen.
+        delivered: the weights that are evaluated and published (the average, where the recipe keeps one) instead of
+            those that sample next.
+        loaded: a policy of this campaign that is in memory already, whatever its iteration. Its base is used and its
+            adapter replaced, which takes as long as reading an adapter; it is not to be used any more itself.
+
+    Raises:
+        LayerloopError: the sources or the policy are not committed; the base cannot be loaded, or is not the one that
+            the adapter was trained on; the adapter's bytes are not those that were committed, or do not fit the base;
+            the prompt is of another model's width.
+    """
+    from layerloop.components.policy.lora import train_adapter
+
+    manifest = campaign.policy(iteration)
+    policy = loaded.policy if loaded else _load_base(campaign, device="cpu" if sharded else device)
+    _check_base(campaign, manifest, policy.fingerprint)
+    prompt = _prompt(campaign, policy)
+    if iteration:
+        sha256 = _put_committed(campaign, manifest, policy, delivered=delivered)
+    else:
+        sha256 = _put_first(campaign, policy, trainable=trainable)
+    train_adapter(policy.transformer, trainable)
+    if sharded and not policy.sharded:
+        from layerloop.components.policy.sharding import shard_base
+
+        shard_base(policy, device)
+    return LoadedPolicy(policy, prompt, sha256, policy.fingerprint)
+
+
+def _load_base(campaign: Campaign, *, device: torch.device | str) -> LayeredPolicy:
+    from layerloop.components.policy.model import LayeredPolicy
+
+    model = campaign.recipe.model
+    folder = local_folder(model.base) if "://" in model.base else None
+    return LayeredPolicy.load(model, campaign.runtime.model, device=device, folder=folder)
+
+
+def _check_base(campaign: Campaign, manifest: Manifest, fingerprint: str) -> None:
+    """Raises LayerloopError where the adapter was trained on another base than this one."""
+    recorded = manifest.metadata.get("base_fingerprint")
+    if manifest.iteration and recorded != fingerprint:
+        of = str(recorded)[:12] if recorded else "an unknown one"
+        raise LayerloopError(
+            f"base model {campaign.recipe.model.base} has fingerprint {fingerprint[:12]}, the adapter of iteration "
+            f"{manifest.iteration} was trained on {of}: use the model that the "
+            "campaign began with"
+        )
+
+
+def _prompt(campaign: Campaign, policy: LayeredPolicy) -> torch.Tensor:
+    """The cached embedding of the recipe's prompt, `(T, E)` float32."""
+    from safetensors.torch import load
+
+    file = campaign.sources().file("prompt.safetensors")
+    embeds = load(read_file(campaign.store, file))["prompt_embeds"]
+    width = policy.transformer.config.joint_attention_dim
+    if embeds.ndim != 2 or embeds.shape[1] != width:
+        raise LayerloopError(
+            f"{campaign.uri}/{file.name} is {tuple(embeds.shape)}, the model takes tokens of width {width}: "
+            "the campaign's sources were made with another model, begin a new campaign"
+        )
+    return embeds
+
+
+def _put_committed(campaign: Campaign, manifest: Manifest, policy: LayeredPolicy, *, delivered: bool) -> str:
+    """Put a committed adapter on the base. Returns the sha256 of its weights: the manifest's, which the bytes have."""
+    from layerloop.components.policy.adapters import PEFT_CONFIG, PEFT_WEIGHTS, read_adapter
+    from layerloop.components.policy.lora import replace_adapter
+
+    weights = delivered_weights(manifest) if delivered else manifest.file(SAMPLING)
+    where = f"{campaign.uri}/{weights.name}"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, file in ((PEFT_WEIGHTS, weights), (PEFT_CONFIG, manifest.file(PEFT_CONFIG))):
+            (Path(folder) / name).write_bytes(read_file(campaign.store, file))
+        try:
+            adapter = read_adapter(folder)
+        except LayerloopError as error:  # a file in a temporary folder says nothing to people
+            reason = str(error).replace(f"{folder}/", "")
+            raise LayerloopError(f"{where} cannot be used as an adapter ({reason})") from error.__cause__
+    replace_adapter(policy.transformer, adapter, where=where)
+    return weights.sha256
+
+
+def _put_first(campaign: Campaign, policy: LayeredPolicy, *, trainable: bool) -> str | None:
+    """Put on the base what the campaign begins with. Returns the sha256 of the weights that `start_from` names."""
+    from layerloop.components.policy.adapters import weights_sha256
+    from layerloop.components.policy.lora import new_adapter, remove_adapter, replace_adapter, starting_adapter
+
+    recipe, adapter, sha256, where = campaign.recipe, None, None, "adapter"
+    if recipe.lora.start_from is not None:
+        folder = local_folder(recipe.lora.start_from)
+        adapter, sha256, where = (
+            starting_adapter(policy.transformer, recipe.lora, folder),
+            weights_sha256(folder),
+            str(folder),
+        )
+    elif trainable:
+        adapter = new_adapter(policy.transformer, recipe.lora, seed=recipe.seed)
+    if adapter is None:
+        remove_adapter(policy.transformer)
+    else:
+        replace_adapter(policy.transformer, adapter, where=where)
+    return sha256

@@ -1,0 +1,32 @@
+"""One of two ranks that share a base: moves its policy from iteration to iteration and keeps what it computes there.
+
+torchrun --nproc-per-node=2 sharded_moves.py CAMPAIGN FOLDER '[[iteration, trainable, delivered], ...]'
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from layerloop.components.policy.at import policy_at
+from layerloop.components.policy.model import Condition
+from layerloop.components.runtime.distributed import process_group, rank
+from layerloop.components.storage.campaign import Campaign
+
+uri, folder, moves = sys.argv[1:]
+outputs, here = {}, None
+with process_group() as device:
+    for number, (iteration, trainable, delivered) in enumerate(json.loads(moves)):
+        here = policy_at(
+            Campaign.open(uri), iteration, device=device, sharded=True, trainable=trainable, delivered=delivered,
+            loaded=here,
+        )  # fmt: skip
+        assert here.policy.sharded
+        seen = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(1))
+        condition = Condition(seen, here.prompt[None], 32, 48)
+        with torch.no_grad():
+            outputs[f"{number}"] = here.policy.velocity(here.policy.noise(3, 2, 32, 48), 0.8, condition)
+        outputs[f"{number}.trainable"] = torch.tensor(len(here.policy.trainable_parameters()))
+save_file(outputs, Path(folder) / f"rank{rank()}.safetensors")

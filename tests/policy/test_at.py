@@ -1,0 +1,352 @@
+"""The policy at an iteration: the same for every step, whether it is loaded or moved to, and refused where it is not
+what the campaign says."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load, load_file, save
+
+from layerloop.components.evaluate_adapter import step as evaluate_adapter
+from layerloop.components.generate_rollouts import step as generate_rollouts
+from layerloop.components.policy import lora
+from layerloop.components.policy.at import LoadedPolicy, policy_at
+from layerloop.components.policy.model import Condition, LayeredPolicy
+from layerloop.components.publish_adapter import step as publish_adapter
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.recipe import Recipe
+from layerloop.components.schema.seeds import seed_for
+from layerloop.components.schema.trajectory import candidate_key
+from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.images import encode_png
+from layerloop.components.storage.manifests import add_file, commit
+from layerloop.components.storage.shards import write_shard
+from layerloop.components.update_lora import step as update_lora
+
+MakeCampaign = Callable[..., Campaign]
+VERBS = (generate_rollouts, update_lora, evaluate_adapter, publish_adapter)
+
+
+@pytest.fixture
+def make_campaign(random_folder: Path, prompt_embeds: torch.Tensor, tmp_path: Path) -> MakeCampaign:
+    """`make_campaign(name, lora={...}, ...)`: a campaign with sources, before its first iteration."""
+
+    def make(name: str = "campaign", **sections: dict[str, object]) -> Campaign:
+        recipe = {
+            "name": "test",
+            "model": {"base": str(random_folder), "dtype": "float32"}
+            | sections.pop("model", {}),
+            "rollout": {
+                "groups": 2, "group_size": 3, "steps": 4, "min_layers": 1, "max_layers": 2, "window": {"size": 2},
+            },
+            "lora": {"rank": 2, "alpha": 4},  # a scale other than 1, so that losing it would show
+            "update": {"learning_rate": 1e-2},
+            "evaluation": {"steps": 2, "layers": [2], "designs": 0, "pictures": 2},
+            **sections,
+        }  # fmt: skip
+        campaign = Campaign.create_or_open(str(tmp_path / name), Recipe.model_validate(recipe))
+        rng = np.random.default_rng(0)
+        images = [(f"{n:016x}", {"png": encode_png(rng.integers(0, 256, (32, 48, 3), np.uint8))}) for n in range(4)]
+        shards = tuple(
+            write_shard(campaign.store, f"sources/{split}-000000.tar", part)
+            for split, part in (("train", images[:2]), ("holdout", images[2:]))
+        )
+        prompt = add_file(campaign.store, "sources/prompt.safetensors", save({"prompt_embeds": prompt_embeds}))
+        commit(campaign.store, f"sources/{MANIFEST}", Manifest(kind="sources", shards=shards, files=(prompt,)))
+        return campaign
+
+    return make
+
+
+def commit_policy(campaign: Campaign, iteration: int, folder: Path, *, rank: int = 2, ema: bool = False) -> Path:
+    """An adapter as `update_lora` commits one; returns the folder with its files."""
+    policy = LayeredPolicy.load(campaign.recipe.model)
+    recipe = campaign.recipe.lora.model_copy(update={"rank": rank})
+    adapter = lora.new_adapter(policy.transformer, recipe, seed=iteration)
+    generator = torch.Generator().manual_seed(iteration)
+    state = {
+        key: torch.randn(value.shape, generator=generator) * 0.1 if "lora_B" in key else value
+        for key, value in adapter.state.items()
+    }
+    folder = folder / f"{iteration}"
+    lora.write_peft(lora.Adapter(state, rank, recipe.alpha), folder, transformer=policy.transformer)
+    if ema:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        (folder / "ema.safetensors").write_bytes(save({key: value / 2 for key, value in tensors.items()}))
+    files = tuple(
+        add_file(campaign.store, f"{campaign.policy_dir(iteration)}/{path.name}", path)
+        for path in sorted(folder.iterdir())
+    )
+    told = {"base_fingerprint": policy.fingerprint}
+    manifest = Manifest(kind="policy", iteration=iteration, files=files, metadata=told)
+    commit(campaign.store, f"{campaign.policy_dir(iteration)}/{MANIFEST}", manifest)
+    return folder
+
+
+def velocity(here: LoadedPolicy) -> torch.Tensor:
+    policy = here.policy
+    seen = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(1))
+    condition = Condition(seen, here.prompt[None].to(policy.dtype), 32, 48)
+    with torch.no_grad():
+        return policy.velocity(policy.noise(3, 2, 32, 48), 0.8, condition)
+
+
+def same(one: LoadedPolicy, other: LoadedPolicy) -> bool:
+    """Whether two policies are the same in every number: what they say, what they weigh, what they compute."""
+    left, right = (
+        {name.replace(".base_layer", ""): p for name, p in here.policy.transformer.named_parameters()}
+        for here in (one, other)
+    )
+    trainable = [list(here.policy.trainable_parameters()) for here in (one, other)]
+    return (
+        (one.adapter_sha256, one.base_fingerprint) == (other.adapter_sha256, other.base_fingerprint)
+        and torch.equal(one.prompt, other.prompt)
+        and trainable[0] == trainable[1]
+        and left.keys() == right.keys()
+        and all(torch.equal(left[name], right[name]) for name in left)
+        and torch.equal(velocity(one), velocity(other))
+    )
+
+
+# ---- what it is
+
+
+def test_iteration_0_is_the_base_and_for_learning_has_a_new_adapter_that_changes_nothing(
+    make_campaign: MakeCampaign, prompt_embeds: torch.Tensor
+) -> None:
+    campaign = make_campaign()
+    frozen = policy_at(campaign, 0, device="cpu")
+    assert frozen.adapter_sha256 is None and not lora.has_adapter(frozen.policy.transformer)
+    assert frozen.base_fingerprint == LayeredPolicy.load(campaign.recipe.model).fingerprint
+    assert torch.equal(frozen.prompt, prompt_embeds)
+    learning = policy_at(campaign, 0, device="cpu", trainable=True)
+    assert learning.adapter_sha256 is None and learning.policy.trainable_parameters()
+    assert torch.equal(velocity(learning), velocity(frozen))
+
+
+def test_an_iteration_is_its_committed_adapter_frozen_or_learning(make_campaign: MakeCampaign, tmp_path: Path) -> None:
+    campaign = make_campaign()
+    folder = commit_policy(campaign, 1, tmp_path)
+    expected = LayeredPolicy.load(campaign.recipe.model)
+    lora.load_adapter(expected, folder)
+    for trainable in (False, True):
+        here = policy_at(campaign, 1, device="cpu", trainable=trainable)
+        assert bool(here.policy.trainable_parameters()) == trainable
+        with here.policy.without_adapter():
+            pass
+        assert bool(here.policy.trainable_parameters()) == trainable, "switched off and on it is what it was"
+        assert here.adapter_sha256 == campaign.policy(1).file("adapter_model.safetensors").sha256
+        assert torch.equal(velocity(here), velocity(LoadedPolicy(expected, here.prompt, None, "")))
+
+
+def test_delivered_weights_are_the_average_where_one_is_kept(make_campaign: MakeCampaign, tmp_path: Path) -> None:
+    campaign = make_campaign()
+    folder = commit_policy(campaign, 1, tmp_path, ema=True)
+    here = policy_at(campaign, 1, device="cpu", delivered=True)
+    assert here.adapter_sha256 == hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest()
+    average, state = load_file(folder / "ema.safetensors"), lora.adapter_state(here.policy.transformer)
+    assert all(torch.equal(average[f"base_model.model.{key}"], value) for key, value in state.items())
+    sampling = policy_at(campaign, 1, device="cpu")
+    assert sampling.adapter_sha256 == campaign.policy(1).file("adapter_model.safetensors").sha256
+
+
+def test_a_campaign_that_starts_from_an_adapter_has_it_at_iteration_0(
+    make_campaign: MakeCampaign, tmp_path: Path
+) -> None:
+    folder = commit_policy(make_campaign("other"), 1, tmp_path)
+    campaign = make_campaign(lora={"rank": 2, "alpha": 16, "start_from": str(folder)})  # another alpha than the file's
+    expected = LayeredPolicy.load(campaign.recipe.model)
+    lora.load_adapter(expected, folder)
+    for trainable in (False, True):
+        here = policy_at(campaign, 0, device="cpu", trainable=trainable)
+        assert here.adapter_sha256 == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+        assert lora.adapter_of(here.policy.transformer).alpha == 16
+        assert torch.equal(velocity(here), velocity(LoadedPolicy(expected, here.prompt, None, "")))
+
+
+# ---- moved from one iteration to another
+
+
+MOVES = [  # (iteration, trainable, delivered): onto the base, to equal shapes, to another rank, off it again
+    (0, False, False), (1, False, False), (2, True, False), (2, False, True), (3, True, False), (0, True, False),
+    (1, True, False), (0, False, False), (3, False, False),
+]  # fmt: skip
+
+
+def test_a_policy_that_was_moved_is_the_one_that_is_loaded(make_campaign: MakeCampaign, tmp_path: Path) -> None:
+    """Wherever it comes from, and whatever was done to its adapter there."""
+    campaign = make_campaign()
+    for iteration, rank in ((1, 2), (2, 2), (3, 5)):
+        commit_policy(campaign, iteration, tmp_path, rank=rank, ema=True)
+    moved: LoadedPolicy | None = None
+    base: LayeredPolicy | None = None
+    for iteration, trainable, delivered in MOVES:
+        asked = {"device": "cpu", "trainable": trainable, "delivered": delivered}
+        moved = policy_at(campaign, iteration, loaded=moved, **asked)  # type: ignore[arg-type]
+        base = base or moved.policy
+        assert moved.policy is base, "the base is not loaded again"
+        assert same(moved, policy_at(campaign, iteration, **asked)), (iteration, trainable, delivered)  # type: ignore[arg-type]
+        assert all(p.grad is None for p in base.transformer.parameters())
+        for parameter in lora.lora_parameters(base.transformer):  # as a learner would, and worse
+            parameter.grad = torch.ones_like(parameter)
+            parameter.data.mul_(float("nan"))
+
+
+def test_moving_between_adapters_of_one_shape_keeps_the_parameters(make_campaign: MakeCampaign, tmp_path: Path) -> None:
+    """So that what was compiled or sharded around them stays valid."""
+    campaign = make_campaign()
+    for iteration in (1, 2):
+        commit_policy(campaign, iteration, tmp_path)
+    here = policy_at(campaign, 1, device="cpu")
+    before = lora.lora_parameters(here.policy.transformer)
+    there = policy_at(campaign, 2, device="cpu", trainable=True, loaded=here)
+    assert [id(p) for p in lora.lora_parameters(there.policy.transformer)] == [id(p) for p in before]
+
+
+def test_a_campaign_is_the_same_byte_for_byte_with_the_base_loaded_once(make_campaign: MakeCampaign) -> None:
+    """Two iterations, the evaluation and the publication: every step by itself, and all with one policy."""
+
+    def iterate(campaign: Campaign, loaded: LoadedPolicy | None) -> dict[str, bytes]:
+        for iteration in (1, 2):
+            generate_rollouts.run(loaded, campaign=campaign.uri)
+            commit_scores(campaign, iteration)
+            update_lora.run(loaded, campaign=campaign.uri)
+            evaluate_adapter.run(loaded, campaign=campaign.uri)
+            publish_adapter.run(loaded, campaign=campaign.uri)
+        names = [name for name in campaign.store.list() if name.endswith((".tar", ".safetensors", "config.json"))]
+        return {name: campaign.store.read(name) for name in names}
+
+    alone, resident = make_campaign("alone"), make_campaign("resident")
+    expected = iterate(alone, None)
+    found = iterate(resident, policy_at(resident, 0, device="cpu"))
+    assert expected.keys() == found.keys()
+    assert len([name for name in expected if name.startswith(("iterations/", "evaluations/", "published/"))]) > 20
+    assert [name for name in expected if expected[name] != found[name]] == []
+    first, second = (
+        load(expected[f"iterations/{iteration:06d}/policy/adapter_model.safetensors"]) for iteration in (1, 2)
+    )
+    assert any(not torch.equal(first[key], second[key]) for key in first), "something was learnt"
+
+
+def commit_scores(campaign: Campaign, iteration: int) -> None:
+    """Rewards that differ within every group."""
+    rows = [
+        {
+            "iteration": iteration, "group": group, "candidate": candidate, "image_key": f"image{group}", "layers": 2,
+            "reward": seed_for(iteration, group, candidate) % 1000 / 1000, "reason": None, "phase1": None,
+            "phase2": None, "judge": "made up", "rubric": "default", "rubric_sha256": "0" * 64,
+        }
+        for group in range(campaign.recipe.rollout.groups)
+        for candidate in range(campaign.recipe.rollout.group_size)
+    ]  # fmt: skip
+    folder, buffer = campaign.scores_dir(iteration), io.BytesIO()
+    samples = [
+        (candidate_key(iteration, row["group"], row["candidate"]), {"json": json.dumps(row).encode()}) for row in rows
+    ]
+    shard = write_shard(campaign.store, f"{folder}/000000.tar", samples)
+    pq.write_table(pa.table({"reward": [row["reward"] for row in rows]}), buffer)
+    table = add_file(campaign.store, f"{folder}/scores.parquet", buffer.getvalue())
+    manifest = Manifest(kind="scores", iteration=iteration, shards=(shard,), files=(table,))
+    commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
+
+
+@pytest.mark.timeout(300)
+def test_ranks_that_share_the_base_move_as_one_process_does(make_campaign: MakeCampaign, tmp_path: Path) -> None:
+    """Two gloo processes with a sharded base compute at every iteration what one process computes."""
+    campaign = make_campaign()
+    for iteration, rank in ((1, 2), (2, 2), (3, 5)):
+        commit_policy(campaign, iteration, tmp_path, rank=rank, ema=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(Path(__file__).with_name("sharded_moves.py")), campaign.uri, str(tmp_path), json.dumps(MOVES)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        outputs = load_file(tmp_path / f"rank{rank}.safetensors")
+        for number, (iteration, trainable, delivered) in enumerate(MOVES):
+            fresh = policy_at(campaign, iteration, device="cpu", trainable=trainable, delivered=delivered)
+            assert torch.equal(outputs[f"{number}"], velocity(fresh)), (rank, iteration, trainable, delivered)
+            assert int(outputs[f"{number}.trainable"]) == len(fresh.policy.trainable_parameters())
+
+
+# ---- refused
+
+
+def test_weights_that_are_not_those_that_were_committed_are_refused(
+    make_campaign: MakeCampaign, tmp_path: Path
+) -> None:
+    campaign = make_campaign()
+    commit_policy(campaign, 1, tmp_path)
+    name = campaign.policy(1).file("adapter_model.safetensors").name
+    data = bytearray(campaign.store.read(name))
+    data[-1] ^= 1
+    campaign.store.write(name, bytes(data))
+    with pytest.raises(LayerloopError, match=r"adapter_model\.safetensors has \d+ bytes that are not the committed"):
+        policy_at(campaign, 1, device="cpu")
+
+
+@pytest.mark.parametrize("recorded", ["e" * 64, None])
+def test_an_adapter_of_another_base_is_refused(
+    make_campaign: MakeCampaign, tmp_path: Path, recorded: str | None
+) -> None:
+    campaign = make_campaign()
+    commit_policy(campaign, 1, tmp_path)
+    manifest = campaign.policy(1).model_copy(update={"metadata": {"base_fingerprint": recorded} if recorded else {}})
+    campaign.store.write(f"{campaign.policy_dir(1)}/{MANIFEST}", manifest.to_json())
+    of = recorded[:12] if recorded else "an unknown one"
+    for loaded in (None, policy_at(campaign, 0, device="cpu")):
+        with pytest.raises(LayerloopError, match=f"the adapter of iteration 1 was trained on {of}: use the model that"):
+            policy_at(campaign, 1, device="cpu", loaded=loaded)
+
+
+def test_a_prompt_of_another_models_width_is_refused(make_campaign: MakeCampaign) -> None:
+    campaign = make_campaign()
+    prompt = add_file(campaign.store, "sources/prompt.safetensors", save({"prompt_embeds": torch.zeros(7, 24)}))
+    sources = campaign.sources().model_copy(update={"files": (prompt,)})
+    campaign.store.write(f"sources/{MANIFEST}", sources.to_json())
+    with pytest.raises(LayerloopError, match=r"is \(7, 24\), the model takes tokens of width \d+: .* another model"):
+        policy_at(campaign, 0, device="cpu")
+
+
+def test_weights_that_are_not_numbers_are_refused_by_their_place_in_the_campaign(
+    make_campaign: MakeCampaign, tmp_path: Path
+) -> None:
+    campaign = make_campaign()
+    folder = commit_policy(campaign, 1, tmp_path)
+    state = load_file(folder / "adapter_model.safetensors")
+    data = save({key: value * float("nan") for key, value in state.items()})
+    file = add_file(campaign.store, f"{campaign.policy_dir(1)}/adapter_model.safetensors", data)
+    manifest = campaign.policy(1)
+    files = tuple(file if one.name == file.name else one for one in manifest.files)
+    changed = manifest.model_copy(update={"files": files})
+    campaign.store.write(f"{campaign.policy_dir(1)}/{MANIFEST}", changed.to_json())
+    with pytest.raises(LayerloopError) as raised:
+        policy_at(campaign, 1, device="cpu")
+    where = f"{campaign.uri}/iterations/000001/policy/adapter_model.safetensors"
+    assert str(raised.value).startswith(f"{where} cannot be used as an adapter (adapter_model.safetensors: ")
+    assert "NaN or infinite" in str(raised.value) and "/tmp/tmp" not in str(raised.value).replace(where, "")
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__.split(".")[-2])
+def test_a_loaded_policy_is_an_argument_of_the_step_and_no_flag_of_its_command(
+    verb: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        verb.main(argv=["--help"])  # type: ignore[attr-defined]
+    assert "--campaign" in (told := capsys.readouterr().out) and "loaded" not in told
+    with pytest.raises(SystemExit):
+        verb.main(argv=["--campaign", "c", "--loaded", "x"])  # type: ignore[attr-defined]
+    assert "unrecognized arguments: --loaded x" in capsys.readouterr().err
