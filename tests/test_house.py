@@ -58,6 +58,7 @@ def test_imports_run_one_way() -> None:
         ("components/update_lora/step.py", "from layerloop.components.update_lora import component"),
         ("components/score_rollouts/step.py", "from layerloop.components.policy import model"),
         ("pipelines/cli.py", "from layerloop.components.policy import model"),
+        ("components/policy/model.py", "from layerloop.components.policy import sampling"),
     ],
 )
 def test_an_import_that_runs_the_wrong_way_is_refused(tmp_path: Path, module: str, line: str) -> None:

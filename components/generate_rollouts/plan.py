@@ -1,4 +1,4 @@
-"""What an iteration samples, decided by hashing alone: which images, how many layers, where the noise enters.
+"""The groups of an iteration, decided by hashing alone: which images, how many layers, where the noise enters.
 
 Nothing here depends on how many workers there are or in which order they run.
 """

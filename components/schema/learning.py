@@ -137,7 +137,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 
 
 class LearnerState(Record):
-    """Counters of `learner.json`, beside the optimizer's tensors. Everything else derives from the campaign's seed."""
+    """Counters of `learner.json`, next to the optimizer's tensors. Everything else derives from the campaign's seed."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     iteration: int = Field(ge=1)

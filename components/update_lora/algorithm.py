@@ -1,4 +1,4 @@
-"""What an algorithm's file gives the learner, and how it is found.
+"""The interface between the learner and an algorithm's file, and how that file is found.
 
 The torch half of an algorithm is the file of this folder that has its name (`grpo.py`, `nft.py`), which ends in a
 `LEARNER`; its other half is its row of `schema.learning.ALGORITHMS`.
@@ -25,7 +25,7 @@ from layerloop.components.update_lora.trajectories import Group
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs and what its loss needs, on the policy's device."""
+    """Inputs of one forward pass and of its loss, on the policy's device."""
 
     latents: Tensor  # latents[P, S, C]: x before the step, or x_t of the forward process
     sigma: Tensor  # sigma[P], float32: noise level of `latents`

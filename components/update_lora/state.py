@@ -1,4 +1,4 @@
-"""What an iteration hands to the next beside the adapter: AdamW's moments, averages, counters. No pickle.
+"""The training state that an iteration hands to the next: adapter, AdamW's moments, averages, counters. No pickle.
 
 Files in `iterations/<k>/policy/`, all float32:
     adapter_model.safetensors, adapter_config.json    the policy that samples next, in peft's layout
@@ -6,7 +6,7 @@ Files in `iterations/<k>/policy/`, all float32:
     ema.safetensors          the averaged adapter, keys as in adapter_model.safetensors, where recipe.update.ema is set
     learner.json             a `LearnerState`
 
-Every iteration begins from these files, also within one process, so an interrupted campaign goes on bit for bit.
+Every iteration begins from these files, also within one process, so an interrupted campaign resumes bit for bit.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from layerloop.components.policy.lora import add_lora, load_adapter
+from layerloop.components.policy.lora import load_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.sampling import Plan, rollout
 from layerloop.components.policy.tiny import build_tiny_pipeline
@@ -99,29 +98,17 @@ class Lab:
             adapter_sha256=None if adapter is None else str(adapter),
         )
 
-    def trainable(self, iteration: int) -> LayeredPolicy:
-        """The policy as an update has it: an adapter that learns, that of an iteration if there is one."""
-        policy = self.policy(iteration)
-        if iteration == 0:
-            add_lora(policy.transformer, self.recipe.lora, seed=self.recipe.seed)
-        return policy
-
-    def seed(self, record: GroupRecord, candidate: int) -> int:
-        return seed_for(self.recipe.seed, record.iteration, record.image_key, candidate)
-
-    def step_noise(self, record: GroupRecord, candidate: int, step: int) -> torch.Tensor:
-        """z `(1, S, 64)` of one window step."""
-        tokens = (record.layers + 1) * record.latent_height * record.latent_width
-        generator = torch.Generator().manual_seed(seed_for(self.seed(record, candidate), step))
-        return torch.randn(1, tokens, LayeredPolicy.packed_channels, generator=generator)
-
     def samples(self, policy: LayeredPolicy, record: GroupRecord) -> list[Sample]:
         image = np.random.default_rng(record.group).integers(0, 256, (1, SIZE, SIZE, 3), dtype=np.uint8)
         condition = policy.encode(image, self.prompt())
-        seeds = [self.seed(record, c) for c in range(record.group_size)]
+        seeds = [seed_for(self.recipe.seed, record.iteration, record.image_key, c) for c in range(record.group_size)]
         noise = torch.cat([policy.noise(seed, record.layers, SIZE, SIZE) for seed in seeds])
 
-        done = rollout(policy, condition, noise, Plan.of(record), step_noise=partial(self.step_noise, record))
+        def step_noise(candidate: int, step: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(seed_for(seeds[candidate], step))
+            return torch.randn(noise[:1].shape, generator=generator)
+
+        done = rollout(policy, condition, noise, Plan.of(record), step_noise=step_noise)
         group = {"json": record.to_json(), "condition.safetensors": save({"condition": condition.latents[0]})}
         samples: list[Sample] = [(group_key(record.iteration, record.group), group)]
         for c, seed in enumerate(seeds):

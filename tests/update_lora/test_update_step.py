@@ -24,11 +24,8 @@ from layerloop.components.schema.trajectory import GroupRecord
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.shards import Sample, read_shard
 from layerloop.components.update_lora.forward_process import draw
-from layerloop.components.update_lora.grpo import surrogate_batch
-from layerloop.components.update_lora.plan import Microbatch, Point
 from layerloop.components.update_lora.state import TrainingState
 from layerloop.components.update_lora.step import run
-from layerloop.components.update_lora.trajectories import Expected, read_groups
 
 from .conftest import SIZE, WINDOW, G, Lab, MakeLab, nan_in_the_last_group, spread
 
@@ -50,22 +47,6 @@ def first_gradient(lab: Lab) -> dict[str, torch.Tensor]:
 
 
 # ---- the gradient
-
-
-def test_the_update_replays_a_stored_step_with_the_bits_of_the_rollout(make_lab: MakeLab) -> None:
-    """The mean that the learner computes, plus the noise that the sampler drew, is the stored latent."""
-    lab = make_lab(rollout={"groups": 1})
-    lab.rollouts(1)
-    policy, record = lab.policy(0), lab.record(lab.policy(0), 1, 0)
-    expected = Expected(1, policy.fingerprint, None, "grpo", WINDOW, policy.pixel_multiple, policy.packed_channels)
-    group = read_groups(lab.store, lab.campaign.rollouts(1), {0: set(range(G))}, expected)[0]
-    for j in range(WINDOW):  # one step of all candidates: the rollout's own batch, so that velocities have its bits
-        points = tuple(Point(c, j, 0.0, 1.0) for c in range(G))
-        batch = surrogate_batch(Microbatch(0, record.layers, points), group, lab.prompt(), lab.recipe)
-        with torch.no_grad():
-            velocity = policy.velocity(batch.latents, record.sigmas[j], batch.condition)
-        noise = torch.cat([lab.step_noise(record, c, j) for c in range(G)])
-        assert torch.equal(batch.mean(velocity) + batch.s.view(-1, 1, 1) * noise, batch.target)
 
 
 def test_ratio_is_exactly_one_in_the_first_optimizer_step_and_close_to_it_in_the_next(lab: Lab) -> None:
@@ -364,7 +345,7 @@ def test_writing_the_state_leaves_it_as_it_is(make_lab: MakeLab, tmp_path: Path,
     lab = make_lab(update=update)
     lab.ready(1)
     run(campaign=lab.uri)
-    policy = lab.trainable(1)
+    policy = lab.policy(1)
     state = TrainingState.resume(policy, lab.recipe.update, lab.store, lab.campaign.policy(1), 2)
     written = []
     for attempt in ("first", "second"):
