@@ -138,8 +138,13 @@ def _side_by_side(
     for criterion in next(iter(shape.values())):
         values = [_known(quality, criterion) for quality in shown]
         mean = sum(values) / len(values)
-        told = [scores[criterion] / TOP for scores in first if criterion in scores]
-        level = min(max(sum(told) / len(told), 0.0), 1.0) if len(told) == len(shown) else mean
+        given = [scores[criterion] / TOP for scores in first if criterion in scores]
+        if len(given) != len(shown):
+            raise BadRequestError(
+                f"the question lists first judgements of {len(given)} of {len(shown)} rows for {criterion!r}",
+                param="messages",
+            )
+        level = min(max(sum(given) / len(given), 0.0), 1.0)
         up, down = max(values) - mean, mean - min(values)
         room = min((1 - level) / up if up > 1e-6 else STRETCH, level / down if down > 1e-6 else STRETCH)
         stretch = min(STRETCH, max(room, 1.0))

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from layerloop.components.judge.limiter import Breaker, Limiter, Patience
+from layerloop.components.judge.limiter import PROBE, Breaker, Limiter, Patience
 from layerloop.components.judge.transport import read_retry_after
 from layerloop.components.schema.errors import LayerloopError
 
@@ -80,6 +80,22 @@ def test_one_refusal_costs_one_place() -> None:
         return limiter.limit
 
     assert asyncio.run(main()) == 15
+
+
+def test_the_limit_grows_beyond_what_was_once_too_much_only_after_many_rounds_of_successes() -> None:
+    async def main() -> list[int]:
+        limiter = Limiter(16)
+        limiter.active = 16
+        limiter.refused(None)
+        assert (limiter.limit, limiter.good) == (15, 15)
+        limits = []
+        for _ in range(PROBE * 15):
+            limits.append(limiter.limit)
+            limiter.succeeded()
+        return [*limits, limiter.limit]
+
+    *before, after = asyncio.run(main())
+    assert set(before) == {15} and after == 16
 
 
 def test_patience_needs_evidence_and_has_a_budget() -> None:

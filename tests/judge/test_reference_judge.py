@@ -253,6 +253,23 @@ def test_the_same_request_gets_the_same_answer(reference_url: str, three: Reques
     assert len(texts) == 1
 
 
+def test_it_does_not_judge_side_by_side_without_the_first_judgements_of_every_row(
+    reference_url: str, three: Request
+) -> None:
+    body = body_of(three, response_format=schema_of(three))
+    question = body["messages"][1]["content"][-1]
+    complete = question["text"]
+    assert ask(reference_url, "POST", "/v1/chat/completions", body)[0] == 200
+    without_a_row = "\n".join(line for line in complete.splitlines() if not line.startswith("candidate 2: "))
+    for text, listed in ((without_a_row, 2), (complete.replace("candidate ", "row "), 0)):
+        question["text"] = text
+        status, reply = ask(reference_url, "POST", "/v1/chat/completions", body)
+        assert status == 400 and f"first judgements of {listed} of 3 rows" in reply["error"]["message"]
+    question["text"] = complete.replace("alpha_cleanliness 3.0, ", "", 1)
+    status, reply = ask(reference_url, "POST", "/v1/chat/completions", body)
+    assert status == 400 and "first judgements of 2 of 3 rows" in reply["error"]["message"]
+
+
 PIXEL = Picture(b"").url.decode()
 TEXT_PART = {"type": "text", "text": "Source picture:"}
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,16 +14,23 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from layerloop.components.judge.canaries import make_canaries
+from layerloop.components.judge.grids import Layout, cells_of, draw_grid
 from layerloop.components.judge.pictures import fitted, picture
 from layerloop.components.judge.reference import Memory, answer
+from layerloop.components.judge.rules import CRITERIA
 from layerloop.components.judge.server import completion
+from layerloop.components.layers.measure import bad, duplicate
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
+from layerloop.components.score_rollouts.rollouts import Group, read_groups
 from layerloop.components.score_rollouts.step import run
 from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.images import decode_png
 from layerloop.components.storage.shards import read_shard
 
 MakeCampaign = Callable[..., Campaign]
@@ -259,23 +269,157 @@ def test_the_judges_doubt_lowers_the_weight_of_a_group(make_campaign: MakeCampai
 def test_a_steady_judge_gives_full_weight(make_campaign: MakeCampaign, judge_url: str) -> None:
     campaign = make_campaign(groups=1, uncertainty_weighting=True, phase2={"resolution": 32, "repeats": 2})
     run(campaign=campaign.uri, judge_url=judge_url)
-    assert all(row.weight > 0.99 and (row.uncertainty or 0.0) < 0.01 for row in rows_of(campaign))
+    for row in rows_of(campaign):
+        assert row.uncertainty is not None and row.uncertainty < 0.01  # it was measured, over the two repeats
+        assert 0.99 < row.weight <= 1.0
 
 
 def test_the_artifact_penalty_is_taken_off_and_shown(make_campaign: MakeCampaign, judge_url: str) -> None:
-    def rewards(**judge: Any) -> list[ScoreRow]:
-        campaign = make_campaign(groups=1, size=3, canaries=False, **judge)
+    def rewards(**judge: Any) -> tuple[list[ScoreRow], list[float]]:
+        campaign = make_campaign(groups=2, size=3, canaries=False, **judge)
         run(campaign=campaign.uri, judge_url=judge_url)
-        found = rows_of(campaign)
+        found, shares = rows_of(campaign), []
+        for source, stacks in stacks_of(campaign):
+            shares += [float((bad(stack) | duplicate(stack, source)).mean()) for stack in stacks]
         for name in campaign.store.list():
             campaign.store.delete(name)
-        return found
+        return found, shares
 
-    plain, fined = rewards(), rewards(artifact_penalty=1.0)
+    (plain, shares), (fined, _) = rewards(), rewards(artifact_penalty=0.6)
+    assert 0 in shares and any(share > 0.2 for share in shares)
     assert all(row.penalty == 0 for row in plain)
+    assert [row.penalty for row in fined] == pytest.approx([0.6 * share for share in shares])
     for before, after in zip(plain, fined, strict=True):
-        assert before.reward is not None
+        assert before.reward is not None and (before.reward > after.penalty or after.reward == 0.0)
         assert after.reward == pytest.approx(max(0.0, before.reward - after.penalty))
+
+
+# ----------------------------------------------------------------------------------------------- phase 2 as it is sent
+
+
+def stacks_of(campaign: Campaign) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """(source, layers of every candidate) of every group, in order."""
+    return [(decode_png(group.source)[..., :3], [c.stack() for c in group.candidates]) for group in groups_of(campaign)]
+
+
+def groups_of(campaign: Campaign) -> list[Group]:
+    return sorted(read_groups(campaign, 1), key=lambda group: group.record.group)
+
+
+def is_phase2(body: dict[str, Any]) -> bool:
+    return any(part.get("text", "").startswith("Grid on") for part in body["messages"][1]["content"])
+
+
+def group_and_order(body: dict[str, Any], campaign: Campaign) -> tuple[int, list[int]]:
+    """Which group a phase-2 request shows, and its candidates from the top row down, by the pixels of the cells."""
+    parts = body["messages"][1]["content"]
+    at = next(i for i, part in enumerate(parts) if part.get("text", "").startswith("Grid on white"))
+    found = re.match(r"Grid on white: (\d+) rows, .*; (\d+) columns", parts[at]["text"])
+    assert found is not None
+    rows, columns = int(found[1]), int(found[2])
+    shown = cells(base64.b64decode(parts[at + 1]["image_url"]["url"].partition(",")[2]), rows, columns)
+    for group, (_, stacks) in enumerate(stacks_of(campaign)):
+        if stacks[0].shape[0] + 1 != columns:
+            continue
+        drawn = [cells(draw_grid([fitted(s, 32)], "white").png, 1, columns)[0] for s in stacks]
+        order = [next((i for i, d in enumerate(drawn) if np.array_equal(d, row)), None) for row in shown]
+        if None not in order:
+            return group, [index for index in order if index is not None]
+    raise AssertionError("the grid shows no group of the campaign")
+
+
+def cells(png: bytes, rows: int, columns: int) -> np.ndarray:
+    pixels = np.asarray(Image.open(io.BytesIO(png)))
+    layout = Layout.of_picture((pixels.shape[1], pixels.shape[0]), rows, columns)
+    assert layout is not None
+    return cells_of(pixels, layout)
+
+
+def test_each_grid_has_its_rows_in_an_order_of_its_own_and_scores_follow_the_candidates(
+    make_campaign: MakeCampaign, meddling: Any
+) -> None:
+    campaign = make_campaign(groups=2, size=5, canaries=False, phase2={"resolution": 32, "repeats": 2})
+    orders: list[tuple[int, tuple[int, ...]]] = []
+
+    def by_candidate(body: dict[str, Any], number: int, text: str) -> str:
+        if not is_phase2(body):
+            return text
+        group, order = group_and_order(body, campaign)
+        orders.append((group, tuple(order)))
+        names = json.loads(text)["scores"]["candidate_1"]
+        scores = {f"candidate_{row + 1}": dict.fromkeys(names, 4.5 - c) for row, c in enumerate(order)}
+        return json.dumps({"scores": scores})
+
+    meddling.change = by_candidate
+    run(campaign=campaign.uri, judge_url=meddling.url)
+    assert sorted(group for group, _ in orders) == [0, 0, 1, 1]
+    assert len({order for _, order in orders}) == 4 and (0, 1, 2, 3, 4) not in {order for _, order in orders}
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for _, order in orders)
+    for row in rows_of(campaign):
+        assert row.phase2 is not None
+        assert list(row.phase2.values()) == pytest.approx([(4.5 - row.candidate) / 5] * 5)
+
+
+def test_pairs_are_shown_in_both_orders_and_wins_follow_the_candidates(
+    make_campaign: MakeCampaign, meddling: Any
+) -> None:
+    campaign = make_campaign(groups=1, size=5, canaries=False, phase2={"resolution": 32, "method": "pairwise"})
+    pairs: list[tuple[int, int]] = []
+
+    def lower_wins(body: dict[str, Any], number: int, text: str) -> str:
+        if not is_phase2(body):
+            return text
+        _, (upper, lower) = group_and_order(body, campaign)
+        pairs.append((upper, lower))
+        return json.dumps({"better": dict.fromkeys(json.loads(text)["better"], 1 if upper < lower else 2)})
+
+    meddling.change = lower_wins
+    run(campaign=campaign.uri, judge_url=meddling.url)
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == 10
+    assert 2 <= sum(upper > lower for upper, lower in pairs) <= 8
+    for row in rows_of(campaign):
+        assert row.phase2 is not None
+        assert list(row.phase2.values()) == pytest.approx([1 - row.candidate / 4] * 5)
+
+
+def test_the_judge_is_given_the_phase1_scores_of_every_row_in_phase_2(
+    make_campaign: MakeCampaign, meddling: Any
+) -> None:
+    campaign = make_campaign(groups=2, size=4, canaries=False)
+    sent: list[dict[str, Any]] = []
+
+    def record(body: dict[str, Any], number: int, text: str) -> str:
+        if is_phase2(body):
+            sent.append(body)
+        return text
+
+    meddling.change = record
+    run(campaign=campaign.uri, judge_url=meddling.url)
+    phase1 = {(row.group, row.candidate): row.phase1 or {} for row in rows_of(campaign)}
+    assert len({tuple(scores.values()) for scores in phase1.values()}) > 2  # so that a wrong row is noticed
+    assert len(sent) == 2
+    for body in sent:
+        group, order = group_and_order(body, campaign)
+        lines = body["messages"][1]["content"][-1]["text"].splitlines()
+        start = lines.index("First judgements:") + 1
+        for row, candidate in enumerate(order):
+            scores = ", ".join(f"{name} {5 * phase1[group, candidate][name]:.1f}" for name in CRITERIA)
+            assert lines[start + row] == f"candidate {row + 1}: {scores}"
+
+
+@pytest.mark.parametrize("observations", [False, True])
+def test_observations_are_in_the_schema_that_a_strict_judge_is_held_to(
+    observations: bool, make_campaign: MakeCampaign, meddling: Any
+) -> None:
+    sent: list[dict[str, Any]] = []
+    meddling.change = lambda body, number, text: sent.append(body) or text
+    run(campaign=make_campaign(groups=1, canaries=False, observations=observations).uri, judge_url=meddling.url)
+    expected = ["observations", "scores"] if observations else ["scores"]
+    assert len(sent) == 4 + 1
+    for body in sent:
+        schema = body["response_format"]["json_schema"]["schema"]
+        assert list(schema["properties"]) == schema["required"] == expected  # before the numbers, so written first
+        assert schema["additionalProperties"] is False
 
 
 def test_prices_give_a_cost(make_campaign: MakeCampaign, judge_url: str) -> None:
