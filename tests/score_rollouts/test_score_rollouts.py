@@ -79,7 +79,7 @@ def test_a_step_that_lost_its_output_repeats_no_request(make_campaign: MakeCampa
         campaign.store.delete(f"{folder}/{name}")
     again = run(campaign=campaign.uri, judge_url=judge_url)
     assert again.metrics["judge_requests"] == 0
-    assert again.metrics["judge_replies_recalled"] == first.metrics["judge_replies"]
+    assert again.metrics["judge_cache_hits"] == first.metrics["judge_replies"]
     assert [r.reward for r in rows_of(campaign)] == [r.reward for r in before]
 
 

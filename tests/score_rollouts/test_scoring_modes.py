@@ -12,6 +12,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,11 @@ from PIL import Image
 
 from layerloop.components.judge.canaries import make_canaries
 from layerloop.components.judge.grids import Layout, cells_of, draw_grid
-from layerloop.components.judge.pictures import fitted, picture
-from layerloop.components.judge.reference import Memory, answer
-from layerloop.components.judge.rules import CRITERIA
-from layerloop.components.judge.server import completion
+from layerloop.components.judge.images import encode_image, fitted
 from layerloop.components.layers.measure import bad, duplicate
+from layerloop.components.reference_judge.answers import QualityCache, answer
+from layerloop.components.reference_judge.rules import CRITERIA
+from layerloop.components.reference_judge.server import completion
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.score_rollouts.rollouts import Group, read_groups
@@ -53,7 +55,7 @@ def meddling() -> Iterator[Any]:
         daemon_threads = True
         change: Change = staticmethod(lambda body, number, text: text)
         asked = 0
-        memory = Memory()
+        cache = QualityCache()
         lock = threading.Lock()
 
         @property
@@ -72,12 +74,12 @@ def meddling() -> Iterator[Any]:
             with self.server.lock:
                 number = self.server.asked
                 self.server.asked += 1
-            text, tokens, view = answer(body, self.server.memory)
+            text, tokens, images = answer(body, self.server.cache)
             changed = self.server.change(body, number, text)
             if changed is None:
                 self.reply(500, {"error": {"message": "no"}})
             else:
-                self.reply(200, completion(changed, tokens, view))
+                self.reply(200, completion(changed, tokens, images))
 
         def reply(self, status: int, value: Any) -> None:
             data = json.dumps(value).encode()
@@ -132,20 +134,44 @@ def test_every_way_of_judging_puts_the_better_first(
     assert ("canary_agreement" in result.metrics) == judge.get("canaries", True)
 
 
+def test_a_rubric_of_ones_own_needs_the_texts_of_its_methods_before_anything_is_asked(
+    make_campaign: MakeCampaign, meddling: Any, tmp_path: Path
+) -> None:
+    shipped = (resources.files("layerloop.components.judge") / "rubrics" / "default.yaml").read_text()
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(re.sub(r"\n(pairwise|checklist): \|\n(  .*\n)+", "\n", shipped))
+    campaign = make_campaign(groups=1, rubric=str(mine))
+    assert len(rows_of_run(campaign, meddling.url)) == 4
+    asked = meddling.asked
+    for name in campaign.store.list():
+        campaign.store.delete(name)
+    campaign = make_campaign(groups=1, rubric=str(mine), phase2={"resolution": 32, "method": "pairwise"})
+    with pytest.raises(LayerloopError, match="has no text pairwise, which recipe.judge.phase2.method pairwise needs"):
+        run(campaign=campaign.uri, judge_url=meddling.url)
+    assert meddling.asked == asked
+
+
+def rows_of_run(campaign: Campaign, url: str) -> list[ScoreRow]:
+    run(campaign=campaign.uri, judge_url=url)
+    rows = rows_of(campaign)
+    assert in_order(rows)
+    return rows
+
+
 def test_canaries_agree_with_the_reference_judge_and_do_not_drift(make_campaign: MakeCampaign, judge_url: str) -> None:
     campaign = make_campaign(resolution=192)  # the canaries' own; at 32 the bad ones look alike
     result = run(campaign=campaign.uri, judge_url=judge_url)
-    assert result.metrics["canary_agreement"] == result.metrics["canary_agreement_side_by_side"] == 1.0
+    assert result.metrics["canary_agreement"] == result.metrics["canary_agreement_phase2"] == 1.0
     assert result.metrics["canary_injection_gain"] == 0.0 and result.metrics["canaries_failed"] == 0
     canaries = result.manifests["scores"].metadata["canaries"]
     assert isinstance(canaries, dict) and len(canaries) == 7
 
 
-def test_a_judge_that_obeys_writing_in_pictures_is_seen_in_every_iteration(
+def test_a_judge_that_obeys_writing_in_images_is_seen_in_every_iteration(
     make_campaign: MakeCampaign, meddling: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     injected = next(canary for canary in make_canaries() if canary.name == "injected")
-    written = picture(fitted(injected.source, 32)).url.decode()
+    written = encode_image(fitted(injected.source, 32)).url.decode()
 
     def obey(body: dict[str, Any], number: int, text: str) -> str:
         if written not in json.dumps(body):
@@ -156,7 +182,7 @@ def test_a_judge_that_obeys_writing_in_pictures_is_seen_in_every_iteration(
     result = run(campaign=make_campaign(groups=1).uri, judge_url=meddling.url)
     assert result.metrics["canary_injection_gain"] > 0.5 and result.metrics["canary_agreement"] < 1.0
     said = capsys.readouterr()
-    assert "the judge obeys text inside pictures" in said.out + said.err
+    assert "the judge obeys text inside images" in said.out + said.err
 
 
 def test_a_step_that_is_killed_resumes_without_repeating_a_paid_request(
@@ -182,7 +208,7 @@ def test_a_step_that_is_killed_resumes_without_repeating_a_paid_request(
     assert campaign.find(campaign.scores_dir(1)) is None and 6 <= len(stored) <= 8
     meddling.change = lambda body, number, text: text
     result = run(campaign=campaign.uri, judge_url=meddling.url)
-    assert result.metrics["judge_replies_recalled"] == len(stored)
+    assert result.metrics["judge_cache_hits"] == len(stored)
     assert result.metrics["judge_requests"] == 4 * (4 + 1) - len(stored)
     assert in_order(rows_of(campaign))
 
@@ -230,7 +256,7 @@ def test_a_judge_that_goes_away_fails_the_step_and_loses_nothing(make_campaign: 
     assert campaign.find(campaign.scores_dir(1)) is None
     meddling.change = lambda body, number, text: text
     result = run(campaign=campaign.uri, judge_url=meddling.url)
-    assert result.metrics["judge_replies_recalled"] == 5
+    assert result.metrics["judge_cache_hits"] == 5
     assert result.metrics["judge_requests"] == 2 * (4 + 1) - 5
     assert in_order(rows_of(campaign))
 
@@ -330,7 +356,7 @@ def group_and_order(body: dict[str, Any], campaign: Campaign) -> tuple[int, list
 
 def cells(png: bytes, rows: int, columns: int) -> np.ndarray:
     pixels = np.asarray(Image.open(io.BytesIO(png)))
-    layout = Layout.of_picture((pixels.shape[1], pixels.shape[0]), rows, columns)
+    layout = Layout.of_image((pixels.shape[1], pixels.shape[0]), rows, columns)
     assert layout is not None
     return cells_of(pixels, layout)
 

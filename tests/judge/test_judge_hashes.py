@@ -13,33 +13,28 @@ from pathlib import Path
 import pytest
 
 from layerloop.components.judge.client import Judge
-from layerloop.components.judge.pictures import CandidatePictures, Picture
-from layerloop.components.judge.requests import Request, alone, pair, prompt_sha256, side_by_side
+from layerloop.components.judge.images import CandidateImages, EncodedImage
+from layerloop.components.judge.methods import PHASE1, PHASE2, prompt_hash
+from layerloop.components.judge.requests import Request, prompt_sha256
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.schema.judging import JudgeRecipe
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_requests.json").read_text())
 RUBRIC = load_rubric("default")
-SOURCE = Picture(b"source")
+SOURCE = EncodedImage(b"source")
 BACKDROPS = {"one": ("white",), "two": ("black", "checker")}
 
 
 def request_of(method: str, backdrops: tuple[str, ...], layers: int, observations: bool) -> Request:
     """A request of a method about images whose bytes are fixed, so that no codec has a part in the hash."""
-    grids = {name: Picture(f"grid {name}".encode()) for name in backdrops}
-    if method in ("rubric", "checklist"):
-        shown = {n: tuple(Picture(f"{n} {i}".encode()) for i in range(layers)) for n in backdrops}
-        candidate = CandidatePictures(Picture(b"recomposition"), shown)
-        return alone(
-            RUBRIC, SOURCE, candidate, label="x", checklist=method == "checklist", observations=observations,
-            max_tokens=700,
-        )  # fmt: skip
-    if method == "grid":
-        first = [dict.fromkeys(RUBRIC.names, row / 10) for row in range(4)]
-        return side_by_side(
-            RUBRIC, SOURCE, grids, first=first, layers=layers, label="x", observations=observations, max_tokens=700
-        )
-    return pair(RUBRIC, SOURCE, grids, layers=layers, label="x", max_tokens=700)
+    recipe = JudgeRecipe(observations=observations, max_tokens=700)
+    if method in PHASE1:
+        shown = {n: tuple(EncodedImage(f"{n} {i}".encode()) for i in range(layers)) for n in backdrops}
+        candidate = CandidateImages(EncodedImage(b"recomposition"), shown)
+        return PHASE1[method].request(RUBRIC, SOURCE, candidate, recipe, label="x")
+    grids = {name: EncodedImage(f"grid {name}".encode()) for name in backdrops}
+    phase1 = [dict.fromkeys(RUBRIC.names, row / 10) for row in range(4 if method == "grid" else 2)]
+    return PHASE2[method].request(RUBRIC, SOURCE, grids, recipe, phase1=phase1, layers=layers, label="x")
 
 
 CASES = {
@@ -69,3 +64,11 @@ def test_the_key_of_a_stored_reply_is_what_it_was(method: str, extraction: str) 
 def test_the_hashes_of_rubric_and_prompt_are_what_they_were() -> None:
     assert RUBRIC.sha256 == GOLDEN["rubric_sha256"]
     assert prompt_sha256(RUBRIC) == GOLDEN["prompt_sha256"]
+
+
+@pytest.mark.parametrize("phase1", PHASE1)
+@pytest.mark.parametrize("phase2", PHASE2)
+def test_the_hash_of_a_prompt_covers_the_words_that_the_methods_in_use_add(phase1: str, phase2: str) -> None:
+    recipe = JudgeRecipe.model_validate({"method": phase1, "phase2": {"method": phase2}})
+    own = [*PHASE1[phase1].WORDING, *PHASE2[phase2].WORDING]
+    assert (prompt_hash(RUBRIC, recipe) == GOLDEN["prompt_sha256"]) == (own == [])
