@@ -15,7 +15,7 @@ from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 TEXT = 14  # height of the labels, pixels
 MARGIN = 28  # room for row labels on the left and for column labels at the top, pixels
 GAP = 6  # between cells, pixels
-PAGE = (64, 66, 70)  # behind the cells: no backdrop has this colour, so an empty layer is told from the page
+PAGE = (64, 66, 70)  # behind the cells: no backdrop has this colour, so an empty layer differs from the page
 INK = (255, 255, 255)
 
 

@@ -110,8 +110,8 @@ class Limiter:
 
 
 class Breaker:
-    """Opens when the judge is gone: `failures` in a row and no success for `seconds`. It fails the step at once,
-    because everything answered so far is stored and a retry of the step goes on from there."""
+    """Opens when the judge is gone: `failures` in a row and no success for `seconds`. It fails the step at once: all
+    replies are stored, and a retry of the step resumes from them."""
 
     def __init__(self, where: str, *, failures: int, seconds: float) -> None:
         self.where, self.failures, self.seconds = where, failures, seconds

@@ -93,7 +93,7 @@ def _fidelity(seen: RecoveredLayers) -> float:
 
 
 def _haze(alpha: Floats) -> Floats:
-    """(L,): see-through area that is no outline, relative to its area. An outline goes from 0 to 1 in two pixels."""
+    """(L,): see-through area outside outlines, relative to its area. An outline goes from 0 to 1 in two pixels."""
     step = _largest(alpha) - _smallest(alpha)
     half = (4 * alpha * (1 - alpha) * (1 - step) ** 2).sum((1, 2))
     return np.asarray(half / (alpha.sum((1, 2)) + 1e-3 * alpha[0].size), np.float32)

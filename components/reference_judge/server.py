@@ -5,7 +5,7 @@
     POST /v1/chat/completions     images as data URLs, `response_format` text, json_object or json_schema, logprobs
     /v1/files, /v1/batches        the Batch API, in memory
 
-Wrong requests get the API's error objects with a 4xx. It listens on loopback unless told otherwise.
+Wrong requests get the API's error objects with a 4xx. It listens on loopback by default.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class JudgeServer(ThreadingHTTPServer):
             return error.status, refusal(error)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no event; anything else is answered with 500 where it happens."""
+        """A client that disconnects is ignored; any other error is answered with 500 where it happens."""
 
 
 def serve(host: str = "127.0.0.1", port: int = 8788, *, model: str = NAME, max_body: int = MAX_BODY) -> None:
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._body(path) if method == "POST" else b""
             self._send(200, self._route(method, path, body))
         except BadRequestError as error:
-            if error.status in (411, 413):  # the body was not read, so the connection cannot go on
+            if error.status in (411, 413):  # the body was not read, so the connection cannot be reused
                 self.close_connection = True
             self._send(error.status, refusal(error))
         except (TimeoutError, ConnectionError):

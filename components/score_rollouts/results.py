@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from layerloop.components.judge.canaries import CanaryReport
-from layerloop.components.judge.client import Statistics
+from layerloop.components.judge.statistics import Statistics
 from layerloop.components.schema.judging import PriceRecipe, ScoreRow
 from layerloop.components.schema.trajectory import candidate_key
 from layerloop.components.score_rollouts.calibration import position_share

@@ -60,11 +60,7 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "") -> 
         log(f"scores of iteration {k} are committed already")
         return _result(done)
 
-    url = judge_url or os.environ.get("OPENAI_BASE_URL", "")
-    if not url:
-        raise LayerloopError(
-            "judge_url is empty and OPENAI_BASE_URL is not set: give the URL of `layerloop judge serve`"
-        )
+    url = _url(judge_url)
     rubric = rubric_of(recipe.judge)
     replies = StoredReplies(opened.store, f"{folder}/replies")
     total = sum(manifest.counts.get("groups", 0) for manifest in opened.rollouts(k)) or recipe.rollout.groups
@@ -98,6 +94,15 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "") -> 
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
     }
     return _result(_commit(opened, k, rows, rubric, metadata))
+
+
+def _url(judge_url: str) -> str:
+    url = judge_url or os.environ.get("OPENAI_BASE_URL", "")
+    if not url:
+        raise LayerloopError(
+            "judge_url is empty and OPENAI_BASE_URL is not set: give the URL of `layerloop judge serve`"
+        )
+    return url
 
 
 def _provenance(recipe: JudgeRecipe, rubric: Rubric, version: str) -> dict[str, JsonValue]:
