@@ -9,20 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.score_rollouts.step import run
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.shards import read_shard
+
+from .judges import rows_of
 
 MakeCampaign = Callable[..., Campaign]
-
-
-def rows_of(campaign: Campaign) -> list[ScoreRow]:
-    return [
-        ScoreRow.from_json(members["json"], where=key)
-        for shard in campaign.scores(1).shards
-        for key, members in read_shard(campaign.store, shard, required=("json",))
-    ]
 
 
 def test_every_candidate_gets_a_row_and_better_ones_get_more(make_campaign: MakeCampaign, judge_url: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import re
 import signal
@@ -11,98 +9,29 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from layerloop.components.judge.canaries import make_canaries
-from layerloop.components.judge.grids import Layout, cells_of, draw_grid
 from layerloop.components.judge.images import encode_image, fitted
 from layerloop.components.layers.measure import bad, duplicate
-from layerloop.components.reference_judge.answers import QualityCache, answer
-from layerloop.components.reference_judge.rules import CRITERIA
-from layerloop.components.reference_judge.server import completion
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
-from layerloop.components.score_rollouts.rollouts import Group, read_groups
 from layerloop.components.score_rollouts.step import run
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.images import decode_png
-from layerloop.components.storage.shards import read_shard
+
+from .judges import in_order, meddling_judge, rows_of, stacks_of
 
 MakeCampaign = Callable[..., Campaign]
-Change = Callable[[dict[str, Any], int, str], str | None]
-
-
-def rows_of(campaign: Campaign) -> list[ScoreRow]:
-    return [
-        ScoreRow.from_json(members["json"], where=key)
-        for shard in campaign.scores(1).shards
-        for key, members in read_shard(campaign.store, shard)
-    ]
 
 
 @pytest.fixture
 def meddling() -> Iterator[Any]:
-    """The reference judge with `change(body, number, text)` in between: another text, or None for a 500."""
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        change: Change = staticmethod(lambda body, number, text: text)
-        asked = 0
-        cache = QualityCache()
-        lock = threading.Lock()
-
-        @property
-        def url(self) -> str:
-            return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    class Handler(BaseHTTPRequestHandler):
-        server: Server
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self.reply(200, {"object": "list", "data": [{"id": "layerloop-reference-judge", "object": "model"}]})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with self.server.lock:
-                number = self.server.asked
-                self.server.asked += 1
-            text, tokens, images = answer(body, self.server.cache)
-            changed = self.server.change(body, number, text)
-            if changed is None:
-                self.reply(500, {"error": {"message": "no"}})
-            else:
-                self.reply(200, completion(changed, tokens, images))
-
-        def reply(self, status: int, value: Any) -> None:
-            data = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def in_order(rows: list[ScoreRow]) -> bool:
-    """Whether every group's rewards fall from the truth (candidate 0) to the most spoiled."""
-    groups = {row.group for row in rows}
-    by_group = [[r.reward for r in rows if r.group == g and r.reward is not None] for g in groups]
-    return all(len(r) > 1 and r == sorted(r, reverse=True) and r[0] > r[-1] for r in by_group)
+    with meddling_judge() as judge:
+        yield judge
 
 
 @pytest.mark.parametrize(
@@ -318,134 +247,6 @@ def test_the_artifact_penalty_is_taken_off_and_shown(make_campaign: MakeCampaign
     for before, after in zip(plain, fined, strict=True):
         assert before.reward is not None and (before.reward > after.penalty or after.reward == 0.0)
         assert after.reward == pytest.approx(max(0.0, before.reward - after.penalty))
-
-
-# ----------------------------------------------------------------------------------------------- phase 2 as it is sent
-
-
-def stacks_of(campaign: Campaign) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-    """(source, layers of every candidate) of every group, in order."""
-    return [(decode_png(group.source)[..., :3], [c.stack() for c in group.candidates]) for group in groups_of(campaign)]
-
-
-def groups_of(campaign: Campaign) -> list[Group]:
-    return sorted(read_groups(campaign, 1), key=lambda group: group.record.group)
-
-
-def is_phase2(body: dict[str, Any]) -> bool:
-    return any(part.get("text", "").startswith("Grid on") for part in body["messages"][1]["content"])
-
-
-def group_and_order(body: dict[str, Any], campaign: Campaign) -> tuple[int, list[int]]:
-    """Which group a phase-2 request shows, and its candidates from the top row down, by the pixels of the cells."""
-    parts = body["messages"][1]["content"]
-    at = next(i for i, part in enumerate(parts) if part.get("text", "").startswith("Grid on white"))
-    found = re.match(r"Grid on white: (\d+) rows, .*; (\d+) columns", parts[at]["text"])
-    assert found is not None
-    rows, columns = int(found[1]), int(found[2])
-    shown = cells(base64.b64decode(parts[at + 1]["image_url"]["url"].partition(",")[2]), rows, columns)
-    for group, (_, stacks) in enumerate(stacks_of(campaign)):
-        if stacks[0].shape[0] + 1 != columns:
-            continue
-        drawn = [cells(draw_grid([fitted(s, 32)], "white").png, 1, columns)[0] for s in stacks]
-        order = [next((i for i, d in enumerate(drawn) if np.array_equal(d, row)), None) for row in shown]
-        if None not in order:
-            return group, [index for index in order if index is not None]
-    raise AssertionError("the grid shows no group of the campaign")
-
-
-def cells(png: bytes, rows: int, columns: int) -> np.ndarray:
-    pixels = np.asarray(Image.open(io.BytesIO(png)))
-    layout = Layout.of_image((pixels.shape[1], pixels.shape[0]), rows, columns)
-    assert layout is not None
-    return cells_of(pixels, layout)
-
-
-def test_each_grid_has_its_rows_in_an_order_of_its_own_and_scores_follow_the_candidates(
-    make_campaign: MakeCampaign, meddling: Any
-) -> None:
-    campaign = make_campaign(groups=2, size=5, canaries=False, phase2={"resolution": 32, "repeats": 2})
-    orders: list[tuple[int, tuple[int, ...]]] = []
-
-    def by_candidate(body: dict[str, Any], number: int, text: str) -> str:
-        if not is_phase2(body):
-            return text
-        group, order = group_and_order(body, campaign)
-        orders.append((group, tuple(order)))
-        names = json.loads(text)["scores"]["candidate_1"]
-        scores = {f"candidate_{row + 1}": dict.fromkeys(names, 4.5 - c) for row, c in enumerate(order)}
-        return json.dumps({"scores": scores})
-
-    meddling.change = by_candidate
-    run(campaign=campaign.uri, judge_url=meddling.url)
-    assert sorted(group for group, _ in orders) == [0, 0, 1, 1]
-    assert len({order for _, order in orders}) == 4 and (0, 1, 2, 3, 4) not in {order for _, order in orders}
-    assert all(sorted(order) == [0, 1, 2, 3, 4] for _, order in orders)
-    for row in rows_of(campaign):
-        assert row.phase2 is not None
-        assert list(row.phase2.values()) == pytest.approx([(4.5 - row.candidate) / 5] * 5)
-
-
-def test_pairs_are_shown_in_both_orders_and_wins_follow_the_candidates(
-    make_campaign: MakeCampaign, meddling: Any
-) -> None:
-    campaign = make_campaign(groups=1, size=5, canaries=False, phase2={"resolution": 32, "method": "pairwise"})
-    pairs: list[tuple[int, int]] = []
-
-    def lower_wins(body: dict[str, Any], number: int, text: str) -> str:
-        if not is_phase2(body):
-            return text
-        _, (upper, lower) = group_and_order(body, campaign)
-        pairs.append((upper, lower))
-        return json.dumps({"better": dict.fromkeys(json.loads(text)["better"], 1 if upper < lower else 2)})
-
-    meddling.change = lower_wins
-    run(campaign=campaign.uri, judge_url=meddling.url)
-    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == 10
-    assert 2 <= sum(upper > lower for upper, lower in pairs) <= 8
-    for row in rows_of(campaign):
-        assert row.phase2 is not None
-        assert list(row.phase2.values()) == pytest.approx([1 - row.candidate / 4] * 5)
-
-
-def test_the_judge_is_given_the_phase1_scores_of_every_row_in_phase_2(
-    make_campaign: MakeCampaign, meddling: Any
-) -> None:
-    campaign = make_campaign(groups=2, size=4, canaries=False)
-    sent: list[dict[str, Any]] = []
-
-    def record(body: dict[str, Any], number: int, text: str) -> str:
-        if is_phase2(body):
-            sent.append(body)
-        return text
-
-    meddling.change = record
-    run(campaign=campaign.uri, judge_url=meddling.url)
-    phase1 = {(row.group, row.candidate): row.phase1 or {} for row in rows_of(campaign)}
-    assert len({tuple(scores.values()) for scores in phase1.values()}) > 2  # so that a wrong row is noticed
-    assert len(sent) == 2
-    for body in sent:
-        group, order = group_and_order(body, campaign)
-        lines = body["messages"][1]["content"][-1]["text"].splitlines()
-        start = lines.index("First judgements:") + 1
-        for row, candidate in enumerate(order):
-            scores = ", ".join(f"{name} {5 * phase1[group, candidate][name]:.1f}" for name in CRITERIA)
-            assert lines[start + row] == f"candidate {row + 1}: {scores}"
-
-
-@pytest.mark.parametrize("observations", [False, True])
-def test_observations_are_in_the_schema_that_a_strict_judge_is_held_to(
-    observations: bool, make_campaign: MakeCampaign, meddling: Any
-) -> None:
-    sent: list[dict[str, Any]] = []
-    meddling.change = lambda body, number, text: sent.append(body) or text
-    run(campaign=make_campaign(groups=1, canaries=False, observations=observations).uri, judge_url=meddling.url)
-    expected = ["observations", "scores"] if observations else ["scores"]
-    assert len(sent) == 4 + 1
-    for body in sent:
-        schema = body["response_format"]["json_schema"]["schema"]
-        assert list(schema["properties"]) == schema["required"] == expected  # before the numbers, so written first
-        assert schema["additionalProperties"] is False
 
 
 def test_prices_give_a_cost(make_campaign: MakeCampaign, judge_url: str) -> None:
