@@ -172,8 +172,8 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _judge_serve(arguments: argparse.Namespace) -> None:
-    from layerloop.components.judge.reference import FINE, NAME
-    from layerloop.components.judge.server import serve
+    from layerloop.components.reference_judge.identity import FINE, NAME
+    from layerloop.components.reference_judge.server import serve
 
     serve(arguments.host, arguments.port, model=FINE if arguments.fine else NAME)
 
@@ -334,7 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve = _command(judge, "serve", _judge_serve, "serve the reference judge, rules that stand in for a VLM")
     serve.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
     serve.add_argument("--port", type=int, default=8788, metavar="N", help="0 takes a free one (default: %(default)s)")
-    fine = "its twin that uses all of 0..5 about a single candidate, model layerloop-reference-judge-fine"
+    fine = "its full-range variant: all of 0..5 about a single candidate, model layerloop-reference-judge-fine"
     serve.add_argument("--fine", action="store_true", help=fine)
     check = _command(
         judge, "check", _judge_check, "send known good and bad decompositions to a judge, and say if it is fit"

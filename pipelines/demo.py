@@ -44,7 +44,7 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
     Raises:
         LayerloopError: bad input, or a step failed.
     """
-    from layerloop.components.judge.reference import BANDS
+    from layerloop.components.reference_judge.identity import SCORE_RANGE
 
     campaign = Path(job.campaign)
     if fresh and campaign.exists():
@@ -62,7 +62,7 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
         print(f"judge {judge.model} at {judge_url}", flush=True)
         run = run_job(replace(job, judge_url=judge_url), runs=folder / "runs")
     say_what_was_made(run, job)
-    if judge.model in BANDS:
+    if judge.model in SCORE_RANGE:
         print(f"The judge was {judge.model}: rules over pixels that stand in for a vision-language model.")
     print("Again: `make demo` continues this campaign from its head; `make demo FRESH=1` starts anew.")
 

@@ -111,10 +111,13 @@ def check_judge(url: str, recipe: JudgeRecipe, runtime: JudgeRuntime) -> list[st
     The key is taken from OPENAI_API_KEY.
 
     Raises:
-        LayerloopError: no URL, nobody answers, the key is refused, or the recipe's model is not served there.
+        LayerloopError: no URL, nobody answers, the key is refused, the recipe's model is not served there, or its
+            rubric lacks a text.
     """
     from layerloop.components.judge.client import Judge
+    from layerloop.components.judge.methods import rubric_of
 
+    rubric_of(recipe)
     if not url.startswith(("http://", "https://")):
         raise LayerloopError(f"judge URL is {url!r}: give a base URL such as http://127.0.0.1:8788/v1")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerloop.components.judge.reference import FINE, NAME
+from layerloop.components.reference_judge.identity import FINE, NAME
 from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.components.storage.campaign import Campaign
 from layerloop.pipelines.study import ARMS, Run, Study

@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from layerloop.components.judge.reference import FINE, NAME
+from layerloop.components.reference_judge.identity import FINE, NAME
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.schema.runtime import TINY

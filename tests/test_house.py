@@ -57,6 +57,7 @@ def test_imports_run_one_way() -> None:
         ("components/update_lora/step.py", "import kfp"),
         ("components/update_lora/step.py", "from layerloop.components.update_lora import component"),
         ("components/score_rollouts/step.py", "from layerloop.components.policy import model"),
+        ("components/judge/client.py", "from layerloop.components.reference_judge import answers"),
         ("pipelines/cli.py", "from layerloop.components.policy import model"),
         ("components/policy/model.py", "from layerloop.components.policy import sampling"),
     ],
@@ -99,7 +100,9 @@ def test_a_verbs_declaration_is_nothing_else(verb: str) -> None:
     assert kinds == ["Expr", "FunctionDef"]  # the docstring and the component
 
 
-@pytest.mark.parametrize("module", ["score_rollouts.step", "judge.client", "storage.campaign", "runtime.contract"])
+@pytest.mark.parametrize(
+    "module", ["score_rollouts.step", "judge.client", "reference_judge.server", "storage.campaign", "runtime.contract"]
+)
 def test_what_runs_without_torch_starts_without_it(module: str) -> None:
     code = f"import layerloop.components.{module}, sys; print(*{{'torch', 'diffusers', 'kfp'}} & set(sys.modules))"
     result = run("python", "-c", code)

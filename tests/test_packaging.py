@@ -113,7 +113,7 @@ def test_nobody_depends_on_torchvision_or_lets_torch_float() -> None:
 # What a step may import where it runs: the extras of its image (images/Containerfile.*), and their own requirements.
 EXTRAS_OF_IMAGES = {"light": ("core", "judge", "evaluation"), "policy": ("core", "policy", "judge", "evaluation")}
 STEPS_OF_IMAGES = {
-    "light": ("score_rollouts.step", "judge.server"),
+    "light": ("score_rollouts.step", "reference_judge.server"),
     "policy": (
         "shard_dataset.step", "generate_rollouts.step", "update_lora.step", "evaluate_adapter.step",
         "publish_adapter.step",

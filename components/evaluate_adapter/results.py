@@ -124,7 +124,7 @@ def reward_curve(campaign: Campaign, scores: Sequence[Manifest]) -> list[Point]:
 
 def judge_sentence(scores: Sequence[Manifest]) -> str:
     """Who gave the rewards, said as plainly as it must be."""
-    from layerloop.components.judge.reference import BANDS
+    from layerloop.components.reference_judge.identity import SCORE_RANGE
 
     if not scores:
         return "No scores are kept in this campaign, so this page cannot say which judge trained the adapter."
@@ -135,7 +135,7 @@ def judge_sentence(scores: Sequence[Manifest]) -> str:
     rubrics = " and ".join(dict.fromkeys(said(m, "rubric", "rubric_version") for m in scores))
     judges = list(dict.fromkeys(said(manifest, "judge") for manifest in scores))
     versions = ", ".join(dict.fromkeys(said(manifest, "judge_version") for manifest in scores))
-    rules = [judge for judge in judges if judge in BANDS]
+    rules = [judge for judge in judges if judge in SCORE_RANGE]
     if judges == rules:
         return (
             f"The rewards of training were given by {' and '.join(judges)}: rules over pixels that stand in for a "

@@ -1,1 +1,1 @@
-"""The judge: rubrics, requests, the client to any OpenAI-compatible VLM, and the embedded reference judge."""
+"""The judge: rubrics, methods, requests, and the client to any OpenAI-compatible VLM."""

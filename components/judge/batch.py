@@ -153,8 +153,8 @@ class Batches:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, gathering: _Gathering) -> None:
-        """Upload, create, remember, follow. The ledger is told before the batch is made: a batch that a killed step
-        made and did not enter is found by the digest in its metadata."""
+        """Upload, create, remember, follow. The ledger is written before the batch is made: a batch that a killed
+        step made and did not enter is found by the digest in its metadata."""
         name = gathering.digest
         entry: dict[str, Any] = {"keys": sorted(gathering.waiting), "batch": None, "failed": []}
         await asyncio.to_thread(self.ledger.enter, name, entry)
@@ -272,7 +272,7 @@ class Batches:
 
 
 def read_output(data: bytes) -> dict[str, tuple[int, bytes]]:
-    """Request key -> (status, body) of an output or error file; lines that are none are left out."""
+    """Request key -> (status, body) of an output or error file; lines without an answer are left out."""
     answers: dict[str, tuple[int, bytes]] = {}
     for line in data.splitlines():
         try:

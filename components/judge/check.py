@@ -14,24 +14,25 @@ import numpy as np
 
 from layerloop.components.judge.canaries import FOOLED, CanaryReport, make_canaries, score_canaries
 from layerloop.components.judge.client import Judge
-from layerloop.components.judge.dialect import Dialect
+from layerloop.components.judge.features import EndpointFeatures
+from layerloop.components.judge.images import candidate_images, encode_image, fitted
+from layerloop.components.judge.methods import PHASE1, rubric_of
 from layerloop.components.judge.parsing import parse
-from layerloop.components.judge.pictures import candidate_pictures, fitted, picture
 from layerloop.components.judge.replies import Reply, UnusableError, read_body
-from layerloop.components.judge.requests import Request, alone
-from layerloop.components.judge.rubric import Rubric, load_rubric
+from layerloop.components.judge.requests import Request
+from layerloop.components.judge.rubric import Rubric
 from layerloop.components.judge.transport import TransportError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
 
-IMAGE_COUNTS = (4, 8, 16, 32)  # pictures in one request that are tried, in order, until one is refused
+IMAGE_COUNTS = (4, 8, 16, 32)  # images in one request that are tried, in order, until one is refused
 NEEDED_IMAGES = 8  # source, recomposition and the layers of L = 5 on one backdrop, with room for one
 GOOD_AGREEMENT, POOR_AGREEMENT = 0.8, 0.5  # rank agreement with the canaries' grades
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What was found. `problems` speak against the endpoint; `verdict` is "good", "usable" or "unfit"."""
+    """Findings about an endpoint. `problems` speak against the endpoint; `verdict` is "good", "usable" or "unfit"."""
 
     url: str
     model: str
@@ -61,15 +62,15 @@ class CheckReport:
             "JSON schema": "yes" if self.json_schema else "no: answers are repaired or repeated",
             "JSON object": "yes" if self.json_object else "no",
             "log-probabilities": "yes" if self.logprobs else "no: extraction must be sampled",
-            "images in a request": f"{self.images_per_request}{more}",
+            "images per request": f"{self.images_per_request}{more}",
             "latency": f"{self.latency_p50_seconds:.2f} s median, {self.latency_p95_seconds:.2f} s p95",
-            "tokens a request": f"{self.tokens_input / asked:.0f} in, {self.tokens_output / asked:.0f} out",
-            "rank agreement": f"{_number(canaries.agreement)} alone, {_number(canaries.agreement_beside)} side by side "
+            "tokens per request": f"{self.tokens_input / asked:.0f} in, {self.tokens_output / asked:.0f} out",
+            "rank agreement": f"{_number(canaries.agreement)} phase 1, {_number(canaries.agreement_phase2)} phase 2 "
             "(1 is best)",
-            "text in pictures": f"earns {_number(canaries.injection_gain)} reward (0 is best)",
+            "text in images": f"earns {_number(canaries.injection_gain)} reward (0 is best)",
         }
         for name, reward in sorted(canaries.rewards.items(), key=lambda item: (-item[1], item[0])):
-            rows[f"  {name}"] = f"{_number(reward)} alone, {_number(canaries.beside.get(name))} side by side"
+            rows[f"  {name}"] = f"{_number(reward)} phase 1, {_number(canaries.phase2.get(name))} phase 2"
         out = [f"{label:<22}{text}" for label, text in rows.items()]
         out += [f"  no judgement of {name}: {why}" for name, why in canaries.failures.items()]
         out += [f"problem: {problem}" for problem in self.problems]
@@ -81,10 +82,10 @@ class CheckReport:
         return {
             **{name: value for name, value in self.__dict__.items() if name != "canaries"},
             "agreement": canaries.agreement,
-            "agreement_side_by_side": canaries.agreement_beside,
+            "agreement_phase2": canaries.agreement_phase2,
             "injection_gain": canaries.injection_gain,
             "canaries": canaries.rewards,
-            "canaries_side_by_side": canaries.beside,
+            "canaries_phase2": canaries.phase2,
             "canaries_failed": canaries.failures,
         }
 
@@ -115,13 +116,13 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
         model = model or (models[0] if len(models) == 1 else recipe.model)
         judge.recipe = recipe = recipe.model_copy(update={"model": model})
         await judge.check_reachable()
-        rubric = load_rubric(recipe.rubric)
+        rubric = rubric_of(recipe)
         probe = _probe(rubric, recipe, layers=3)
-        json_schema = await _answers(judge, probe, Dialect())
-        json_object = await _answers(judge, probe, Dialect(response_format="json_object"))
+        json_schema = await _answers(judge, probe, EndpointFeatures())
+        json_object = await _answers(judge, probe, EndpointFeatures(response_format="json_object"))
         logprobs = await _has_logprobs(judge, probe, json_schema)
-        judge.dialect = replace(
-            judge.dialect, response_format="json_schema" if json_schema else "json_object" if json_object else "none"
+        judge.features = replace(
+            judge.features, response_format="json_schema" if json_schema else "json_object" if json_object else "none"
         )
         images = await _images(judge, rubric, recipe)
         canaries = await score_canaries(judge, rubric, recipe, designs=designs)
@@ -156,14 +157,14 @@ def _judged(report: CheckReport) -> CheckReport:
         grave.append(f"it hardly tells good from bad decompositions (rank agreement {agreement:.2f})")
     elif agreement < GOOD_AGREEMENT:
         light.append(f"it confuses some good and bad decompositions (rank agreement {agreement:.2f})")
-    beside = report.canaries.agreement_beside
-    if beside is not None and beside < POOR_AGREEMENT:
-        grave.append(f"side by side it hardly tells good from bad (rank agreement {beside:.2f})")
+    phase2 = report.canaries.agreement_phase2
+    if phase2 is not None and phase2 < POOR_AGREEMENT:
+        grave.append(f"in phase 2 it hardly tells good from bad (rank agreement {phase2:.2f})")
     if gain is not None and gain > FOOLED:
-        grave.append(f"it obeys text inside pictures (reward +{gain:.2f})")
+        grave.append(f"it obeys text inside images (reward +{gain:.2f})")
     if report.images_per_request < NEEDED_IMAGES:
         grave.append(
-            f"it takes {report.images_per_request} images a request, {NEEDED_IMAGES} are needed for five layers"
+            f"it takes {report.images_per_request} images per request, {NEEDED_IMAGES} are needed for five layers"
         )
     if not report.json_schema:
         light.append("it does not hold itself to a JSON schema: more answers will be repaired or repeated")
@@ -174,27 +175,27 @@ def _judged(report: CheckReport) -> CheckReport:
 
 
 def _probe(rubric: Rubric, recipe: JudgeRecipe, *, layers: int) -> Request:
-    """A phase-1 request with `layers` + 2 pictures on the first backdrop."""
+    """A phase-1 request with `layers` + 2 images on the first backdrop."""
     canary = make_canaries()[0]
     stack = np.concatenate([canary.stack, np.repeat(canary.stack[1:2], max(0, layers - 3), axis=0)])[:layers]
-    pictures = candidate_pictures(fitted(stack, recipe.resolution), recipe.backdrops[:1])
-    source = picture(fitted(canary.source, recipe.resolution))
-    return alone(rubric, source, pictures, label=f"probe of {layers + 2} pictures", max_tokens=recipe.max_tokens)
+    images = candidate_images(fitted(stack, recipe.resolution), recipe.backdrops[:1])
+    source = encode_image(fitted(canary.source, recipe.resolution))
+    return PHASE1[recipe.method].request(rubric, source, images, recipe, label=f"probe of {layers + 2} images")
 
 
-async def _post(judge: Judge, request: Request, dialect: Dialect) -> Reply:
-    """A reply in exactly this dialect. Raises UnusableError."""
-    payload = dialect.payload(request, judge.recipe, seed=1, temperature=judge.recipe.temperature)
+async def _post(judge: Judge, request: Request, features: EndpointFeatures) -> Reply:
+    """A reply by exactly these features. Raises UnusableError."""
+    payload = features.payload(request, judge.recipe, seed=1, temperature=judge.recipe.temperature)
     try:
         return read_body(await judge.connection.post(payload, timeout=judge.runtime.timeout_seconds))
     except TransportError as error:
         raise error.problem from None
 
 
-async def _answers(judge: Judge, request: Request, dialect: Dialect) -> bool:
+async def _answers(judge: Judge, request: Request, features: EndpointFeatures) -> bool:
     """Whether the reply is usable, in the newer name of the token limit if it must be. The name is remembered."""
-    for limit_name in dict.fromkeys((judge.dialect.limit_name, "max_completion_tokens")):
-        tried = replace(dialect, limit_name=limit_name)
+    for limit_name in dict.fromkeys((judge.features.limit_name, "max_completion_tokens")):
+        tried = replace(features, limit_name=limit_name)
         try:
             reply = await _post(judge, request, tried)
             parse(request, reply)
@@ -202,30 +203,30 @@ async def _answers(judge: Judge, request: Request, dialect: Dialect) -> bool:
             if "max_completion_tokens" in error.detail:
                 continue
             return False
-        judge.dialect = replace(judge.dialect, limit_name=limit_name)
+        judge.features = replace(judge.features, limit_name=limit_name)
         return reply.text.lstrip().startswith("{")
     return False
 
 
 async def _has_logprobs(judge: Judge, request: Request, json_schema: bool) -> bool:
-    dialect = replace(judge.dialect, logprobs=True, response_format="json_schema" if json_schema else "none")
+    features = replace(judge.features, logprobs=True, response_format="json_schema" if json_schema else "none")
     try:
-        reply = await _post(judge, request, dialect)
+        reply = await _post(judge, request, features)
     except UnusableError:
         return False
     return any(len(token.get("top_logprobs") or []) > 1 for token in reply.tokens)
 
 
 async def _images(judge: Judge, rubric: Rubric, recipe: JudgeRecipe) -> int:
-    """The largest tried number of pictures in a request that gets a completion."""
+    """The largest tried number of images in a request that gets a completion."""
     most = 0
     for count in IMAGE_COUNTS:
         request = _probe(rubric, recipe, layers=count - 2)
         try:
-            await _post(judge, request, judge.dialect)
+            await _post(judge, request, judge.features)
         except UnusableError as error:
             if error.reason in ("refused", "empty") or not error.reason.startswith("http_4"):
-                most = count  # it took the pictures, whatever it made of them
+                most = count  # it accepted the images, whatever it answered
                 continue
             break
         most = count

@@ -1,4 +1,4 @@
-"""The client to any OpenAI-compatible judge: bounded, patient, suspicious, and never asking twice what was answered.
+"""Async client to any OpenAI-compatible judge: concurrency control, adaptive timeouts, validation, a response cache.
 
     scores, reply = await judge.ask(request)        or UnusableError with the reason of the mask
 
@@ -10,23 +10,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import random
 import re
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
 from layerloop.components.judge.batch import Batches, Ledger, LedgerMemory
-from layerloop.components.judge.dialect import Dialect
-from layerloop.components.judge.expected import sharpen
-from layerloop.components.judge.limiter import Breaker, Limiter, Patience
-from layerloop.components.judge.parsing import Scores, parse
-from layerloop.components.judge.replies import Reply, UnusableError, read_body, read_usage, read_version
-from layerloop.components.judge.requests import Request
+from layerloop.components.judge.features import EndpointFeatures
+from layerloop.components.judge.limiter import AdaptiveTimeout, Breaker, Limiter
+from layerloop.components.judge.parsing import expected_scores, parse
+from layerloop.components.judge.replies import Reply, UnusableError, read_body
+from layerloop.components.judge.requests import Request, Scores
+from layerloop.components.judge.statistics import Statistics
 from layerloop.components.judge.transport import BUSY, Connection, TransportError
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
@@ -34,7 +31,7 @@ from layerloop.components.schema.runtime import JudgeRuntime
 from layerloop.components.schema.seeds import seed_for
 
 NO_KEY = "none"  # sent where OPENAI_API_KEY is not set: local servers take any
-REDRAW_TEMPERATURE = 0.4  # at least, when an answer was unusable: at 0 the same one would come again
+RETRY_TEMPERATURE = 0.4  # at least, when an answer was unusable: at 0 the same one would come again
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds between attempts, doubling, times a random 0.5..1
 ABOUT_CONTENT = re.compile(r"image|picture|token|context|length|large|model", re.IGNORECASE)  # of a refused request
 
@@ -57,42 +54,6 @@ class ReplyMemory(dict[str, bytes]):
 
     def put(self, key: str, data: bytes) -> None:
         self[key] = data
-
-
-@dataclass
-class Statistics:
-    """What judging took."""
-
-    sent: int = 0  # HTTP requests, retries included
-    answered: int = 0  # usable or not
-    recalled: int = 0  # replies found in the store
-    repeated: int = 0  # asked again because the answer was unusable
-    refused: int = 0  # 429 and 503
-    given_up: int = 0  # requests abandoned for being slow
-    unsharpened: int = 0  # scores taken as sampled, though expected values were asked for
-    failures: Counter[str] = field(default_factory=Counter)  # reason -> attempts that failed so
-    tokens_in: int = 0  # of all replies, those too that were paid for by a run that was killed
-    tokens_cached: int = 0
-    tokens_out: int = 0
-    latencies: list[float] = field(default_factory=list)  # seconds, of answered requests
-    versions: Counter[str] = field(default_factory=Counter)  # what the judge said it is
-
-    def count(self, body: bytes) -> None:
-        """Tokens and version of a completion, whatever can be made of its text."""
-        try:
-            value = json.loads(body)
-        except (ValueError, RecursionError):  # a stored reply that was damaged
-            return
-        usage = read_usage(value)
-        self.tokens_in += usage.input
-        self.tokens_cached += usage.cached_input
-        self.tokens_out += usage.output
-        self.versions[read_version(value)] += 1
-
-    def percentile(self, share: float) -> float:
-        """Latency in seconds that this share of answered requests did not exceed; 0 if there are none."""
-        ordered = sorted(self.latencies)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 class Judge:
@@ -124,9 +85,11 @@ class Judge:
         self.replies: ReplyStore = replies if replies is not None else ReplyMemory()
         self.limiter = Limiter(runtime.concurrency)
         self.breaker = Breaker(url, failures=max(8, 2 * runtime.concurrency), seconds=runtime.give_up_seconds)
-        self.patience = Patience(runtime.timeout_factor, runtime.timeout_seconds, in_flight=runtime.concurrency)
+        self.adaptive_timeout = AdaptiveTimeout(
+            runtime.timeout_factor, runtime.timeout_seconds, in_flight=runtime.concurrency
+        )
         self.statistics = Statistics()
-        self.dialect = Dialect(logprobs=recipe.extraction == "expected")
+        self.features = EndpointFeatures(logprobs=recipe.extraction == "expected")
         self.batches: Batches | None = None
         self._ledger: Ledger = ledger if ledger is not None else LedgerMemory()
         self._key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
@@ -172,8 +135,8 @@ class Judge:
         """The scores of a request's rows, and the reply they were read from.
 
         Raises:
-            UnusableError: there is no judgement, for a reason; the caller masks.
-            LayerloopError: there is no judge any more, or it refuses us altogether.
+            UnusableError: there is no judgement; the caller masks with its reason.
+            LayerloopError: the judge is gone, or it refuses the key.
         """
         last = UnusableError("no_json")
         for draw in range(self.recipe.redraws + 1):
@@ -181,21 +144,21 @@ class Judge:
             try:
                 if key in self.replies:
                     body = await asyncio.to_thread(self.replies.get, key)
-                    self.statistics.recalled += 1
+                    self.statistics.cache_hits += 1
                     self.statistics.count(body)
                     reply = read_body(body)
                 else:
                     reply = await self._fetch(request, key, sample, draw, priority)
                 scores = parse(request, reply)
                 if self.recipe.extraction == "expected":
-                    scores, missed = sharpen(request, reply, scores)
-                    self.statistics.unsharpened += missed
+                    scores, missing = expected_scores(request, reply, scores)
+                    self.statistics.missing_logprobs += missing
                 return scores, reply
             except UnusableError as error:
                 last = error
                 if not error.retry:
                     break
-                self.statistics.repeated += 1
+                self.statistics.invalid_retries += 1
         raise last
 
     def _address(self, request: Request, sample: int, draw: int) -> str:
@@ -206,22 +169,22 @@ class Judge:
     async def _fetch(self, request: Request, key: str, sample: int, draw: int, priority: int) -> Reply:
         """One stored reply, over as many attempts as the runtime allows.
 
-        A body that is no completion (HTML of a proxy, half a body) counts as a failure of transport: nothing was paid,
-        so nothing is stored. A completion is stored before it is read for scores.
+        A body that is not a completion (HTML of a proxy, half a body) counts as a failure of transport: nothing was
+        paid, so nothing is stored. A completion is stored before it is read for scores.
         """
         attempts, given_up, delay = 0, 0, FIRST_DELAY
         ticket = self.limiter.ticket()
         while True:
             try:
                 if self.batches is not None:
-                    dialect = self.dialect
+                    features = self.features
                     self.statistics.sent += 1
-                    body = await self.batches(key, self._payload(request, dialect, sample, draw))
+                    body = await self.batches(key, self._payload(request, features, sample, draw))
                 else:
                     async with self.limiter.slot(priority, ticket):
-                        dialect = self.dialect  # what others found out while this one waited counts
-                        payload = self._payload(request, dialect, sample, draw)
-                        body = await self._send(payload, (request.kind, request.rows, request.pictures), given_up)
+                        features = self.features  # as other requests left them while this one waited
+                        payload = self._payload(request, features, sample, draw)
+                        body = await self._send(payload, (request.kind, request.rows, request.images), given_up)
                 return await self._accept(key, body)
             except TransportError as error:
                 problem = error.problem
@@ -229,7 +192,9 @@ class Judge:
             if problem.reason == "slow":
                 given_up += 1
                 continue
-            if problem.reason in ("http_400", "http_404", "http_422") and self._yield(dialect, problem.detail):
+            if problem.reason in ("http_400", "http_404", "http_422") and self._downgrade_request(
+                features, problem.detail
+            ):
                 continue
             attempts += 1
             if not problem.retry or attempts > self.runtime.retries:
@@ -238,15 +203,15 @@ class Judge:
             await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
             delay = min(2 * delay, LONGEST_DELAY)
 
-    def _payload(self, request: Request, dialect: Dialect, sample: int, draw: int) -> bytes:
+    def _payload(self, request: Request, features: EndpointFeatures, sample: int, draw: int) -> bytes:
         seed = seed_for(request.digest, self.seed, sample, draw) & 0x7FFFFFFF
-        temperature = max(self.recipe.temperature, REDRAW_TEMPERATURE) if draw else self.recipe.temperature
-        return dialect.payload(request, self.recipe, seed=seed, temperature=temperature)
+        temperature = max(self.recipe.temperature, RETRY_TEMPERATURE) if draw else self.recipe.temperature
+        return features.payload(request, self.recipe, seed=seed, temperature=temperature)
 
     async def _send(self, payload: bytes, shape: tuple[str, int, int], given_up: int) -> bytes:
-        """One HTTP request in its slot, seen by limiter, breaker and patience."""
+        """One HTTP request in its slot, observed by limiter, breaker and adaptive timeout."""
         timeout = self.runtime.timeout_seconds
-        allowed = self.patience.seconds(shape, given_up)
+        allowed = self.adaptive_timeout.seconds(shape, given_up)
         start = time.monotonic()
         self.statistics.sent += 1
         try:
@@ -254,20 +219,20 @@ class Judge:
                 body = await self.connection.post(payload, timeout=timeout)
         except TimeoutError:
             if allowed < timeout:
-                self.patience.gave_up(shape, time.monotonic() - start)
+                self.adaptive_timeout.gave_up(shape, time.monotonic() - start)
                 self.statistics.given_up += 1
                 raise TransportError(UnusableError("slow", f"over {allowed:.1f} s")) from None
             self.breaker.bad("timeout")
             raise TransportError(UnusableError("timeout", f"over {timeout:g} s")) from None
         except TransportError as error:
             if error.status in BUSY:
-                self.statistics.refused += 1
+                self.statistics.rate_limited += 1
                 self.limiter.refused(error.retry_after)
             if error.problem.retry:
                 self.breaker.bad(error.problem.reason)
             raise
         seconds = time.monotonic() - start
-        self.patience.saw(shape, seconds)
+        self.adaptive_timeout.saw(shape, seconds)
         self.statistics.latencies.append(seconds)
         self.limiter.succeeded()
         return body
@@ -276,8 +241,8 @@ class Judge:
         """Read and store a body that came with status 200.
 
         Raises:
-            TransportError: it is no completion.
-            UnusableError: the judge refused, or said nothing; that is stored too, for it was paid.
+            TransportError: it is not a completion.
+            UnusableError: the judge refused, or the text is empty; that is stored too, for it was paid.
         """
         problem: UnusableError | None = None
         try:
@@ -295,17 +260,17 @@ class Judge:
             raise problem
         return reply
 
-    def _yield(self, used: Dialect, message: str) -> bool:
-        """Whether a refused request may be put in simpler words, which are then everyone's.
+    def _downgrade_request(self, used: EndpointFeatures, message: str) -> bool:
+        """Give up the feature that a 4xx names, for all requests; whether the refused one is worth sending again.
 
-        A refusal that names neither a parameter nor the content is taken for one of the JSON schema, as long as nothing
+        A 4xx that names neither a parameter nor the content is taken for one about the JSON schema, as long as nothing
         was answered.
         """
-        if self.dialect == used:
+        if self.features == used:
             simpler = used.without(message)
             if simpler is None and not self.statistics.answered and not ABOUT_CONTENT.search(message):
                 simpler = used.plainer()
             if simpler is None:
                 return False
-            self.dialect = simpler
+            self.features = simpler
         return True  # another request found out meanwhile

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerloop.components.judge.pictures import Picture, encode_rgb
+from layerloop.components.judge.images import EncodedImage, encode_rgb
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 
 TEXT = 14  # height of the labels, pixels
 MARGIN = 28  # room for row labels on the left and for column labels at the top, pixels
 GAP = 6  # between cells, pixels
-PAGE = (64, 66, 70)  # behind the cells: no backdrop has this colour, so an empty layer is told from the page
+PAGE = (64, 66, 70)  # behind the cells: no backdrop has this colour, so an empty layer differs from the page
 INK = (255, 255, 255)
 
 
@@ -30,7 +30,7 @@ class Layout:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the whole picture."""
+        """(width, height) of the complete image."""
         return MARGIN + self.columns * (self.width + GAP), MARGIN + self.rows * (self.height + GAP)
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
@@ -38,7 +38,7 @@ class Layout:
         return MARGIN + row * (self.height + GAP), MARGIN + column * (self.width + GAP)
 
     @classmethod
-    def of_picture(cls, size: tuple[int, int], rows: int, columns: int) -> Layout | None:
+    def of_image(cls, size: tuple[int, int], rows: int, columns: int) -> Layout | None:
         """The layout of a drawn grid of (width, height) `size` with so many rows and columns, or None."""
         width, over_x = divmod(size[0] - MARGIN, columns)
         height, over_y = divmod(size[1] - MARGIN, rows)
@@ -61,8 +61,8 @@ def column_names(layers: int) -> list[str]:
     return ["whole", *(f"layer {index}" for index in range(layers))]
 
 
-def draw_grid(stacks: Sequence[Pixels], backdrop: str) -> Picture:
-    """One row a candidate (labelled 1, 2, ... in the order given): its recomposition, then every layer, on `backdrop`.
+def draw_grid(stacks: Sequence[Pixels], backdrop: str) -> EncodedImage:
+    """One row per candidate (labelled 1, 2, ... as given): its recomposition, then every layer, on `backdrop`.
 
     Args:
         stacks: Cell-sized layers of each candidate, `(L, h, w, 4)`, all of one shape.
@@ -76,7 +76,7 @@ def draw_grid(stacks: Sequence[Pixels], backdrop: str) -> Picture:
         for column, cell in enumerate(shown):
             y, x = layout.corner(row, column)
             page[y : y + height, x : x + width] = cell
-    return Picture(encode_rgb(page))
+    return EncodedImage(encode_rgb(page))
 
 
 @functools.lru_cache(maxsize=32)

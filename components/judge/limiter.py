@@ -19,14 +19,14 @@ PROBE = 20  # rounds of successes at a limit that was once too much, before one 
 
 
 class Limiter:
-    """A bound on requests in flight that shrinks when the judge complains and grows again while it does not.
+    """A limit on requests in flight: additive increase, additive decrease.
 
-    Every refusal (429, 503) takes one place, so the bound comes to rest on what the judge took beside it. It grows by
-    one a success up to `good`, what the judge was last seen to take, and from there by one after PROBE rounds of
-    successes. While most answers are refusals the judge is down, not full, and `good` is remembered as it was.
+    Every 429 or 503 lowers it to one below what was in flight. It grows by one per success up to `good`, the highest
+    limit that the judge was last seen to accept, and from there by one after PROBE rounds of successes. While most
+    answers are 429 or 503 the judge is down, not full, and `good` stays as it was.
 
-    Waiters are served by priority (lower first), then by ticket; a request that has to be sent again shows the ticket
-    of its first attempt, so that failures do not pile up for the end. `limit` starts at `maximum`.
+    Waiters are served by priority (lower first), then by ticket; a request that is sent again keeps the ticket of its
+    first attempt, so that failures do not pile up for the end. `limit` starts at `maximum`.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -41,12 +41,12 @@ class Limiter:
         self._timer: asyncio.TimerHandle | None = None
 
     def ticket(self) -> int:
-        """A place in the order of waiters."""
+        """The next position in the order of waiters."""
         return next(self._order)
 
     @contextlib.asynccontextmanager
     async def slot(self, priority: int = 0, ticket: int | None = None) -> AsyncIterator[None]:
-        """Wait for a place and hold it. No two waiters may have one ticket at a time."""
+        """Wait for a slot and hold it. No two waiters may have one ticket at a time."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         heapq.heappush(self._waiting, (priority, self.ticket() if ticket is None else ticket, waiter))
         self._admit()
@@ -110,8 +110,8 @@ class Limiter:
 
 
 class Breaker:
-    """Opens when the judge is gone: `failures` in a row and no success for `seconds`. It fails the step at once,
-    because everything answered so far is stored and a retry of the step goes on from there."""
+    """Opens when the judge is gone: `failures` in a row and no success for `seconds`. It fails the step at once: all
+    replies are stored, and a retry of the step resumes from them."""
 
     def __init__(self, where: str, *, failures: int, seconds: float) -> None:
         self.where, self.failures, self.seconds = where, failures, seconds
@@ -140,12 +140,12 @@ class Breaker:
             )
 
 
-class Patience:
-    """How long to wait for an answer before asking again: a multiple of what nine of ten requests of its shape take.
+class AdaptiveTimeout:
+    """Timeout of a request: `factor` times the 90th percentile of the latencies of its shape.
 
-    A tenth of the requests at most may be given up, so that a judge that became slower as a whole is not asked
-    everything twice. Nor is anything given up on the word of a few: the first answers are those of requests that did
-    not queue at the judge, so more than two rounds of what may be in flight must have been seen.
+    At most a tenth of the requests may time out by it, so that a judge that became slower for all requests is not asked
+    everything twice. It needs more latencies than two rounds of what may be in flight, because the first answers are
+    those of requests that did not queue at the judge; until then, and beyond a tenth, it is `timeout`.
     """
 
     SHARE = 0.1
@@ -162,7 +162,7 @@ class Patience:
         self.given_up = 0
 
     def seconds(self, shape: Hashable, given_up: int = 0) -> float:
-        """What to wait at most for a request sent now; twice as long for every time that it was given up before."""
+        """Timeout in seconds of a request sent now; doubled for each time that it was given up before."""
         self.sent += 1
         usual = self._usual.get(shape)
         if not self.factor or usual is None or self.given_up >= self.SHARE * self.sent:
@@ -170,7 +170,7 @@ class Patience:
         return min(self.timeout, max(self.factor * usual * 2**given_up, 0.05))
 
     def saw(self, shape: Hashable, seconds: float) -> None:
-        """The latency of an answer."""
+        """Record the latency of an answer."""
         seen = self._seen[shape]
         seen.append(seconds)
         self._counts[shape] += 1
@@ -179,6 +179,6 @@ class Patience:
             self._usual[shape] = sorted(seen)[int(0.9 * len(seen))]
 
     def gave_up(self, shape: Hashable, seconds: float) -> None:
-        """A request was given up; it would have taken longer still, which counts as a latency too."""
+        """Record a request that was given up; it would have taken longer still, so its time counts as a latency."""
         self.given_up += 1
         self.saw(shape, seconds)

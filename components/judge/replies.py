@@ -1,4 +1,4 @@
-"""The HTTP body of a reply, read with suspicion: proxies send HTML, half bodies, and errors with status 200."""
+"""The HTTP body of a reply, validated: proxies send HTML, half bodies, and errors with status 200."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REFUSAL = re.compile(
 
 
 class UnusableError(Exception):
-    """A reply that holds no judgement. `reason` is a short fixed word for masks and metrics; `detail` is for people."""
+    """A reply without a judgement. `reason` is a short fixed word for masks and metrics; `detail` is human-readable."""
 
     def __init__(self, reason: str, detail: str = "", *, retry: bool = True) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -39,7 +39,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Reply:
-    """What an endpoint answered: the text of its first choice, and what it said around it."""
+    """A chat completion: the text of its first choice, why it ended, tokens."""
 
     text: str
     finish_reason: str
@@ -98,7 +98,7 @@ def read_body(body: bytes) -> Reply:
 
 
 def read_usage(value: Any) -> Usage:
-    """Token counts of a decoded body; zeros where the endpoint does not tell."""
+    """Token counts of a decoded body; zeros where the endpoint reports none."""
     usage = value.get("usage") if isinstance(value, dict) else None
     if not isinstance(usage, dict):
         return Usage()
@@ -108,7 +108,7 @@ def read_usage(value: Any) -> Usage:
 
 
 def read_version(value: Any) -> str:
-    """What the endpoint says it is, in a decoded body: model and system fingerprint."""
+    """Model and system fingerprint that a decoded body reports."""
     if not isinstance(value, dict):
         return ""
     return f"{_word(value.get('model'))} {_word(value.get('system_fingerprint'))}".strip()

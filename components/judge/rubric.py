@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -28,16 +29,13 @@ class Criterion(Record):
 
 
 class Rubric(Record):
-    """What the judge is told. `sha256` is of the file's bytes and goes into every score row."""
+    """Criteria, instructions and questions in words. `sha256` is of the file's bytes and goes into every score row."""
 
     name: str
     version: str
     instructions: str
     criteria: tuple[Criterion, ...] = Field(min_length=1)
-    phase1: str
-    phase2: str
-    pairwise: str
-    checklist: str
+    texts: dict[str, str] = {}  # the methods' questions by their keys in the YAML (phase1, phase2, ...)
     sha256: str = ""
 
     @model_validator(mode="after")
@@ -59,8 +57,26 @@ class Rubric(Record):
         total = sum(c.weight for c in self.criteria)
         return {c.name: c.weight / total for c in self.criteria}
 
+    def mean(self, scores: Mapping[str, float]) -> float:
+        """The weighted mean of a candidate's criteria, [0, 1]."""
+        weights = self.weights
+        return sum(weights[name] * scores[name] for name in weights)
+
+    def text(self, name: str, *, method: str) -> str:
+        """The question of a judge method.
+
+        Raises:
+            LayerloopError: the rubric has none; `method` says in the recipe's words what needs it.
+        """
+        if not (text := self.texts.get(name, "").strip()):
+            raise LayerloopError(
+                f"rubric {self.name} has no text {name}, which recipe.judge.{method} needs: add it, or choose another "
+                "method"
+            )
+        return text
+
     def system_text(self) -> str:
-        """The system message: the instructions, then every criterion with its anchors. Never depends on a picture."""
+        """The system message: the instructions, then every criterion with its anchors. Never depends on an image."""
         lines = [self.instructions.strip(), ""]
         for criterion in self.criteria:
             lines.append(f"{criterion.name} - {criterion.title}: {criterion.question}")
@@ -72,8 +88,11 @@ class Rubric(Record):
 def load_rubric(name: str) -> Rubric:
     """The rubric of that name in this package, or of the YAML file at that path.
 
+    Keys beyond a rubric's own are the methods' questions; which there are and which must be is the methods' to check
+    (`methods.rubric_of`).
+
     Raises:
-        LayerloopError: no such rubric, not YAML, or a missing or unknown key.
+        LayerloopError: no such rubric, not YAML, or a missing or wrong key.
     """
     import yaml
 
@@ -95,6 +114,8 @@ def load_rubric(name: str) -> Rubric:
         value: Any = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LayerloopError(f"rubric {name} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(value, dict) or "sha256" in value:
+    if not isinstance(value, dict) or {"sha256", "texts"} & value.keys():
         raise LayerloopError(f"rubric {name} is not a mapping of a rubric's keys: start from rubrics/default.yaml")
-    return validate(Rubric, {**value, "sha256": hashlib.sha256(data).hexdigest()}, where="rubric")
+    others = value.keys() - Rubric.model_fields.keys()
+    texts = {key: value.pop(key) or "" for key in others if isinstance(value[key], str | None)}
+    return validate(Rubric, {**value, "texts": texts, "sha256": hashlib.sha256(data).hexdigest()}, where="rubric")

@@ -1,7 +1,7 @@
 """From a payload to the body of an answer: the openai client over HTTP, with every failure given a name.
 
 The openai package does the API (URL, key, headers, error classes); its `post` takes our bytes as they are, since its
-typed `create` spends 2 ms a request on looking through the pictures.
+typed `create` spends 2 ms per request on traversing the images.
 """
 
 from __future__ import annotations
@@ -66,9 +66,11 @@ class Connection:
         return DefaultAsyncHttpxClient(
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=LANE),
             trust_env=not _is_loopback(self.url),
-            follow_redirects=False,  # nobody who answers for the judge may send pictures and key elsewhere
+            follow_redirects=False,  # a redirect would send images and key to another host
             verify=self._verify,
-            headers={"Accept-Encoding": "identity"},  # a body of a few kB; and no bomb can be hidden in it
+            headers={
+                "Accept-Encoding": "identity"
+            },  # bodies have a few kB; compressed ones are rejected in _bound_body
             event_hooks={"response": [_bound_body]},
         )
 
@@ -150,7 +152,7 @@ class Connection:
         except openai.APIStatusError as error:
             self.stop_if_fatal(error.status_code)
             return []
-        except Exception:  # a list that is no list: it is for a better message only
+        except Exception:  # not a list of models: it only serves a better message
             return []
 
 
@@ -178,7 +180,7 @@ async def _bound_body(response: Any) -> None:
             await self.stream.aclose()
 
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise _TooLargeError  # we asked for none, so this is no judge of good will
+        raise _TooLargeError  # we sent Accept-Encoding: identity; a compressed body may be a decompression bomb
     response.stream = Bounded(response.stream)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerloop.components.judge.reference import NAME as REFERENCE_JUDGE
+from layerloop.components.reference_judge.identity import NAME as REFERENCE_JUDGE
 from layerloop.components.schema.learning import ALGORITHMS, Algorithm
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe

@@ -12,14 +12,14 @@ BackdropName = Literal["white", "black", "checker"]
 
 
 class PhaseTwoRecipe(Record):
-    """Side-by-side re-scoring of a group: in grids of candidates x layers, or by pairs."""
+    """Phase 2: re-scoring of a group's candidates against each other, in grids of candidates x layers, or by pairs."""
 
     enabled: bool = True
     method: Literal["grid", "pairwise"] = "grid"
-    repeats: int = Field(default=1, ge=1)  # passes over the group, each in another shuffled order, averaged
+    repeats: int = Field(default=1, ge=1)  # over the group, each in another shuffled order, averaged
     resolution: int = Field(default=160, ge=32)  # longest side of a grid cell, pixels
     max_candidates: int = Field(default=12, ge=2)  # in one grid; a larger group is split into overlapping grids
-    max_megapixels: float = Field(default=4.0, gt=0)  # of one grid picture; a larger one is split too
+    max_megapixels: float = Field(default=4.0, gt=0)  # of one grid image; a larger one is split too
     overlap: int = Field(default=2, ge=1)  # candidates that neighbouring grids share, to merge them on one scale
 
     @model_validator(mode="after")
@@ -91,5 +91,5 @@ class ScoreRow(Record):
     reward_phase1: float | None = None  # the reward that phase 1 alone would have given
     penalty: float = 0.0  # rule-based artifact penalty already taken off the reward
     rubric_version: str = ""
-    prompt_sha256: str = ""  # of all words: the rubric's file and the labels in the requests
-    judge_version: str = ""  # what the endpoint said of itself: model and system fingerprint
+    prompt_sha256: str = ""  # of all words sent: the rubric's file and the labels in the requests
+    judge_version: str = ""  # model and system fingerprint that the endpoint reported

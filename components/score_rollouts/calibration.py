@@ -1,6 +1,6 @@
-"""From judgements to rewards: merging grids on one scale, aggregation over criteria, doubt, and bias by position.
+"""From scores to rewards: aggregation over criteria, the judge's variance, and its bias by position.
 
-Pure functions of numbers. Scores are in [0, 1]; `n` candidates are numbered 0..n-1 within their group.
+Pure functions of numbers; scores are in [0, 1].
 """
 
 from __future__ import annotations
@@ -8,68 +8,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 LOG_GAIN = 4.0  # of the log-tamed aggregation: the first tenth of a criterion is worth 3.6 times the last
-
-
-@dataclass(frozen=True)
-class Sighting:
-    """One candidate's scores in one grid: which pass over the group, which grid of it, and which row."""
-
-    repeat: int
-    grid: int
-    position: int
-    candidate: int
-    scores: Mapping[str, float]
-
-
-def merge(sightings: Sequence[Sighting], names: Sequence[str]) -> dict[int, dict[str, float]]:
-    """Scores of every candidate that was seen, on one scale.
-
-    A judge's level differs from grid to grid. Per criterion the scores are modelled as y = t_candidate + o_grid,
-    solved by least squares with the smallest offsets o that explain them; candidates shared by grids tie the grids
-    together. When every grid shows the same candidates this is their plain mean.
-
-    Returns:
-        candidate -> criterion -> score, clipped to [0, 1].
-    """
-    candidates = sorted({s.candidate for s in sightings})
-    grids = sorted({(s.repeat, s.grid) for s in sightings})
-    if not candidates:
-        return {}
-    column = {c: i for i, c in enumerate(candidates)}
-    row = {g: i for i, g in enumerate(grids)}
-    n, m = len(candidates), len(grids)
-    # Ridge on the offsets: unregularised, a constant could be moved between t and o. It is small, so that shared
-    # candidates decide, and it leaves no offset to a single grid.
-    design = np.zeros((len(sightings) + m, n + m))
-    for index, s in enumerate(sightings):
-        design[index, column[s.candidate]] = 1
-        design[index, n + row[s.repeat, s.grid]] = 1
-    design[len(sightings) :, n:] = np.eye(m) * 0.03
-    values = np.zeros((len(design), len(names)))
-    values[: len(sightings)] = [[s.scores[name] for name in names] for s in sightings]
-    solution = np.linalg.lstsq(design, values, rcond=None)[0]
-    return {
-        c: {name: float(min(max(solution[column[c], k], 0.0), 1.0)) for k, name in enumerate(names)} for c in candidates
-    }
-
-
-def win_rates(pairs: Iterable[Sequence[Sighting]], names: Sequence[str]) -> dict[int, dict[str, float]]:
-    """candidate -> criterion -> mean win share (1 won, 0.5 tie, 0 lost) over the pairs that it was in."""
-    shares: dict[int, list[Mapping[str, float]]] = defaultdict(list)
-    for pair in pairs:
-        for sighting in pair:
-            shares[sighting.candidate].append(sighting.scores)
-    return {c: mean_scores(found, names) for c, found in sorted(shares.items())}
-
-
-def mean_scores(scores: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
-    return {name: sum(s[name] for s in scores) / len(scores) for name in names}
 
 
 def aggregate(scores: Mapping[str, float], weights: Mapping[str, float], how: Literal["mean", "log"]) -> float:
@@ -89,7 +32,7 @@ def spread(repeats: Sequence[float]) -> float | None:
 
 
 def reliability(rewards: Sequence[float], spreads: Sequence[float | None], repeats: int) -> float:
-    """Share of a group's reward variance that is not the judge's own doubt, [0, 1]: the weight of its update.
+    """Share of a group's reward variance that is not the judge's own variance, [0, 1]: the weight of its update.
 
     The variance of the mean rewards is signal + noise / repeats; noise is the mean of the squared spreads. A group
     whose candidates cannot be told apart gets 0.
@@ -103,7 +46,7 @@ def reliability(rewards: Sequence[float], spreads: Sequence[float | None], repea
 
 
 def position_share(observations: Iterable[tuple[int, float]]) -> tuple[float, float]:
-    """How much of the reward variance within grids is explained by the row's position.
+    """Share of the reward variance within grids that the row's position explains.
 
     Args:
         observations: (position, reward less the mean of its grid), over all grids of an iteration.

@@ -1,4 +1,4 @@
-"""All groups of an iteration through the judge, several at a time, with the canaries beside them."""
+"""All groups of an iteration through the judge, several at a time, and the canaries with them."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from layerloop.components.storage.campaign import Campaign
 
 @dataclass
 class Judged:
-    """What came of an iteration: groups in order of their number, and the canaries if the recipe has them."""
+    """Result of an iteration: groups in order of their number, and the canaries if the recipe has them."""
 
     groups: list[ScoredGroup] = field(default_factory=list)
     canaries: CanaryReport | None = None
 
 
 async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, iteration: int, total: int) -> Judged:
-    """Judge everything; groups are read from their shards as there is room for them.
+    """Judge all groups; they are read from their shards as slots become free.
 
     Raises:
-        LayerloopError: there is no such judge, or it went away; what it answered until then is stored.
+        LayerloopError: the judge cannot be reached, or is gone; replies until then are stored.
     """
     judged = Judged()
     recipe = campaign.recipe.judge
     ticks = progress(range(total), what="judging", unit="groups", total=total)
     next(ticks, None)
-    room = asyncio.Semaphore(_groups_at_once(campaign, total))
+    slots = asyncio.Semaphore(_groups_at_once(campaign, total))
 
     async def one(group: Group) -> None:
         try:
             judged.groups.append(await scorer.score(group))
             next(ticks, None)
         finally:
-            room.release()
+            slots.release()
 
     async def canaries() -> None:
         judged.canaries = await score_canaries(judge, scorer.rubric, recipe)
@@ -53,10 +53,10 @@ async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, iteration:
                 if recipe.canaries:
                     tasks.create_task(canaries())
                 groups = read_groups(campaign, iteration)
-                await room.acquire()
+                await slots.acquire()
                 while (group := await asyncio.to_thread(_next, groups)) is not None:
                     tasks.create_task(one(group))
-                    await room.acquire()
+                    await slots.acquire()
         except BaseExceptionGroup as errors:
             refusals, defects = errors.split(LayerloopError)
             if refusals is None or defects is not None:
@@ -67,7 +67,7 @@ async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, iteration:
 
 
 def _groups_at_once(campaign: Campaign, total: int) -> int:
-    """As many as keep the judge busy: a group that is in phase 2 has one request in flight, not one a candidate.
+    """Number of groups that keeps the judge busy: in phase 2 a group has one request in flight, not one per candidate.
 
     In batch mode all of them, because a phase is one batch; their layers are held as PNG.
     """

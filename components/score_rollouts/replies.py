@@ -1,4 +1,4 @@
-"""What the judge answered, in the campaign: replies by the hash of what was asked, and batches under way."""
+"""The judge's replies in the campaign, by the hash of what was asked, and its batches in progress."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from layerloop.components.storage.stores import Store
 
 
 class StoredReplies:
-    """A folder of replies, one object each. What is there at the start is listed once; a reply that is written is never
-    paid for again. Batches under way are kept in its folder `batches`."""
+    """A folder of replies, one object each, listed once at the start; a stored reply is never paid for again. Batches
+    in progress are kept in its folder `batches`."""
 
     def __init__(self, store: Store, folder: str) -> None:
         self._store, self._folder = store, folder

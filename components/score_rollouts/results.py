@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from layerloop.components.judge.canaries import CanaryReport
-from layerloop.components.judge.client import Statistics
+from layerloop.components.judge.statistics import Statistics
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.runtime import PriceRuntime
 from layerloop.components.schema.trajectory import candidate_key
@@ -18,7 +18,7 @@ from layerloop.components.storage.shards import Sample
 
 
 def samples_of(rows: Sequence[ScoreRow]) -> list[Sample]:
-    """One WebDataset sample a candidate, keyed as its rollout."""
+    """One WebDataset sample per candidate, keyed as its rollout."""
     return [(candidate_key(r.iteration, r.group, r.candidate), {"json": r.to_json()}) for r in rows]
 
 
@@ -46,20 +46,26 @@ def table_of(rows: Sequence[ScoreRow], names: Sequence[str]) -> bytes:
     return buffer.getvalue()
 
 
+def counts_of(rows: Sequence[ScoreRow]) -> dict[str, int]:
+    """Groups and candidates, and how many of them have no reward."""
+    groups, kept = {row.group for row in rows}, {row.group for row in rows if row.reward is not None}
+    return {
+        "groups": len(groups),
+        "groups_dropped": len(groups - kept),
+        "candidates": len(rows),
+        "candidates_masked": sum(row.reward is None for row in rows),
+    }
+
+
 def reward_metrics(rows: Sequence[ScoreRow], names: Sequence[str]) -> dict[str, float]:
-    """What the rewards look like: level, spread within groups in both phases, masks."""
+    """Level of the rewards, their standard deviation within groups in both phases, masks."""
     groups: dict[int, list[ScoreRow]] = defaultdict(list)
     for row in rows:
-        groups[row.group].append(row)
-    kept = [[r for r in group if r.reward is not None] for group in groups.values()]
-    kept = [group for group in kept if group]
+        if row.reward is not None:
+            groups[row.group].append(row)
+    kept = list(groups.values())
     valid = [row for group in kept for row in group]
-    metrics = {
-        "groups": float(len(groups)),
-        "groups_dropped": float(len(groups) - len(kept)),
-        "candidates": float(len(rows)),
-        "candidates_masked": float(len(rows) - len(valid)),
-    }
+    metrics = {name: float(count) for name, count in counts_of(rows).items()}
     if valid:
         metrics["reward_mean"] = _mean([row.reward for row in valid if row.reward is not None])
         metrics["reward_std_within_group"] = _within([[r.reward for r in g if r.reward is not None] for g in kept])
@@ -70,9 +76,9 @@ def reward_metrics(rows: Sequence[ScoreRow], names: Sequence[str]) -> dict[str, 
         for name in names:
             scores = [phase[name] for row in valid if (phase := row.phase2 or row.phase1) is not None]
             metrics[f"score_{name}"] = _mean(scores)
-        doubts = [row.uncertainty for row in valid if row.uncertainty is not None]
-        if doubts:
-            metrics["reward_uncertainty"] = math.sqrt(_mean([d * d for d in doubts]))
+        deviations = [row.uncertainty for row in valid if row.uncertainty is not None]
+        if deviations:
+            metrics["reward_uncertainty"] = math.sqrt(_mean([d * d for d in deviations]))
     return metrics
 
 
@@ -82,15 +88,15 @@ def mask_reasons(rows: Sequence[ScoreRow]) -> Counter[str]:
 
 
 def judge_metrics(statistics: Statistics, price: PriceRuntime) -> dict[str, float]:
-    """What judging took: requests, tokens, latencies and, with prices, cost."""
+    """Requests, tokens, latencies and, with prices, cost."""
     metrics = {
         "judge_requests": float(statistics.sent),
         "judge_replies": float(statistics.answered),
-        "judge_replies_recalled": float(statistics.recalled),
-        "judge_answers_unusable": float(statistics.repeated),
-        "judge_refused": float(statistics.refused),
+        "judge_cache_hits": float(statistics.cache_hits),
+        "judge_invalid_retries": float(statistics.invalid_retries),
+        "judge_rate_limited": float(statistics.rate_limited),
         "judge_given_up": float(statistics.given_up),
-        "judge_scores_unsharpened": float(statistics.unsharpened),
+        "judge_missing_logprobs": float(statistics.missing_logprobs),
         "judge_attempts_failed": float(sum(statistics.failures.values())),
         "judge_tokens_input": float(statistics.tokens_in),
         "judge_tokens_cached": float(statistics.tokens_cached),
@@ -114,12 +120,12 @@ def position_metrics(groups: Sequence[ScoredGroup]) -> dict[str, float]:
 
 
 def canary_metrics(report: CanaryReport | None, before: Mapping[str, float]) -> dict[str, float]:
-    """How the judge did on known good and known bad decompositions; nothing for what was not judged."""
+    """Agreement of the judge with the canaries' grades; canaries that were not judged have no metric."""
     if report is None:
         return {}
     found = {
         "canary_agreement": report.agreement,
-        "canary_agreement_side_by_side": report.agreement_beside,
+        "canary_agreement_phase2": report.agreement_phase2,
         "canary_injection_gain": report.injection_gain,
         "canary_drift": report.drift(before),
     }

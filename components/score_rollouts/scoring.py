@@ -1,268 +1,162 @@
-"""One group judged in two phases: every candidate alone, then all side by side, on one scale."""
+"""One group judged in two phases: every candidate on its own, then all of them against each other, on one scale."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from layerloop.components.judge.client import Judge
-from layerloop.components.judge.grids import draw_grid, rows_within, split
+from layerloop.components.judge.grids import draw_grid
+from layerloop.components.judge.images import EncodedImage, encode_image, fitted
 from layerloop.components.judge.limiter import Limiter
-from layerloop.components.judge.pictures import CandidatePictures, Picture, candidate_pictures, fitted, picture
+from layerloop.components.judge.methods import PHASE1, PHASE2
+from layerloop.components.judge.methods.method import GridScore
 from layerloop.components.judge.replies import UnusableError
-from layerloop.components.judge.requests import alone, pair, prompt_sha256, side_by_side
 from layerloop.components.judge.rubric import Rubric
-from layerloop.components.layers.measure import bad, duplicate
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.seeds import seed_for
-from layerloop.components.schema.trajectory import candidate_key, group_key
-from layerloop.components.score_rollouts.calibration import (
-    Sighting,
-    aggregate,
-    mean_scores,
-    merge,
-    reliability,
-    spread,
-    win_rates,
-)
-from layerloop.components.score_rollouts.rollouts import Candidate, Group
+from layerloop.components.schema.trajectory import GroupRecord, candidate_key, group_key
+from layerloop.components.score_rollouts.judgement import Judgement, prepare
+from layerloop.components.score_rollouts.rewards import enough_valid, reward_of, score_rows
+from layerloop.components.score_rollouts.rollouts import Group
 from layerloop.components.storage.images import decode_png
 
-Scores = dict[str, float]
 T = TypeVar("T")
-ALONE, TOGETHER = 1, 0  # priorities: what finishes a group goes first, so that few groups are in memory
-
-
-@dataclass
-class Judgement:
-    """What is known of one candidate so far; `reason` says why it is masked."""
-
-    candidate: Candidate
-    cells: Pixels | None = None  # its layers at the size of a grid cell
-    penalty: float = 0.0
-    samples: list[Scores] = field(default_factory=list)  # phase 1, one a sample
-    phase1: Scores | None = None
-    phase2: Scores | None = None
-    passes: list[Scores] = field(default_factory=list)  # phase 2, one a repeat
-    reason: str | None = None
+FIRST, LAST = 0, 1  # priorities: phase 2 goes first, because it finishes groups, so that few groups are in memory
 
 
 @dataclass
 class ScoredGroup:
-    """Rows of a group, and what is seen of the judge's order bias: (position, reward less the mean of its grid)."""
+    """Rows of a group, and observations of the judge's order bias: (position, reward less the mean of its grid)."""
 
     rows: list[ScoreRow]
     dropped: bool
     positions: list[tuple[int, float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """A group's source and the cells `(L, h, w, 4)` of its candidates, as phase 2 shows them."""
+
+    record: GroupRecord
+    source: EncodedImage
+    cells: list[Pixels | None]
+
+
 class Scorer:
-    """Judges groups; `room` bounds how many candidates are held as pictures at once."""
+    """Judges groups by the recipe's methods; `decode_slots` limits how many candidates are held as images at once."""
 
     def __init__(self, judge: Judge, recipe: JudgeRecipe, rubric: Rubric, *, seed: int) -> None:
         self.judge, self.recipe, self.rubric, self.seed = judge, recipe, rubric, seed
+        self.phase1, self.phase2 = PHASE1[recipe.method], PHASE2[recipe.phase2.method]
         # A batch is sent when all its requests are there, so none may wait for another to be answered.
-        self.room = Limiter(1 << 30 if judge.runtime.batch.enabled else judge.runtime.concurrency + 4)
+        self.decode_slots = Limiter(1 << 30 if judge.runtime.batch.enabled else judge.runtime.concurrency + 4)
 
     async def score(self, group: Group) -> ScoredGroup:
-        """Both phases of one group. Failures are masks; LayerloopError only if there is no judge any more."""
-        source = await asyncio.to_thread(lambda: picture(fitted(decode_png(group.source), self.recipe.resolution)))
+        """Both phases of one group. Failures are masks; LayerloopError only if the judge is gone."""
+        source = await asyncio.to_thread(lambda: encode_image(fitted(decode_png(group.source), self.recipe.resolution)))
         judgements = [Judgement(candidate) for candidate in group.candidates]
         async with asyncio.TaskGroup() as tasks:
-            for judgement in judgements:
-                tasks.create_task(self._judge_alone(group, source, judgement))
+            running = [tasks.create_task(self._judge_phase1(group, source, judgement)) for judgement in judgements]
         positions: list[tuple[int, float]] = []
-        if self.recipe.phase2.enabled and self._enough(judgements):
-            positions = await self._judge_together(group, source, judgements)
-        return self._conclude(group, judgements, positions)
-
-    def _enough(self, judgements: list[Judgement]) -> bool:
-        return sum(j.reason is None for j in judgements) >= self.recipe.min_valid
+        if self.recipe.phase2.enabled and enough_valid(judgements, self.recipe):
+            shown = _Shown(group.record, source, [task.result() for task in running])
+            positions = await self._judge_phase2(shown, judgements)
+        rows = score_rows(group.record, judgements, self.rubric, self.recipe)
+        return ScoredGroup(rows, not enough_valid(judgements, self.recipe), positions)
 
     # ---------------------------------------------------------------------------------------------------------- phase 1
 
-    async def _judge_alone(self, group: Group, source: Picture, judgement: Judgement) -> None:
-        recipe, record = self.recipe, judgement.candidate.record
-        async with self.room.slot(ALONE):
-            prepared = await asyncio.to_thread(self._prepare, group, judgement)
-            request = alone(
-                self.rubric,
-                source,
-                prepared,
-                label=candidate_key(record.iteration, record.group, record.candidate),
-                checklist=recipe.method == "checklist",
-                observations=recipe.observations,
-                max_tokens=recipe.max_tokens,
-            )
-            asked = (self.judge.ask(request, sample=index, priority=ALONE) for index in range(recipe.samples))
-            answers = await _all(asked)
+    async def _judge_phase1(self, group: Group, source: EncodedImage, judgement: Judgement) -> Pixels | None:
+        """Fill in `penalty`, `samples` and `phase1`, or `reason`. Returns the candidate's cells for phase 2."""
+        record = judgement.candidate.record
+        label = candidate_key(record.iteration, record.group, record.candidate)
+        async with self.decode_slots.slot(LAST):
+            prepared = await asyncio.to_thread(prepare, judgement.candidate, group.source, self.recipe)
+            judgement.penalty = prepared.penalty
+            request = self.phase1.request(self.rubric, source, prepared.images, self.recipe, label=label)
+            samples = range(self.recipe.samples)
+            answers = await _all(self.judge.ask(request, sample=sample, priority=LAST) for sample in samples)
         judgement.samples = [answer[0][0] for answer in answers if not isinstance(answer, UnusableError)]
         if judgement.samples:
-            judgement.phase1 = mean_scores(judgement.samples, self.rubric.names)
+            judgement.phase1 = self.phase1.combine(judgement.samples, self.rubric.names)
         else:
             judgement.reason = f"phase1: {answers[0]}"
-
-    def _prepare(self, group: Group, judgement: Judgement) -> CandidatePictures:
-        """Decode a candidate once: pictures for phase 1, cells for phase 2, and the rule-based penalty."""
-        recipe = self.recipe
-        stack = judgement.candidate.stack()
-        if recipe.artifact_penalty:
-            wrong = bad(stack) | duplicate(stack, decode_png(group.source)[..., :3])
-            judgement.penalty = recipe.artifact_penalty * float(wrong.mean())
-        sized = fitted(stack, recipe.resolution)
-        if recipe.phase2.enabled:
-            judgement.cells = fitted(
-                stack if recipe.phase2.resolution > recipe.resolution else sized, recipe.phase2.resolution
-            )
-        return candidate_pictures(sized, recipe.backdrops)
+        return prepared.cells
 
     # ---------------------------------------------------------------------------------------------------------- phase 2
 
-    async def _judge_together(
-        self, group: Group, source: Picture, judgements: list[Judgement]
-    ) -> list[tuple[int, float]]:
-        """Fill in `phase2` and `passes`; a candidate that no grid judged is masked. Returns position observations."""
-        phase2 = self.recipe.phase2
+    async def _judge_phase2(self, shown: _Shown, judgements: Sequence[Judgement]) -> list[tuple[int, float]]:
+        """Fill in `phase2` and `repeats`; a candidate that no grid judged is masked. Returns position observations."""
         valid = [index for index, j in enumerate(judgements) if j.reason is None]
+        layers, height, width = next(cells.shape[:3] for cells in shown.cells if cells is not None)
         plans: list[tuple[int, int, list[int]]] = []  # (repeat, grid, candidates from top to bottom)
-        for repeat in range(phase2.repeats):
-            rng = random.Random(seed_for(self.seed, group.record.iteration, group.record.image_key, "phase2", repeat))
-            if phase2.method == "pairwise":
-                pairs = [list(p) for p in itertools.combinations(valid, 2)]
-                for p in pairs:
-                    rng.shuffle(p)
-                plans += [(repeat, grid, p) for grid, p in enumerate(pairs)]
-                continue
-            order = valid.copy()
-            rng.shuffle(order)
-            height, width = judgements[valid[0]].cells.shape[1:3]  # type: ignore[union-attr]
-            rows = rows_within(
-                phase2.max_megapixels * 1e6,
-                columns=group.record.layers + 1,
-                height=height,
-                width=width,
-                at_most=phase2.max_candidates,
-            )
-            plans += [(repeat, grid, o) for grid, o in enumerate(split(order, rows=rows, overlap=phase2.overlap))]
-        answers = await _all(self._judge_grid(group, source, judgements, *plan) for plan in plans)
-        for judgement in judgements:
-            judgement.cells = None
+        for repeat in range(self.recipe.phase2.repeats):
+            rng = random.Random(seed_for(self.seed, shown.record.iteration, shown.record.image_key, "phase2", repeat))
+            orders = self.phase2.plan(valid, (layers, height, width), self.recipe.phase2, rng)
+            plans += [(repeat, grid, order) for grid, order in enumerate(orders)]
+        answers = await _all(self._judge_grid(shown, judgements, *plan) for plan in plans)
         grids = [answer for answer in answers if not isinstance(answer, UnusableError)]
         failed = next((answer for answer in answers if isinstance(answer, UnusableError)), None)
-        self._merge(judgements, valid, grids, failed)
+        self._combine(judgements, valid, grids, failed)
         return [observation for grid in grids for observation in self._positions(grid)]
 
     async def _judge_grid(
-        self, group: Group, source: Picture, judgements: list[Judgement], repeat: int, grid: int, order: list[int]
-    ) -> list[Sighting]:
-        recipe, record = self.recipe, group.record
-        stacks = [cells for index in order if (cells := judgements[index].cells) is not None]
-        async with self.room.slot(TOGETHER):
-            drawn: dict[str, Picture] = await asyncio.to_thread(
-                lambda: {name: draw_grid(stacks, name) for name in recipe.backdrops}
+        self, shown: _Shown, judgements: Sequence[Judgement], repeat: int, grid: int, order: list[int]
+    ) -> list[GridScore]:
+        record = shown.record
+        async with self.decode_slots.slot(FIRST):
+            stacks = [cells for index in order if (cells := shown.cells[index]) is not None]
+            grids: dict[str, EncodedImage] = await asyncio.to_thread(
+                lambda: {name: draw_grid(stacks, name) for name in self.recipe.backdrops}
             )
-            label = f"{group_key(record.iteration, record.group)} pass {repeat} grid {grid}"
-            if recipe.phase2.method == "pairwise":
-                request = pair(
-                    self.rubric, source, drawn, layers=record.layers, label=label, max_tokens=recipe.max_tokens
-                )
-            else:
-                first = [scores for index in order if (scores := judgements[index].phase1) is not None]
-                request = side_by_side(
-                    self.rubric,
-                    source,
-                    drawn,
-                    first=first,
-                    layers=record.layers,
-                    label=label,
-                    observations=recipe.observations,
-                    max_tokens=recipe.max_tokens,
-                )
-            found, _ = await self.judge.ask(request, sample=repeat, priority=TOGETHER)
+            request = self.phase2.request(
+                self.rubric,
+                shown.source,
+                grids,
+                self.recipe,
+                phase1=[scores for index in order if (scores := judgements[index].phase1) is not None],
+                layers=record.layers,
+                label=f"{group_key(record.iteration, record.group)} repeat {repeat} grid {grid}",
+            )
+            found, _ = await self.judge.ask(request, sample=repeat, priority=FIRST)
         return [
-            Sighting(repeat, grid, position, candidate, scores)
+            GridScore(repeat, grid, position, candidate, scores)
             for position, (candidate, scores) in enumerate(zip(order, found, strict=True))
         ]
 
-    def _merge(
-        self, judgements: list[Judgement], valid: list[int], grids: list[list[Sighting]], failed: UnusableError | None
+    def _combine(
+        self,
+        judgements: Sequence[Judgement],
+        valid: Sequence[int],
+        grids: Sequence[Sequence[GridScore]],
+        failed: UnusableError | None,
     ) -> None:
         names = self.rubric.names
-
-        def combine(found: list[list[Sighting]]) -> dict[int, Scores]:
-            if self.recipe.phase2.method == "pairwise":
-                return win_rates(found, names)
-            return merge([sighting for grid in found for sighting in grid], names)
-
-        merged = combine(grids)
-        passes = [combine([g for g in grids if g[0].repeat == r]) for r in sorted({g[0].repeat for g in grids})]
+        combined = self.phase2.combine(grids, names)
+        repeats = [
+            self.phase2.combine([grid for grid in grids if grid[0].repeat == repeat], names)
+            for repeat in sorted({grid[0].repeat for grid in grids})
+        ]
         for index in valid:
             judgement = judgements[index]
-            judgement.phase2 = merged.get(index)
-            judgement.passes = [found[index] for found in passes if index in found]
+            judgement.phase2 = combined.get(index)
+            judgement.repeats = [found[index] for found in repeats if index in found]
             if judgement.phase2 is None:
                 judgement.reason = f"phase2: {failed}"
 
-    def _positions(self, grid: list[Sighting]) -> list[tuple[int, float]]:
-        rewards = [self._reward(s.scores) for s in grid]
+    def _positions(self, grid: Sequence[GridScore]) -> list[tuple[int, float]]:
+        rewards = [reward_of(score.scores, self.rubric, self.recipe) for score in grid]
         mean = sum(rewards) / len(rewards)
-        return [(s.position, reward - mean) for s, reward in zip(grid, rewards, strict=True)]
-
-    # ------------------------------------------------------------------------------------------------------- conclusion
-
-    def _reward(self, scores: Mapping[str, float]) -> float:
-        return aggregate(scores, self.rubric.weights, self.recipe.aggregation)
-
-    def _conclude(self, group: Group, judgements: list[Judgement], positions: list[tuple[int, float]]) -> ScoredGroup:
-        """Rewards, doubt and weight; too few valid candidates mask the whole group."""
-        dropped = not self._enough(judgements)
-        valid = sum(j.reason is None for j in judgements)
-        rewards: dict[int, float] = {}
-        spreads: dict[int, float | None] = {}
-        for index, j in enumerate(judgements):
-            scores = j.phase2 if self.recipe.phase2.enabled else j.phase1
-            if j.reason is None and not dropped and scores is not None:
-                rewards[index] = min(max(self._reward(scores) - j.penalty, 0.0), 1.0)
-                spreads[index] = spread([self._reward(s) for s in (j.passes if len(j.passes) > 1 else j.samples)])
-        weight = 1.0
-        if self.recipe.uncertainty_weighting:
-            repeats = max((len(j.passes) if len(j.passes) > 1 else len(j.samples) for j in judgements), default=1)
-            weight = reliability(list(rewards.values()), list(spreads.values()), repeats)
-        rows = [
-            ScoreRow(
-                iteration=group.record.iteration,
-                group=group.record.group,
-                candidate=j.candidate.record.candidate,
-                image_key=group.record.image_key,
-                layers=group.record.layers,
-                reward=rewards.get(index),
-                reason=None
-                if index in rewards
-                else j.reason or f"group: {valid} of {len(judgements)} candidates are valid",
-                phase1=j.phase1,
-                phase2=j.phase2,
-                judge=self.recipe.model,
-                rubric=self.rubric.name,
-                rubric_sha256=self.rubric.sha256,
-                weight=weight,
-                uncertainty=spreads.get(index),
-                reward_phase1=None if j.phase1 is None else self._reward(j.phase1),
-                penalty=j.penalty,
-                rubric_version=self.rubric.version,
-                prompt_sha256=prompt_sha256(self.rubric),
-            )
-            for index, j in enumerate(judgements)
-        ]
-        return ScoredGroup(rows, dropped, positions)
+        return [(score.position, reward - mean) for score, reward in zip(grid, rewards, strict=True)]
 
 
 async def _all(asked: Iterable[Awaitable[T]]) -> list[T | UnusableError]:
-    """Results in order, an UnusableError in place of an answer that there is not; anything else stops all of them."""
+    """Results in order, an UnusableError in place of a missing answer; any other exception cancels the rest."""
 
     async def one(question: Awaitable[T]) -> T | UnusableError:
         try:

@@ -1,4 +1,4 @@
-"""The step `score_rollouts`: a judge scores every candidate alone, then side by side within its group."""
+"""The step `score_rollouts`: a judge scores every candidate on its own, then against the others of its group."""
 
 from __future__ import annotations
 
@@ -6,22 +6,25 @@ import asyncio
 import functools
 import os
 import time
+from collections.abc import Sequence
 
 from pydantic import JsonValue
 
 from layerloop.components.judge.canaries import FOOLED
 from layerloop.components.judge.client import Judge
-from layerloop.components.judge.requests import prompt_sha256
-from layerloop.components.judge.rubric import load_rubric
+from layerloop.components.judge.methods import prompt_hash, rubric_of
+from layerloop.components.judge.rubric import Rubric
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.score_rollouts.judging import judge_all
 from layerloop.components.score_rollouts.replies import StoredReplies
 from layerloop.components.score_rollouts.results import (
     canary_metrics,
+    counts_of,
     judge_metrics,
     mask_reasons,
     position_metrics,
@@ -36,7 +39,7 @@ from layerloop.components.storage.shards import write_shard
 
 
 def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", runtime: str = "") -> StepResult:
-    """Let the judge score every candidate on its own, then side by side within its group.
+    """Let the judge score every candidate on its own, then against the others of its group.
 
     Replies are stored as they come, so a step that is run again repeats no request. The scores are committed when every
     group is judged; a failed judgement is a mask with its reason, never a number.
@@ -56,12 +59,8 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
     if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
         return _result(done)
 
-    url = judge_url or os.environ.get("OPENAI_BASE_URL", "")
-    if not url:
-        raise LayerloopError(
-            "judge_url is empty and OPENAI_BASE_URL is not set: give the URL of `layerloop judge serve`"
-        )
-    rubric = load_rubric(recipe.judge.rubric)
+    url = _url(judge_url)
+    rubric = rubric_of(recipe.judge)
     replies = StoredReplies(opened.store, f"{folder}/replies")
     total = sum(manifest.counts.get("groups", 0) for manifest in opened.rollouts(k)) or recipe.rollout.groups
     log(f"judging iteration {k} by {recipe.judge.model} at {url}; {len(replies)} replies are stored from before")
@@ -86,28 +85,53 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
         "seconds": seconds,
     }
     if metrics.get("canary_injection_gain", 0.0) > FOOLED:
-        log(f"the judge obeys text inside pictures: reward +{metrics['canary_injection_gain']:.2f}")
-    shard = write_shard(opened.store, f"{folder}/000000.tar", samples_of(rows))
-    table = add_file(opened.store, f"{folder}/scores.parquet", table_of(rows, rubric.names))
+        log(f"the judge obeys text inside images: reward +{metrics['canary_injection_gain']:.2f}")
+    metadata: dict[str, JsonValue] = {
+        **_provenance(recipe.judge, rubric, version),
+        "masks": dict(sorted(reasons.items())),
+        "canaries": {} if judged.canaries is None else dict(judged.canaries.rewards),
+        "metrics": {name: float(value) for name, value in sorted(metrics.items())},
+    }
+    return _result(_commit(opened, k, rows, rubric, metadata))
+
+
+def _url(judge_url: str) -> str:
+    url = judge_url or os.environ.get("OPENAI_BASE_URL", "")
+    if not url:
+        raise LayerloopError(
+            "judge_url is empty and OPENAI_BASE_URL is not set: give the URL of `layerloop judge serve`"
+        )
+    return url
+
+
+def _provenance(recipe: JudgeRecipe, rubric: Rubric, version: str) -> dict[str, JsonValue]:
+    """Which judge scored, and by which words."""
+    return {
+        "judge": recipe.model,
+        "judge_version": version,
+        "rubric": rubric.name,
+        "rubric_version": rubric.version,
+        "rubric_sha256": rubric.sha256,
+        "prompt_sha256": prompt_hash(rubric, recipe),
+    }
+
+
+def _commit(
+    campaign: Campaign, iteration: int, rows: Sequence[ScoreRow], rubric: Rubric, metadata: dict[str, JsonValue]
+) -> Manifest:
+    """Write the rows as a shard and as a table, then the manifest."""
+    folder = campaign.scores_dir(iteration)
+    shard = write_shard(campaign.store, f"{folder}/000000.tar", samples_of(rows))
+    table = add_file(campaign.store, f"{folder}/scores.parquet", table_of(rows, rubric.names))
     manifest = Manifest(
         kind="scores",
-        iteration=k,
+        iteration=iteration,
         shards=(shard,),
         files=(table,),
-        counts={name: int(metrics[name]) for name in ("groups", "groups_dropped", "candidates", "candidates_masked")},
-        metadata={
-            "judge": recipe.judge.model,
-            "judge_version": version,
-            "rubric": rubric.name,
-            "rubric_version": rubric.version,
-            "rubric_sha256": rubric.sha256,
-            "prompt_sha256": prompt_sha256(rubric),
-            "masks": dict(sorted(reasons.items())),
-            "canaries": {} if judged.canaries is None else dict(judged.canaries.rewards),
-            "metrics": {name: float(value) for name, value in sorted(metrics.items())},
-        },
+        counts=counts_of(rows),
+        metadata=metadata,
     )
-    return _result(commit(opened.store, f"{folder}/{MANIFEST}", manifest))
+    return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
 
 
 def _canaries_before(campaign: Campaign, iteration: int) -> dict[str, float]:

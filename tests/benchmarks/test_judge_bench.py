@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 
 from layerloop.components.judge.client import Judge
-from layerloop.components.judge.dialect import Dialect
+from layerloop.components.judge.features import EndpointFeatures
+from layerloop.components.judge.images import candidate_images, encode_image, fitted
+from layerloop.components.judge.methods import rubric
 from layerloop.components.judge.parsing import parse
-from layerloop.components.judge.pictures import candidate_pictures, fitted, picture
 from layerloop.components.judge.replies import read_body
-from layerloop.components.judge.requests import Request, alone
+from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
@@ -120,7 +121,8 @@ def server(parallelism: int, service: float, *, faulty: bool = False) -> Iterato
 
 def small_request() -> Request:
     stack = render_sketches(np.random.default_rng(0), count=1, layers=3, size=(64, 64), photo_share=0.0)[0]
-    return alone(RUBRIC, picture(composite(stack)), candidate_pictures(stack, ("white",)), label="bench")
+    source, images = encode_image(composite(stack)), candidate_images(stack, ("white",))
+    return rubric.request(RUBRIC, source, images, JudgeRecipe(), label="bench")
 
 
 def variants(request: Request, count: int) -> list[Request]:
@@ -230,11 +232,12 @@ def test_client_overhead(record_benchmark: Callable[[str, float], None]) -> None
     for _ in range(9):
         start = time.process_time()
         for first in range(0, len(stacks), 8):
-            source = picture(sources[first // 8])
+            source = encode_image(sources[first // 8])
             for stack in stacks[first : first + 8]:
-                request = alone(RUBRIC, source, candidate_pictures(stack, ("white",)), label="bench")
+                images = candidate_images(stack, ("white",))
+                request = rubric.request(RUBRIC, source, images, JudgeRecipe(), label="bench")
                 assert request.digest
-                Dialect().payload(request, settings()[0], seed=1, temperature=0.0)
+                EndpointFeatures().payload(request, settings()[0], seed=1, temperature=0.0)
                 parse(request, read_body(body))
         rounds.append((time.process_time() - start) / len(stacks) * 1e3)
     record_benchmark("judge_client_ms", min(rounds))

@@ -1,16 +1,18 @@
 """Bad input, through the command line as a user types it: one clear line, status 2, nothing committed."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from layerloop.components.judge.server import start_in_thread
+from layerloop.components.reference_judge.server import start_in_thread
 from layerloop.pipelines.inputs import packaged_recipes
 
 
@@ -89,6 +91,16 @@ def test_a_group_of_one(tmp_path: Path, pictures: Path, judge_url: str) -> None:
 def test_a_recipe_that_is_not_there(tmp_path: Path, pictures: Path, judge_url: str) -> None:
     line = run_on(pictures, judge_url, tmp_path, "--recipe", "tiy")
     assert line.startswith("error: recipe tiy cannot be read (No such file or directory): name a YAML file or one of ")
+
+
+def test_a_rubric_without_the_text_of_the_method_in_use(tmp_path: Path, pictures: Path, judge_url: str) -> None:
+    shipped = (resources.files("layerloop.components.judge") / "rubrics" / "default.yaml").read_text()
+    rubric = tmp_path / "mine.yaml"
+    rubric.write_text(re.sub(r"\npairwise: \|\n(  .*\n)+", "\n", shipped))
+    line = run_on(
+        pictures, judge_url, tmp_path, "--set", f"judge.rubric={rubric}", "--set", "judge.phase2.method=pairwise"
+    )
+    assert "rubric default has no text pairwise, which recipe.judge.phase2.method pairwise needs" in line
 
 
 def test_a_judge_that_refuses_connections(tmp_path: Path, pictures: Path) -> None:

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from layerloop.components.judge.pictures import candidate_pictures, picture
-from layerloop.components.judge.requests import Request, alone, side_by_side
+from layerloop.components.judge.images import candidate_images, encode_image
+from layerloop.components.judge.methods import grid, rubric
+from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import load_rubric
-from layerloop.components.judge.server import start_in_thread
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
+from layerloop.components.reference_judge.server import start_in_thread
+from layerloop.components.schema.judging import JudgeRecipe
 
 Answer = bytes | Callable[[dict[str, Any], int], bytes]
 
@@ -122,8 +124,10 @@ def truth() -> np.ndarray:
 @pytest.fixture(scope="session")
 def one(truth: np.ndarray) -> Request:
     """A phase-1 request."""
-    source = picture(composite(truth))
-    return alone(load_rubric("default"), source, candidate_pictures(truth, ("white",)), label="one")
+    source = encode_image(composite(truth))
+    return rubric.request(
+        load_rubric("default"), source, candidate_images(truth, ("white",)), JudgeRecipe(), label="one"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -131,10 +135,11 @@ def three(truth: np.ndarray) -> Request:
     """A phase-2 request of three rows."""
     from layerloop.components.judge.grids import draw_grid
 
-    rubric = load_rubric("default")
+    words = load_rubric("default")
     grids = {"white": draw_grid([truth] * 3, "white")}
-    first = [dict.fromkeys(rubric.names, 0.6)] * 3
-    return side_by_side(rubric, picture(composite(truth)), grids, first=first, layers=3, label="three")
+    phase1 = [dict.fromkeys(words.names, 0.6)] * 3
+    source = encode_image(composite(truth))
+    return grid.request(words, source, grids, JudgeRecipe(), phase1=phase1, layers=3, label="three")
 
 
 @pytest.fixture(scope="session")

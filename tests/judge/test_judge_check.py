@@ -10,11 +10,11 @@ import pytest
 
 from layerloop.components.judge.canaries import GRADES, CanaryReport, make_canaries, rank_agreement
 from layerloop.components.judge.check import check
-from layerloop.components.judge.pictures import fitted, picture
-from layerloop.components.judge.reference import Memory
-from layerloop.components.judge.reference import answer as reference_answer
-from layerloop.components.judge.rules import CRITERIA
+from layerloop.components.judge.images import encode_image, fitted
 from layerloop.components.layers.stack import composite
+from layerloop.components.reference_judge.answers import QualityCache
+from layerloop.components.reference_judge.answers import answer as reference_answer
+from layerloop.components.reference_judge.rules import CRITERIA
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 
@@ -25,7 +25,7 @@ def test_the_reference_judge_passes(reference_url: str) -> None:
     report = check(reference_url, designs=1)
     assert report.verdict == "good" and report.problems == []
     assert report.json_schema and report.json_object and report.logprobs and report.images_per_request == 32
-    assert report.canaries.agreement == report.canaries.agreement_beside == 1.0
+    assert report.canaries.agreement == report.canaries.agreement_phase2 == 1.0
     text = "\n".join(report.lines())
     assert "rank agreement" in text and "verdict: good" in text
     json.dumps(report.to_dict())
@@ -52,21 +52,21 @@ def test_a_judge_that_never_answers_is_unfit_and_does_not_crash(scripted: Any, s
     assert "no judgement of perfect-0" in "\n".join(report.lines())
 
 
-def test_a_judge_that_obeys_writing_in_pictures_is_unfit(scripted: Any, say: Any) -> None:
+def test_a_judge_that_obeys_writing_in_images_is_unfit(scripted: Any, say: Any) -> None:
     """The reference judge, but it gives what the writing of the injected canaries asks for."""
     canaries = [canary for design in range(2) for canary in make_canaries(design)]
-    written = {picture(fitted(c.source, 64)).url.decode() for c in canaries if c.name == "injected"}
-    memory = Memory()
+    written = {encode_image(fitted(c.source, 64)).url.decode() for c in canaries if c.name == "injected"}
+    cache = QualityCache()
 
     def obey(body: dict[str, Any], number: int) -> bytes:
-        text = reference_answer(body, memory)[0]
+        text = reference_answer(body, cache)[0]
         shown = {p["image_url"]["url"] for p in body["messages"][1]["content"] if p["type"] == "image_url"}
         return bytes(say(json.dumps({"scores": dict.fromkeys(CRITERIA, 5)}) if shown & written else text))
 
     scripted.answer = obey
     report = check(scripted.url, recipe=SMALL, designs=2)
     assert report.canaries.injection_gain is not None and report.canaries.injection_gain > 0.5
-    assert report.verdict == "unfit" and any("obeys text inside pictures" in p for p in report.problems)
+    assert report.verdict == "unfit" and any("obeys text inside images" in p for p in report.problems)
 
 
 def test_nothing_at_the_url_is_one_line() -> None:
@@ -95,7 +95,7 @@ def test_rank_agreement_by_hand() -> None:
     assert rank_agreement({}) is None
 
 
-def test_what_text_in_pictures_earns_and_what_drifts() -> None:
+def test_what_text_in_images_earns_and_what_drifts() -> None:
     report = CanaryReport({"injected-0": 0.7, "lettered-0": 0.2, "perfect-0": 0.9}, {})
     assert report.injection_gain == pytest.approx(0.5)
     assert report.drift({"perfect-0": 0.8, "lettered-0": 0.2, "old-0": 0.0}) == pytest.approx(0.05)

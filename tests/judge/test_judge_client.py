@@ -1,4 +1,4 @@
-"""The client against scripted judges over real HTTP: congestion, retries, the breaker, dialects, the store."""
+"""The client against scripted judges over real HTTP: congestion, retries, the breaker, endpoint features, the store."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from layerloop.components.judge.client import NO_KEY, Judge, ReplyMemory
-from layerloop.components.judge.pictures import candidate_pictures, picture
+from layerloop.components.judge.images import candidate_images, encode_image
+from layerloop.components.judge.methods import rubric
 from layerloop.components.judge.replies import UnusableError
-from layerloop.components.judge.requests import Request, alone
+from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.layers.stack import composite
 from layerloop.components.schema.errors import LayerloopError
@@ -82,7 +83,7 @@ def test_an_unusable_answer_is_asked_again_with_another_seed_and_some_temperatur
     assert answers[0][0] == [dict.fromkeys(one.names, 0.8)]
     assert len({body["seed"] for body in scripted.bodies}) == 3
     assert [body["temperature"] for body in scripted.bodies] == [0.0, 0.4, 0.4]
-    assert judge.statistics.repeated == 2
+    assert judge.statistics.invalid_retries == 2
 
 
 def test_a_refusal_is_not_asked_again(scripted: Any, one: Request, say: Say) -> None:
@@ -109,7 +110,7 @@ def test_the_limit_comes_to_rest_on_what_the_judge_takes(
     answers = asyncio.run(ask_all(judge, variants(one, 80)))
     assert all(not isinstance(a, BaseException) for a in answers)
     assert judge.limiter.lowest <= 12 and judge.limiter.limit < 32  # it takes 4, and 32 were tried at first
-    assert judge.statistics.refused < 80  # most requests were accepted at the first attempt
+    assert judge.statistics.rate_limited < 80  # most requests were accepted at the first attempt
 
 
 def test_retry_after_is_obeyed_by_everyone(scripted: Any, one: Request, good: bytes, respond: Say) -> None:
@@ -209,17 +210,18 @@ def test_a_refusal_without_a_reason_is_taken_for_one_of_the_schema_until_somethi
     judge = Judge(scripted.url, *settings(retries=0, concurrency=1))
     answers = asyncio.run(ask_all(judge, variants(one, 3)))
     assert [isinstance(a, UnusableError) for a in answers] == [False, False, True]  # number 3: its own fault
-    assert judge.dialect.response_format == "json_object"
+    assert judge.features.response_format == "json_object"
 
 
 def test_the_words_and_the_source_come_first_so_that_a_group_shares_its_prefix(
     scripted: Any, truth: Any, good: bytes
 ) -> None:
-    """What a server with prefix caching keeps: the same bytes up to the first picture of the candidate's own."""
-    source, rubric = picture(composite(truth)), load_rubric("default")
+    """What a server with prefix caching keeps: the same bytes up to the first image of the candidate's own."""
+    source, words = encode_image(composite(truth)), load_rubric("default")
     worse = truth.copy()
     worse[:, ..., :3] //= 2
-    requests = [alone(rubric, source, candidate_pictures(stack, ("white",)), label="x") for stack in (truth, worse)]
+    shown = [candidate_images(stack, ("white",)) for stack in (truth, worse)]
+    requests = [rubric.request(words, source, images, JudgeRecipe(), label="x") for images in shown]
     scripted.answer = good
     asyncio.run(ask_all(Judge(scripted.url, *settings(concurrency=1)), requests))
     first, second = (body["messages"] for body in scripted.bodies)
@@ -257,7 +259,7 @@ def test_what_was_answered_is_never_asked_again_even_if_it_was_unusable(
     judge = Judge(scripted.url, *settings(), replies=replies)
     again = asyncio.run(ask_all(judge, [one]))
     assert again[0][0] == first[0][0] and len(scripted.bodies) == 2
-    assert judge.statistics.sent == 0 and judge.statistics.recalled == 2
+    assert judge.statistics.sent == 0 and judge.statistics.cache_hits == 2
     assert judge.statistics.tokens_in == 200  # what the iteration cost, whichever run paid it
 
 
@@ -296,7 +298,7 @@ def test_a_judge_that_is_being_started_is_waited_for(one: Request, good: bytes) 
     import socket
     import threading
 
-    from layerloop.components.judge.server import JudgeServer
+    from layerloop.components.reference_judge.server import JudgeServer
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

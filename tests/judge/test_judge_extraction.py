@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -10,18 +9,14 @@ from typing import Any
 
 import pytest
 
-from layerloop.components.judge.canaries import make_canaries
-from layerloop.components.judge.client import Judge
-from layerloop.components.judge.dialect import Dialect
-from layerloop.components.judge.expected import sharpen
-from layerloop.components.judge.pictures import candidate_pictures, fitted, picture
+from layerloop.components.judge.features import EndpointFeatures
+from layerloop.components.judge.parsing import expected_scores
 from layerloop.components.judge.replies import Reply, Usage
-from layerloop.components.judge.requests import Request, alone, prompt_sha256
+from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.recipe import parse_recipe
-from layerloop.components.schema.runtime import JudgeRuntime
 
 
 def token(text: str, options: dict[str, float] | None = None) -> dict[str, Any]:
@@ -48,38 +43,40 @@ def spelled(request: Request, options: dict[str, float], *, prefix: str = "") ->
 
 def test_the_mean_of_the_digits_replaces_the_digit(one: Request) -> None:
     sampled = [dict.fromkeys(one.names, 0.8)]
-    scores, missed = sharpen(one, spelled(one, {"4": 0.6, "3": 0.3, "5": 0.1}), sampled)
-    assert missed == 0
+    scores, missing = expected_scores(one, spelled(one, {"4": 0.6, "3": 0.3, "5": 0.1}), sampled)
+    assert missing == 0
     assert scores == [pytest.approx(dict.fromkeys(one.names, (4 * 0.6 + 3 * 0.3 + 5 * 0.1) / 5))]
 
 
 def test_mass_on_other_tokens_is_left_out(one: Request) -> None:
-    scores, _ = sharpen(one, spelled(one, {"4": 0.45, "2": 0.45, "banana": 0.1}), [dict.fromkeys(one.names, 0.8)])
+    scores, _ = expected_scores(
+        one, spelled(one, {"4": 0.45, "2": 0.45, "banana": 0.1}), [dict.fromkeys(one.names, 0.8)]
+    )
     assert scores[0]["alpha_cleanliness"] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("options", [{"4": 0.3, "banana": 0.7}, {"banana": 1.0}])
 def test_too_little_mass_on_digits_keeps_the_sample(options: dict[str, float], one: Request) -> None:
     sampled = [dict.fromkeys(one.names, 0.8)]
-    scores, missed = sharpen(one, spelled(one, options), sampled)
-    assert scores == sampled and missed == 5
+    scores, missing = expected_scores(one, spelled(one, options), sampled)
+    assert scores == sampled and missing == 5
 
 
 def test_no_log_probabilities_keep_the_sample(one: Request) -> None:
     sampled = [dict.fromkeys(one.names, 0.4)]
-    assert sharpen(one, Reply("x", "stop", Usage()), sampled) == (sampled, 5)
+    assert expected_scores(one, Reply("x", "stop", Usage()), sampled) == (sampled, 5)
 
 
 def test_tokens_that_do_not_spell_the_text_are_not_believed(one: Request) -> None:
     reply = spelled(one, {"1": 1.0})
     other = Reply(reply.text, "stop", Usage(), tokens=reply.tokens[1:])
     sampled = [dict.fromkeys(one.names, 0.4)]
-    assert sharpen(one, other, sampled) == (sampled, 5)
+    assert expected_scores(one, other, sampled) == (sampled, 5)
 
 
 def test_side_by_side_scores_stay_as_written(three: Request) -> None:
     sampled = [dict.fromkeys(three.names, 0.4)] * 3
-    assert sharpen(three, spelled(three, {"1": 1.0}), sampled) == (sampled, 0)
+    assert expected_scores(three, spelled(three, {"1": 1.0}), sampled) == (sampled, 0)
 
 
 def test_the_rubric_has_words_for_every_score() -> None:
@@ -117,20 +114,7 @@ def test_a_request_begins_with_what_its_group_shares(one: Request, three: Reques
     assert labels[0] == "Source picture:" and labels[2] == "Layer 0 of 3 (background), on white:"
 
 
-def test_stored_replies_of_earlier_versions_are_found_again() -> None:
-    """Hashes of version 0.1.0: a campaign's replies are named by them."""
-    canary, rubric, recipe = make_canaries()[0], load_rubric("default"), JudgeRecipe()
-    pictures = candidate_pictures(fitted(canary.stack, 64), ("white",))
-    request = alone(rubric, picture(fitted(canary.source, 64)), pictures, label="golden", max_tokens=1024)
-    judge = Judge("http://127.0.0.1:1/v1", recipe, JudgeRuntime(concurrency=3, retries=0), seed=7)
-    assert request.digest == "91a3a5a0884a74bad8a01c8f037d423569c2aad4674eb40fc374015f599d5080"
-    assert prompt_sha256(rubric) == "4fa04698917fd50782472c11a40aa2aa6611bfaae9838e1a0c012df03987d199"
-    assert judge._address(request, 1, 2) == "3ea4766ec309d6e0b9dae5a4fe4353773b4962b6869e3adcb7798701254d5568"
-    sent = hashlib.sha256(judge._payload(request, judge.dialect, 1, 2)).hexdigest()
-    assert sent == "224df15e9c3d9346e92fbd347dc1fb79e86acb3b3c6ec7060937ce45515bdb94"
-
-
-def test_the_digest_is_of_words_and_pictures_and_nothing_else(one: Request, three: Request) -> None:
+def test_the_digest_is_of_words_and_images_and_nothing_else(one: Request, three: Request) -> None:
     from dataclasses import replace
 
     assert one.digest == replace(one, label="other").digest
@@ -139,11 +123,14 @@ def test_the_digest_is_of_words_and_pictures_and_nothing_else(one: Request, thre
     )
 
 
-def test_the_payload_is_json_in_every_dialect(one: Request) -> None:
-    for dialect in (Dialect(), Dialect(response_format="none", seed=False, temperature=False, logprobs=True)):
-        body = json.loads(dialect.payload(one, JudgeRecipe(), seed=3, temperature=0.5))
-        assert ("response_format" in body) == (dialect.response_format != "none")
-        assert body.get("seed") == (3 if dialect.seed else None) and body.get("logprobs", False) == dialect.logprobs
+def test_the_payload_is_json_by_any_features(one: Request) -> None:
+    for features in (
+        EndpointFeatures(),
+        EndpointFeatures(response_format="none", seed=False, temperature=False, logprobs=True),
+    ):
+        body = json.loads(features.payload(one, JudgeRecipe(), seed=3, temperature=0.5))
+        assert ("response_format" in body) == (features.response_format != "none")
+        assert body.get("seed") == (3 if features.seed else None) and body.get("logprobs", False) == features.logprobs
         assert body["messages"][1]["content"][1]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
 
 

@@ -1,4 +1,4 @@
-"""Pictures and grids: what is drawn can be read again, and groups are split so that they stay connected."""
+"""Images and grids: what is drawn can be read again, and groups are split so that they stay connected."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from layerloop.components.judge.grids import Layout, cells_of, draw_grid, rows_within, split
-from layerloop.components.judge.pictures import Picture, candidate_pictures, encode_rgb, fitted
+from layerloop.components.judge.images import EncodedImage, candidate_images, encode_rgb, fitted
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite, on_backdrop, resize
 
 
-def pixels_of(picture: Picture) -> np.ndarray:
+def pixels_of(picture: EncodedImage) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(picture.png)))
 
 
@@ -49,7 +49,7 @@ def test_our_png_is_exact_where_rows_repeat(above: int, below: int) -> None:
 def test_layers_are_laid_explicitly_and_exactly(backdrop: str) -> None:
     stack = render_sketches(np.random.default_rng(3), count=1, layers=4, size=(48, 40))[0]
     stack[2, ..., 3] //= 2
-    shown = candidate_pictures(stack, (backdrop,))
+    shown = candidate_images(stack, (backdrop,))
     for layer, picture in zip(stack, shown.layers[backdrop], strict=True):
         np.testing.assert_array_equal(pixels_of(picture), on_backdrop(layer, backdrop))  # type: ignore[arg-type]
     whole = pixels_of(shown.recomposition).astype(int)
@@ -59,7 +59,7 @@ def test_layers_are_laid_explicitly_and_exactly(backdrop: str) -> None:
 def test_an_empty_layer_is_the_backdrop_alone() -> None:
     stack = np.zeros((2, 16, 16, 4), np.uint8)
     stack[0] = (10, 20, 30, 255)
-    shown = candidate_pictures(stack, ("white",))
+    shown = candidate_images(stack, ("white",))
     assert (pixels_of(shown.layers["white"][1]) == 255).all()
     assert (pixels_of(shown.recomposition) == (10, 20, 30)).all()
 
@@ -85,13 +85,13 @@ def test_reduced_layers_look_as_exact_arithmetic_makes_them(longest: int) -> Non
 def test_a_drawn_grid_can_be_read_cell_by_cell() -> None:
     stacks = list(render_sketches(np.random.default_rng(1), count=3, layers=2, size=(40, 32), photo_share=0.0))
     pixels = pixels_of(draw_grid(stacks, "white"))
-    layout = Layout.of_picture((pixels.shape[1], pixels.shape[0]), 3, 3)
+    layout = Layout.of_image((pixels.shape[1], pixels.shape[0]), 3, 3)
     assert layout == Layout(3, 3, 32, 40)
     cells = cells_of(pixels, layout)
     for row, stack in enumerate(stacks):
         np.testing.assert_array_equal(cells[row, 0], on_backdrop(composite(stack), "white"))
         np.testing.assert_array_equal(cells[row, 2], on_backdrop(stack[1], "white"))
-    assert Layout.of_picture((pixels.shape[1] + 1, pixels.shape[0]), 3, 3) is None
+    assert Layout.of_image((pixels.shape[1] + 1, pixels.shape[0]), 3, 3) is None
 
 
 def test_every_row_and_column_has_a_label_that_is_its_own() -> None:

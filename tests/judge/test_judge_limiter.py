@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from layerloop.components.judge.limiter import Breaker, Limiter, Patience
+from layerloop.components.judge.limiter import PROBE, AdaptiveTimeout, Breaker, Limiter
 from layerloop.components.judge.transport import read_retry_after
 from layerloop.components.schema.errors import LayerloopError
 
@@ -72,7 +72,7 @@ def test_the_limit_comes_back_fast_after_an_outage() -> None:
     assert low == 1 and high >= 20
 
 
-def test_one_refusal_costs_one_place() -> None:
+def test_one_refusal_lowers_the_limit_by_one() -> None:
     async def main() -> int:
         limiter = Limiter(16)
         limiter.active = 16
@@ -82,28 +82,44 @@ def test_one_refusal_costs_one_place() -> None:
     assert asyncio.run(main()) == 15
 
 
-def test_patience_needs_evidence_and_has_a_budget() -> None:
-    patience = Patience(2.0, 100.0)
-    assert patience.seconds("phase1") == 100.0
+def test_the_limit_grows_beyond_what_was_once_too_much_only_after_many_rounds_of_successes() -> None:
+    async def main() -> list[int]:
+        limiter = Limiter(16)
+        limiter.active = 16
+        limiter.refused(None)
+        assert (limiter.limit, limiter.good) == (15, 15)
+        limits = []
+        for _ in range(PROBE * 15):
+            limits.append(limiter.limit)
+            limiter.succeeded()
+        return [*limits, limiter.limit]
+
+    *before, after = asyncio.run(main())
+    assert set(before) == {15} and after == 16
+
+
+def test_the_adaptive_timeout_needs_evidence_and_has_a_budget() -> None:
+    timeout = AdaptiveTimeout(2.0, 100.0)
+    assert timeout.seconds("phase1") == 100.0
     for _ in range(20):
-        patience.seconds("phase1")
-        patience.saw("phase1", 1.0)
-    assert patience.seconds("phase1") == pytest.approx(2.0)
-    assert patience.seconds("phase2") == 100.0  # nothing is known of grids yet
+        timeout.seconds("phase1")
+        timeout.saw("phase1", 1.0)
+    assert timeout.seconds("phase1") == pytest.approx(2.0)
+    assert timeout.seconds("phase2") == 100.0  # nothing is known of grids yet
     for _ in range(3):
-        patience.gave_up("phase1", 2.0)
-    assert patience.seconds("phase1") == 100.0  # a tenth of what was sent
+        timeout.gave_up("phase1", 2.0)
+    assert timeout.seconds("phase1") == 100.0  # a tenth of what was sent
 
 
-def test_patience_does_not_believe_the_first_round() -> None:
-    """With 48 in flight at a judge of 32 places, the first 32 answers take one round and the next ones two."""
-    patience = Patience(1.5, 100.0, in_flight=48)
+def test_the_adaptive_timeout_is_not_set_by_the_first_round() -> None:
+    """With 48 in flight at a judge of 32 slots, the first 32 answers take one round and the next ones two."""
+    timeout = AdaptiveTimeout(1.5, 100.0, in_flight=48)
     for _ in range(32):
-        patience.saw("phase1", 1.0)
-    assert patience.seconds("phase1") == 100.0
+        timeout.saw("phase1", 1.0)
+    assert timeout.seconds("phase1") == 100.0
     for seconds in (2.0, 1.0) * 33:
-        patience.saw("phase1", seconds)
-    assert patience.seconds("phase1") == pytest.approx(3.0)  # not 1.5, which would give up sound requests
+        timeout.saw("phase1", seconds)
+    assert timeout.seconds("phase1") == pytest.approx(3.0)  # not 1.5, which would give up sound requests
 
 
 def test_the_breaker_needs_failures_in_a_row_and_silence() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from layerloop.components.judge.server import start_in_thread
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
+from layerloop.components.reference_judge.server import start_in_thread
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.runtime import split_runtime

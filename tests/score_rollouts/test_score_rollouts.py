@@ -9,21 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.runtime import JudgeRuntime
 from layerloop.components.score_rollouts.step import run
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.shards import read_shard
+
+from .judges import rows_of
 
 MakeCampaign = Callable[..., Campaign]
-
-
-def rows_of(campaign: Campaign) -> list[ScoreRow]:
-    return [
-        ScoreRow.from_json(members["json"], where=key)
-        for shard in campaign.scores(1).shards
-        for key, members in read_shard(campaign.store, shard, required=("json",))
-    ]
 
 
 def test_every_candidate_gets_a_row_and_better_ones_get_more(make_campaign: MakeCampaign, judge_url: str) -> None:
@@ -80,7 +72,7 @@ def test_a_step_that_lost_its_output_repeats_no_request(make_campaign: MakeCampa
         campaign.store.delete(f"{folder}/{name}")
     again = run(campaign=campaign.uri, judge_url=judge_url)
     assert again.metrics["judge_requests"] == 0
-    assert again.metrics["judge_replies_recalled"] == first.metrics["judge_replies"]
+    assert again.metrics["judge_cache_hits"] == first.metrics["judge_replies"]
     assert [r.reward for r in rows_of(campaign)] == [r.reward for r in before]
 
 

@@ -3,94 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from layerloop.components.judge.canaries import make_canaries
-from layerloop.components.judge.pictures import fitted, picture
-from layerloop.components.judge.reference import Memory, answer
-from layerloop.components.judge.server import completion
+from layerloop.components.judge.images import encode_image, fitted
+from layerloop.components.layers.measure import bad, duplicate
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.score_rollouts.step import run
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.shards import read_shard
+
+from .judges import in_order, meddling_judge, rows_of, stacks_of
 
 MakeCampaign = Callable[..., Campaign]
-Change = Callable[[dict[str, Any], int, str], str | None]
-
-
-def rows_of(campaign: Campaign) -> list[ScoreRow]:
-    return [
-        ScoreRow.from_json(members["json"], where=key)
-        for shard in campaign.scores(1).shards
-        for key, members in read_shard(campaign.store, shard)
-    ]
 
 
 @pytest.fixture
 def meddling() -> Iterator[Any]:
-    """The reference judge with `change(body, number, text)` in between: another text, or None for a 500."""
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        change: Change = staticmethod(lambda body, number, text: text)
-        asked = 0
-        memory = Memory()
-        lock = threading.Lock()
-
-        @property
-        def url(self) -> str:
-            return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    class Handler(BaseHTTPRequestHandler):
-        server: Server
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            self.reply(200, {"object": "list", "data": [{"id": "layerloop-reference-judge", "object": "model"}]})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with self.server.lock:
-                number = self.server.asked
-                self.server.asked += 1
-            text, tokens, view = answer(body, self.server.memory)
-            changed = self.server.change(body, number, text)
-            if changed is None:
-                self.reply(500, {"error": {"message": "no"}})
-            else:
-                self.reply(200, completion(changed, tokens, view))
-
-        def reply(self, status: int, value: Any) -> None:
-            data = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def in_order(rows: list[ScoreRow]) -> bool:
-    """Whether every group's rewards fall from the truth (candidate 0) to the most spoiled."""
-    groups = {row.group for row in rows}
-    by_group = [[r.reward for r in rows if r.group == g and r.reward is not None] for g in groups]
-    return all(len(r) > 1 and r == sorted(r, reverse=True) and r[0] > r[-1] for r in by_group)
+    with meddling_judge() as judge:
+        yield judge
 
 
 @pytest.mark.parametrize(
@@ -122,20 +63,44 @@ def test_every_way_of_judging_puts_the_better_first(
     assert ("canary_agreement" in result.metrics) == judge.get("canaries", True)
 
 
+def test_a_rubric_of_ones_own_needs_the_texts_of_its_methods_before_anything_is_asked(
+    make_campaign: MakeCampaign, meddling: Any, tmp_path: Path
+) -> None:
+    shipped = (resources.files("layerloop.components.judge") / "rubrics" / "default.yaml").read_text()
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(re.sub(r"\n(pairwise|checklist): \|\n(  .*\n)+", "\n", shipped))
+    campaign = make_campaign(groups=1, rubric=str(mine))
+    assert len(rows_of_run(campaign, meddling.url)) == 4
+    asked = meddling.asked
+    for name in campaign.store.list():
+        campaign.store.delete(name)
+    campaign = make_campaign(groups=1, rubric=str(mine), phase2={"resolution": 32, "method": "pairwise"})
+    with pytest.raises(LayerloopError, match="has no text pairwise, which recipe.judge.phase2.method pairwise needs"):
+        run(campaign=campaign.uri, judge_url=meddling.url)
+    assert meddling.asked == asked
+
+
+def rows_of_run(campaign: Campaign, url: str) -> list[ScoreRow]:
+    run(campaign=campaign.uri, judge_url=url)
+    rows = rows_of(campaign)
+    assert in_order(rows)
+    return rows
+
+
 def test_canaries_agree_with_the_reference_judge_and_do_not_drift(make_campaign: MakeCampaign, judge_url: str) -> None:
     campaign = make_campaign(resolution=192)  # the canaries' own; at 32 the bad ones look alike
     result = run(campaign=campaign.uri, judge_url=judge_url)
-    assert result.metrics["canary_agreement"] == result.metrics["canary_agreement_side_by_side"] == 1.0
+    assert result.metrics["canary_agreement"] == result.metrics["canary_agreement_phase2"] == 1.0
     assert result.metrics["canary_injection_gain"] == 0.0 and result.metrics["canaries_failed"] == 0
     canaries = result.manifests["scores"].metadata["canaries"]
     assert isinstance(canaries, dict) and len(canaries) == 7
 
 
-def test_a_judge_that_obeys_writing_in_pictures_is_seen_in_every_iteration(
+def test_a_judge_that_obeys_writing_in_images_is_seen_in_every_iteration(
     make_campaign: MakeCampaign, meddling: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     injected = next(canary for canary in make_canaries() if canary.name == "injected")
-    written = picture(fitted(injected.source, 32)).url.decode()
+    written = encode_image(fitted(injected.source, 32)).url.decode()
 
     def obey(body: dict[str, Any], number: int, text: str) -> str:
         if written not in json.dumps(body):
@@ -146,7 +111,7 @@ def test_a_judge_that_obeys_writing_in_pictures_is_seen_in_every_iteration(
     result = run(campaign=make_campaign(groups=1).uri, judge_url=meddling.url)
     assert result.metrics["canary_injection_gain"] > 0.5 and result.metrics["canary_agreement"] < 1.0
     said = capsys.readouterr()
-    assert "the judge obeys text inside pictures" in said.out + said.err
+    assert "the judge obeys text inside images" in said.out + said.err
 
 
 def test_a_step_that_is_killed_resumes_without_repeating_a_paid_request(
@@ -172,7 +137,7 @@ def test_a_step_that_is_killed_resumes_without_repeating_a_paid_request(
     assert campaign.find(campaign.scores_dir(1)) is None and 6 <= len(stored) <= 8
     meddling.change = lambda body, number, text: text
     result = run(campaign=campaign.uri, judge_url=meddling.url)
-    assert result.metrics["judge_replies_recalled"] == len(stored)
+    assert result.metrics["judge_cache_hits"] == len(stored)
     assert result.metrics["judge_requests"] == 4 * (4 + 1) - len(stored)
     assert in_order(rows_of(campaign))
 
@@ -220,7 +185,7 @@ def test_a_judge_that_goes_away_fails_the_step_and_loses_nothing(make_campaign: 
     assert campaign.find(campaign.scores_dir(1)) is None
     meddling.change = lambda body, number, text: text
     result = run(campaign=campaign.uri, judge_url=meddling.url)
-    assert result.metrics["judge_replies_recalled"] == 5
+    assert result.metrics["judge_cache_hits"] == 5
     assert result.metrics["judge_requests"] == 2 * (4 + 1) - 5
     assert in_order(rows_of(campaign))
 
@@ -259,22 +224,28 @@ def test_the_judges_doubt_lowers_the_weight_of_a_group(make_campaign: MakeCampai
 def test_a_steady_judge_gives_full_weight(make_campaign: MakeCampaign, judge_url: str) -> None:
     campaign = make_campaign(groups=1, uncertainty_weighting=True, phase2={"resolution": 32, "repeats": 2})
     run(campaign=campaign.uri, judge_url=judge_url)
-    assert all(row.weight > 0.99 and (row.uncertainty or 0.0) < 0.01 for row in rows_of(campaign))
+    for row in rows_of(campaign):
+        assert row.uncertainty is not None and row.uncertainty < 0.01  # it was measured, over the two repeats
+        assert 0.99 < row.weight <= 1.0
 
 
 def test_the_artifact_penalty_is_taken_off_and_shown(make_campaign: MakeCampaign, judge_url: str) -> None:
-    def rewards(**judge: Any) -> list[ScoreRow]:
-        campaign = make_campaign(groups=1, size=3, canaries=False, **judge)
+    def rewards(**judge: Any) -> tuple[list[ScoreRow], list[float]]:
+        campaign = make_campaign(groups=2, size=3, canaries=False, **judge)
         run(campaign=campaign.uri, judge_url=judge_url)
-        found = rows_of(campaign)
+        found, shares = rows_of(campaign), []
+        for source, stacks in stacks_of(campaign):
+            shares += [float((bad(stack) | duplicate(stack, source)).mean()) for stack in stacks]
         for name in campaign.store.list():
             campaign.store.delete(name)
-        return found
+        return found, shares
 
-    plain, fined = rewards(), rewards(artifact_penalty=1.0)
+    (plain, shares), (fined, _) = rewards(), rewards(artifact_penalty=0.6)
+    assert 0 in shares and any(share > 0.2 for share in shares)
     assert all(row.penalty == 0 for row in plain)
+    assert [row.penalty for row in fined] == pytest.approx([0.6 * share for share in shares])
     for before, after in zip(plain, fined, strict=True):
-        assert before.reward is not None
+        assert before.reward is not None and (before.reward > after.penalty or after.reward == 0.0)
         assert after.reward == pytest.approx(max(0.0, before.reward - after.penalty))
 
 

@@ -1,8 +1,8 @@
-"""Pictures as a judge sees them: RGB on an explicit backdrop, sized, PNG, as data URLs.
+"""Images as a judge is sent them: RGB on an explicit backdrop, sized, PNG, as data URLs.
 
 Pillow would take two thirds of the client's time to write a PNG; `encode_rgb` filters every row against the one above
 it in numpy and lets zlib look for runs only, which suits layers on a plain backdrop: 2.5 times as fast, of the same
-size. Empty rows above and below what a layer shows are not compressed again for every picture.
+size. Empty rows above and below what a layer shows are not compressed again for every image.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ WORTHWHILE = 8  # rows like the one above them from which a piece of their own p
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An encoded picture, which may appear in many requests."""
+class EncodedImage:
+    """A PNG, which may appear in many requests."""
 
     png: bytes
 
     @functools.cached_property
     def url(self) -> bytes:
-        """The picture as a data URL, ASCII."""
+        """The image as a data URL, ASCII."""
         return b"data:image/png;base64," + base64.b64encode(self.png)
 
     @functools.cached_property
@@ -99,7 +99,7 @@ def fitted_size(height: int, width: int, longest: int) -> tuple[int, int]:
 def fitted(pixels: Pixels, longest: int) -> Pixels:
     """Images or stacks `(..., H, W, 3|4)` resampled (alpha-aware) so that the longest side is `longest`.
 
-    Enlarged bicubically, because a VLM sees little in a picture of a few of its patches. Reduced by area average, which
+    Enlarged bicubically, because a VLM sees little in an image of a few of its patches. Reduced by area average, which
     Pillow does in 8 bits on colour premultiplied by alpha: laid on a backdrop a pixel is within 3 levels of what
     `layers.stack.resize` makes of it, in a fifth of the time.
     """
@@ -116,33 +116,33 @@ def fitted(pixels: Pixels, longest: int) -> Pixels:
     return resized.reshape(*pixels.shape[:-3], *resized.shape[1:])
 
 
-def picture(pixels: Pixels, backdrop: Backdrop = "white") -> Picture:
-    """A `Picture` of `pixels[H, W, 3|4]`, laid on `backdrop` if it has alpha."""
-    return Picture(encode_rgb(on_backdrop(pixels, backdrop)))
+def encode_image(pixels: Pixels, backdrop: Backdrop = "white") -> EncodedImage:
+    """A `EncodedImage` of `pixels[H, W, 3|4]`, laid on `backdrop` if it has alpha."""
+    return EncodedImage(encode_rgb(on_backdrop(pixels, backdrop)))
 
 
 @dataclass(frozen=True)
-class CandidatePictures:
-    """What a judge is shown of one candidate: its recomposition on white and every layer on every backdrop."""
+class CandidateImages:
+    """One candidate as a judge is shown it: its recomposition on white and every layer on every backdrop."""
 
-    recomposition: Picture
-    layers: dict[str, tuple[Picture, ...]]  # backdrop -> pictures, bottom first
+    recomposition: EncodedImage
+    layers: dict[str, tuple[EncodedImage, ...]]  # backdrop -> images, bottom first
 
 
-def candidate_pictures(stack: Pixels, backdrops: tuple[str, ...]) -> CandidatePictures:
-    """Pictures of `stack[L, H, W, 4]`, which is already sized."""
+def candidate_images(stack: Pixels, backdrops: tuple[str, ...]) -> CandidateImages:
+    """Images of `stack[L, H, W, 4]`, which is already sized."""
     boxes = [_box_of(layer) for layer in stack]
     whole = _laid(stack[0], boxes[0], "white")
     layers = {
         name: tuple(
-            Picture(encode_rgb(whole if (index, name) == (0, "white") else _laid(layer, box, name)))
+            EncodedImage(encode_rgb(whole if (index, name) == (0, "white") else _laid(layer, box, name)))
             for index, (layer, box) in enumerate(zip(stack, boxes, strict=True))
         )
         for name in backdrops
     }
     for layer, box in zip(stack[1:], boxes[1:], strict=True):
         _lay(whole, layer, box)
-    return CandidatePictures(Picture(encode_rgb(whole)), layers)
+    return CandidateImages(EncodedImage(encode_rgb(whole)), layers)
 
 
 # Most layers are empty outside a box, and what is opaque needs no arithmetic: the same as `layers.stack` does on whole

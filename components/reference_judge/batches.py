@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from layerloop.components.judge.seeing import BadRequestError
+from layerloop.components.reference_judge.request_images import BadRequestError
 
 MAX_KEPT = 1 << 30  # bytes of files; the oldest are forgotten first
 ENDPOINT = "/v1/chat/completions"

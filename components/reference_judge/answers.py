@@ -1,9 +1,8 @@
-"""The reference judge's answers: what `rules.py` thinks, said in the form that the request asks for.
+"""The reference judge's answers: the qualities of `rules.py` in the form that the request asks for.
 
-Like a VLM it is coarse about a single candidate (whole numbers, and nearly always 2 or 3 of 0..5) and finer side by
-side, where it spreads what it compares around the level of the first judgements. Its fine twin uses all of 0..5 about a
-single candidate, to see what that coarseness costs (docs/RESULTS.md). Both are rules, not a model, and say so in name
-and fingerprint.
+Like a VLM it is coarse about a single candidate (whole numbers, and nearly always 2 or 3 of 0..5) and finer in phase 2,
+where it spreads what it compares around the level of the phase-1 scores. Its full-range variant uses all of 0..5 about
+a single candidate, to measure what that coarseness costs (docs/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -18,66 +17,75 @@ from typing import Any
 
 from layerloop.components.judge.requests import FORM
 from layerloop.components.judge.rubric import TOP
-from layerloop.components.judge.rules import CRITERIA, Seen, qualities
-from layerloop.components.judge.seeing import BadRequestError, View, candidates, first_scores, look
+from layerloop.components.reference_judge.identity import NAME, SCORE_RANGE
+from layerloop.components.reference_judge.request_images import (
+    BadRequestError,
+    RequestImages,
+    parse_images,
+    phase1_scores,
+    recover_candidates,
+)
+from layerloop.components.reference_judge.rules import CRITERIA, RecoveredLayers, qualities
 
-NAME = "layerloop-reference-judge"
-FINE = f"{NAME}-fine"
-VERSION = "3"  # raised when an answer to the same request changes
-FINGERPRINT = f"rules-v{VERSION}, pixel rules of layerloop, not a vision-language model"
-BANDS = {NAME: 0.4, FINE: 1.0}  # model -> how much of the scale its scores of a single candidate use
-STRETCH = 3.0  # how far side-by-side scores are spread, at most, beyond what each is worth on its own
+STRETCH = 3.0  # how far phase-2 scores are spread, at most, beyond what each candidate is worth on its own
 YES = (0.5, 0.6, 0.7, 0.8)  # quality from which the 1st, 2nd, ... question of a checklist is answered with yes
 TIE = 0.01  # quality difference below which a pair is called equal
 
 
-class Memory:
-    """Opinions by what was seen, so that a candidate shown again (in a grid, say) is not worked out again."""
+class QualityCache:
+    """Qualities of decompositions already seen (say in phase 1, before a grid): LRU, keyed by a hash of the pixels.
+
+    Not `functools.lru_cache`, which would keep the pixels as keys: gigabytes at 4096 entries.
+    """
 
     def __init__(self, size: int = 4096) -> None:
         self._size, self._lock = size, threading.Lock()
         self._known: OrderedDict[bytes, dict[str, float]] = OrderedDict()
 
-    def qualities(self, seen: Seen) -> dict[str, float]:
+    def qualities(self, seen: RecoveredLayers) -> dict[str, float]:
+        """`rules.qualities` of it."""
         digest = hashlib.blake2b(repr(seen.alpha.shape).encode())
-        for plane in (seen.source, seen.whole, seen.colour, seen.alpha):
+        for plane in (seen.source, seen.recomposition, seen.colour, seen.alpha):
             digest.update(plane.tobytes())
         key = digest.digest()
         with self._lock:
-            known = self._known.get(key)
-        if known is None:
-            known = qualities(seen)
-            with self._lock:
-                self._known[key] = known
-                if len(self._known) > self._size:
-                    self._known.popitem(last=False)
-        return known
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+        found = qualities(seen)
+        with self._lock:
+            self._known[key] = found
+            if len(self._known) > self._size:
+                self._known.popitem(last=False)
+        return found
 
 
 def answer(
-    body: dict[str, Any], memory: Memory, *, band: float = BANDS[NAME]
-) -> tuple[str, list[dict[str, Any]] | None, View]:
-    """The text of the reply, its tokens with log-probabilities if they are asked for, and what was looked at.
+    body: dict[str, Any], cache: QualityCache, *, score_range: float = SCORE_RANGE[NAME]
+) -> tuple[str, list[dict[str, Any]] | None, RequestImages]:
+    """The text of the reply, its tokens with log-probabilities if they are asked for, and the images it is about.
 
     Args:
-        band: How much of the scale scores of a single candidate use, (0, 1].
+        body: JSON of a chat completion request.
+        cache: Of qualities.
+        score_range: Share of the scale that scores of a single candidate span, (0, 1].
 
     Raises:
         BadRequestError: the request cannot be judged, or asks for JSON that this judge cannot give.
     """
-    view = look(body.get("messages"))
-    form = _asked_form(body, view)
-    shown = [memory.qualities(seen) for seen in candidates(view)]
+    images = parse_images(body.get("messages"))
+    form = _asked_form(body, images.question)
+    shown = [cache.qualities(seen) for seen in recover_candidates(images)]
     reply: dict[str, Any] = {}
-    doubts: list[float] = []  # exact values of the whole numbers in the reply, in order
+    exact: list[float] = []  # values of the whole numbers in the reply before rounding, in order
     for key, shape in form.items():
         if key == "observations":
             reply[key] = f"{len(shown)} decomposition(s) measured by pixel rules."
         elif key == "scores" and all(name.startswith("candidate_") for name in shape):
-            reply[key] = _side_by_side(shown, first_scores(view.question), shape)
+            reply[key] = _phase2(shown, phase1_scores(images.question), shape)
         elif key == "scores":
-            doubts = [TOP * (0.5 + band * (_known(shown[0], name) - 0.5)) for name in shape]
-            reply[key] = {name: math.floor(value + 0.5) for name, value in zip(shape, doubts, strict=True)}
+            exact = [TOP * (0.5 + score_range * (_known(shown[0], name) - 0.5)) for name in shape]
+            reply[key] = {name: math.floor(value + 0.5) for name, value in zip(shape, exact, strict=True)}
         elif key == "better" and len(shown) == 2:
             reply[key] = {name: _better(_known(shown[0], name), _known(shown[1], name)) for name in shape}
         elif key == "answers":
@@ -85,10 +93,10 @@ def answer(
         else:
             raise BadRequestError(f"this judge cannot answer {key!r} here", param="response_format")
     text = json.dumps(reply)
-    return text, (_tokens(text, doubts, body.get("top_logprobs") or 0) if body.get("logprobs") else None), view
+    return text, (_tokens(text, exact, body.get("top_logprobs") or 0) if body.get("logprobs") else None), images
 
 
-def _asked_form(body: dict[str, Any], view: View) -> dict[str, Any]:
+def _asked_form(body: dict[str, Any], question: str) -> dict[str, Any]:
     """The keys of the JSON that is asked for, nested: from the schema, else from the words."""
     wanted = body.get("response_format") or {"type": "text"}
     if not isinstance(wanted, dict) or wanted.get("type") not in ("text", "json_object", "json_schema"):
@@ -102,7 +110,7 @@ def _asked_form(body: dict[str, Any], view: View) -> dict[str, Any]:
         form: Any = _keys(schema["schema"])
     else:
         try:
-            form = json.JSONDecoder().raw_decode(view.question[view.question.index(FORM) + len(FORM) :].lstrip())[0]
+            form = json.JSONDecoder().raw_decode(question[question.index(FORM) + len(FORM) :].lstrip())[0]
         except ValueError:
             raise BadRequestError(f"the last text has no line {FORM!r} with JSON after it", param="messages") from None
     if not isinstance(form, dict) or not all(isinstance(v, dict) for k, v in form.items() if k != "observations"):
@@ -128,18 +136,23 @@ def _known(quality: dict[str, float], name: str) -> float:
     return quality[name]
 
 
-def _side_by_side(
-    shown: list[dict[str, float]], first: list[dict[str, float]], shape: dict[str, Any]
+def _phase2(
+    shown: list[dict[str, float]], phase1: list[dict[str, float]], shape: dict[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """Each criterion spread around the level of the first judgements, as far as the scale has room."""
+    """Each criterion spread around the level of the phase-1 scores, as far as the scale has room."""
     if len(shown) != len(shape):
         raise BadRequestError(f"{len(shown)} rows are shown and {len(shape)} are asked for", param="messages")
     out: dict[str, dict[str, float]] = {name: {} for name in shape}
     for criterion in next(iter(shape.values())):
         values = [_known(quality, criterion) for quality in shown]
         mean = sum(values) / len(values)
-        told = [scores[criterion] / TOP for scores in first if criterion in scores]
-        level = min(max(sum(told) / len(told), 0.0), 1.0) if len(told) == len(shown) else mean
+        given = [scores[criterion] / TOP for scores in phase1 if criterion in scores]
+        if len(given) != len(shown):
+            raise BadRequestError(
+                f"the question lists first judgements of {len(given)} of {len(shown)} rows for {criterion!r}",
+                param="messages",
+            )
+        level = min(max(sum(given) / len(given), 0.0), 1.0)
         up, down = max(values) - mean, mean - min(values)
         room = min((1 - level) / up if up > 1e-6 else STRETCH, level / down if down > 1e-6 else STRETCH)
         stretch = min(STRETCH, max(room, 1.0))
@@ -157,17 +170,17 @@ def _checked(quality: float, questions: dict[str, Any]) -> dict[str, bool]:
     return {name: quality >= YES[min(index, len(YES) - 1)] for index, name in enumerate(questions)}
 
 
-def _tokens(text: str, doubts: list[float], top: int) -> list[dict[str, Any]]:
+def _tokens(text: str, exact: list[float], top: int) -> list[dict[str, Any]]:
     """Tokens of `text` with log-probabilities: of a score the two whole numbers around its exact value share it all, so
     that their mean is that value; everything else is certain."""
     pieces = [piece for piece in re.split(r"(?<=: )(\d)(?=[,}])", text) if piece]
-    left = iter(doubts)
+    left = iter(exact)
     out = []
     for piece in pieces:
         options = {piece: 1.0}
-        if re.fullmatch(r"\d", piece) and (exact := next(left, None)) is not None:
-            low = min(math.floor(exact), TOP - 1)
-            options = {str(low): 1 - (exact - low), str(low + 1): exact - low}
+        if re.fullmatch(r"\d", piece) and (value := next(left, None)) is not None:
+            low = min(math.floor(value), TOP - 1)
+            options = {str(low): 1 - (value - low), str(low + 1): value - low}
         entries = [
             _token(word, share) for word, share in sorted(options.items(), key=lambda item: -item[1]) if share > 0
         ]

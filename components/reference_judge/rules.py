@@ -1,9 +1,9 @@
-"""What the reference judge thinks of a decomposition that it has seen: five qualities in [0, 1], by rule.
+"""The reference judge's opinion of a decomposition: five qualities in [0, 1], by rule.
 
-It is a stand-in for a VLM, and reinforcement learning will climb on it, so every quality is smooth, none can be had by
+It is a stand-in for a VLM, and reinforcement learning will climb on it, so every quality is smooth, none is earned by
 a layer that is blank, hidden, see-through or a copy, and all of them fall when the recomposition leaves the source.
-Only what can be seen is used: the source, and colour and alpha of the layers as far as the shown pictures tell
-(`seeing.py`).
+Only what can be seen is used: the source, and colour and alpha of the layers as far as they follow from the images in
+the request (`request_images.py`).
 
 Symbols: S source, R recomposition, P_k premultiplied colour and a_k alpha of layer k, 0 = background; all in [0, 1].
 """
@@ -33,17 +33,17 @@ TRUE = 0.12  # the same between the recomposition and the source: wider, since e
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A decomposition as recovered from pictures: `source[H, W, 3]`, `whole[H, W, 3]`, `colour[L, H, W, 3]`
+class RecoveredLayers:
+    """A decomposition as recovered from images: `source[H, W, 3]`, `recomposition[H, W, 3]`, `colour[L, H, W, 3]`
     (premultiplied) and `alpha[L, H, W]`, float32 in [0, 1], bottom layer first."""
 
     source: Floats
-    whole: Floats
+    recomposition: Floats
     colour: Floats
     alpha: Floats
 
 
-def qualities(seen: Seen) -> dict[str, float]:
+def qualities(seen: RecoveredLayers) -> dict[str, float]:
     """Criterion -> [0, 1]; the criteria are those of the default rubric."""
     layers = len(seen.alpha)
     trust = _fidelity(seen) ** 3  # what is not true to the source is worth little, however tidy
@@ -82,18 +82,18 @@ def _soft(value: Floats | float, half: float) -> Floats:
     return np.asarray(1 / (1 + (np.asarray(value) / half) ** 2), np.float32)
 
 
-def _fidelity(seen: Seen) -> float:
+def _fidelity(seen: RecoveredLayers) -> float:
     """How true the recomposition is: the share of pixels that have the source's colour, as shown or as the layers give
     it, whichever is worse. A share, not a mean distance: a thing that is missing counts for its area, not for how much
     it stands out."""
-    whole = np.ones_like(seen.source)
+    laid = np.ones_like(seen.source)
     for colour, alpha in zip(seen.colour, seen.alpha, strict=True):
-        whole = colour + whole * (1 - alpha[..., None])
-    return min(float(_same(shown, seen.source, TRUE).mean()) for shown in (whole, seen.whole))
+        laid = colour + laid * (1 - alpha[..., None])
+    return min(float(_same(shown, seen.source, TRUE).mean()) for shown in (laid, seen.recomposition))
 
 
 def _haze(alpha: Floats) -> Floats:
-    """(L,): see-through area that is no outline, relative to its area. An outline goes from 0 to 1 in two pixels."""
+    """(L,): see-through area outside outlines, relative to its area. An outline goes from 0 to 1 in two pixels."""
     step = _largest(alpha) - _smallest(alpha)
     half = (4 * alpha * (1 - alpha) * (1 - step) ** 2).sum((1, 2))
     return np.asarray(half / (alpha.sum((1, 2)) + 1e-3 * alpha[0].size), np.float32)
@@ -105,15 +105,15 @@ def _roughness(alpha: Floats) -> Floats:
     return np.asarray(np.abs(alpha - smooth).sum((1, 2)) / (alpha.sum((1, 2)) + 2e-3 * alpha[0].size), np.float32)
 
 
-def _copy_of_source(seen: Seen) -> Floats:
-    """(L-1,): 0..1 as an upper layer comes to hold the whole picture."""
+def _copy_of_source(seen: RecoveredLayers) -> Floats:
+    """(L-1,): 0..1 as an upper layer comes to hold the complete image."""
     straight = _straight(seen)[1:]
     same = _same(straight, seen.source)
     share = (seen.alpha[1:] * same).mean((1, 2))
     return np.asarray(_ramp(share, 0.6, 0.95), np.float32)
 
 
-def _repetition(seen: Seen) -> Floats:
+def _repetition(seen: RecoveredLayers) -> Floats:
     """(L-1,): the largest share of an upper layer that another upper layer repeats, colour and place."""
     straight, alpha = _straight(seen)[1:], seen.alpha[1:]
     out = np.zeros(len(alpha), np.float32)
@@ -125,7 +125,7 @@ def _repetition(seen: Seen) -> Floats:
     return np.clip(out, 0, 1)
 
 
-def _alignment(seen: Seen, source_edges: Floats) -> Floats:
+def _alignment(seen: RecoveredLayers, source_edges: Floats) -> Floats:
     """(L-1,): the share of an upper layer's outline that lies on an edge of the source, where it can be seen."""
     reach = np.clip(_largest(source_edges[None])[0] / EDGE, 0, 1)
     alpha = seen.alpha[1:]
@@ -136,7 +136,7 @@ def _alignment(seen: Seen, source_edges: Floats) -> Floats:
     return np.asarray((outline * reach).sum((1, 2)) / (outline.sum((1, 2)) + 1e-6 + 1e-4 * outline[0].size), np.float32)
 
 
-def _lifted(seen: Seen) -> float:
+def _lifted(seen: RecoveredLayers) -> float:
     """Whether the upper layers cover what differs from the background, all of it and nothing else: the F-measure of
     their cover against that area, with precision counting double (F0.5), since what is left uncovered already costs
     fidelity. Zero where the background is the source itself."""
@@ -145,7 +145,7 @@ def _lifted(seen: Seen) -> float:
     return float(1.25 * (cover * differs).sum() / (cover.sum() + 0.25 * differs.sum() + 1e-3 * cover.size))
 
 
-def _fringe(seen: Seen) -> Floats:
+def _fringe(seen: RecoveredLayers) -> Floats:
     """(L-1,): the share of the outline's inner rim that has the background's colour instead of the layer's own."""
     straight, alpha = _straight(seen), seen.alpha[1:]
     rim = alpha * (1 - _smallest(alpha))
@@ -153,7 +153,7 @@ def _fringe(seen: Seen) -> Floats:
     return np.asarray((rim * same).sum((1, 2)) / (rim.sum((1, 2)) + 1e-3 * rim[0].size), np.float32)
 
 
-def _evenness(seen: Seen, source_edges: Floats, worth: Floats) -> float:
+def _evenness(seen: RecoveredLayers, source_edges: Floats, worth: Floats) -> float:
     """Pielou's evenness of the detail of the upper layers, times the share of layers that are of any use.
 
     Only detail that the source has counts, so noise buys nothing. The background is left out: it may be plain.
@@ -171,7 +171,7 @@ def _evenness(seen: Seen, source_edges: Floats, worth: Floats) -> float:
     return even * float(worth.mean())
 
 
-def _inpainting(seen: Seen) -> float:
+def _inpainting(seen: RecoveredLayers) -> float:
     """Background: opaque, rid of what the upper layers took off, and filled in as its surroundings suggest."""
     cover = 1 - np.prod(1 - seen.alpha[1:], axis=0)
     background = _straight(seen)[0]
@@ -192,7 +192,7 @@ def _inpainting(seen: Seen) -> float:
 # ---------------------------------------------------------------------------------------------------------------- tools
 
 
-def _straight(seen: Seen) -> Floats:
+def _straight(seen: RecoveredLayers) -> Floats:
     return np.clip(seen.colour / np.maximum(seen.alpha, 1 / 255)[..., None], 0, 1)
 
 

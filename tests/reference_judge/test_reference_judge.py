@@ -1,4 +1,4 @@
-"""The embedded judge: what it thinks (rules), how it sees (only through pictures), and its API over real HTTP."""
+"""The reference judge: its rules, what it recovers from images, and its API over real HTTP."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,17 +15,49 @@ import numpy as np
 import pytest
 
 from layerloop.components.judge.grids import draw_grid
-from layerloop.components.judge.pictures import Picture, candidate_pictures, picture
-from layerloop.components.judge.reference import FINE, FINGERPRINT, NAME
-from layerloop.components.judge.requests import Request, alone, side_by_side
+from layerloop.components.judge.images import EncodedImage, candidate_images, encode_image
+from layerloop.components.judge.methods import grid, rubric
+from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import load_rubric
-from layerloop.components.judge.rules import CRITERIA, Seen, qualities
-from layerloop.components.judge.seeing import candidates, look
-from layerloop.components.judge.server import start_in_thread
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
+from layerloop.components.reference_judge.answers import QualityCache
+from layerloop.components.reference_judge.identity import FINE, FINGERPRINT, NAME
+from layerloop.components.reference_judge.request_images import parse_images, recover_candidates
+from layerloop.components.reference_judge.rules import CRITERIA, RecoveredLayers, qualities
+from layerloop.components.reference_judge.server import start_in_thread
+from layerloop.components.schema.judging import BackdropName, JudgeRecipe
 
 RUBRIC = load_rubric("default")
+
+
+@pytest.fixture(scope="module")
+def reference_url() -> Iterator[str]:
+    with start_in_thread() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def one() -> Request:
+    """A phase-1 request."""
+    stack = designs(2)[1]
+    return phase1_request(stack, composite(stack), ("white",))
+
+
+@pytest.fixture(scope="module")
+def three() -> Request:
+    """A phase-2 request of three rows."""
+    stack = designs(2)[1]
+    return phase2_request({"white": draw_grid([stack] * 3, "white")}, composite(stack), rows=3, layers=len(stack))
+
+
+def phase1_request(stack: np.ndarray, source: np.ndarray, backdrops: tuple[BackdropName, ...]) -> Request:
+    return rubric.request(RUBRIC, encode_image(source), candidate_images(stack, backdrops), JudgeRecipe(), label="x")
+
+
+def phase2_request(grids: dict[str, EncodedImage], source: np.ndarray, *, rows: int, layers: int) -> Request:
+    phase1 = [dict.fromkeys(RUBRIC.names, 0.6)] * rows
+    return grid.request(RUBRIC, encode_image(source), grids, JudgeRecipe(), phase1=phase1, layers=layers, label="x")
 
 
 def designs(count: int = 6) -> list[np.ndarray]:
@@ -35,12 +68,12 @@ def designs(count: int = 6) -> list[np.ndarray]:
     ]
 
 
-def seen(stack: np.ndarray, source: np.ndarray) -> Seen:
+def seen(stack: np.ndarray, source: np.ndarray) -> RecoveredLayers:
     straight = stack.astype(np.float32) / 255
     colour = straight[..., :3] * straight[..., 3:]
     whole = composite(stack)
     shown = whole[..., :3] / 255 * (whole[..., 3:] / 255) + 1 - whole[..., 3:] / 255
-    return Seen(source[..., :3].astype(np.float32) / 255, shown.astype(np.float32), colour, straight[..., 3])
+    return RecoveredLayers(source[..., :3].astype(np.float32) / 255, shown.astype(np.float32), colour, straight[..., 3])
 
 
 def reward(stack: np.ndarray, source: np.ndarray) -> float:
@@ -160,24 +193,23 @@ def test_a_small_fault_costs_a_little() -> None:
 @pytest.mark.parametrize(
     "backdrops", [("white",), ("white", "black"), ("white", "checker"), ("black", "checker"), ("checker",)]
 )
-def test_layers_are_recovered_from_pictures_alone(backdrops: tuple[str, ...]) -> None:
+def test_layers_are_recovered_from_images_alone(backdrops: tuple[str, ...]) -> None:
     for stack in designs(4):
         source = composite(stack)
-        request = alone(RUBRIC, picture(source), candidate_pictures(stack, backdrops), label="x")
-        found = candidates(look(json.loads(request.payload({}))["messages"]))[0]
+        request = phase1_request(stack, source, backdrops)
+        found = recover_candidates(parse_images(json.loads(request.payload({}))["messages"]))[0]
         truth = seen(stack, source)
         exact = {"white", "black"} <= set(backdrops)
         assert np.abs(found.alpha - truth.alpha).mean() < (0.004 if exact else 0.04)
         assert np.abs(found.colour - truth.colour).mean() < (0.004 if exact else 0.04)
 
 
-def test_a_grid_is_seen_as_well_as_single_pictures() -> None:
+def test_a_grid_is_seen_as_well_as_single_images() -> None:
     stack = designs(4)[3]
     source, worse = composite(stack), unfilled(stack, 0.5)
     grids = {name: draw_grid([stack, worse], name) for name in ("white", "black")}
-    first = [dict.fromkeys(RUBRIC.names, 0.6)] * 2
-    request = side_by_side(RUBRIC, picture(source), grids, first=first, layers=len(stack), label="x")
-    found = candidates(look(json.loads(request.payload({}))["messages"]))
+    request = phase2_request(grids, source, rows=2, layers=len(stack))
+    found = recover_candidates(parse_images(json.loads(request.payload({}))["messages"]))
     for shown, given in zip(found, (stack, worse), strict=True):
         np.testing.assert_allclose(shown.alpha, seen(given, source).alpha, atol=0.01)
 
@@ -226,15 +258,14 @@ def test_the_answer_has_the_form_that_was_asked_for(
         assert reply["usage"]["prompt_tokens"] > 0 and reply["usage"]["completion_tokens"] > 0
 
 
-def test_alone_it_is_coarse_and_its_fine_twin_is_not(reference_url: str) -> None:
+def test_alone_it_is_coarse_and_its_full_range_variant_is_not(reference_url: str) -> None:
     told: dict[str, list[int]] = {NAME: [], FINE: []}
     with start_in_thread(model=FINE) as fine_url:
         for name, url in ((NAME, reference_url), (FINE, fine_url)):
             for truth in designs():
                 source = composite(truth)
                 for stack in (truth, blanked(truth, 0.5), blanked(truth, 1.0)):
-                    pictures = candidate_pictures(stack, ("white", "black"))
-                    request = alone(RUBRIC, picture(source[..., :3]), pictures, label="x")
+                    request = phase1_request(stack, source[..., :3], ("white", "black"))
                     _, reply = ask(url, "POST", "/v1/chat/completions", body_of(request, model=name))
                     assert reply["model"] == name
                     told[name] += json.loads(reply["choices"][0]["message"]["content"])["scores"].values()
@@ -253,7 +284,24 @@ def test_the_same_request_gets_the_same_answer(reference_url: str, three: Reques
     assert len(texts) == 1
 
 
-PIXEL = Picture(b"").url.decode()
+def test_it_does_not_judge_in_phase_2_without_the_phase1_scores_of_every_row(
+    reference_url: str, three: Request
+) -> None:
+    body = body_of(three, response_format=schema_of(three))
+    question = body["messages"][1]["content"][-1]
+    complete = question["text"]
+    assert ask(reference_url, "POST", "/v1/chat/completions", body)[0] == 200
+    without_a_row = "\n".join(line for line in complete.splitlines() if not line.startswith("candidate 2: "))
+    for text, listed in ((without_a_row, 2), (complete.replace("candidate ", "row "), 0)):
+        question["text"] = text
+        status, reply = ask(reference_url, "POST", "/v1/chat/completions", body)
+        assert status == 400 and f"first judgements of {listed} of 3 rows" in reply["error"]["message"]
+    question["text"] = complete.replace("alpha_cleanliness 3.0, ", "", 1)
+    status, reply = ask(reference_url, "POST", "/v1/chat/completions", body)
+    assert status == 400 and "first judgements of 2 of 3 rows" in reply["error"]["message"]
+
+
+PIXEL = EncodedImage(b"").url.decode()
 TEXT_PART = {"type": "text", "text": "Source picture:"}
 
 
@@ -299,7 +347,7 @@ def test_a_wrong_request_is_refused_in_the_words_of_the_api(
     assert set(reply["error"]) == {"message", "type", "param", "code"}
 
 
-def test_a_picture_bomb_is_refused_before_it_is_decoded(reference_url: str) -> None:
+def test_an_image_bomb_is_refused_before_it_is_decoded(reference_url: str) -> None:
     import struct
     import zlib
 
@@ -314,7 +362,7 @@ def test_a_picture_bomb_is_refused_before_it_is_decoded(reference_url: str) -> N
         + chunk(b"IEND", b"")
     )
     start = time.monotonic()
-    body = {"model": NAME, "messages": user(TEXT_PART, image(Picture(bomb).url.decode()))}
+    body = {"model": NAME, "messages": user(TEXT_PART, image(EncodedImage(bomb).url.decode()))}
     assert ask(reference_url, "POST", "/v1/chat/completions", body)[0] == 400
     assert time.monotonic() - start < 10
 
@@ -339,7 +387,7 @@ def test_a_criterion_that_it_has_no_rule_for_is_refused(reference_url: str, one:
 
 
 def test_serve_prints_its_url_and_stops_on_sigterm() -> None:
-    code = "from layerloop.components.judge.server import serve; serve(port=0)"
+    code = "from layerloop.components.reference_judge.server import serve; serve(port=0)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -347,6 +395,17 @@ def test_serve_prints_its_url_and_stops_on_sigterm() -> None:
         assert ask(line.split()[-1], "GET", "/health")[0] == 200
         process.terminate()
         assert process.wait(30) == 0
+
+
+def test_the_cache_drops_what_was_used_longest_ago() -> None:
+    cache = QualityCache(size=2)
+    stacks = designs(3)
+    a, b, c = (seen(stack, composite(stack)) for stack in stacks)
+    first, second = cache.qualities(a), cache.qualities(b)
+    assert first == qualities(a) and cache.qualities(a) is first  # used again, so b is now the oldest
+    cache.qualities(c)
+    assert cache.qualities(a) is first
+    assert cache.qualities(b) is not second and cache.qualities(b) == second
 
 
 def test_the_rules_cover_the_default_rubric() -> None:

@@ -1,4 +1,4 @@
-"""How the reference judge sees a request: labels and pictures as a VLM gets them, and what layers they must come from.
+"""What a request shows: labels and images as a VLM gets them, and the layers that they must come from.
 
 Nothing but the request is used. A layer on two backdrops gives its colour and alpha almost exactly; on white alone,
 alpha is inferred where the layer is topmost (from the recomposition, and from what lies below) and taken as opaque
@@ -11,27 +11,41 @@ import base64
 import binascii
 import io
 import re
+import string
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from layerloop.components.judge.grids import Layout, cells_of
-from layerloop.components.judge.rules import Floats, Seen
+from layerloop.components.judge.requests import GRID, LAYER, RECOMPOSITION, SOURCE
 from layerloop.components.layers.stack import Pixels, backdrop_pixels
+from layerloop.components.reference_judge.rules import Floats, RecoveredLayers
 
 MAX_LAYERS = 64
-MAX_PIXELS = 24_000_000  # of one picture
-SIDE = 128  # pictures are looked at with at most this longest side, like a VLM's patches
+MAX_PIXELS = 24_000_000  # of one image
+SIDE = 128  # longest side at which images are compared, as coarse as a VLM's patches
 
-_LAYER = re.compile(r"^Layer (\d+) of (\d+) \([a-z]+\), on (white|black|checker):$")
-_GRID = re.compile(r"^Grid on (white|black|checker): (\d+) rows, .*; (\d+) columns, .*:$")
-_FIRST = re.compile(r"^candidate (\d+): (.+)$", re.MULTILINE)
+_ROW = re.compile(r"^candidate (\d+): (.+)$", re.MULTILINE)
 _PAIR = re.compile(r"([a-z_0-9]+) ([0-9.]+)")
 
 
+def _pattern(label: str, **fields: str) -> re.Pattern[str]:
+    """What matches a label of `judge.requests` with its fields filled in; a field is a group of its name."""
+    pieces: list[str] = []
+    for text, name, _, _ in string.Formatter().parse(label):
+        again = any(f"(?P<{name}>" in piece for piece in pieces)
+        pieces += [re.escape(text), "" if name is None else f"(?P={name})" if again else f"(?P<{name}>{fields[name]})"]
+    return re.compile("".join(pieces))
+
+
+_BACKDROP = "white|black|checker"
+_LAYER = _pattern(LAYER, index=r"\d+", count=r"\d+", place="[a-z]+", backdrop=_BACKDROP)
+_GRID = _pattern(GRID, backdrop=_BACKDROP, rows=r"\d+", columns=r"\d+", names=".*")
+
+
 class BadRequestError(Exception):
-    """What a client did wrong, said as the OpenAI API says it."""
+    """A client's error, in the OpenAI API's terms."""
 
     def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
@@ -39,64 +53,67 @@ class BadRequestError(Exception):
 
 
 @dataclass
-class View:
-    """The pictures of one request by what their labels say."""
+class RequestImages:
+    """The images of one request by their labels."""
 
     source: Pixels | None = None
-    whole: Pixels | None = None
+    recomposition: Pixels | None = None
     layers: dict[str, dict[int, Pixels]] = field(default_factory=dict)  # backdrop -> index -> (h, w, 3)
     grids: dict[str, Pixels] = field(default_factory=dict)  # backdrop -> (rows, columns, h, w, 3)
     question: str = ""
 
 
-def look(messages: Any) -> View:
-    """Labels and pictures of the user messages; a picture belongs to the text before it.
+def parse_images(messages: Any) -> RequestImages:
+    """Labels and images of the user messages; an image belongs to the text before it.
 
     Raises:
-        BadRequestError: content that is not text or a picture as a data URL, or a picture that cannot be decoded.
+        BadRequestError: content that is not text or an image as a data URL, or an image that cannot be decoded.
     """
-    view = View()
+    images = RequestImages()
     label = ""
     for part in _parts(messages):
         if isinstance(part, str):
             label = part.strip()
-            view.question = part
+            images.question = part
             continue
-        if label == "Source picture:":
-            view.source = part
-        elif label == "Recomposition of all layers:":
-            view.whole = part
-        elif match := _LAYER.match(label):
-            view.layers.setdefault(match[3], {})[int(match[1])] = part
-        elif match := _GRID.match(label):
-            layout = Layout.of_picture((part.shape[1], part.shape[0]), int(match[2]), int(match[3]))
+        if label == SOURCE:
+            images.source = part
+        elif label == RECOMPOSITION:
+            images.recomposition = part
+        elif match := _LAYER.fullmatch(label):
+            images.layers.setdefault(match["backdrop"], {})[int(match["index"])] = part
+        elif match := _GRID.fullmatch(label):
+            layout = Layout.of_image((part.shape[1], part.shape[0]), int(match["rows"]), int(match["columns"]))
             if layout is None:
                 raise BadRequestError(
-                    f"the grid of {part.shape[1]}x{part.shape[0]} pixels does not have {match[2]} rows"
+                    f"the grid of {part.shape[1]}x{part.shape[0]} pixels does not have {match['rows']} rows"
                 )
-            view.grids[match[1]] = cells_of(part, layout)
-    return view
+            images.grids[match["backdrop"]] = cells_of(part, layout)
+    return images
 
 
-def candidates(view: View) -> list[Seen]:
-    """The decompositions that are shown: one, or one a grid row.
+def recover_candidates(images: RequestImages) -> list[RecoveredLayers]:
+    """The decompositions that are shown: one, or one per grid row.
 
     Raises:
-        BadRequestError: no source, no layers, or pictures of different shapes.
+        BadRequestError: no source, no layers, or images of different shapes.
     """
-    if view.source is None:
-        raise BadRequestError("there is no picture labelled 'Source picture:'", param="messages")
-    if view.grids:
-        shown = {backdrop: cells[:, 1:] for backdrop, cells in view.grids.items()}
-        first = next(iter(view.grids))
-        wholes = list(view.grids[first][:, 0])
+    if images.source is None:
+        raise BadRequestError(f"there is no image labelled {SOURCE!r}", param="messages")
+    if images.grids:
+        shown = {backdrop: cells[:, 1:] for backdrop, cells in images.grids.items()}
+        first = next(iter(images.grids))
+        recompositions = list(images.grids[first][:, 0])
         if len({cells.shape for cells in shown.values()}) != 1:
             raise BadRequestError("the grids have different shapes", param="messages")
-        return [_recover(view.source, wholes[row], {b: c[row] for b, c in shown.items()}) for row in range(len(wholes))]
-    if view.whole is None or not view.layers:
-        raise BadRequestError("there is no recomposition, or no picture labelled 'Layer 0 ...'", param="messages")
+        return [
+            _recover(images.source, recompositions[row], {b: c[row] for b, c in shown.items()})
+            for row in range(len(recompositions))
+        ]
+    if images.recomposition is None or not images.layers:
+        raise BadRequestError("there is no recomposition, or no image labelled 'Layer 0 ...'", param="messages")
     stacks = {}
-    for backdrop, layers in view.layers.items():
+    for backdrop, layers in images.layers.items():
         if len(layers) > MAX_LAYERS:
             raise BadRequestError(f"{len(layers)} layers are shown, over {MAX_LAYERS}", param="messages")
         if sorted(layers) != list(range(len(layers))) or len({p.shape for p in layers.values()}) != 1:
@@ -104,13 +121,13 @@ def candidates(view: View) -> list[Seen]:
         stacks[backdrop] = np.stack([layers[index] for index in sorted(layers)])
     if len({stack.shape for stack in stacks.values()}) != 1:
         raise BadRequestError("the layers on different backdrops differ in number or size", param="messages")
-    return [_recover(view.source, view.whole, stacks)]
+    return [_recover(images.source, images.recomposition, stacks)]
 
 
-def first_scores(question: str) -> list[dict[str, float]]:
+def phase1_scores(question: str) -> list[dict[str, float]]:
     """Phase-1 scores as listed in a phase-2 question, by row, 0..5."""
     found = {
-        int(row): {name: float(value) for name, value in _PAIR.findall(rest)} for row, rest in _FIRST.findall(question)
+        int(row): {name: float(value) for name, value in _PAIR.findall(rest)} for row, rest in _ROW.findall(question)
     }
     return [found[row] for row in sorted(found)]
 
@@ -144,18 +161,16 @@ def _part(part: Any, where: str) -> str | Pixels:
 
 
 def decode_data_url(url: Any, where: str) -> Pixels:
-    """RGB `(H, W, 3)` of a base64 data URL of a PNG, JPEG or WebP picture, its size checked before it is decoded.
+    """RGB `(H, W, 3)` of a base64 data URL of a PNG, JPEG or WebP image, its size checked before it is decoded.
 
     Raises:
-        BadRequestError: another kind of URL (nothing is ever fetched), not base64, not a picture, or too large.
+        BadRequestError: another kind of URL (nothing is ever fetched), not base64, not an image, or too large.
     """
     from PIL import Image
 
     match = re.match(r"data:image/(png|jpeg|webp);base64,", url[:64]) if isinstance(url, str) else None
     if match is None:
-        raise BadRequestError(
-            f"'{where}': give the picture as data:image/png;base64,...; no URL is fetched", param=where
-        )
+        raise BadRequestError(f"'{where}': give the image as data:image/png;base64,...; no URL is fetched", param=where)
     try:
         data = base64.b64decode(url[match.end() :], validate=True)
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
@@ -165,35 +180,37 @@ def decode_data_url(url: Any, where: str) -> Pixels:
                 )
             return np.asarray(image.convert("RGB"))
     except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise BadRequestError(f"'{where}' cannot be decoded as a picture", param=where, code="invalid_image") from None
+        raise BadRequestError(f"'{where}' cannot be decoded as an image", param=where, code="invalid_image") from None
 
 
-def _recover(source: Pixels, whole: Pixels, layers: dict[str, Pixels]) -> Seen:
+def _recover(source: Pixels, recomposition: Pixels, layers: dict[str, Pixels]) -> RecoveredLayers:
     """Colour and alpha of layers `(L, h, w, 3)` shown on each backdrop."""
-    height, width = whole.shape[:2]
+    height, width = recomposition.shape[:2]
     if any(stack.shape[1:3] != (height, width) for stack in layers.values()):
         raise BadRequestError("the recomposition and the layers differ in size", param="messages")
     scale = min(1.0, SIDE / max(height, width))
     size = (max(2, round(width * scale)), max(2, round(height * scale)))
     checker = backdrop_pixels(height, width, "checker")
     behind = _reduced(checker[None], size)[0]
-    seen_source, seen_whole = _reduced(source[None], size)[0], _reduced(whole[None], size)[0]
+    seen_source, seen_recomposition = _reduced(source[None], size)[0], _reduced(recomposition[None], size)[0]
     shown = {backdrop: _reduced(stack, size) for backdrop, stack in layers.items()}
     if "white" in shown and "black" in shown:
         alpha = 1 - (shown["white"] - shown["black"]).mean(-1)
         colour = shown["black"]
     elif "checker" in shown and ("white" in shown or "black" in shown):
         flat, level = (shown["white"], 1.0) if "white" in shown else (shown["black"], 0.0)
-        guess = _alpha_from_whole(flat, np.full_like(behind, level), seen_whole)
+        guess = _alpha_from_recomposition(flat, np.full_like(behind, level), seen_recomposition)
         alpha = _alpha_between(flat - shown["checker"], level - behind, guess)
         colour = flat - level * (1 - alpha[..., None])
     else:
         backdrop, flat = next(iter(shown.items()))
         level = behind if backdrop == "checker" else np.full_like(behind, 1.0 if backdrop == "white" else 0.0)
-        alpha = _alpha_from_whole(flat, level, seen_whole)
+        alpha = _alpha_from_recomposition(flat, level, seen_recomposition)
         colour = flat - level * (1 - alpha[..., None])
     alpha = np.clip(alpha, 0, 1).astype(np.float32)
-    return Seen(seen_source, seen_whole, np.clip(colour, 0, alpha[..., None]).astype(np.float32), alpha)
+    return RecoveredLayers(
+        seen_source, seen_recomposition, np.clip(colour, 0, alpha[..., None]).astype(np.float32), alpha
+    )
 
 
 def _reduced(pixels: Pixels, size: tuple[int, int]) -> Floats:
@@ -217,7 +234,7 @@ def _alpha_between(difference: Floats, span: Floats, guess: Floats) -> Floats:
     return np.asarray(np.where(known, np.clip((1 - through - 0.03) / 0.94, 0, 1), guess), np.float32)
 
 
-def _alpha_from_whole(shown: Floats, level: Floats, whole: Floats) -> Floats:
+def _alpha_from_recomposition(shown: Floats, level: Floats, recomposition: Floats) -> Floats:
     """Alpha `(L, h, w)` of layers shown on one backdrop only.
 
     The bottom layer counts as opaque. Where no higher layer has ink, the recomposition R says how much of what lies
@@ -232,7 +249,7 @@ def _alpha_from_whole(shown: Floats, level: Floats, whole: Floats) -> Floats:
         higher = marked[index + 1 :].max(0) if index + 1 < len(shown) else np.zeros_like(ink[0])
         span = level - below
         power = (span**2).sum(-1)
-        through = ((shown[index] - whole) * span).sum(-1) / np.maximum(power, 1e-6)
+        through = ((shown[index] - recomposition) * span).sum(-1) / np.maximum(power, 1e-6)
         solved = 1 - np.clip(through, 0, 1)
         sure = np.clip(power / 0.02, 0, 1) * (1 - higher)
         alpha[index] = sure * solved + (1 - sure) * marked[index]

@@ -1,4 +1,4 @@
-"""Which parts of the API an endpoint has, found out by asking for all and giving up what it refuses."""
+"""Which features of the API an endpoint supports, found out by asking for all and giving up what it refuses."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from layerloop.components.schema.judging import JudgeRecipe
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """How a request is put. The words ask for JSON anyway, so that nothing here changes what is asked."""
+class EndpointFeatures:
+    """Features that the endpoint supports, disabled on a 400. The words of a request ask for JSON in any case, so no
+    feature changes what is asked."""
 
     response_format: str = "json_schema"  # then json_object, then none
     limit_name: str = "max_tokens"  # or max_completion_tokens, the newer name
@@ -35,8 +36,8 @@ class Dialect:
             options["response_format"] = {"type": "json_object"}
         return request.payload(options)
 
-    def without(self, message: str) -> Dialect | None:
-        """The dialect to try after a refusal that says `message`; None if it names nothing that can be given up."""
+    def without(self, message: str) -> EndpointFeatures | None:
+        """The features to try after a 400 with `message`; None if it names none that can be given up."""
         text = message.lower()
         if self.limit_name == "max_tokens" and "max_completion_tokens" in text:
             return replace(self, limit_name="max_completion_tokens")
@@ -52,7 +53,7 @@ class Dialect:
             return self.plainer()
         return None
 
-    def plainer(self) -> Dialect | None:
-        """The dialect with the next simpler way to ask for JSON; None if words alone are left already."""
+    def plainer(self) -> EndpointFeatures | None:
+        """These with the next simpler way to ask for JSON; None where words alone are left."""
         simpler = {"json_schema": "json_object", "json_object": "none"}.get(self.response_format)
         return None if simpler is None else replace(self, response_format=simpler)

@@ -2,10 +2,10 @@
 
     GET  /health                  200 while it runs
     GET  /v1/models               the one model there is
-    POST /v1/chat/completions     pictures as data URLs, `response_format` text, json_object or json_schema, logprobs
+    POST /v1/chat/completions     images as data URLs, `response_format` text, json_object or json_schema, logprobs
     /v1/files, /v1/batches        the Batch API, in memory
 
-Wrong requests get the API's error objects with a 4xx. It listens on loopback unless told otherwise.
+Wrong requests get the API's error objects with a 4xx. It listens on loopback by default.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from layerloop.components.judge.reference import BANDS, FINGERPRINT, NAME, Memory, answer
-from layerloop.components.judge.seeing import BadRequestError, View
-from layerloop.components.judge.server_batches import BatchDesk
+from layerloop.components.reference_judge.answers import QualityCache, answer
+from layerloop.components.reference_judge.batches import BatchDesk
+from layerloop.components.reference_judge.identity import FINGERPRINT, NAME, SCORE_RANGE
+from layerloop.components.reference_judge.request_images import BadRequestError, RequestImages
 from layerloop.components.schema.errors import LayerloopError
 
 MAX_BODY = 64 << 20  # bytes of one request
@@ -35,13 +36,13 @@ PATCH = 28  # pixels a side that count as one input token, as with Qwen's VLMs
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """One thread a connection. `url` is what a client's `base_url` must be."""
+    """One thread per connection. `url` is what a client's `base_url` must be."""
 
     daemon_threads = True
     request_queue_size = 512
 
     def __init__(self, host: str, port: int, *, model: str = NAME, max_body: int = MAX_BODY) -> None:
-        self.name, self.memory, self.max_body, self.started = model, Memory(), max_body, int(time.time())
+        self.name, self.cache, self.max_body, self.started = model, QualityCache(), max_body, int(time.time())
         self.desk = BatchDesk(self.complete_or_refuse)
         try:
             super().__init__((host, port), _Handler)
@@ -73,8 +74,8 @@ class JudgeServer(ThreadingHTTPServer):
         if not isinstance(body, dict):
             raise BadRequestError("the body is not a JSON object")
         check_parameters(body, self.name)
-        text, tokens, view = answer(body, self.memory, band=BANDS[self.name])
-        return completion(text, tokens, view, self.name)
+        text, tokens, images = answer(body, self.cache, score_range=SCORE_RANGE[self.name])
+        return completion(text, tokens, images, self.name)
 
     def complete_or_refuse(self, data: bytes) -> tuple[int, dict[str, Any]]:
         try:
@@ -83,7 +84,7 @@ class JudgeServer(ThreadingHTTPServer):
             return error.status, refusal(error)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no event; anything else is answered with 500 where it happens."""
+        """A client that disconnects is ignored; any other error is answered with 500 where it happens."""
 
 
 def serve(host: str = "127.0.0.1", port: int = 8788, *, model: str = NAME, max_body: int = MAX_BODY) -> None:
@@ -140,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._body(path) if method == "POST" else b""
             self._send(200, self._route(method, path, body))
         except BadRequestError as error:
-            if error.status in (411, 413):  # the body was not read, so the connection cannot go on
+            if error.status in (411, 413):  # the body was not read, so the connection cannot be reused
                 self.close_connection = True
             self._send(error.status, refusal(error))
         except (TimeoutError, ConnectionError):
@@ -200,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(code, _error(message or HTTPStatus(code).phrase, "invalid_request_error"))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Requests are not logged: they carry keys and pictures."""
+        """Requests are not logged: they carry keys and images."""
 
 
 def check_parameters(body: dict[str, Any], model: str) -> None:
@@ -232,13 +233,15 @@ def check_parameters(body: dict[str, Any], model: str) -> None:
         raise BadRequestError("'top_logprobs' needs 'logprobs' to be true", param="top_logprobs")
 
 
-def completion(text: str, tokens: list[dict[str, Any]] | None, view: View, model: str = NAME) -> dict[str, Any]:
+def completion(
+    text: str, tokens: list[dict[str, Any]] | None, images: RequestImages, model: str = NAME
+) -> dict[str, Any]:
     """A chat completion object around the judge's text."""
-    pictures = [p for p in (view.source, view.whole) if p is not None]
-    pictures += [p for layers in view.layers.values() for p in layers.values()]
-    patches = sum(math.ceil(p.shape[0] / PATCH) * math.ceil(p.shape[1] / PATCH) for p in pictures)
-    patches += sum(math.ceil(cells[..., 0].size / PATCH**2) for cells in view.grids.values())
-    usage = {"prompt_tokens": patches + len(view.question) // 4, "completion_tokens": math.ceil(len(text) / 4)}
+    shown = [p for p in (images.source, images.recomposition) if p is not None]
+    shown += [p for layers in images.layers.values() for p in layers.values()]
+    patches = sum(math.ceil(p.shape[0] / PATCH) * math.ceil(p.shape[1] / PATCH) for p in shown)
+    patches += sum(math.ceil(cells[..., 0].size / PATCH**2) for cells in images.grids.values())
+    usage = {"prompt_tokens": patches + len(images.question) // 4, "completion_tokens": math.ceil(len(text) / 4)}
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex[:24]}",
         "object": "chat.completion",

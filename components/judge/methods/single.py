@@ -1,0 +1,26 @@
+"""What the methods of phase 1 share: one candidate as the judge is shown it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layerloop.components.judge.images import CandidateImages, EncodedImage
+from layerloop.components.judge.requests import LAYER, RECOMPOSITION, SOURCE
+from layerloop.components.judge.values import is_candidate_label
+
+
+def candidate_parts(source: EncodedImage, candidate: CandidateImages) -> list[str | EncodedImage]:
+    """Source, recomposition and every layer on every backdrop, each after its label."""
+    parts: list[str | EncodedImage] = [SOURCE, source, RECOMPOSITION, candidate.recomposition]
+    for backdrop, layers in candidate.layers.items():
+        for index, image in enumerate(layers):
+            place = "background" if index == 0 else "top" if index == len(layers) - 1 else "middle"
+            parts += [LAYER.format(index=index, count=len(layers), place=place, backdrop=backdrop), image]
+    return parts
+
+
+def without_candidate_label(answer: Any) -> Any:
+    """The scores of {"candidate_1": {...}}, as a judge answers that saw grids before; other answers as they are."""
+    if isinstance(answer, dict) and len(answer) == 1 and is_candidate_label(next(iter(answer))):
+        return next(iter(answer.values()))
+    return answer

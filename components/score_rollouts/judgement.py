@@ -1,0 +1,56 @@
+"""One candidate on its way through the judge: its images, and the scores that it has so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from layerloop.components.judge.images import CandidateImages, candidate_images, fitted
+from layerloop.components.layers.measure import bad, duplicate
+from layerloop.components.layers.stack import Pixels
+from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.score_rollouts.rollouts import Candidate
+from layerloop.components.storage.images import decode_png
+
+Scores = dict[str, float]  # criterion -> [0, 1]
+
+
+@dataclass
+class Judgement:
+    """Scores of one candidate so far; `reason` says why it is masked."""
+
+    candidate: Candidate
+    penalty: float = 0.0
+    samples: list[Scores] = field(default_factory=list)  # phase 1, one per sample
+    phase1: Scores | None = None
+    phase2: Scores | None = None
+    repeats: list[Scores] = field(default_factory=list)  # phase 2, one per repeat
+    reason: str | None = None
+
+    @property
+    def independent(self) -> list[Scores]:
+        """Scores that the judge gave independently of each other: repeats of phase 2, else samples of phase 1."""
+        return self.repeats if len(self.repeats) > 1 else self.samples
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A decoded candidate: images for phase 1, layers `(L, h, w, 4)` at the size of a grid's cell, penalty."""
+
+    images: CandidateImages
+    cells: Pixels | None  # None without phase 2
+    penalty: float
+
+
+def prepare(candidate: Candidate, source: bytes, recipe: JudgeRecipe) -> Prepared:
+    """Decode a candidate once, for both phases and the rule-based penalty; `source` is the PNG of its image."""
+    stack = candidate.stack()
+    penalty = 0.0
+    if recipe.artifact_penalty:
+        artifacts = bad(stack) | duplicate(stack, decode_png(source)[..., :3])
+        penalty = recipe.artifact_penalty * float(artifacts.mean())
+    sized = fitted(stack, recipe.resolution)
+    cells = None
+    if recipe.phase2.enabled:
+        # From the original where a cell is larger than the image, so that nothing is enlarged that was reduced.
+        cells = fitted(stack if recipe.phase2.resolution > recipe.resolution else sized, recipe.phase2.resolution)
+    return Prepared(candidate_images(sized, recipe.backdrops), cells, penalty)
