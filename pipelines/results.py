@@ -95,8 +95,7 @@ def outcome(study: Study, run: Run) -> Outcome:
 
 
 def _pair(metrics: Mapping[str, Any], key: str) -> tuple[float, float]:
-    measured = metrics["measures"][key] if "measures" in metrics else metrics[key]
-    return float(measured["base"]), float(measured["tuned"])
+    return float(metrics[key]["base"]), float(metrics[key]["tuned"])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from layerloop.components.evaluate_adapter import report as report_module
 from layerloop.components.evaluate_adapter.assess import Comparisons, assess, better_of, compare_rows, title_of
-from layerloop.components.evaluate_adapter.cases import Case
+from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.evaluate_adapter.charts import Point, curve, whisker
 from layerloop.components.evaluate_adapter.gallery import Shown
 from layerloop.components.evaluate_adapter.pictures import caption, choose, data_url, strips_of
@@ -100,6 +100,18 @@ def test_definitions_are_repeated_verbatim() -> None:
     for name, definition in DEFINITIONS.items():
         if name != "slots":
             assert definition.replace("'", "&#x27;") in text, name
+
+
+def rows_of(page: str) -> list[str]:
+    """Headings of the rows of the first table, in order."""
+    body = page.split("<tbody>")[1].split("</tbody>")[0]
+    return [text_of(heading) for heading in re.findall(r'<th scope="row">(.*?)<span', body)]
+
+
+@pytest.mark.parametrize("kind", ["designs", "pictures"])
+def test_every_measure_is_a_row_of_the_tables(kind: Kind) -> None:
+    page = page_of({}, comparisons=Comparisons(by_kind={kind: dict.fromkeys(MEASURES, UNCLEAR)}))
+    assert sorted(rows_of(page)) == sorted(measure.title for measure in MEASURES.values())
 
 
 def test_names_from_recipes_cannot_break_the_page() -> None:

@@ -12,13 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from layerloop.components.evaluate_adapter.assess import Row, compare_rows
+from layerloop.components.evaluate_adapter.results import metrics_json
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
-from layerloop.pipelines.results import MEASURES, outcome, write_results
+from layerloop.pipelines.results import outcome, write_results
 from layerloop.pipelines.study import Run, Study
 
 RECIPE = (resources.files("layerloop.pipelines") / "recipes" / "study.yaml").read_text()
-BASE = {"bad_layers": 0.4, "l1_2": 0.1, "l1_3": 0.08, "l1_4": 0.06, "evenness": 0.6}
+# What the base scores; its slot_l1 by layer count.
+BASE = {"bad_layers": 0.4, "evenness": 0.6}
+BASE_L1 = {2: 0.1, 3: 0.08, 4: 0.06}
 
 
 @pytest.fixture
@@ -29,15 +33,28 @@ def study(tmp_path: Path) -> Study:
     )  # fmt: skip
 
 
+def evaluation(base: list[Row], tuned: list[Row]) -> bytes:
+    """The metrics.json that evaluate_adapter writes of these rows."""
+    return metrics_json(compare_rows(base, tuned, resamples=10, seed=0), {}, {}, resamples=10)
+
+
+def design_rows(bad_layers: float, evenness: float, slot_l1: dict[int, float]) -> list[Row]:
+    """A design of each layer count, as evaluate_adapter measures it."""
+    same = {"kind": "designs", "bad_layers": bad_layers, "evenness": evenness}
+    return [{**same, "layers": layers, "slot_l1": value} for layers, value in slot_l1.items()]
+
+
 def finished(study: Study, run: Run, *, better: float, alone: float, used: float) -> Run:
     """A campaign with what `outcome` reads: tuned = base times (1 - better), and +-alone, +-used about the reward."""
     place = Campaign.create_or_open(str(study.campaign(run)), parse_recipe(study.recipe_of(run)))
-    metrics = {}
-    for name, (_, key, lower) in MEASURES.items():
-        tuned = BASE[name] * (1 - better if lower else 1 + better)
-        metrics[key] = {"base": BASE[name], "tuned": tuned}
+    base = design_rows(**BASE, slot_l1=BASE_L1)
+    tuned = design_rows(
+        BASE["bad_layers"] * (1 - better),
+        BASE["evenness"] * (1 + better),
+        {layers: value * (1 - better) for layers, value in BASE_L1.items()},
+    )
     folder = place.evaluation_dir(f"iteration-{study.iterations:06d}")
-    place.store.write(f"{folder}/metrics.json", json.dumps({"measures": metrics}).encode())
+    place.store.write(f"{folder}/metrics.json", evaluation(base, tuned))
     for iteration in range(1, study.iterations + 1):
         rows = [
             {"group": group, "reward_phase1": 0.5 + sign * alone, "reward": 0.5 + sign * used}
@@ -54,6 +71,8 @@ def finished(study: Study, run: Run, *, better: float, alone: float, used: float
 def test_an_outcome_is_what_the_files_say(study: Study) -> None:
     found = outcome(study, finished(study, Run("full", 1), better=0.6, alone=0.02, used=0.1))
     assert found.metrics["bad_layers"] == pytest.approx((0.4, 0.16))
+    assert found.metrics["l1_2"] == pytest.approx((0.1, 0.04))
+    assert found.metrics["l1_4"] == pytest.approx((0.06, 0.024))
     assert found.metrics["evenness"] == pytest.approx((0.6, 0.96))
     assert found.metrics["reward_std"] == pytest.approx((0.02, 0.1))
     assert found.curve == [(1, 0.5), (2, 0.5)]
@@ -108,8 +127,8 @@ def test_what_there_is_to_win_back_is_what_the_faults_cost(study: Study, tmp_pat
     """The base's L1 less that of the policy as it ships, at the seeds that both arms have."""
     full = [finished(study, Run("full", seed), better=0.2, alone=0.02, used=0.1) for seed in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in list(BASE.items()):
-            patch.setitem(BASE, name, value / 2)
+        for layers, value in list(BASE_L1.items()):
+            patch.setitem(BASE_L1, layers, value / 2)
         shipped = finished(study, Run("shipped_base", 0), better=0.0, alone=0.02, used=0.1)
     page = page_of(study, [*full, shipped], [], tmp_path / "docs")
     assert "The faults are 50%, 50%, 50% of the base's per-layer L1" in page
