@@ -23,7 +23,9 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 )
 from torch import Tensor, nn
 
-from layerloop.components.layers.designs import composite, photo_crops, render_sketches
+from layerloop.components.layers.designs import render_sketches
+from layerloop.components.layers.photos import photo_crops
+from layerloop.components.layers.stack import flatten
 from layerloop.components.pretrain_policy.training import Training
 
 LATENT_NOISE = 0.05  # what the decoder learns to bear: the flow's own errors are of this size
@@ -139,7 +141,7 @@ def draw_frames(rng: np.random.Generator, *, designs: int, side: int) -> Tensor:
     parts = []
     for layers in (2, 3, 4, 5):
         stacks = render_sketches(rng, count=designs // 4, layers=layers, size=(side, side))
-        parts.append(_opaque(composite(stacks)))
+        parts.append(_opaque(flatten(stacks, "black")))
         chosen = rng.permuted(np.tile(np.arange(layers), (len(stacks), 1)), axis=1)[:, :2]
         parts.append(np.take_along_axis(stacks, chosen[:, :, None, None, None], axis=1).reshape(-1, side, side, 4))
     parts.append(_opaque(photo_crops(rng, count=designs // 2, size=(side, side))))

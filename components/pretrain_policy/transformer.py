@@ -15,7 +15,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor
 
-from layerloop.components.layers.designs import composite, render_sketches
+from layerloop.components.layers.designs import render_sketches
+from layerloop.components.layers.stack import flatten
 from layerloop.components.pretrain_policy.attention import real_arithmetic
 from layerloop.components.pretrain_policy.autoencoder import encode_frames
 from layerloop.components.pretrain_policy.training import Training
@@ -61,7 +62,7 @@ def encode_designs(
     """Latents of designs (N, L, H, W, 4) uint8; `whole` (N, H, W, 4) is what they decompose, by default their
     composite."""
     count, layers, height, width = stacks.shape[:4]
-    whole = (composite(stacks) if whole is None else whole)[..., :3]
+    whole = (flatten(stacks, "black") if whole is None else whole)[..., :3]
     opaque = np.concatenate([whole, np.full((*whole.shape[:-1], 1), 255, np.uint8)], axis=-1)
     frames = torch.from_numpy(np.concatenate([opaque[:, None], stacks], axis=1).reshape(-1, height, width, 4))
     parts = []

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from layerloop.components.layers.designs import composite, render_sketches
+from layerloop.components.layers.designs import render_sketches
+from layerloop.components.layers.stack import flatten
 from layerloop.components.policy.tiny import PROMPT, build_tiny_pipeline
 from layerloop.components.pretrain_policy.attention import real_arithmetic
 from layerloop.components.pretrain_policy.autoencoder import (
@@ -96,7 +97,7 @@ def test_encoded_designs_begin_with_the_condition(pipeline):
     assert data.grid == (4, 2)
     assert data.shapes == [(1, 4, 2)] * 5
     assert data.frames.shape == (2, 4 * 8, 64)
-    whole = np.concatenate([composite(stacks), np.full((2, 64, 32, 1), 255, np.uint8)], axis=-1)
+    whole = np.concatenate([flatten(stacks, "black"), np.full((2, 64, 32, 1), 255, np.uint8)], axis=-1)
     with torch.no_grad():
         mean, _ = encode_frames(pipeline.vae, torch.from_numpy(whole).permute(0, 3, 1, 2).float() / 127.5 - 1)
     assert torch.allclose(data.frames[:, :8].float(), pack(normalise(pipeline.vae, mean)), atol=0.1)  # bfloat16
