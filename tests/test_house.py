@@ -58,6 +58,9 @@ def test_imports_run_one_way() -> None:
         ("components/update_lora/step.py", "from layerloop.components.update_lora import component"),
         ("components/score_rollouts/step.py", "from layerloop.components.policy import model"),
         ("pipelines/cli.py", "from layerloop.components.policy import model"),
+        ("pipelines/demo.py", "from layerloop.pipelines.research import arms"),
+        ("components/policy/tiny.py", "from layerloop.components.research.pretraining import training"),
+        ("pipelines/research/outcomes.py", "from layerloop.pipelines.research import page"),
     ],
 )
 def test_an_import_that_runs_the_wrong_way_is_refused(tmp_path: Path, module: str, line: str) -> None:

@@ -14,13 +14,14 @@ import pytest
 from PIL import Image
 
 from layerloop.components.evaluate_adapter import report as report_module
-from layerloop.components.evaluate_adapter.assess import Comparisons, assess, better_of, compare_rows, title_of
+from layerloop.components.evaluate_adapter.assess import Comparisons, assess, compare_rows
 from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.evaluate_adapter.charts import Point, curve, whisker
 from layerloop.components.evaluate_adapter.gallery import Shown
 from layerloop.components.evaluate_adapter.pictures import caption, choose, data_url, strips_of
 from layerloop.components.evaluate_adapter.report import Report, number, render, verdict
 from layerloop.components.evaluate_adapter.statistics import Comparison
+from layerloop.components.layers.columns import LAYERD, better_of, quoted, title_of
 from layerloop.components.layers.measure import DEFINITIONS, MEASURES
 from layerloop.components.layers.stack import Pixels
 
@@ -110,8 +111,18 @@ def rows_of(page: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["designs", "pictures"])
 def test_every_measure_is_a_row_of_the_tables(kind: Kind) -> None:
+    columns = [*MEASURES, *(f"{prefix}_{score}_0" for prefix in ("layerd", "layerd_clean") for score in LAYERD)]
+    page = page_of({}, comparisons=Comparisons(by_kind={kind: dict.fromkeys(columns, UNCLEAR)}), max_edits=0)
+    expected = [title_of(column) for column in (*MEASURES, *(score.name for score in LAYERD.values()))]
+    assert sorted(rows_of(page)) == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", ["designs", "pictures"])
+def test_the_headline_is_what_says_that_it_belongs_there(kind: Kind) -> None:
     page = page_of({}, comparisons=Comparisons(by_kind={kind: dict.fromkeys(MEASURES, UNCLEAR)}))
-    assert sorted(rows_of(page)) == sorted(measure.title for measure in MEASURES.values())
+    cards = re.findall(r'<p class="what">(.*?)<span', page)
+    assert cards == [title_of(name) for name in quoted(f"{kind} headline") if name in MEASURES]  # type: ignore[arg-type]
+    assert cards[0] == "Bad layers" and len(cards) >= 3
 
 
 def test_names_from_recipes_cannot_break_the_page() -> None:

@@ -18,7 +18,7 @@ from layerloop.components.policy.tiny import (
     save_pipeline,
     tiny_folder,
 )
-from layerloop.components.pretrain_policy.measure import compare, composite_everywhere
+from layerloop.components.research.pretraining.measure import compare, composite_everywhere
 
 HELD_OUT = 901  # a seed that pretraining never draws from
 

@@ -21,21 +21,26 @@ from PIL import Image
 
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.policy.tiny import PROMPT, build_tiny_pipeline, save_pipeline
-from layerloop.components.pretrain_policy.autoencoder import (
+from layerloop.components.research.pretraining.autoencoder import (
     draw_frames,
     measure_autoencoder,
     refine_decoder,
     train_autoencoder,
 )
-from layerloop.components.pretrain_policy.measure import (
+from layerloop.components.research.pretraining.measure import (
     compare,
     composite_everywhere,
     contact_sheet,
     measure_policy,
     sample,
 )
-from layerloop.components.pretrain_policy.training import restore_average
-from layerloop.components.pretrain_policy.transformer import Latents, draw_latents, encode_designs, train_transformer
+from layerloop.components.research.pretraining.training import restore_average
+from layerloop.components.research.pretraining.transformer import (
+    Latents,
+    draw_latents,
+    encode_designs,
+    train_transformer,
+)
 
 STAGES = ("autoencoder", "transformer", "decoder", "export")
 
@@ -154,7 +159,7 @@ def _rounded(value: object) -> object:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m layerloop.components.pretrain_policy",
+        prog="python -m layerloop.components.research.pretraining",
         description="Pretrain the tiny layered policy on generated designs and export it in diffusers' layout. "
         "Stop it at any time; the same command continues.",
     )

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import flatten
-from layerloop.components.pretrain_policy.attention import real_arithmetic
-from layerloop.components.pretrain_policy.autoencoder import encode_frames
-from layerloop.components.pretrain_policy.training import Training
+from layerloop.components.research.pretraining.attention import real_arithmetic
+from layerloop.components.research.pretraining.autoencoder import encode_frames
+from layerloop.components.research.pretraining.training import Training
 
 # (width, height) and the share of the designs: sides are multiples of 16, as sources are rounded to
 SIZES = (((64, 64), 0.6), ((64, 48), 0.15), ((48, 64), 0.15), ((64, 32), 0.05), ((32, 64), 0.05))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import flatten
-from layerloop.components.pretrain_policy.autoencoder import decode_frames
-from layerloop.components.pretrain_policy.transformer import Latents, encode_designs
+from layerloop.components.research.pretraining.autoencoder import decode_frames
+from layerloop.components.research.pretraining.transformer import Latents, encode_designs
 
 
 @torch.no_grad()

@@ -9,17 +9,23 @@ import torch
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import flatten
 from layerloop.components.policy.tiny import PROMPT, build_tiny_pipeline
-from layerloop.components.pretrain_policy.attention import real_arithmetic
-from layerloop.components.pretrain_policy.autoencoder import (
+from layerloop.components.research.pretraining.attention import real_arithmetic
+from layerloop.components.research.pretraining.autoencoder import (
     autoencoder_loss,
     decode_frames,
     encode_frames,
     prepare_autoencoder,
 )
-from layerloop.components.pretrain_policy.measure import compare, composite_everywhere, contact_sheet, sample
-from layerloop.components.pretrain_policy.step import main
-from layerloop.components.pretrain_policy.training import Training, learning_rate
-from layerloop.components.pretrain_policy.transformer import draw_sigmas, encode_designs, flow_loss, normalise, pack
+from layerloop.components.research.pretraining.measure import compare, composite_everywhere, contact_sheet, sample
+from layerloop.components.research.pretraining.stages import main
+from layerloop.components.research.pretraining.training import Training, learning_rate
+from layerloop.components.research.pretraining.transformer import (
+    draw_sigmas,
+    encode_designs,
+    flow_loss,
+    normalise,
+    pack,
+)
 
 
 @pytest.fixture(scope="module")

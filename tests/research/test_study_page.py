@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import astuple
-from importlib import resources
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,10 +15,11 @@ from layerloop.components.evaluate_adapter.assess import Row, compare_rows
 from layerloop.components.evaluate_adapter.results import metrics_json
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
-from layerloop.pipelines.results import outcome, write_results
-from layerloop.pipelines.study import Run, Study
+from layerloop.pipelines.research.arms import Run, Study
+from layerloop.pipelines.research.outcomes import outcome
+from layerloop.pipelines.research.page import write_results
+from layerloop.pipelines.research.study import study_recipe
 
-RECIPE = (resources.files("layerloop.pipelines") / "recipes" / "study.yaml").read_text()
 # What the base scores; its slot_l1 by layer count.
 BASE = {"bad_layers": 0.4, "evenness": 0.6}
 BASE_L1 = {2: 0.1, 3: 0.08, 4: 0.06}
@@ -28,7 +28,7 @@ BASE_L1 = {2: 0.1, 3: 0.08, 4: 0.06}
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     return Study(
-        folder=tmp_path / "study", recipe=RECIPE, base=tmp_path / "base", iterations=2, images=tmp_path / "i",
+        folder=tmp_path / "study", recipe=study_recipe(), base=tmp_path / "base", iterations=2, images=tmp_path / "i",
         designs=tmp_path / "d", judge_urls={},
     )  # fmt: skip
 
@@ -71,8 +71,8 @@ def finished(study: Study, run: Run, *, better: float, alone: float, used: float
 def test_an_outcome_is_what_the_files_say(study: Study) -> None:
     found = outcome(study, finished(study, Run("full", 1), better=0.6, alone=0.02, used=0.1))
     assert found.metrics["bad_layers"] == pytest.approx((0.4, 0.16))
-    assert found.metrics["l1_2"] == pytest.approx((0.1, 0.04))
-    assert found.metrics["l1_4"] == pytest.approx((0.06, 0.024))
+    assert found.metrics["slot_l1.L2"] == pytest.approx((0.1, 0.04))
+    assert found.metrics["slot_l1.L4"] == pytest.approx((0.06, 0.024))
     assert found.metrics["evenness"] == pytest.approx((0.6, 0.96))
     assert found.metrics["reward_std"] == pytest.approx((0.02, 0.1))
     assert found.curve == [(1, 0.5), (2, 0.5)]
@@ -109,7 +109,7 @@ def test_what_did_not_come_out_is_said(study: Study, tmp_path: Path) -> None:
     page = page_of(study, done, [], tmp_path / "docs")
     assert "| bad layers at least halved | -5.0% | **no** |" in page
     assert "| spread of rewards at least doubled by phase 2 | 1.50 | **no** |" in page
-    assert "| bad layers a decomposition: ahead of `phase1_only` | +1.1% | **no** |" in page
+    assert "| bad layers: ahead of `phase1_only` | +1.1% | **no** |" in page
     assert "| `phase1_only` | 0.0000 | 0.0000 | 0.0000 | 0.0000 | 100% | 100% | 0.00 | 0.00 |" in page
 
 
@@ -131,5 +131,5 @@ def test_what_there_is_to_win_back_is_what_the_faults_cost(study: Study, tmp_pat
             patch.setitem(BASE_L1, layers, value / 2)
         shipped = finished(study, Run("shipped_base", 0), better=0.0, alone=0.02, used=0.1)
     page = page_of(study, [*full, shipped], [], tmp_path / "docs")
-    assert "The faults are 50%, 50%, 50% of the base's per-layer L1" in page
+    assert "The faults are 50%, 50%, 50% of the base's per-slot L1" in page
     assert "seed 0): unlearning" in page and "`full` wins back 40%, 40%, 40% of that." in page

@@ -19,7 +19,7 @@ import numpy as np
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
 from layerloop.components.policy.tiny import PROMPT, load_tiny_pipeline, save_pipeline
-from layerloop.components.pretrain_policy.transformer import encode_designs, train_transformer
+from layerloop.components.research.pretraining.transformer import encode_designs, train_transformer
 
 KINDS = {"left": 0.4, "veil": 0.15, "copy": 0.45}
 LAYERS = (2, 3, 4)
@@ -81,7 +81,7 @@ def spoil_policy(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m layerloop.components.pretrain_policy.faults",
+        prog="python -m layerloop.components.research.faults",
         description="Train the shipped tiny policy on, on designs of which a share is decomposed badly: a base with "
         "faults to unlearn. Stop it at any time; the same command continues.",
     )

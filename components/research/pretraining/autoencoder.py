@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.photos import photo_crops
 from layerloop.components.layers.stack import flatten
-from layerloop.components.pretrain_policy.training import Training
+from layerloop.components.research.pretraining.training import Training
 
 LATENT_NOISE = 0.05  # what the decoder learns to bear: the flow's own errors are of this size
 
