@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,8 +21,9 @@ from layerloop.components.evaluate_adapter.charts import Point, curve, whisker
 from layerloop.components.evaluate_adapter.gallery import Shown
 from layerloop.components.evaluate_adapter.pictures import caption, choose, data_url, strips_of
 from layerloop.components.evaluate_adapter.report import Report, number, render, verdict
+from layerloop.components.evaluate_adapter.results import kubeflow_metrics, metrics_json
 from layerloop.components.evaluate_adapter.statistics import Comparison
-from layerloop.components.layers.columns import LAYERD, better_of, quoted, title_of
+from layerloop.components.layers.columns import COLUMNS, LAYERD, better_of, quoted, title_of
 from layerloop.components.layers.measure import DEFINITIONS, MEASURES
 from layerloop.components.layers.stack import Pixels
 
@@ -123,6 +125,15 @@ def test_the_headline_is_what_says_that_it_belongs_there(kind: Kind) -> None:
     cards = re.findall(r'<p class="what">(.*?)<span', page)
     assert cards == [title_of(name) for name in quoted(f"{kind} headline") if name in MEASURES]  # type: ignore[arg-type]
     assert cards[0] == "Bad layers" and len(cards) >= 3
+
+
+def test_kubeflow_gets_the_columns_that_say_so() -> None:
+    comparisons = Comparisons({"designs": dict.fromkeys(COLUMNS, BETTER), "pictures": {"residue": WORSE}})
+    document = json.loads(metrics_json(comparisons, {}, {"seconds": {"measuring": 2.0}}, resamples=10))
+    bases = [name for name in kubeflow_metrics(document) if name.endswith("_base")]
+    assert bases == [*(f"designs_{name}_base" for name in quoted("kubeflow")), "pictures_residue_base"]
+    assert kubeflow_metrics(document)["pictures_residue_adapter"] == 0.7
+    assert kubeflow_metrics(document)["seconds_measuring"] == 2.0
 
 
 def test_names_from_recipes_cannot_break_the_page() -> None:
