@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerloop.components.layers.columns import quoted
+from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
 from layerloop.pipelines.research.arms import Run, Study
 
@@ -69,15 +70,25 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def outcome(study: Study, run: Run) -> Outcome:
-    """Read one finished run."""
+    """Read one finished run.
+
+    Raises:
+        LayerloopError: its evaluation lacks a measure that the study quotes.
+    """
     import pyarrow.parquet as pq
 
-    place = Campaign.open(str(study.campaign(run)))
-    metrics = json.loads(place.store.read(f"evaluations/iteration-{study.iterations:06d}/metrics.json"))
-    found = {name: _pair(metrics, f"designs.{name}") for name in _quoted_in(metrics)}
+    campaign = Campaign.open(str(study.campaign(run)))
+    evaluation = campaign.evaluation_dir(f"iteration-{study.iterations:06d}")
+    metrics = json.loads(campaign.store.read(f"{evaluation}/metrics.json"))
+    found = {}
+    for name in _quoted_in(metrics):
+        if (comparison := metrics.get(f"designs.{name}")) is None:
+            where = f"{campaign.uri}/{evaluation}"
+            raise LayerloopError(f"{where} lacks {name}, which the study quotes: remove it and run the study again")
+        found[name] = (float(comparison["base"]), float(comparison["tuned"]))
     curve, spreads = [], []
     for iteration in range(1, study.iterations + 1):
-        table = pq.read_table(io.BytesIO(place.store.read(f"{place.scores_dir(iteration)}/scores.parquet")))
+        table = pq.read_table(io.BytesIO(campaign.store.read(f"{campaign.scores_dir(iteration)}/scores.parquet")))
         rows = [row for row in table.to_pylist() if row["reward"] is not None]
         alone = [row["reward_phase1"] for row in rows]
         curve.append((iteration, sum(alone) / len(alone)))
@@ -95,10 +106,6 @@ def _quoted_in(metrics: Mapping[str, Any]) -> list[str]:
         )
         names += by_count or [name]
     return names
-
-
-def _pair(metrics: Mapping[str, Any], key: str) -> tuple[float, float]:
-    return float(metrics[key]["base"]), float(metrics[key]["tuned"])
 
 
 def mean(values: Sequence[float]) -> float:

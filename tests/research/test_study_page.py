@@ -13,6 +13,8 @@ import pytest
 
 from layerloop.components.evaluate_adapter.assess import Row, compare_rows
 from layerloop.components.evaluate_adapter.results import metrics_json
+from layerloop.components.layers.columns import quoted
+from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
 from layerloop.pipelines.research.arms import Run, Study
@@ -40,7 +42,8 @@ def evaluation(base: list[Row], tuned: list[Row]) -> bytes:
 
 def design_rows(bad_layers: float, evenness: float, slot_l1: dict[int, float]) -> list[Row]:
     """A design of each layer count, as evaluate_adapter measures it."""
-    same = {"kind": "designs", "bad_layers": bad_layers, "evenness": evenness}
+    others = dict.fromkeys(quoted("study"), 0.5)
+    same = {**others, "kind": "designs", "bad_layers": bad_layers, "evenness": evenness}
     return [{**same, "layers": layers, "slot_l1": value} for layers, value in slot_l1.items()]
 
 
@@ -77,6 +80,16 @@ def test_an_outcome_is_what_the_files_say(study: Study) -> None:
     assert found.metrics["reward_std"] == pytest.approx((0.02, 0.1))
     assert found.curve == [(1, 0.5), (2, 0.5)]
     assert all(astuple(spread) == pytest.approx((0.02, 0.1, 0.0, 1.0)) for spread in found.spreads)
+
+
+def test_an_evaluation_that_lacks_a_quoted_measure_is_named(study: Study) -> None:
+    run = finished(study, Run("full", 1), better=0.6, alone=0.02, used=0.1)
+    file = study.campaign(run) / "evaluations" / "iteration-000002" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    del metrics["designs.evenness"]
+    file.write_text(json.dumps(metrics))
+    with pytest.raises(LayerloopError, match=r"full-1/evaluations/iteration-000002 lacks evenness, which the study"):
+        outcome(study, run)
 
 
 def page_of(study: Study, done: list[Run], missing: list[Run], docs: Path) -> str:
