@@ -44,7 +44,7 @@ study: $(READY) ## does it learn? campaigns on the tiny policy, about two hours,
 	@$(VENV)/bin/layerloop study $(STUDY)
 
 pretrain: $(READY) ## train the shipped tiny policy again (hours)
-	@$(VENV)/bin/python -m layerloop.components.pretrain_policy
+	@$(VENV)/bin/python -m layerloop.components.research.pretraining
 
 wheel: $(READY) ## build dist/*.whl, as the images install it
 	@$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist

@@ -215,7 +215,14 @@ def _fetched(adapter: str) -> str:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    from layerloop.pipelines.study import ARMS, study
+    import importlib.util
+
+    if importlib.util.find_spec("layerloop.pipelines.research") is None:
+        raise LayerloopError(
+            "`layerloop study` is not installed here: run it in a checkout of layerloop, as `make study`"
+        )
+    from layerloop.pipelines.research.arms import ARMS
+    from layerloop.pipelines.research.study import study
 
     return study(
         folder=Path(arguments.folder),

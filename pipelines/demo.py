@@ -75,7 +75,8 @@ def make_pictures(folder: Path) -> tuple[Path, Path]:
     import numpy as np
     from PIL import Image
 
-    from layerloop.components.layers.designs import composite, generate_design, render_design, write_designs_parquet
+    from layerloop.components.layers.crello import generate_design, render_design, write_designs_parquet
+    from layerloop.components.layers.stack import flatten
 
     images.mkdir(parents=True, exist_ok=True)
     for package, names in PHOTOGRAPHS.items():
@@ -84,7 +85,7 @@ def make_pictures(folder: Path) -> tuple[Path, Path]:
     rng = np.random.default_rng(SEED)
     designs = [generate_design(rng, layers=LAYERS[n % len(LAYERS)]) for n in range(TRAINING_DESIGNS + HELD_OUT_DESIGNS)]
     for number, design in enumerate(designs[:TRAINING_DESIGNS]):
-        Image.fromarray(composite(render_design(design))).save(images / f"design-{number:02}.png")
+        Image.fromarray(flatten(render_design(design), "black")).save(images / f"design-{number:02}.png")
     temporary = held_out.with_suffix(".tmp")
     write_designs_parquet(temporary, designs[TRAINING_DESIGNS:])
     temporary.rename(held_out)

@@ -60,6 +60,9 @@ def test_imports_run_one_way() -> None:
         ("components/judge/client.py", "from layerloop.components.reference_judge import answers"),
         ("pipelines/cli.py", "from layerloop.components.policy import model"),
         ("components/policy/model.py", "from layerloop.components.policy import sampling"),
+        ("pipelines/demo.py", "from layerloop.pipelines.research import arms"),
+        ("components/policy/tiny.py", "from layerloop.components.research.pretraining import training"),
+        ("pipelines/research/outcomes.py", "from layerloop.pipelines.research import page"),
     ],
 )
 def test_an_import_that_runs_the_wrong_way_is_refused(tmp_path: Path, module: str, line: str) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import grimp
+import pydantic
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -26,9 +27,15 @@ def folders_with_code() -> set[str]:
     }
 
 
-def test_every_folder_with_code_is_a_package_that_is_listed() -> None:
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders_with_code()
-    for package in folders_with_code():
+def of_research(package: str) -> bool:
+    """Whether a package is research about the project, which no image has."""
+    return "research" in package.split(".")
+
+
+def test_every_folder_with_code_is_a_package_that_is_listed_but_for_research() -> None:
+    packages = folders_with_code()
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == {name for name in packages if not of_research(name)}
+    for package in packages:
         assert (ROOT / package.removeprefix("layerloop.").replace(".", "/") / "__init__.py").exists()
 
 
@@ -50,23 +57,65 @@ def test_the_wheel_carries_every_module_and_every_file_that_code_reads(wheel: Pa
     kept = (".py", ".yaml", ".html", ".css", ".js", ".ttf", ".json", ".safetensors", ".jinja", ".txt", ".model")
     for top in ("components", "pipelines"):
         for path in (ROOT / top).rglob("*"):
-            if path.is_file() and path.suffix in kept and "__pycache__" not in path.parts:
+            if path.is_file() and path.suffix in kept and not {"__pycache__", "research"} & {*path.parts}:
                 assert f"layerloop/{path.relative_to(ROOT).as_posix()}" in names
     assert not [name for name in names if not name.startswith(("layerloop/", "layerloop-"))]
 
 
-def test_the_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path)
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the images have of layerloop: the wheel, unpacked."""
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def python(installed: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python with the unpacked wheel and the environment's packages, but for the checkout, which `-S` leaves out."""
+    environment = {"PYTHONPATH": f"{installed}:{Path(pydantic.__file__).parents[1]}", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(command, cwd=installed, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_wheel_runs_without_the_checkout(installed: Path) -> None:
     code = (
         "import layerloop.pipelines.inputs as i, layerloop.components.policy.tiny as t, pathlib\n"
         "print(i.__file__, len(i.packaged_recipes()), pathlib.Path(t.tiny_folder(), 'model_index.json').exists())"
     )
-    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = python(installed, "-c", code)
     file, recipes, tiny = result.stdout.split() or pytest.fail(result.stderr)
-    assert file.startswith(str(tmp_path))
+    assert file.startswith(str(installed))
     assert int(recipes) >= 2
     assert tiny == "True"
+
+
+def test_research_is_in_the_checkout_and_not_in_the_images(installed: Path) -> None:
+    rooms = [path for top in ("components", "pipelines") for path in (ROOT / top).rglob("research")]
+    assert sorted(path.parent.name for path in rooms if path.is_dir()) == ["components", "pipelines"]
+    assert not list(installed.rglob("research"))
+
+
+def test_the_study_says_in_one_line_where_it_is_not_installed(installed: Path) -> None:
+    result = python(installed, "-m", "layerloop.pipelines.cli", "study")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: `layerloop study` is not installed here: run it in a checkout of layerloop, as `make study`\n"
+    )
+
+
+def test_the_study_runs_from_a_checkout(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "layerloop.pipelines.cli", "study", "--arms", "fulll", "--folder", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: arm fulll is not known: choose from full, ")
+
+
+def test_make_pretrain_starts_a_module_that_is_there() -> None:
+    recipe = (ROOT / "Makefile").read_text().split("\npretrain:")[1].split("\n\n")[0]
+    (module,) = re.findall(r"-m (\S+)$", recipe, re.MULTILINE)
+    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: python -m {module}")
 
 
 def requirements() -> dict[str, list[Requirement]]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.evaluate_adapter.statistics import Comparison, compare
 from layerloop.components.layers import layerd
+from layerloop.components.layers.columns import LAYERD
 from layerloop.components.layers.measure import MEASURES, measure_all, slot_l1
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.seeds import seed_for
 
 Row = dict[str, Any]  # one decomposition: what it is of, and its numbers by column; None where undefined
-Better = Literal["lower", "higher"] | None
-
-LAYERD = ("cost", "rgb_l1", "alpha_iou")
-LAYERD_TITLES = {"cost": "LayerD cost", "rgb_l1": "LayerD RGB L1", "alpha_iou": "LayerD alpha IoU"}
 
 
 def assess(case: Case, stack: Pixels, *, max_edits: int) -> Row:
@@ -89,28 +86,3 @@ def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, resamples: int, s
             for count in counts
         },
     )
-
-
-def better_of(column: str) -> Better:
-    """Whether a lower or a higher value of a column is better."""
-    if column in MEASURES:
-        return MEASURES[column].better
-    if column.startswith("layerd_") and "alpha_iou" in column:
-        return "higher"
-    if column.endswith("_edits"):
-        return None
-    return "lower"
-
-
-def title_of(column: str) -> str:
-    """A column as people read it."""
-    if column in MEASURES:
-        return MEASURES[column].title
-    if column.startswith("layerd_"):
-        clean = "_clean" in column
-        score, _, edits = column.removeprefix("layerd_").removeprefix("clean_").rpartition("_")
-        if score:
-            tail = ", faint alpha cleared" if clean else ""
-            return f"{LAYERD_TITLES[score]}, {edits} edit{'' if edits == '1' else 's'}{tail}"
-        return "LayerD edits made"
-    return column

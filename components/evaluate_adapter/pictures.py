@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from layerloop.components.evaluate_adapter.assess import Row
 from layerloop.components.evaluate_adapter.cases import Case, Kind
-from layerloop.components.layers.draw import difference, fit, labelled_grid
+from layerloop.components.layers.draw import Cell, difference, fit, labelled_grid
 from layerloop.components.layers.measure import measure_layers
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop, resize
 from layerloop.components.schema.seeds import seed_for
@@ -81,20 +81,18 @@ def caption(layer: Mapping[str, float | bool]) -> tuple[str, list[str]]:
 def sheet(choice: Choice, strips: Sequence[Strip]) -> Pixels:
     """A contact sheet `(H, W, 3)`: source, recomposition, |difference|, layers on a checkerboard, layer 0 first."""
     source = choice.case.source
-    cells: list[list[Pixels | None]] = []
-    labels: list[list[str]] = []
+    rows: list[list[Cell]] = []
     for index, strip in enumerate(strips):
         whole = on_backdrop(composite(strip.stack), "checker")
-        pictures = (source if index == 0 else None, *recomposed(strip, whole, source))
-        cells.append([None if picture is None else fit(picture, SHEET_SIDE) for picture in pictures])
-        labels.append(["", "", ""])
+        images = (source if index == 0 else None, *recomposed(strip, whole, source))
+        rows.append([Cell(None if image is None else fit(image, SHEET_SIDE)) for image in images])
         for layer, facts in zip(strip.stack, measure_layers(strip.stack, source), strict=True):
             flags, lines = caption(facts)
-            cells[-1].append(on_backdrop(fit(layer, SHEET_SIDE), "checker"))
-            labels[-1].append("\n".join([*lines, flags]).strip())
+            shown = on_backdrop(fit(layer, SHEET_SIDE), "checker")
+            rows[-1].append(Cell(shown, "\n".join([*lines, flags]).strip()))
     columns = headings(max(len(strip.stack) for strip in strips))
-    rows = [strip.model for strip in strips]
-    return labelled_grid(cells, labels, columns=columns, rows=rows, text_size=11, gap=8)
+    models = [strip.model for strip in strips]
+    return labelled_grid(rows, column_headings=columns, row_headings=models, text_size=11, gap=8)
 
 
 def headings(layers: int) -> list[str]:

@@ -12,28 +12,18 @@ from importlib import resources
 from string import Template
 
 from layerloop.components.evaluate_adapter import charts
-from layerloop.components.evaluate_adapter.assess import LAYERD, LAYERD_TITLES, Comparisons, better_of, title_of
+from layerloop.components.evaluate_adapter.assess import Comparisons
 from layerloop.components.evaluate_adapter.cases import Kind
 from layerloop.components.evaluate_adapter.charts import Point
 from layerloop.components.evaluate_adapter.gallery import Shown, gallery, sample
 from layerloop.components.evaluate_adapter.pictures import GAIN
 from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD, Comparison
+from layerloop.components.layers.columns import GROUPS, LAYERD, better_of, quoted, title_of
 from layerloop.components.layers.layerd import PROTOCOL
 from layerloop.components.layers.measure import DEFINITIONS, MEASURES
 
 TARGET_BYTES = 950_000  # Kubeflow's page shows reports of about a megabyte
 HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabelled pictures"}
-GROUPS = {
-    "Layers": ("bad_layers", "blank_layers", "glazed_layers", "duplicate_layers", "used_layers", "evenness"),
-    "Against the source": ("recomposition_error",),
-    "Against the true layers": ("slot_l1", "layerd_cost_0", "layerd_rgb_l1_0", "layerd_alpha_iou_0"),
-    "Layer 0, inpainted": ("inpainting_ssim", "inpainting_l1", "residue", "ring_smoothness"),
-    "Description": ("coverage", "mean_alpha", "semi_transparent"),
-}
-HEADLINES: dict[Kind, tuple[str, ...]] = {
-    "designs": ("bad_layers", "layerd_alpha_iou_0", "slot_l1", "inpainting_ssim"),
-    "pictures": ("bad_layers", "recomposition_error", "evenness", "residue"),
-}
 
 
 @dataclass(frozen=True)
@@ -179,7 +169,7 @@ def _cards(report: Report) -> str:
     kind: Kind = "designs" if "designs" in report.comparisons.by_kind else "pictures"
     table = report.comparisons.by_kind[kind]
     cards = []
-    for column in HEADLINES[kind]:
+    for column in quoted("designs headline" if kind == "designs" else "pictures headline"):
         if column not in table:
             continue
         c = table[column]
@@ -251,7 +241,7 @@ def _layerd(report: Report) -> str:
 
 
 def _levels(table: Mapping[str, Comparison], prefix: str, max_edits: int) -> str:
-    heads = "".join(f'<th class="group" colspan="3">{escape(LAYERD_TITLES[score])}</th>' for score in LAYERD)
+    heads = "".join(f'<th class="group" colspan="3">{escape(score.title)}</th>' for score in LAYERD.values())
     names = '<th class="first">base</th><th>adapter</th><th>difference</th>' * len(LAYERD)
     rows = []
     for edits in range(max_edits + 1):

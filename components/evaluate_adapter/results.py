@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from layerloop.components.evaluate_adapter.assess import Comparisons, Row, better_of, title_of
+from layerloop.components.evaluate_adapter.assess import Comparisons, Row
 from layerloop.components.evaluate_adapter.charts import Point
 from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD
+from layerloop.components.layers.columns import better_of, quoted, title_of
 from layerloop.components.layers.layerd import PROTOCOL
 from layerloop.components.layers.measure import DEFINITIONS
 from layerloop.components.storage.manifests import read_file
@@ -19,11 +20,6 @@ from layerloop.components.storage.manifests import read_file
 if TYPE_CHECKING:
     from layerloop.components.schema.manifest import Manifest
     from layerloop.components.storage.campaign import Campaign
-
-HEADLINES = (  # columns that become Kubeflow metrics; all of them are in metrics.json
-    "bad_layers", "duplicate_layers", "evenness", "recomposition_error", "slot_l1", "layerd_cost_0", "layerd_rgb_l1_0",
-    "layerd_alpha_iou_0", "inpainting_ssim", "inpainting_l1", "residue", "ring_smoothness",
-)  # fmt: skip
 
 
 def metrics_json(
@@ -57,7 +53,7 @@ def kubeflow_metrics(document: Mapping[str, Any]) -> dict[str, float]:
     """The headline numbers of a `metrics.json`, flat: `designs_bad_layers_base`, `..._adapter`, `..._difference`."""
     found = {}
     for kind in ("designs", "pictures"):
-        for column in HEADLINES:
+        for column in quoted("kubeflow"):
             comparison = document.get(f"{kind}.{column}")
             if comparison is None:
                 continue

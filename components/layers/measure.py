@@ -9,8 +9,8 @@ definition is a change of the number's name. Stacks are `(L, H, W, 4)` uint8, st
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -215,15 +215,31 @@ def mean_slot_l1(stack: Pixels, truth: Pixels) -> float:
 # ------------------------------------------------------------------------------------------------- all of them at once
 
 
-@dataclass(frozen=True)
-class Measure:
-    """A measure as reports show it."""
+# Headings of the report's tables, in their order.
+Group = Literal["Layers", "Against the source", "Against the true layers", "Layer 0, inpainted", "Description"]
+# Where a number is quoted besides the tables: at the top of the report, as a metric of Kubeflow, on the model card of a
+# published adapter, and in the study of docs/RESULTS.md.
+Place = Literal["designs headline", "pictures headline", "kubeflow", "card", "study"]
+Better = Literal["lower", "higher"] | None  # None: neither is better in itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of an evaluation's table, and all that reports need to know to show it (see columns.py)."""
 
     name: str
     title: str
-    better: Literal["lower", "higher"] | None  # None: neither is better in itself
-    needs: Literal["stack", "source", "truth"]
+    better: Better
+    group: Group
+    quoted: Mapping[Place, int] = field(default_factory=dict)  # place -> rank there; ties in the order of the tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure(Column):
+    """A measure of one decomposition: its name is the column's, the function's docstring its definition."""
+
     function: Callable[..., float | None]
+    needs: Literal["stack", "source", "truth"]  # what the function takes besides the decomposition
 
     @property
     def definition(self) -> str:
@@ -250,23 +266,77 @@ def _mean_semi_transparent(stack: Pixels) -> float | None:
 MEASURES: dict[str, Measure] = {
     measure.name: measure
     for measure in (
-        Measure("bad_layers", "Bad layers", "lower", "stack", bad_layers),
-        Measure("blank_layers", "Blank layers", "lower", "stack", blank_layers),
-        Measure("glazed_layers", "Glazed layers", "lower", "stack", glazed_layers),
-        Measure("duplicate_layers", "Duplicate layers", "lower", "source", duplicate_layers),
-        Measure("used_layers", "Used layers", "higher", "source", used_layers),
-        Measure("evenness", "Feature evenness", "higher", "stack", evenness),
-        Measure("recomposition_error", "Recomposition error", "lower", "source", recomposition_error),
-        Measure("slot_l1", "Per-slot RGB L1", "lower", "truth", mean_slot_l1),
-        Measure("inpainting_ssim", "Layer 0 inpainting, SSIM", "higher", "truth", inpainting_ssim),
-        Measure("inpainting_l1", "Layer 0 inpainting, RGB L1", "lower", "truth", inpainting_l1),
-        Measure("residue", "Layer 0 residue", "lower", "source", residue),
-        Measure("ring_smoothness", "Layer 0 ring smoothness", "higher", "stack", ring_smoothness),
-        Measure("coverage", "Foreground coverage", None, "stack", _mean_coverage),
-        Measure("mean_alpha", "Foreground mean alpha", None, "stack", _mean_foreground_alpha),
-        Measure("semi_transparent", "Semi-transparent share", None, "stack", _mean_semi_transparent),
+        Measure(
+            name="bad_layers", title="Bad layers", better="lower", group="Layers",
+            function=bad_layers, needs="stack",
+            quoted={"designs headline": 1, "pictures headline": 1, "kubeflow": 0, "card": 1, "study": 1},
+        ),
+        Measure(
+            name="blank_layers", title="Blank layers", better="lower", group="Layers",
+            function=blank_layers, needs="stack",
+        ),
+        Measure(
+            name="glazed_layers", title="Glazed layers", better="lower", group="Layers",
+            function=glazed_layers, needs="stack",
+        ),
+        Measure(
+            name="duplicate_layers", title="Duplicate layers", better="lower", group="Layers",
+            function=duplicate_layers, needs="source",
+            quoted={"kubeflow": 0, "card": 2},
+        ),
+        Measure(
+            name="used_layers", title="Used layers", better="higher", group="Layers",
+            function=used_layers, needs="source",
+        ),
+        Measure(
+            name="evenness", title="Feature evenness", better="higher", group="Layers",
+            function=evenness, needs="stack",
+            quoted={"pictures headline": 3, "kubeflow": 0, "card": 4, "study": 3},
+        ),
+        Measure(
+            name="recomposition_error", title="Recomposition error", better="lower", group="Against the source",
+            function=recomposition_error, needs="source",
+            quoted={"pictures headline": 2, "kubeflow": 0, "card": 5},
+        ),
+        Measure(
+            name="slot_l1", title="Per-slot RGB L1", better="lower", group="Against the true layers",
+            function=mean_slot_l1, needs="truth",
+            quoted={"designs headline": 3, "kubeflow": 0, "card": 3, "study": 2},
+        ),
+        Measure(
+            name="inpainting_ssim", title="Layer 0 inpainting, SSIM", better="higher", group="Layer 0, inpainted",
+            function=inpainting_ssim, needs="truth",
+            quoted={"designs headline": 4, "kubeflow": 0, "card": 6},
+        ),
+        Measure(
+            name="inpainting_l1", title="Layer 0 inpainting, RGB L1", better="lower", group="Layer 0, inpainted",
+            function=inpainting_l1, needs="truth",
+            quoted={"kubeflow": 0, "card": 7},
+        ),
+        Measure(
+            name="residue", title="Layer 0 residue", better="lower", group="Layer 0, inpainted",
+            function=residue, needs="source",
+            quoted={"pictures headline": 4, "kubeflow": 0, "card": 8},
+        ),
+        Measure(
+            name="ring_smoothness", title="Layer 0 ring smoothness", better="higher", group="Layer 0, inpainted",
+            function=ring_smoothness, needs="stack",
+            quoted={"kubeflow": 0},
+        ),
+        Measure(
+            name="coverage", title="Foreground coverage", better=None, group="Description",
+            function=_mean_coverage, needs="stack",
+        ),
+        Measure(
+            name="mean_alpha", title="Foreground mean alpha", better=None, group="Description",
+            function=_mean_foreground_alpha, needs="stack",
+        ),
+        Measure(
+            name="semi_transparent", title="Semi-transparent share", better=None, group="Description",
+            function=_mean_semi_transparent, needs="stack",
+        ),
     )
-}
+}  # fmt: skip
 
 DEFINITIONS: dict[str, str] = {name: measure.definition for name, measure in MEASURES.items()} | {
     "blank": " ".join(inspect.getdoc(blank).split()),  # type: ignore[union-attr]

@@ -79,6 +79,11 @@ def on_backdrop(pixels: Pixels, backdrop: Backdrop = "checker", *, cell: int = 8
     return np.rint(behind + (pixels[..., :3] - behind) * cover).astype(np.uint8)
 
 
+def flatten(stack: Pixels, backdrop: Backdrop) -> Pixels:
+    """The layers `(..., L, H, W, 4)` merged and laid on a backdrop: RGB `(..., H, W, 3)` uint8."""
+    return on_backdrop(composite(stack), backdrop)
+
+
 def backdrop_pixels(height: int, width: int, backdrop: Backdrop, *, cell: int = 8) -> Pixels:
     """The backdrop alone: `(H, W, 3)` uint8."""
     if backdrop == "checker":
@@ -88,17 +93,6 @@ def backdrop_pixels(height: int, width: int, backdrop: Backdrop, *, cell: int = 
         raise LayerloopError(f"backdrop is {backdrop!r}: choose checker, {', '.join(COLOURS)} or an RGB triple")
     colour = COLOURS[backdrop] if isinstance(backdrop, str) else backdrop
     return np.broadcast_to(np.asarray(colour, np.uint8), (height, width, 3)).copy()
-
-
-def without_layer(stack: Pixels, layer: int) -> Pixels:
-    """The composite `(..., H, W, 4)` of every layer but one: what an editor sees who hides it."""
-    check_stack(stack)
-    layers = stack.shape[-4]
-    if not 0 <= layer < layers:
-        raise LayerloopError(f"layer is {layer}: this stack has 0..{layers - 1}")
-    if layers == 1:
-        return np.zeros_like(stack[..., 0, :, :, :])
-    return composite(np.delete(stack, layer, axis=-4))
 
 
 def resize(pixels: Pixels, size: tuple[int, int], resampling: Resampling = "lanczos") -> Pixels:

@@ -1,7 +1,7 @@
 """The tiny layered policy: diffusers' own `QwenImageLayeredPipeline` with small dimensions, weights kept in the
 package.
 
-`build_tiny_pipeline` makes the modules from nothing, without any hub; `layerloop.components.pretrain_policy` trains
+`build_tiny_pipeline` makes the modules from nothing, without any hub; components/research/pretraining trains
 them on generated designs; `tiny_folder` is where the trained ones lie, in diffusers' layout. Text does not steer this
 policy: its text encoder is random and frozen, there so that every step handles prompts as with the full model.
 """
@@ -49,7 +49,7 @@ def tiny_folder() -> Path:
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"{folder} has no model_index.json: this installation lacks the tiny policy's weights; "
-            "train them with `python -m layerloop.components.pretrain_policy`"
+            "train them with `make pretrain` in a checkout"
         )
     return folder
 

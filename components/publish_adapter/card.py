@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerloop.components.layers.columns import quoted
 from layerloop.components.reference_judge.identity import NAME as REFERENCE_JUDGE
 from layerloop.components.schema.learning import ALGORITHMS, Algorithm
 from layerloop.components.schema.manifest import Manifest
@@ -16,11 +17,6 @@ from layerloop.components.storage.delivered import delivered_weights
 
 PAPER = "2605.30257"  # Stable-Layers
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Which measures of metrics.json are quoted, in this order; of those by layer count, each count that is there.
-QUOTED = (
-    "bad_layers", "duplicate_layers", "slot_l1", "evenness", "recomposition_error", "inpainting_ssim", "inpainting_l1",
-    "residue", "layerd_rgb_l1_0", "layerd_alpha_iou_0",
-)  # fmt: skip
 KINDS = {"designs": "held-out designs with known layers", "pictures": "held-out pictures without known layers"}
 
 
@@ -189,9 +185,11 @@ def _evaluation(p: Publication) -> str:
 
 
 def _measures(document: Mapping[str, Any], kind: str) -> list[str]:
-    """Names after `<kind>.` that are quoted: the listed measures, overall and by layer count."""
+    """Names after `<kind>.` that are quoted, overall and by each layer count that is there."""
     names = [key.removeprefix(f"{kind}.") for key in document if key.startswith(f"{kind}.")]
-    return [name for wanted in QUOTED for name in sorted(names) if name == wanted or name.startswith(f"{wanted}.")]
+    return [
+        name for wanted in quoted("card") for name in sorted(names) if name == wanted or name.startswith(f"{wanted}.")
+    ]
 
 
 def _measure_row(comparison: Mapping[str, Any]) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def _parquet_designs(store: Store, name: str, data: DataRecipe) -> Iterator[Desi
     import pyarrow
     import pyarrow.parquet
 
-    from layerloop.components.layers.designs import NEEDED_COLUMNS
+    from layerloop.components.layers.crello import NEEDED_COLUMNS
 
     where = f"{store.uri}/{name}"
     with store.open(name) as file:
@@ -94,7 +94,7 @@ def _parquet_designs(store: Store, name: str, data: DataRecipe) -> Iterator[Desi
 
 
 def _render_row(row: dict[str, object], data: DataRecipe) -> Pixels:
-    from layerloop.components.layers.designs import render_design
+    from layerloop.components.layers.crello import render_design
 
     limit = int(data.max_megapixels * 1e6)
     try:

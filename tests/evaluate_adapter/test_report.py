@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +15,15 @@ import pytest
 from PIL import Image
 
 from layerloop.components.evaluate_adapter import report as report_module
-from layerloop.components.evaluate_adapter.assess import Comparisons, assess, better_of, compare_rows, title_of
-from layerloop.components.evaluate_adapter.cases import Case
+from layerloop.components.evaluate_adapter.assess import Comparisons, assess, compare_rows
+from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.evaluate_adapter.charts import Point, curve, whisker
 from layerloop.components.evaluate_adapter.gallery import Shown
 from layerloop.components.evaluate_adapter.pictures import caption, choose, data_url, strips_of
 from layerloop.components.evaluate_adapter.report import Report, number, render, verdict
+from layerloop.components.evaluate_adapter.results import kubeflow_metrics, metrics_json
 from layerloop.components.evaluate_adapter.statistics import Comparison
+from layerloop.components.layers.columns import COLUMNS, LAYERD, better_of, quoted, title_of
 from layerloop.components.layers.measure import DEFINITIONS, MEASURES
 from layerloop.components.layers.stack import Pixels
 
@@ -100,6 +103,37 @@ def test_definitions_are_repeated_verbatim() -> None:
     for name, definition in DEFINITIONS.items():
         if name != "slots":
             assert definition.replace("'", "&#x27;") in text, name
+
+
+def rows_of(page: str) -> list[str]:
+    """Headings of the rows of the first table, in order."""
+    body = page.split("<tbody>")[1].split("</tbody>")[0]
+    return [text_of(heading) for heading in re.findall(r'<th scope="row">(.*?)<span', body)]
+
+
+@pytest.mark.parametrize("kind", ["designs", "pictures"])
+def test_every_measure_is_a_row_of_the_tables(kind: Kind) -> None:
+    columns = [*MEASURES, *(f"{prefix}_{score}_0" for prefix in ("layerd", "layerd_clean") for score in LAYERD)]
+    page = page_of({}, comparisons=Comparisons(by_kind={kind: dict.fromkeys(columns, UNCLEAR)}), max_edits=0)
+    expected = [title_of(column) for column in (*MEASURES, *(score.name for score in LAYERD.values()))]
+    assert sorted(rows_of(page)) == sorted(expected)
+
+
+@pytest.mark.parametrize("kind", ["designs", "pictures"])
+def test_the_headline_is_what_says_that_it_belongs_there(kind: Kind) -> None:
+    page = page_of({}, comparisons=Comparisons(by_kind={kind: dict.fromkeys(MEASURES, UNCLEAR)}))
+    cards = re.findall(r'<p class="what">(.*?)<span', page)
+    assert cards == [title_of(name) for name in quoted(f"{kind} headline") if name in MEASURES]  # type: ignore[arg-type]
+    assert cards[0] == "Bad layers" and len(cards) >= 3
+
+
+def test_kubeflow_gets_the_columns_that_say_so() -> None:
+    comparisons = Comparisons({"designs": dict.fromkeys(COLUMNS, BETTER), "pictures": {"residue": WORSE}})
+    document = json.loads(metrics_json(comparisons, {}, {"seconds": {"measuring": 2.0}}, resamples=10))
+    bases = [name for name in kubeflow_metrics(document) if name.endswith("_base")]
+    assert bases == [*(f"designs_{name}_base" for name in quoted("kubeflow")), "pictures_residue_base"]
+    assert kubeflow_metrics(document)["pictures_residue_adapter"] == 0.7
+    assert kubeflow_metrics(document)["seconds_measuring"] == 2.0
 
 
 def test_names_from_recipes_cannot_break_the_page() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from layerloop.components.layers.stack import Pixels, composite, on_backdrop, resize, without_layer
+from layerloop.components.layers.stack import Pixels, composite, flatten, on_backdrop, resize
 from layerloop.components.schema.errors import LayerloopError
 
 
@@ -80,12 +80,13 @@ def test_what_is_no_stack_is_refused_in_one_line(wrong: np.ndarray) -> None:
         composite(wrong)
 
 
-def test_hiding_a_layer_shows_what_is_behind_it() -> None:
-    stack = random_stack()
-    assert np.array_equal(without_layer(stack, 3), composite(stack[:3]))
-    assert (without_layer(stack[:1], 0) == 0).all()
-    with pytest.raises(LayerloopError, match=r"layer is 4: this stack has 0\.\.3"):
-        without_layer(stack, 4)
+def test_flattened_layers_are_merged_before_they_meet_the_backdrop() -> None:
+    stack = np.zeros((2, 1, 3, 4), np.uint8)
+    stack[0, 0, 1:] = (200, 100, 0, 255)
+    stack[1, 0, 2] = (0, 0, 255, 51)  # alpha 0.2
+    assert flatten(stack, "black").tolist() == [[[0, 0, 0], [200, 100, 0], [160, 80, 51]]]
+    assert flatten(stack, "white").tolist() == [[[255, 255, 255], [200, 100, 0], [160, 80, 51]]]
+    assert flatten(np.stack([stack] * 3), "black").shape == (3, 1, 3, 3)
 
 
 def test_half_transparent_red_on_each_backdrop() -> None:

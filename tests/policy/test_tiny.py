@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from layerloop.components.layers.designs import composite, render_sketches
+from layerloop.components.layers.designs import render_sketches
+from layerloop.components.layers.stack import flatten
 from layerloop.components.policy.tiny import (
     PROMPT,
     TEMPLATE,
@@ -17,7 +18,7 @@ from layerloop.components.policy.tiny import (
     save_pipeline,
     tiny_folder,
 )
-from layerloop.components.pretrain_policy.measure import compare, composite_everywhere
+from layerloop.components.research.pretraining.measure import compare, composite_everywhere
 
 HELD_OUT = 901  # a seed that pretraining never draws from
 
@@ -41,7 +42,7 @@ def any_size(monkeypatch):
 def decompose(pipeline, stack, seed=0, steps=16):
     """What diffusers' own pipeline makes of a design's composite: (L, H, W, 4) uint8."""
     pipeline.set_progress_bar_config(disable=True)
-    image = Image.fromarray(composite(stack)).convert("RGBA")
+    image = Image.fromarray(flatten(stack, "black")).convert("RGBA")
     layers = pipeline(
         image=image,
         prompt=PROMPT,
@@ -108,7 +109,7 @@ def test_temporal_slices_that_one_frame_never_meets_are_zero(pipeline):
 
 def test_its_autoencoder_keeps_designs(pipeline):
     stacks = render_sketches(np.random.default_rng(HELD_OUT), count=12, layers=3, size=(64, 64))
-    whole, layers = composite(stacks), stacks.reshape(-1, 64, 64, 4)
+    whole, layers = flatten(stacks, "black"), stacks.reshape(-1, 64, 64, 4)
     kept = reconstruct(pipeline.vae, opaque(whole))
     assert np.abs(kept[..., :3].astype(float) - whole).mean() / 255 < 0.04
     kept = reconstruct(pipeline.vae, layers)

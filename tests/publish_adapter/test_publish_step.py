@@ -17,6 +17,10 @@ from diffusers import QwenImageLayeredPipeline
 from peft import PeftModel
 from safetensors.torch import load, load_file, save_file
 
+from layerloop.components.evaluate_adapter.assess import Comparisons
+from layerloop.components.evaluate_adapter.results import metrics_json
+from layerloop.components.evaluate_adapter.statistics import Comparison
+from layerloop.components.layers.columns import COLUMNS, quoted, title_of
 from layerloop.components.policy.adapters import Adapter, read_adapter
 from layerloop.components.policy.lora import put_adapter
 from layerloop.components.policy.model import Condition, LayeredPolicy
@@ -313,6 +317,21 @@ def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCa
     assert "| evenness ↑ | 0.5 | – | – [–, –] |" in card
     assert "(32 compared" in card and "(8 compared" in card
     assert "of other weights" not in card
+
+
+def test_the_card_quotes_the_columns_that_say_so_in_their_order(make_campaign: MakeCampaign) -> None:
+    """From a metrics.json with every column, as evaluate_adapter writes it."""
+    place = make_campaign()
+    compared = Comparison(0.5, 0.4, -0.1, -0.2, -0.05, 20)
+    comparisons = Comparisons({"designs": dict.fromkeys(COLUMNS, compared)}, {3: {"slot_l1": compared}})
+    folder = place.evaluation_dir("iteration-000001")
+    metrics = metrics_json(comparisons, {}, {}, resamples=10)
+    file = add_file(place.store, f"{folder}/metrics.json", metrics)
+    commit(place.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
+    rows = re.findall(r"^\| ([^|]*?)(?: [↓↑])? \| 0.5 \|", card_of(place), re.MULTILINE)
+    counted = [name for name in quoted("card") for _ in range(2 if name == "slot_l1" else 1)]  # slot_l1.L3 too
+    assert rows == [title_of(name) for name in counted]
+    assert len(rows) < len(COLUMNS)
 
 
 @pytest.mark.parametrize("measured", ["ema.safetensors", "adapter_model.safetensors"])

@@ -20,7 +20,7 @@ import webdataset
 import yaml
 from PIL import Image
 
-from layerloop.components.layers.designs import generate_design, write_designs_parquet
+from layerloop.components.layers.crello import generate_design, write_designs_parquet
 from layerloop.components.layers.stack import composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest

@@ -1,7 +1,7 @@
 """A base with faults to unlearn: the tiny policy, trained on with decompositions of which a share is spoiled.
 
 The 20 B base has faults that supervised training left in it: by Stable-Layers' count (arXiv 2605.30257) 1.65 blank or
-glazed layers a decomposition, and foreground layers that repeat the whole picture. The tiny policy as it ships was
+glazed layers a decomposition, and foreground layers that repeat the complete image. The tiny policy as it ships was
 trained on clean designs and has hardly any of them (0.1), so there is little for reinforcement learning to unlearn. A
 study gives it such faults first. What is spoiled is decided by a hidden coin: a source does not tell, so the policy
 learns both, good decompositions and faulty ones, and chance decides between them.
@@ -19,7 +19,8 @@ import numpy as np
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
 from layerloop.components.policy.tiny import PROMPT, load_tiny_pipeline, save_pipeline
-from layerloop.components.pretrain_policy.transformer import encode_designs, train_transformer
+from layerloop.components.research.pretraining.training import Schedule
+from layerloop.components.research.pretraining.transformer import encode_designs, train_transformer
 
 KINDS = {"left": 0.4, "veil": 0.15, "copy": 0.45}
 LAYERS = (2, 3, 4)
@@ -29,8 +30,8 @@ def spoil(rng: np.random.Generator, stack: np.ndarray) -> np.ndarray:
     """One of three faults, in a copy of a stack `(L, H, W, 4)` uint8 of two or more layers, bottom first.
 
     - left: each upper layer with probability 0.6, one at least, is left in the background and is blank itself.
-    - veil: an upper layer is the whole picture at an alpha of 0.25 to 0.6 (glazed).
-    - copy: an upper layer is the whole picture, opaque (a duplicate).
+    - veil: an upper layer is the complete image at an alpha of 0.25 to 0.6 (glazed).
+    - copy: an upper layer is the complete image, opaque (a duplicate).
     """
     spoiled, upper = stack.copy(), np.arange(1, len(stack))
     kind = rng.choice(list(KINDS), p=list(KINDS.values()))
@@ -67,11 +68,8 @@ def spoil_policy(
         pipeline.transformer,
         data,
         pipeline.encode_prompt(PROMPT)[0].detach(),
-        steps=steps,
-        work=work,
-        seed=seed,
+        Schedule(work=work, steps=steps, batch=64, peak=4e-4, seed=seed),
         shift=pipeline.scheduler.config.shift,
-        peak=4e-4,
     )
     staged = out.with_name(f".{out.name}.new")
     shutil.rmtree(staged, ignore_errors=True)
@@ -81,7 +79,7 @@ def spoil_policy(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m layerloop.components.pretrain_policy.faults",
+        prog="python -m layerloop.components.research.faults",
         description="Train the shipped tiny policy on, on designs of which a share is decomposed badly: a base with "
         "faults to unlearn. Stop it at any time; the same command continues.",
     )

@@ -5,10 +5,22 @@ from __future__ import annotations
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how hard to train, and where the checkpoints go."""
+
+    work: Path
+    steps: int
+    batch: int
+    peak: float  # learning rate
+    seed: int
 
 
 class Averaged:
@@ -37,20 +49,18 @@ class Training:
     busy the machine was do not change what is drawn. Continuing with more `steps` than before raises the rate again.
     """
 
-    def __init__(
-        self, name: str, module: nn.Module, *, steps: int, peak: float, decay: float, checkpoint: Path
-    ) -> None:
-        self.name, self.module, self.checkpoint = name, module, checkpoint
-        self.steps, self.peak = steps, peak
+    def __init__(self, name: str, module: nn.Module, schedule: Schedule, *, decay: float = 0.999) -> None:
+        self.name, self.module, self.schedule = name, module, schedule
+        self.checkpoint = schedule.work / f"{name}.pt"
         self.optimizer = torch.optim.AdamW(
-            module.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+            module.parameters(), lr=schedule.peak, betas=(0.9, 0.98), weight_decay=0.0, fused=True
         )
         self.average = Averaged(module, decay)
         self.step, self.spent = 0, 0.0
         self._tick = time.monotonic()
-        self._saved = self._told = self._tick
-        if checkpoint.exists():
-            state = torch.load(checkpoint, weights_only=True)
+        self._saved = self._logged = self._tick
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, weights_only=True)
             module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average.shadow = state["average"]
@@ -59,15 +69,15 @@ class Training:
 
     @property
     def done(self) -> bool:
-        return self.step >= self.steps
+        return self.step >= self.schedule.steps
 
     def start_clock(self) -> None:
-        """Count from now: making data is no part of a step's time."""
-        self._tick = self._saved = self._told = time.monotonic()
+        """Count from now, so that a step's time does not include making the data."""
+        self._tick = self._saved = self._logged = time.monotonic()
 
     def advance(self, loss: torch.Tensor, clip: float = 1.0) -> None:
         """One optimizer step on `loss`."""
-        rate = learning_rate(self.step / self.steps, self.peak)
+        rate = learning_rate(self.step / self.schedule.steps, self.schedule.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
@@ -86,17 +96,17 @@ class Training:
             self.save()
             self._saved = now
 
-    def tell(self, figures: dict[str, float], every: float = 20.0) -> None:
+    def log(self, figures: dict[str, float], every: float = 20.0) -> None:
         """A progress line every `every` seconds."""
         now = time.monotonic()
-        if now - self._told < every and not self.done:
+        if now - self._logged < every and not self.done:
             return
-        self._told = now
+        self._logged = now
         values = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
         a_step = self.spent / max(1, self.step)
         print(
-            f"{self.name}: step {self.step} of {self.steps}  {1000 * a_step:.0f} ms a step  "
-            f"{a_step * (self.steps - self.step) / 60:.0f} min left  {values}",
+            f"{self.name}: step {self.step} of {self.schedule.steps}  {1000 * a_step:.0f} ms a step  "
+            f"{a_step * (self.schedule.steps - self.step) / 60:.0f} min left  {values}",
             flush=True,
         )
 

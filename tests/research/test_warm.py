@@ -10,7 +10,7 @@ from pathlib import Path
 
 def ask(*requests: str) -> list[dict[str, object]]:
     process = subprocess.run(
-        [sys.executable, "-m", "layerloop.components.runtime.warm"],
+        [sys.executable, "-m", "layerloop.components.research.warm"],
         input="".join(f"{request}\n" for request in requests),
         capture_output=True,
         text=True,

@@ -5,39 +5,59 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import astuple
-from importlib import resources
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from layerloop.components.evaluate_adapter.assess import Row, compare_rows
+from layerloop.components.evaluate_adapter.results import metrics_json
+from layerloop.components.layers.columns import quoted
+from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
-from layerloop.pipelines.results import MEASURES, outcome, write_results
-from layerloop.pipelines.study import Run, Study
+from layerloop.pipelines.research.arms import Run, Study
+from layerloop.pipelines.research.outcomes import outcome
+from layerloop.pipelines.research.page import write_results
+from layerloop.pipelines.research.study import study_recipe
 
-RECIPE = (resources.files("layerloop.pipelines") / "recipes" / "study.yaml").read_text()
-BASE = {"bad_layers": 0.4, "l1_2": 0.1, "l1_3": 0.08, "l1_4": 0.06, "evenness": 0.6}
+# What the base scores; its slot_l1 by layer count.
+BASE = {"bad_layers": 0.4, "evenness": 0.6}
+BASE_L1 = {2: 0.1, 3: 0.08, 4: 0.06}
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     return Study(
-        folder=tmp_path / "study", recipe=RECIPE, base=tmp_path / "base", iterations=2, images=tmp_path / "i",
+        folder=tmp_path / "study", recipe=study_recipe(), base=tmp_path / "base", iterations=2, images=tmp_path / "i",
         designs=tmp_path / "d", judge_urls={},
     )  # fmt: skip
+
+
+def evaluation(base: list[Row], tuned: list[Row]) -> bytes:
+    """The metrics.json that evaluate_adapter writes of these rows."""
+    return metrics_json(compare_rows(base, tuned, resamples=10, seed=0), {}, {}, resamples=10)
+
+
+def design_rows(bad_layers: float, evenness: float, slot_l1: dict[int, float]) -> list[Row]:
+    """A design of each layer count, as evaluate_adapter measures it."""
+    others = dict.fromkeys(quoted("study"), 0.5)
+    same = {**others, "kind": "designs", "bad_layers": bad_layers, "evenness": evenness}
+    return [{**same, "layers": layers, "slot_l1": value} for layers, value in slot_l1.items()]
 
 
 def finished(study: Study, run: Run, *, better: float, alone: float, used: float) -> Run:
     """A campaign with what `outcome` reads: tuned = base times (1 - better), and +-alone, +-used about the reward."""
     place = Campaign.create_or_open(str(study.campaign(run)), parse_recipe(study.recipe_of(run)))
-    metrics = {}
-    for name, (_, key, lower) in MEASURES.items():
-        tuned = BASE[name] * (1 - better if lower else 1 + better)
-        metrics[key] = {"base": BASE[name], "tuned": tuned}
+    base = design_rows(**BASE, slot_l1=BASE_L1)
+    tuned = design_rows(
+        BASE["bad_layers"] * (1 - better),
+        BASE["evenness"] * (1 + better),
+        {layers: value * (1 - better) for layers, value in BASE_L1.items()},
+    )
     folder = place.evaluation_dir(f"iteration-{study.iterations:06d}")
-    place.store.write(f"{folder}/metrics.json", json.dumps({"measures": metrics}).encode())
+    place.store.write(f"{folder}/metrics.json", evaluation(base, tuned))
     for iteration in range(1, study.iterations + 1):
         rows = [
             {"group": group, "reward_phase1": 0.5 + sign * alone, "reward": 0.5 + sign * used}
@@ -54,10 +74,22 @@ def finished(study: Study, run: Run, *, better: float, alone: float, used: float
 def test_an_outcome_is_what_the_files_say(study: Study) -> None:
     found = outcome(study, finished(study, Run("full", 1), better=0.6, alone=0.02, used=0.1))
     assert found.metrics["bad_layers"] == pytest.approx((0.4, 0.16))
+    assert found.metrics["slot_l1.L2"] == pytest.approx((0.1, 0.04))
+    assert found.metrics["slot_l1.L4"] == pytest.approx((0.06, 0.024))
     assert found.metrics["evenness"] == pytest.approx((0.6, 0.96))
     assert found.metrics["reward_std"] == pytest.approx((0.02, 0.1))
     assert found.curve == [(1, 0.5), (2, 0.5)]
     assert all(astuple(spread) == pytest.approx((0.02, 0.1, 0.0, 1.0)) for spread in found.spreads)
+
+
+def test_an_evaluation_that_lacks_a_quoted_measure_is_named(study: Study) -> None:
+    run = finished(study, Run("full", 1), better=0.6, alone=0.02, used=0.1)
+    file = study.campaign(run) / "evaluations" / "iteration-000002" / "metrics.json"
+    metrics = json.loads(file.read_text())
+    del metrics["designs.evenness"]
+    file.write_text(json.dumps(metrics))
+    with pytest.raises(LayerloopError, match=r"full-1/evaluations/iteration-000002 lacks evenness, which the study"):
+        outcome(study, run)
 
 
 def page_of(study: Study, done: list[Run], missing: list[Run], docs: Path) -> str:
@@ -90,7 +122,7 @@ def test_what_did_not_come_out_is_said(study: Study, tmp_path: Path) -> None:
     page = page_of(study, done, [], tmp_path / "docs")
     assert "| bad layers at least halved | -5.0% | **no** |" in page
     assert "| spread of rewards at least doubled by phase 2 | 1.50 | **no** |" in page
-    assert "| bad layers a decomposition: ahead of `phase1_only` | +1.1% | **no** |" in page
+    assert "| bad layers: ahead of `phase1_only` | +1.1% | **no** |" in page
     assert "| `phase1_only` | 0.0000 | 0.0000 | 0.0000 | 0.0000 | 100% | 100% | 0.00 | 0.00 |" in page
 
 
@@ -108,9 +140,9 @@ def test_what_there_is_to_win_back_is_what_the_faults_cost(study: Study, tmp_pat
     """The base's L1 less that of the policy as it ships, at the seeds that both arms have."""
     full = [finished(study, Run("full", seed), better=0.2, alone=0.02, used=0.1) for seed in range(2)]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in list(BASE.items()):
-            patch.setitem(BASE, name, value / 2)
+        for layers, value in list(BASE_L1.items()):
+            patch.setitem(BASE_L1, layers, value / 2)
         shipped = finished(study, Run("shipped_base", 0), better=0.0, alone=0.02, used=0.1)
     page = page_of(study, [*full, shipped], [], tmp_path / "docs")
-    assert "The faults are 50%, 50%, 50% of the base's per-layer L1" in page
+    assert "The faults are 50%, 50%, 50% of the base's per-slot L1" in page
     assert "seed 0): unlearning" in page and "`full` wins back 40%, 40%, 40% of that." in page

@@ -1,26 +1,24 @@
 """`layerloop study`: does the method learn? Arms and seeds of the whole loop on the tiny policy, resumable.
 
 Every run is a campaign of its own under the study's folder; its steps are the pipeline's own, called in a warm process
-(runtime/warm.py) instead of a fresh one each. A run that has its evaluation is done; one that was cut short goes on
-from its head. Studies are read by pipelines/results.py.
+(components/research/warm.py) instead of a fresh one each. A run that has its evaluation is done; one that was cut short
+continues from its head. arms.py says what is run, outcomes.py reads what came out, page.py writes it down.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.resources
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
-
-import yaml
 
 from layerloop.components.reference_judge.identity import FINE, NAME
 from layerloop.components.schema.errors import LayerloopError
@@ -28,109 +26,9 @@ from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.schema.runtime import TINY
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.runtime import VARIABLE
+from layerloop.pipelines.research.arms import LAYERS, Run, Study, plan
 
 TRAINING_DESIGNS, HELD_OUT_DESIGNS, SEED = 240, 144, 20260529
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to learn: what it changes of the study's recipe, and with how many seeds it is run."""
-
-    what: str
-    seeds: int
-    changes: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One campaign of a study."""
-
-    arm: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.arm}-{self.seed}"
-
-
-# `mean` has its own clip: its log-ratios are smaller than those of `sum_rescale` by about s sqrt(D) (D = 3,072 to 6,144
-# here), so the same number would never clip.
-ARMS: dict[str, Arm] = {
-    "full": Arm("the whole method: two phases, sum-and-rescale RatioNorm, CPS noise in the first steps", 5, {}),
-    "phase1_only": Arm("without the side-by-side phase", 5, {"judge": {"phase2": {"enabled": False}}}),
-    "mean_ratio": Arm(
-        "Flow-GRPO's mean log-ratio instead of sum-and-rescale", 3,
-        {"update": {"ratio_norm": "mean", "clip_low": 3e-4, "clip_high": 3e-4}},
-    ),
-    "nft": Arm("DiffusionNFT on deterministic rollouts", 3, {"update": {"algorithm": "nft"}}),
-    "window_middle": Arm("window over steps 2 to 5", 1, {"rollout": {"window": {"start": 2}}}),
-    "window_late": Arm(
-        "window over the last stochastic steps, shared prefix", 1,
-        {"rollout": {"window": {"start": 3}, "share_prefix": True}},
-    ),
-    "eta_low": Arm("noise level 0.4", 1, {"rollout": {"noise": {"eta": 0.4}}}),
-    "eta_high": Arm("noise level 0.9", 1, {"rollout": {"noise": {"eta": 0.9}}}),
-    "flow_sde": Arm("Flow-SDE noise of level 1.0", 1, {"rollout": {"noise": {"dynamics": "flow_sde", "eta": 1.0}}}),
-    "full_fine": Arm("the whole method, with a judge that is fine alone too", 3, {"judge": {"model": FINE}}),
-    "phase1_fine": Arm(
-        "without the side-by-side phase, with a judge that is fine alone too", 3,
-        {"judge": {"model": FINE, "phase2": {"enabled": False}}},
-    ),
-    "shipped_base": Arm("the tiny policy as it ships, which has few faults to unlearn", 1, {"model": {"base": "tiny"}}),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Study:
-    """Where a study lives and what it covers."""
-
-    folder: Path
-    recipe: str  # YAML text of the arm `full`, but for its base
-    base: Path  # the faulty base
-    iterations: int
-    images: Path
-    designs: Path
-    judge_urls: Mapping[str, str]  # model -> base URL
-
-    def recipe_of(self, run: Run) -> str:
-        """YAML of a run's recipe: the study's, changed by the arm, with the run's seed.
-
-        Raises:
-            LayerloopError: the result is no valid recipe.
-        """
-        own = {"seed": run.seed, "model": {"base": str(self.base.resolve())}}
-        text = yaml.safe_dump(merged(merged(yaml.safe_load(self.recipe), own), ARMS[run.arm].changes))
-        parse_recipe(text)
-        return text
-
-    def campaign(self, run: Run) -> Path:
-        return self.folder / run.name
-
-    def done(self, run: Run) -> bool:
-        """Whether a run has its evaluation."""
-        return (self.campaign(run) / "evaluations" / f"iteration-{self.iterations:06d}" / "manifest.json").exists()
-
-
-def plan(arms: Sequence[str]) -> list[Run]:
-    """All runs, first seeds first, so that a study that is cut short compares arms on equal terms.
-
-    Raises:
-        LayerloopError: an arm is unknown.
-    """
-    for arm in arms:
-        if arm not in ARMS:
-            raise LayerloopError(f"arm {arm} is not known: choose from {', '.join(ARMS)}")
-    runs = [Run(arm, seed) for arm in arms for seed in range(ARMS[arm].seeds)]
-    return sorted(runs, key=lambda run: (run.seed, arms.index(run.arm)))
-
-
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` laid over it, section by section."""
-    result = dict(base)
-    for key, value in changes.items():
-        inner = result.get(key)
-        result[key] = merged(inner or {}, value) if isinstance(value, Mapping) else value
-    return result
 
 
 def run_study(study: Study, runs: Sequence[Run], *, jobs: int, hours: float) -> list[Run]:
@@ -198,7 +96,7 @@ def warm_steps(logs: Path, *, threads: int) -> Iterator[WarmSteps]:
     environment = (
         {VARIABLE: json.dumps(TINY)} | os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     )
-    command = [sys.executable, "-m", "layerloop.components.runtime.warm"]
+    command = [sys.executable, "-m", "layerloop.components.research.warm"]
     while True:  # two threads may count the same number
         path = logs / f"{number:03d}.log"
         try:
@@ -276,8 +174,7 @@ def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, job
         LayerloopError: an unknown arm, or a step failed.
     """
     from layerloop.pipelines.demo import reference_judge
-    from layerloop.pipelines.inputs import recipe_text
-    from layerloop.pipelines.results import write_results
+    from layerloop.pipelines.research.page import write_results
 
     runs = plan(arms)
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,7 +185,7 @@ def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, job
         reference_judge(folder / "judge-fine.log", "--fine") as fine_url,
     ):
         whole = Study(
-            folder=folder, recipe=recipe_text("study"), base=base, iterations=iterations, images=images,
+            folder=folder, recipe=study_recipe(), base=base, iterations=iterations, images=images,
             designs=designs, judge_urls={NAME: judge_url, FINE: fine_url},
         )  # fmt: skip
         done = run_study(whole, runs, jobs=jobs, hours=hours)
@@ -297,14 +194,19 @@ def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, job
     return 0 if len(done) == len(runs) else 1
 
 
+def study_recipe() -> str:
+    """YAML text of the recipe that the arms change."""
+    return (importlib.resources.files(__package__) / "study.yaml").read_text()
+
+
 def make_base(folder: Path) -> Path:
-    """The base with faults to unlearn, trained once (components/pretrain_policy/faults.py), in a process of its own.
+    """The base with faults to unlearn, trained once (components/research/faults.py), in a process of its own.
 
     Raises:
         LayerloopError: the training failed; what it said is above.
     """
     out = folder / "base"
-    command = [sys.executable, "-m", "layerloop.components.pretrain_policy.faults", str(out)]
+    command = [sys.executable, "-m", "layerloop.components.research.faults", str(out)]
     if status := subprocess.run([*command, "--work", str(folder / "base-training")]).returncode:
         raise LayerloopError(f"training the study's base ended with status {status}: {' '.join(command)}")
     return out
@@ -318,13 +220,14 @@ def make_designs(folder: Path) -> tuple[Path, Path]:
     import numpy as np
     from PIL import Image
 
-    from layerloop.components.layers.designs import composite, generate_design, render_design, write_designs_parquet
+    from layerloop.components.layers.crello import generate_design, render_design, write_designs_parquet
+    from layerloop.components.layers.stack import flatten
 
     images.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(SEED)
-    designs = [generate_design(rng, layers=2 + n % 3) for n in range(TRAINING_DESIGNS + HELD_OUT_DESIGNS)]
+    designs = [generate_design(rng, layers=LAYERS[n % len(LAYERS)]) for n in range(TRAINING_DESIGNS + HELD_OUT_DESIGNS)]
     for number, design in enumerate(designs[:TRAINING_DESIGNS]):
-        Image.fromarray(composite(render_design(design))).save(images / f"design-{number:03}.png")
+        Image.fromarray(flatten(render_design(design), "black")).save(images / f"design-{number:03}.png")
     temporary = held_out.with_suffix(".tmp")
     write_designs_parquet(temporary, designs[TRAINING_DESIGNS:])
     temporary.rename(held_out)

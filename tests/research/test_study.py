@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
-from layerloop.pipelines.results import interval
-from layerloop.pipelines.study import ARMS, Run, Study, merged, plan
-
-RECIPE = (resources.files("layerloop.pipelines") / "recipes" / "study.yaml").read_text()
+from layerloop.pipelines.research.arms import ARMS, Run, Study, merged, plan
+from layerloop.pipelines.research.outcomes import interval
+from layerloop.pipelines.research.study import study_recipe
 
 
 def study(folder: Path) -> Study:
     return Study(
-        folder=folder, recipe=RECIPE, base=folder / "base", iterations=2, images=folder / "i", designs=folder / "d",
-        judge_urls={},
+        folder=folder, recipe=study_recipe(), base=folder / "base", iterations=2, images=folder / "i",
+        designs=folder / "d", judge_urls={},
     )  # fmt: skip
 
 

@@ -9,9 +9,10 @@ import torch
 from diffusers import QwenImageLayeredPipeline
 from torch import Tensor
 
-from layerloop.components.layers.designs import composite, render_sketches
-from layerloop.components.pretrain_policy.autoencoder import decode_frames
-from layerloop.components.pretrain_policy.transformer import Latents, encode_designs
+from layerloop.components.layers.designs import render_sketches
+from layerloop.components.layers.stack import flatten
+from layerloop.components.research.pretraining.autoencoder import decode_frames
+from layerloop.components.research.pretraining.transformer import Latents, encode_designs
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def compare(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     iou = np.minimum(p_alpha, t_alpha).sum((-2, -1)) / np.maximum(np.maximum(p_alpha, t_alpha).sum((-2, -1)), 1e-6)
     seen = t_alpha > 0
     rgb = (np.abs(p[..., :3] - t[..., :3]).mean(-1) * seen).sum((-2, -1)) / (seen.sum((-2, -1)) + 1e-8)
-    again = np.abs(composite(predicted).astype(np.float32) - composite(truth)).mean() / 255
+    again = np.abs(flatten(predicted, "black").astype(np.float32) - flatten(truth, "black")).mean() / 255
     return {
         "alpha_iou": float(iou[:, 1:].mean()),
         "alpha_iou_0": float(iou[:, 0].mean()),
@@ -78,7 +79,7 @@ def compare(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 def composite_everywhere(truth: np.ndarray) -> np.ndarray:
     """The trivial answer: every layer is the whole picture, opaque."""
-    whole = composite(truth)[:, None].repeat(truth.shape[1], axis=1)
+    whole = flatten(truth, "black")[:, None].repeat(truth.shape[1], axis=1)
     return np.concatenate([whole, np.full((*whole.shape[:-1], 1), 255, np.uint8)], axis=-1)
 
 
@@ -101,5 +102,7 @@ def contact_sheet(stacks: np.ndarray, *, zoom: int = 1) -> np.ndarray:
     board = (np.indices((height, width)) // 8).sum(0) % 2 * 50 + 180
     alpha = stacks[..., 3:].astype(np.float32) / 255
     shown = (stacks[..., :3] * alpha + board[..., None] * (1 - alpha)).astype(np.uint8)
-    rows = [np.concatenate([composite(stack), *tiles], axis=1) for stack, tiles in zip(stacks, shown, strict=True)]
+    rows = [
+        np.concatenate([flatten(stack, "black"), *tiles], axis=1) for stack, tiles in zip(stacks, shown, strict=True)
+    ]
     return np.concatenate(rows, axis=0).repeat(zoom, 0).repeat(zoom, 1)

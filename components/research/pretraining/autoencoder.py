@@ -8,7 +8,6 @@ they are set to zero and stay so.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -23,25 +22,30 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
 )
 from torch import Tensor, nn
 
-from layerloop.components.layers.designs import composite, photo_crops, render_sketches
-from layerloop.components.pretrain_policy.training import Training
+from layerloop.components.layers.designs import render_sketches
+from layerloop.components.layers.photos import photo_crops
+from layerloop.components.layers.stack import flatten
+from layerloop.components.research.pretraining.training import Schedule, Training
 
 LATENT_NOISE = 0.05  # what the decoder learns to bear: the flow's own errors are of this size
 
 
-def prepare_autoencoder(vae: AutoencoderKLQwenImage) -> None:
+def prepare_autoencoder(vae: AutoencoderKLQwenImage, *, seed: int) -> None:
     """Start as a linear map that keeps the scale of its signal: residual branches at zero, all other kernels at unit
     gain.
 
     With the modules' own initialisation every convolution shrinks the signal, the norms divide by what is left of it,
     and colour, which travels as that scale, is hardly learnt. Temporal slices that a single frame never meets are
-    cleared.
+    cleared. The same `seed` gives the same weights.
     """
+    generator = torch.Generator().manual_seed(seed)
     for module in vae.modules():
         if isinstance(module, QwenImageCausalConv3d | nn.Conv2d):
             nn.init.zeros_(module.weight)
             kernel = module.weight[:, :, -1] if isinstance(module, QwenImageCausalConv3d) else module.weight
-            nn.init.normal_(kernel, std=(kernel.shape[1] * kernel.shape[2] * kernel.shape[3]) ** -0.5)
+            nn.init.normal_(
+                kernel, std=(kernel.shape[1] * kernel.shape[2] * kernel.shape[3]) ** -0.5, generator=generator
+            )
             nn.init.zeros_(cast(Tensor, module.bias))
     for module in vae.modules():
         if isinstance(module, QwenImageResidualBlock):
@@ -139,7 +143,7 @@ def draw_frames(rng: np.random.Generator, *, designs: int, side: int) -> Tensor:
     parts = []
     for layers in (2, 3, 4, 5):
         stacks = render_sketches(rng, count=designs // 4, layers=layers, size=(side, side))
-        parts.append(_opaque(composite(stacks)))
+        parts.append(_opaque(flatten(stacks, "black")))
         chosen = rng.permuted(np.tile(np.arange(layers), (len(stacks), 1)), axis=1)[:, :2]
         parts.append(np.take_along_axis(stacks, chosen[:, :, None, None, None], axis=1).reshape(-1, side, side, 4))
     parts.append(_opaque(photo_crops(rng, count=designs // 2, size=(side, side))))
@@ -170,42 +174,36 @@ def _batch(frames: Tensor, generator: torch.Generator, size: int) -> Tensor:
 
 def train_autoencoder(
     vae: AutoencoderKLQwenImage,
+    schedule: Schedule,
     *,
-    steps: int,
-    work: Path,
-    seed: int,
     designs: int = 12_000,
     side: int = 64,
-    batch: int = 32,
-    peak: float = 1e-3,
 ) -> None:
-    """Train `vae` in place over `steps` steps and set its latent statistics; continues from `work`/autoencoder.pt."""
-    prepare_autoencoder(vae)
+    """Train `vae` in place and set its latent statistics; continues from autoencoder.pt of the schedule's work folder.
+
+    The frames come from `designs` designs of `side` pixels squared.
+    """
+    prepare_autoencoder(vae, seed=schedule.seed)
     vae.train().requires_grad_(True)
-    training = Training("autoencoder", vae, steps=steps, peak=peak, decay=0.999, checkpoint=work / "autoencoder.pt")
-    _learn_to_reconstruct(training, vae, encode_too=True, seed=seed, designs=designs, side=side, batch=batch)
+    training = Training("autoencoder", vae, schedule)
+    _learn_to_reconstruct(training, vae, encode_too=True, seed=schedule.seed, designs=designs, side=side)
     training.average.copy_to(vae)
     vae.eval().requires_grad_(False)
-    _finish(vae, draw_frames(np.random.default_rng((seed, 2)), designs=400, side=side))
+    _finish(vae, draw_frames(np.random.default_rng((schedule.seed, 2)), designs=400, side=side))
 
 
 def refine_decoder(
     vae: AutoencoderKLQwenImage,
+    schedule: Schedule,
     *,
-    steps: int,
-    work: Path,
-    seed: int,
     designs: int = 12_000,
     side: int = 64,
-    batch: int = 32,
-    peak: float = 6e-4,
 ) -> None:
-    """Train the decoder alone over `steps` more steps: the latents, and a transformer trained on them, stay as they
-    are."""
+    """Train the decoder alone for longer: the latents, and a transformer trained on them, stay as they are."""
     vae.eval().requires_grad_(False)
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder]).train().requires_grad_(True)
-    training = Training("decoder", decoder, steps=steps, peak=peak, decay=0.999, checkpoint=work / "decoder.pt")
-    _learn_to_reconstruct(training, vae, encode_too=False, seed=seed + 1, designs=designs, side=side, batch=batch)
+    training = Training("decoder", decoder, schedule)
+    _learn_to_reconstruct(training, vae, encode_too=False, seed=schedule.seed + 1, designs=designs, side=side)
     training.average.copy_to(decoder)
     decoder.eval().requires_grad_(False)
 
@@ -218,7 +216,6 @@ def _learn_to_reconstruct(
     seed: int,
     designs: int,
     side: int,
-    batch: int,
 ) -> None:
     if training.done:
         return
@@ -227,7 +224,7 @@ def _learn_to_reconstruct(
     training.start_clock()
     while not training.done:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + training.step)
-        images = _batch(frames, generator, batch)
+        images = _batch(frames, generator, training.schedule.batch)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.set_grad_enabled(encode_too):
                 latents, _ = encode_frames(vae, images)
@@ -235,7 +232,7 @@ def _learn_to_reconstruct(
             terms = autoencoder_loss(decode_frames(vae, latents + LATENT_NOISE * noise), images)
             loss = sum(terms.values()) + 1e-4 * latents.float().square().mean()
         training.advance(loss)
-        training.tell({name: value.item() for name, value in terms.items()})
+        training.log({name: value.item() for name, value in terms.items()})
 
 
 @torch.no_grad()

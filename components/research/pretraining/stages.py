@@ -2,8 +2,8 @@
 
 Four stages, each resumable from the work folder: the autoencoder learns to carry RGBA frames, the transformer learns to
 decompose on its latents, the decoder alone learns for longer (the latents stay), and the export measures all of it on
-held-out designs and writes the folder that `layerloop.components.policy.tiny.tiny_folder` names. This is no pod of the
-DAG: it makes what the repository ships.
+held-out designs and writes the folder that `layerloop.components.policy.tiny.tiny_folder` names. It is not
+a pod of the DAG: it makes what the repository ships.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,78 +22,89 @@ from PIL import Image
 
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.policy.tiny import PROMPT, build_tiny_pipeline, save_pipeline
-from layerloop.components.pretrain_policy.autoencoder import (
+from layerloop.components.research.pretraining.autoencoder import (
     draw_frames,
     measure_autoencoder,
     refine_decoder,
     train_autoencoder,
 )
-from layerloop.components.pretrain_policy.measure import (
+from layerloop.components.research.pretraining.measure import (
     compare,
     composite_everywhere,
     contact_sheet,
     measure_policy,
     sample,
 )
-from layerloop.components.pretrain_policy.training import restore_average
-from layerloop.components.pretrain_policy.transformer import Latents, draw_latents, encode_designs, train_transformer
+from layerloop.components.research.pretraining.training import Schedule, restore_average
+from layerloop.components.research.pretraining.transformer import (
+    Latents,
+    draw_latents,
+    encode_designs,
+    train_transformer,
+)
 
 STAGES = ("autoencoder", "transformer", "decoder", "export")
 
 
-def run(
-    *,
-    work: Path,
-    out: Path,
-    stages: Sequence[str] = STAGES,
-    autoencoder_steps: int = 4000,
-    transformer_steps: int = 12000,
-    decoder_steps: int = 2000,
-    frames_from: int = 12_000,
-    designs: int = 40_000,
-    measured: int = 48,
-    seed: int = 0,
-) -> None:
-    """Pretrain by `stages`; checkpoints go to `work`, the finished pipeline to `out`.
+@dataclass(frozen=True)
+class Pretraining:
+    """What to train, for how long and on how much; the defaults made the weights that ship."""
 
-    `frames_from` is how many designs the autoencoder's frames are taken from, `designs` how many the transformer sees,
-    `measured` how many of every layer count the export is measured on.
+    work: Path  # checkpoints
+    out: Path  # the finished pipeline
+    stages: Sequence[str] = STAGES
+    autoencoder_steps: int = 4000
+    transformer_steps: int = 12000
+    decoder_steps: int = 2000
+    frames_from: int = 12_000  # designs that the autoencoder's frames are taken from
+    designs: int = 40_000  # that the transformer sees
+    measured: int = 48  # designs of every layer count that the export is measured on
+    seed: int = 0
+
+    def schedule(self, steps: int, *, batch: int, peak: float) -> Schedule:
+        return Schedule(work=self.work, steps=steps, batch=batch, peak=peak, seed=self.seed)
+
+
+def run(p: Pretraining) -> None:
+    """Pretrain by stages.
+
+    Raises:
+        FileNotFoundError: a stage lacks what an earlier one makes; the message names that stage.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    pipeline = build_tiny_pipeline(seed=seed)
+    p.work.mkdir(parents=True, exist_ok=True)
+    pipeline = build_tiny_pipeline(seed=p.seed)
     prompt = pipeline.encode_prompt(PROMPT)[0].detach()
 
-    encoder_folder = work / "vae"
-    if "autoencoder" in stages:
-        train_autoencoder(pipeline.vae, steps=autoencoder_steps, work=work, seed=seed, designs=frames_from)
+    encoder_folder = p.work / "vae"
+    if "autoencoder" in p.stages:
+        schedule = p.schedule(p.autoencoder_steps, batch=32, peak=1e-3)
+        train_autoencoder(pipeline.vae, schedule, designs=p.frames_from)
         pipeline.vae.save_pretrained(encoder_folder)
     elif encoder_folder.is_dir():
         pipeline.vae = type(pipeline.vae).from_pretrained(encoder_folder).eval().requires_grad_(False)
     else:
         raise FileNotFoundError(f"{encoder_folder} does not exist: run the stage `autoencoder` first")
 
-    if "transformer" in stages:
+    if "transformer" in p.stages:
         train_transformer(
             pipeline.transformer,
-            _latents(pipeline.vae, designs=designs, seed=seed, cache=work / "latents.pt"),
+            _latents(pipeline.vae, designs=p.designs, seed=p.seed, cache=p.work / "latents.pt"),
             prompt,
-            steps=transformer_steps,
-            work=work,
-            seed=seed,
+            p.schedule(p.transformer_steps, batch=64, peak=1e-3),
             shift=pipeline.scheduler.config.shift,
         )
-    if "decoder" in stages:
-        refine_decoder(pipeline.vae, steps=decoder_steps, work=work, seed=seed, designs=frames_from)
-        pipeline.vae.save_pretrained(work / "vae-refined")
-    elif (work / "vae-refined").is_dir():
-        pipeline.vae = type(pipeline.vae).from_pretrained(work / "vae-refined").eval().requires_grad_(False)
-    if "export" in stages:
-        steps = restore_average(pipeline.transformer, work / "transformer.pt")
-        export(pipeline, prompt, work=work, out=out, steps=steps, designs=measured)
+    if "decoder" in p.stages:
+        refine_decoder(pipeline.vae, p.schedule(p.decoder_steps, batch=32, peak=6e-4), designs=p.frames_from)
+        pipeline.vae.save_pretrained(p.work / "vae-refined")
+    elif (p.work / "vae-refined").is_dir():
+        pipeline.vae = type(pipeline.vae).from_pretrained(p.work / "vae-refined").eval().requires_grad_(False)
+    if "export" in p.stages:
+        steps = restore_average(pipeline.transformer, p.work / "transformer.pt")
+        export(pipeline, prompt, work=p.work, out=p.out, steps=steps, designs=p.measured)
 
 
 def _latents(vae: AutoencoderKLQwenImage, *, designs: int, seed: int, cache: Path) -> list[Latents]:
-    """The encoded designs, kept in `cache` so that a resumed training does not encode them anew."""
+    """The encoded designs, kept in `cache` so that a resumed training does not encode them again."""
     if cache.exists():
         return [Latents(layers, tuple(grid), frames) for layers, grid, frames in torch.load(cache, weights_only=True)]
     data = draw_latents(vae, designs=designs, seed=seed)
@@ -154,7 +166,7 @@ def _rounded(value: object) -> object:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m layerloop.components.pretrain_policy",
+        prog="python -m layerloop.components.research.pretraining",
         description="Pretrain the tiny layered policy on generated designs and export it in diffusers' layout. "
         "Stop it at any time; the same command continues.",
     )
@@ -187,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     try:
-        run(**vars(parser.parse_args(arguments)))
+        run(Pretraining(**vars(parser.parse_args(arguments))))
     except FileNotFoundError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -11,7 +11,7 @@ from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.measure import bad, blank, duplicate, glazed
 from layerloop.components.layers.stack import composite
 from layerloop.components.policy.model import LayeredPolicy
-from layerloop.components.pretrain_policy import faults
+from layerloop.components.research import faults
 from layerloop.components.schema.recipe import ModelRecipe
 
 STACKS = [

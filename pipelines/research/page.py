@@ -1,121 +1,20 @@
-"""What a study found: docs/results.json, docs/RESULTS.md and its curves, from the campaigns of pipelines/study.py.
-
-Every number is read from what the steps committed: evaluations' metrics.json and scores.parquet.
-"""
+"""The study's page: docs/RESULTS.md, docs/results.json and the curves, from the outcomes of its runs."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerloop.components.layers.columns import better_of, title_of
 from layerloop.components.reference_judge.identity import FINE, NAME
 from layerloop.components.schema.recipe import Recipe, parse_recipe
-from layerloop.components.storage.campaign import Campaign
-from layerloop.pipelines.study import ARMS, Run, Study
+from layerloop.pipelines.research.arms import ARMS, LAYERS, Run, Study
+from layerloop.pipelines.research.outcomes import REWARD_STD, Interval, Outcome, interval, mean, outcome
 
-# metric -> (title, name in metrics.json, whether lower is better)
-MEASURES: dict[str, tuple[str, str, bool]] = {
-    "bad_layers": ("bad layers a decomposition", "designs.bad_layers", True),
-    "l1_2": ("per-layer RGB L1, 2 layers", "designs.slot_l1.L2", True),
-    "l1_3": ("per-layer RGB L1, 3 layers", "designs.slot_l1.L3", True),
-    "l1_4": ("per-layer RGB L1, 4 layers", "designs.slot_l1.L4", True),
-    "evenness": ("feature evenness", "designs.evenness", False),
-}
-REWARD_STD = "reward_std"
-TWIN = {"phase1_fine": "full_fine"}  # arm -> what it is compared with, where that is not `full`
-TIED = 1e-4  # deviation below which a group's rewards are all the same
-# Two-sided 95 % quantile of Student's t by degrees of freedom.
-STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
-@dataclass(frozen=True)
-class Spread:
-    """How rewards differ within groups, averaged over the groups of an iteration."""
-
-    alone: float  # standard deviation of the phase-1 reward
-    used: float  # of the reward that the advantages are made of
-    tied: float  # share of groups whose phase-1 rewards are all the same
-    agreement: float  # correlation of the two
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One finished run: metric -> (base, tuned), and its rewards by iteration."""
-
-    run: Run
-    metrics: Mapping[str, tuple[float, float]]
-    curve: Sequence[tuple[int, float]]  # (iteration, mean phase-1 reward)
-    spreads: Sequence[Spread]  # by iteration
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean over seeds with a 95 % t-interval; `half` is None for a single seed."""
-
-    mean: float
-    half: float | None
-    n: int
-
-    def __str__(self) -> str:
-        mean = f"{self.mean:.4f}".replace("-0.0000", "0.0000")
-        return mean if self.half is None else f"{mean} ± {self.half:.4f}"
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """Student's 95 % confidence interval of the mean of independent seeds."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return Interval(mean, None, n)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1))
-    return Interval(mean, STUDENT.get(n - 1, 1.96) * deviation / math.sqrt(n), n)
-
-
-def outcome(study: Study, run: Run) -> Outcome:
-    """Read one finished run."""
-    import pyarrow.parquet as pq
-
-    place = Campaign.open(str(study.campaign(run)))
-    metrics = json.loads(place.store.read(f"evaluations/iteration-{study.iterations:06d}/metrics.json"))
-    found = {name: _pair(metrics, key) for name, (_, key, _) in MEASURES.items()}
-    curve, spreads = [], []
-    for iteration in range(1, study.iterations + 1):
-        table = pq.read_table(io.BytesIO(place.store.read(f"{place.scores_dir(iteration)}/scores.parquet")))
-        rows = [row for row in table.to_pylist() if row["reward"] is not None]
-        alone = [row["reward_phase1"] for row in rows]
-        curve.append((iteration, sum(alone) / len(alone)))
-        spreads.append(_spread(rows))
-    found[REWARD_STD] = (_mean([spread.alone for spread in spreads]), _mean([spread.used for spread in spreads]))
-    return Outcome(run, found, curve, spreads)
-
-
-def _pair(metrics: Mapping[str, Any], key: str) -> tuple[float, float]:
-    measured = metrics["measures"][key] if "measures" in metrics else metrics[key]
-    return float(measured["base"]), float(measured["tuned"])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _spread(rows: Sequence[Mapping[str, Any]]) -> Spread:
-    groups: dict[int, list[tuple[float, float]]] = {}
-    for row in rows:
-        groups.setdefault(row["group"], []).append((row["reward_phase1"], row["reward"]))
-    alone, used, agreement = [], [], []
-    for pairs in groups.values():
-        first, final = ([pair[column] for pair in pairs] for column in (0, 1))
-        alone.append(statistics.pstdev(first))
-        used.append(statistics.pstdev(final))
-        if min(alone[-1], used[-1]) >= TIED:
-            agreement.append(statistics.correlation(first, final))
-    tied = [float(deviation < TIED) for deviation in alone]
-    return Spread(_mean(alone), _mean(used), _mean(tied), _mean(agreement) if agreement else 0.0)
+COMPARED_WITH = {"phase1_fine": "full_fine"}  # arm -> the other, where that is not `full`
 
 
 def write_results(study: Study, done: Sequence[Run], planned: Sequence[Run], docs: Path) -> Path:
@@ -192,7 +91,7 @@ def _setting(study: Study, recipe: Recipe) -> str:
 {recipe.update.learning_rate:g}. Then it measures base and tuned policy on {measured} from the same noise.
 
 **The base** is the tiny policy that ships with layerloop, trained on with designs of which 60 % are decomposed badly:
-things left in the background, veils, copies of the whole picture (`components/pretrain_policy/faults.py`). The 20 B
+things left in the background, veils, copies of the whole picture (`components/research/faults.py`). The 20 B
 base has such faults from its own training, 1.65 bad layers a decomposition (arXiv 2605.30257); the tiny policy as it
 ships has hardly any, and arm `shipped_base` shows what learning does to it.
 
@@ -222,18 +121,20 @@ def _expectations(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
 
     bad = interval([_relative(*item.metrics["bad_layers"]) for item in full])
     line("bad layers at least halved", bad, lambda change: change <= -0.5, percent=True)
-    for layers in (2, 3, 4):
-        l1 = interval([_relative(*item.metrics[f"l1_{layers}"]) for item in full])
-        line(f"per-layer RGB L1 at least 10 % lower, {layers} layers", l1, lambda change: change <= -0.1, percent=True)
+    for layers in LAYERS:
+        l1 = interval([_relative(*item.metrics[f"slot_l1.L{layers}"]) for item in full])
+        line(f"per-slot RGB L1 at least 10 % lower, {layers} layers", l1, lambda change: change <= -0.1, percent=True)
     even = interval([_relative(*item.metrics["evenness"]) for item in full])
     line("evenness up", even, lambda change: change > 0, percent=True)
     spread = interval([b / a if a else math.inf for a, b in (item.metrics[REWARD_STD] for item in full)])
     line("spread of rewards at least doubled by phase 2", spread, lambda ratio: ratio >= 2)
     if pairs := [(item, alone[item.run.seed]) for item in full if item.run.seed in alone]:
-        for name, (title, _, lower) in MEASURES.items():
+        for name in full[0].measures:
+            if (wanted := better_of(_column(name))) is None:
+                continue
             relative = interval([_relative(b.metrics[name][1], a.metrics[name][1]) for a, b in pairs])
-            better: Callable[[float], bool] = (lambda gap: gap < 0) if lower else (lambda gap: gap > 0)
-            line(f"{title}: ahead of `phase1_only`", relative, better, percent=True)
+            better: Callable[[float], bool] = (lambda gap: gap < 0) if wanted == "lower" else (lambda gap: gap > 0)
+            line(f"{_title(name)}: ahead of `phase1_only`", relative, better, percent=True)
         lines += [
             "",
             "How much phase 2 can add to phase 1 depends on the judge: the closer the agreement of both within groups",
@@ -244,23 +145,23 @@ def _expectations(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 def _room(full: Sequence[Outcome], shipped: Sequence[Outcome]) -> str:
-    """How much of the per-layer L1 the base's faults cost, which is what there is to win back, and how much of it is
+    """How much of the per-slot L1 the base's faults cost, which is what there is to win back, and how much of it is
     won: per layer count, over the seeds that both arms have. `shipped` began as the base was before its faults."""
     before = {item.run.seed: item for item in shipped}
     pairs = [(item, before[item.run.seed]) for item in full if item.run.seed in before]
     if not pairs:
         return ""
     cost, won = [], []
-    for layers in (2, 3, 4):
-        of = f"l1_{layers}"
-        base = _mean([item.metrics[of][0] for item, _ in pairs])
-        tuned = _mean([item.metrics[of][1] for item, _ in pairs])
-        whole = _mean([item.metrics[of][0] for _, item in pairs])
+    for layers in LAYERS:
+        of = f"slot_l1.L{layers}"
+        base = mean([item.metrics[of][0] for item, _ in pairs])
+        tuned = mean([item.metrics[of][1] for item, _ in pairs])
+        whole = mean([item.metrics[of][0] for _, item in pairs])
         cost.append(f"{(base - whole) / base:.0%}" if base else "0%")
         won.append(f"{(base - tuned) / (base - whole):.0%}" if base > whole else "none")
     seeds = ", ".join(str(item.run.seed) for item, _ in pairs)
     return f"""
-The faults are {", ".join(cost)} of the base's per-layer L1 at 2, 3 and 4 layers (against the policy as it ships;
+The faults are {", ".join(cost)} of the base's per-slot L1 at 2, 3 and 4 layers (against the policy as it ships;
 seed {seeds}): unlearning them can lower it by no more. `full` wins back {", ".join(won)} of that.
 """
 
@@ -268,15 +169,27 @@ seed {seeds}): unlearning them can lower it by no more. `full` wins back {", ".j
 def _measures_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
     lines = ["| arm | measure | seeds | base | tuned | change |", "|---|---|---|---|---|---|"]
     for arm, items in by_arm.items():
-        for name, (title, _, _) in MEASURES.items():
+        for name in items[0].measures:
             base = interval([item.metrics[name][0] for item in items])
             tuned = interval([item.metrics[name][1] for item in items])
             change = interval([_relative(*item.metrics[name]) for item in items])
             shown = f"{change.mean:+.1%}" + (f" ± {change.half:.1%}" if change.half is not None else "")
-            lines.append(f"| `{arm}` | {title} | {base.n} | {base.mean:.4f} | {tuned} | {shown} |")
+            lines.append(f"| `{arm}` | {_title(name)} | {base.n} | {base.mean:.4f} | {tuned} | {shown} |")
     lines.append("")
     lines += [f"- `{arm}`: {ARMS[arm].what}" for arm in by_arm]
     return "\n".join(lines) + "\n"
+
+
+def _column(name: str) -> str:
+    """The column of an evaluation's table: `slot_l1` of `slot_l1.L2`."""
+    return name.partition(".")[0]
+
+
+def _title(name: str) -> str:
+    """A measure in a sentence: `per-slot RGB L1, 2 layers` of `slot_l1.L2`."""
+    column, _, layers = name.partition(".L")
+    title = title_of(column)
+    return title[0].lower() + title[1:] + (f", {layers} layers" if layers else "")
 
 
 def _relative(base: float, tuned: float) -> float:
@@ -302,25 +215,26 @@ def _early_and_late(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
         cells = []
         for field, form in (("alone", ".4f"), ("used", ".4f"), ("tied", ".0%"), ("agreement", ".2f")):
             for part in (slice(fifth), slice(count - fifth, count)):
-                value = _mean([_mean([getattr(spread, field) for spread in item.spreads[part]]) for item in items])
+                value = mean([mean([getattr(spread, field) for spread in item.spreads[part]]) for item in items])
                 cells.append(format(value, form))
         lines.append(f"| `{arm}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _comparison_table(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
+    names = next(iter(by_arm.values()))[0].measures
     lines = [
-        "| arm | against | " + " | ".join(title for title, _, _ in MEASURES.values()) + " |",
-        "|---" * (2 + len(MEASURES)) + "|",
+        "| arm | against | " + " | ".join(_title(name) for name in names) + " |",
+        "|---" * (2 + len(names)) + "|",
     ]
     for arm, items in by_arm.items():
-        twin = TWIN.get(arm, "full")
-        others = {item.run.seed: item for item in by_arm.get(twin, ())}
+        other = COMPARED_WITH.get(arm, "full")
+        others = {item.run.seed: item for item in by_arm.get(other, ())}
         pairs = [(item, others[item.run.seed]) for item in items if item.run.seed in others]
-        if arm == twin or not pairs:
+        if arm == other or not pairs:
             continue
-        cells = [str(interval([a.metrics[name][1] - b.metrics[name][1] for a, b in pairs])) for name in MEASURES]
-        lines.append(f"| `{arm}` | `{twin}` | " + " | ".join(cells) + " |")
+        cells = [str(interval([a.metrics[name][1] - b.metrics[name][1] for a, b in pairs])) for name in names]
+        lines.append(f"| `{arm}` | `{other}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Steps run one after another in one process that stays warm: `python -m layerloop.components.runtime.warm`.
+"""Steps run one after another in one process that stays warm: `python -m layerloop.components.research.warm`.
 
 On the tiny policy a step's own work takes a second or two, less than importing torch, so a study of hundreds of
 iterations would spend its hours on imports. This process reads one request a line on standard input,

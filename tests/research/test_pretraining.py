@@ -6,19 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from layerloop.components.layers.designs import composite, render_sketches
+from layerloop.components.layers.designs import render_sketches
+from layerloop.components.layers.stack import flatten
 from layerloop.components.policy.tiny import PROMPT, build_tiny_pipeline
-from layerloop.components.pretrain_policy.attention import real_arithmetic
-from layerloop.components.pretrain_policy.autoencoder import (
+from layerloop.components.research.pretraining.attention import real_arithmetic
+from layerloop.components.research.pretraining.autoencoder import (
     autoencoder_loss,
     decode_frames,
     encode_frames,
     prepare_autoencoder,
 )
-from layerloop.components.pretrain_policy.measure import compare, composite_everywhere, contact_sheet, sample
-from layerloop.components.pretrain_policy.step import main
-from layerloop.components.pretrain_policy.training import Training, learning_rate
-from layerloop.components.pretrain_policy.transformer import draw_sigmas, encode_designs, flow_loss, normalise, pack
+from layerloop.components.research.pretraining.measure import compare, composite_everywhere, contact_sheet, sample
+from layerloop.components.research.pretraining.stages import main
+from layerloop.components.research.pretraining.training import Schedule, Training, learning_rate
+from layerloop.components.research.pretraining.transformer import (
+    draw_sigmas,
+    encode_designs,
+    flow_loss,
+    normalise,
+    pack,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +57,24 @@ def test_frames_are_encoded_and_decoded_as_videos_of_one_frame(pipeline):
 
 def test_a_prepared_autoencoder_keeps_the_scale_of_its_signal():
     vae = build_tiny_pipeline().vae
-    prepare_autoencoder(vae)
+    prepare_autoencoder(vae, seed=0)
     frames = torch.rand(4, 4, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
         latents, _ = encode_frames(vae, frames)
         out = decode_frames(vae, latents)
     assert 0.2 < latents.std() < 3
     assert 0.1 < out.std() < 3
+
+
+def test_a_pretraining_follows_from_its_seed():
+    """The autoencoder's start too: it is drawn from a generator of its own, not from torch's."""
+    weights = []
+    for seed in (1, 1, 2):
+        vae = build_tiny_pipeline(vae_dim=8, blocks=1, heads=1).vae
+        prepare_autoencoder(vae, seed=seed)
+        weights.append(vae.decoder.conv_in.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 def test_colour_counts_by_alpha_in_the_loss():
@@ -96,7 +114,7 @@ def test_encoded_designs_begin_with_the_condition(pipeline):
     assert data.grid == (4, 2)
     assert data.shapes == [(1, 4, 2)] * 5
     assert data.frames.shape == (2, 4 * 8, 64)
-    whole = np.concatenate([composite(stacks), np.full((2, 64, 32, 1), 255, np.uint8)], axis=-1)
+    whole = np.concatenate([flatten(stacks, "black"), np.full((2, 64, 32, 1), 255, np.uint8)], axis=-1)
     with torch.no_grad():
         mean, _ = encode_frames(pipeline.vae, torch.from_numpy(whole).permute(0, 3, 1, 2).float() / 127.5 - 1)
     assert torch.allclose(data.frames[:, :8].float(), pack(normalise(pipeline.vae, mean)), atol=0.1)  # bfloat16
@@ -156,7 +174,7 @@ def test_a_training_continues_with_its_optimizer_and_average(tmp_path):
     def make():
         torch.manual_seed(0)
         module = torch.nn.Linear(3, 1)
-        return module, Training("line", module, steps=20, peak=0.1, decay=0.9, checkpoint=tmp_path / "line.pt")
+        return module, Training("line", module, Schedule(work=tmp_path, steps=20, batch=8, peak=0.1, seed=0), decay=0.9)
 
     x, y = torch.randn(8, 3, generator=torch.Generator().manual_seed(1)), torch.ones(8, 1)
     module, training = make()

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from torch import Tensor
 
-from layerloop.components.layers.designs import composite, render_sketches
-from layerloop.components.pretrain_policy.attention import real_arithmetic
-from layerloop.components.pretrain_policy.autoencoder import encode_frames
-from layerloop.components.pretrain_policy.training import Training
+from layerloop.components.layers.designs import render_sketches
+from layerloop.components.layers.stack import flatten
+from layerloop.components.research.pretraining.attention import real_arithmetic
+from layerloop.components.research.pretraining.autoencoder import encode_frames
+from layerloop.components.research.pretraining.training import Schedule, Training
 
 # (width, height) and the share of the designs: sides are multiples of 16, as sources are rounded to
 SIZES = (((64, 64), 0.6), ((64, 48), 0.15), ((48, 64), 0.15), ((64, 32), 0.05), ((32, 64), 0.05))
@@ -61,7 +61,7 @@ def encode_designs(
     """Latents of designs (N, L, H, W, 4) uint8; `whole` (N, H, W, 4) is what they decompose, by default their
     composite."""
     count, layers, height, width = stacks.shape[:4]
-    whole = (composite(stacks) if whole is None else whole)[..., :3]
+    whole = (flatten(stacks, "black") if whole is None else whole)[..., :3]
     opaque = np.concatenate([whole, np.full((*whole.shape[:-1], 1), 255, np.uint8)], axis=-1)
     frames = torch.from_numpy(np.concatenate([opaque[:, None], stacks], axis=1).reshape(-1, height, width, 4))
     parts = []
@@ -119,35 +119,32 @@ def train_transformer(
     transformer: QwenImageTransformer2DModel,
     data: Sequence[Latents],
     prompt: Tensor,
+    schedule: Schedule,
     *,
-    steps: int,
-    work: Path,
-    seed: int,
     shift: float,
-    batch: int = 64,
-    peak: float = 1e-3,
 ) -> None:
-    """Train `transformer` in place over `steps` steps; continues from `work`/transformer.pt."""
+    """Train `transformer` in place; continues from transformer.pt of the schedule's work folder.
+
+    `shift` is the scheduler's, by which the noise levels are drawn.
+    """
     transformer.train().requires_grad_(True)
-    training = Training(
-        "transformer", transformer, steps=steps, peak=peak, decay=0.999, checkpoint=work / "transformer.pt"
-    )
+    training = Training("transformer", transformer, schedule)
     weights = torch.tensor([float(len(part.frames)) for part in data])
     training.start_clock()
     running = {part.layers: 0.0 for part in data}
     with real_arithmetic(transformer):
         while not training.done:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + training.step)
+            generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + training.step)
             part = data[int(torch.multinomial(weights, 1, generator=generator))]
-            picked = torch.randint(len(part.frames), (batch,), generator=generator)
+            picked = torch.randint(len(part.frames), (schedule.batch,), generator=generator)
             x0 = part.frames[picked].float()
             noise = torch.randn(x0.shape, generator=generator)
-            sigmas = draw_sigmas(generator, batch, shift)
+            sigmas = draw_sigmas(generator, schedule.batch, shift)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = flow_loss(transformer, part, x0, noise, sigmas, prompt)
             training.advance(loss)
             value, before = loss.item(), running[part.layers]
             running[part.layers] = 0.98 * before + 0.02 * value if before else value
-            training.tell({f"loss at {layers} layers": running[layers] for layers in sorted(running)})
+            training.log({f"loss at {layers} layers": running[layers] for layers in sorted(running)})
     training.average.copy_to(transformer)
     transformer.eval().requires_grad_(False)

@@ -1,3 +1,0 @@
-from layerloop.components.pretrain_policy.step import main
-
-main()

@@ -1,0 +1,1 @@
+"""Research about the project, which is not installed: pretraining of the tiny policy, and what the study runs."""

@@ -1,0 +1,3 @@
+from layerloop.components.research.pretraining.stages import main
+
+main()
