@@ -30,8 +30,7 @@ from layerloop.components.score_rollouts.calibration import (
     spread,
     win_rates,
 )
-from layerloop.components.score_rollouts.rollouts import Candidate, Group
-from layerloop.components.storage.images import decode_png
+from layerloop.components.storage.groups import Candidate, Group
 
 Scores = dict[str, float]
 T = TypeVar("T")
@@ -71,7 +70,7 @@ class Scorer:
 
     async def score(self, group: Group) -> ScoredGroup:
         """Both phases of one group. Failures are masks; LayerloopError only if there is no judge any more."""
-        source = await asyncio.to_thread(lambda: picture(fitted(decode_png(group.source), self.recipe.resolution)))
+        source = await asyncio.to_thread(lambda: picture(fitted(group.image(), self.recipe.resolution)))
         judgements = [Judgement(candidate) for candidate in group.candidates]
         async with asyncio.TaskGroup() as tasks:
             for judgement in judgements:
@@ -112,7 +111,7 @@ class Scorer:
         recipe = self.recipe
         stack = judgement.candidate.stack()
         if recipe.artifact_penalty:
-            wrong = bad(stack) | duplicate(stack, decode_png(group.source)[..., :3])
+            wrong = bad(stack) | duplicate(stack, group.image()[..., :3])
             judgement.penalty = recipe.artifact_penalty * float(wrong.mean())
         sized = fitted(stack, recipe.resolution)
         if recipe.phase2.enabled:

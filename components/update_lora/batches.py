@@ -17,7 +17,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.update_lora.nft import draw, forward_process
 from layerloop.components.update_lora.plan import Microbatch
-from layerloop.components.update_lora.trajectories import Group
+from layerloop.components.update_lora.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _column(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)
 
 
-def surrogate_batch(microbatch: Microbatch, group: Group, prompt_embeds: Tensor, recipe: Recipe) -> Batch:
+def surrogate_batch(microbatch: Microbatch, group: Trajectories, prompt_embeds: Tensor, recipe: Recipe) -> Batch:
     """Points are steps of the stored SDE window; scalars of the schedule as the rollout computed them."""
     record = group.record
     coefficients = COEFFICIENTS[record.dynamics]
@@ -66,7 +66,7 @@ def surrogate_batch(microbatch: Microbatch, group: Group, prompt_embeds: Tensor,
     )  # fmt: skip
 
 
-def nft_batch(microbatch: Microbatch, group: Group, prompt_embeds: Tensor, recipe: Recipe) -> Batch:
+def nft_batch(microbatch: Microbatch, group: Trajectories, prompt_embeds: Tensor, recipe: Recipe) -> Batch:
     """Points are times of the forward process from a candidate's final latents; times and noise from hashed seeds."""
     record, count = group.record, recipe.update.nft.timesteps
     drawn = {
@@ -86,12 +86,15 @@ def nft_batch(microbatch: Microbatch, group: Group, prompt_embeds: Tensor, recip
     )  # fmt: skip
 
 
-BATCHES: dict[str, Callable[[Microbatch, Group, Tensor, Recipe], Batch]] = {"grpo": surrogate_batch, "nft": nft_batch}
+BATCHES: dict[str, Callable[[Microbatch, Trajectories, Tensor, Recipe], Batch]] = {
+    "grpo": surrogate_batch,
+    "nft": nft_batch,
+}
 
 
 def _batch(
     microbatch: Microbatch,
-    group: Group,
+    group: Trajectories,
     prompt_embeds: Tensor,
     *,
     latents: Tensor,

@@ -28,14 +28,14 @@ from layerloop.components.update_lora.nft import nft_loss, optimality
 from layerloop.components.update_lora.objective import clipped_surrogate, gaussian_kl, log_ratio, reweighting
 from layerloop.components.update_lora.plan import Microbatch, OptimizerStep
 from layerloop.components.update_lora.state import TrainingState
-from layerloop.components.update_lora.trajectories import Group
+from layerloop.components.update_lora.trajectories import Trajectories
 
 
 def learn(
     policy: LayeredPolicy,
     state: TrainingState,
     steps: Sequence[OptimizerStep],
-    groups: Mapping[int, Group],
+    groups: Mapping[int, Trajectories],
     prompt_embeds: Tensor,
     recipe: Recipe,
     *,

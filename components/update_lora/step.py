@@ -67,7 +67,7 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
     from layerloop.components.update_lora.learner import learn, timesteps_of
     from layerloop.components.update_lora.plan import plan_steps
     from layerloop.components.update_lora.state import TrainingState
-    from layerloop.components.update_lora.trajectories import Expected, read_groups
+    from layerloop.components.update_lora.trajectories import Expected, read_trajectories
 
     with process_group() as device:
         with failing_together():
@@ -93,7 +93,7 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
                 number, policy.fingerprint, adapter, recipe.update.algorithm, timesteps_of(recipe),
                 token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
             )  # fmt: skip
-            groups = read_groups(place.store, rollouts, wanted, expected)
+            groups = read_trajectories(place.store, rollouts, wanted, expected)
             state = TrainingState.resume(policy, recipe.update, place.store, previous, number)
         prompt_embeds = _prompt_embeds(place).to(device, policy.dtype)
         diagnostics = learn(policy, state, steps, groups, prompt_embeds, recipe, iteration=number)
