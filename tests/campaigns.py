@@ -27,7 +27,7 @@ from layerloop.components.storage.delivered import AVERAGE, SAMPLING
 from layerloop.components.storage.groups import SampledGroup, samples_of
 from layerloop.components.storage.images import encode_png
 from layerloop.components.storage.manifests import add_file, commit
-from layerloop.components.storage.rollouts import commit_group, manifest_name, shard_name
+from layerloop.components.storage.rollouts import commit_group, shard_name
 from layerloop.components.storage.shards import Sample, write_shard
 
 if TYPE_CHECKING:
@@ -149,6 +149,11 @@ class CampaignBuilder:
             own = samples_of(group) if samples is None else [s for s in samples if s[0].startswith(key)]
             shard = write_shard(self.store, shard_name(folder, record.group), own)
             commit_group(self.store, folder, record, shard, model_calls=1)
+
+    def forget(self, iteration: int) -> None:
+        """Delete the groups of an iteration, but not what earlier versions named by worker."""
+        for name in self.store.list(f"{self.campaign.rollouts_dir(iteration)}/g"):
+            self.store.delete(name)
 
     def _sampled(self, iteration: int, policy: LayeredPolicy | None) -> list[SampledGroup]:
         if policy is not None or iteration > 1:
@@ -393,12 +398,13 @@ def drawn_group(
 
 
 def lay_out_by_worker(
-    campaign: Campaign, iteration: int, *, workers: int, complete: Sequence[int] | None = None
+    campaign: Campaign, iteration: int, *, workers: int, complete: Sequence[int] | None = None, keep: bool = False
 ) -> None:
     """Lay an iteration's rollouts out as earlier versions did: shards numbered by worker, a manifest per worker.
 
     Args:
         complete: workers that finished; the others have written their shards and no manifest. All by default.
+        keep: leave the groups that are named by group beside them.
     """
     folder, store = campaign.rollouts_dir(iteration), campaign.store
     groups = campaign.rollouts(iteration)
@@ -433,6 +439,5 @@ def lay_out_by_worker(
         )
         if complete is None or worker in complete:
             commit(store, f"{stem}.json", manifest)
-    for group in groups:
-        store.delete(shard_name(folder, group))
-        store.delete(manifest_name(folder, group))
+    if not keep:
+        CampaignBuilder(campaign).forget(iteration)

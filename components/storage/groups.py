@@ -136,48 +136,46 @@ def read_group(store: Store, shard: Shard, iteration: int, number: int, *, layer
         pictures, tensors = suffix.endswith(".png"), suffix.endswith(".safetensors")
         return suffix == "json" or (layers and pictures) or (latents and tensors)
 
-    samples = read_shard(store, shard, required=("json",), wanted=wanted)
-    group: Group | None = None
+    group: GroupRecord | None = None
+    own: Mapping[str, bytes] = {}
     candidates: list[Candidate] = []
-    for key, members in samples:
+    for key, members in read_shard(store, shard, required=("json",), wanted=wanted):
         where = f"{store.uri}/{shard.name}:{key}"
         if group is None:
-            record = GroupRecord.from_json(members["json"], where=f"{where}.json")
-            _same(where, "iteration", record.iteration, iteration)
-            _same_key(where, key, group_key(record.iteration, record.group))
-            _same(where, "group", record.group, number)
+            _same(where, key, "is where", group_key(iteration, number), "should be")
+            group, own = GroupRecord.from_json(members["json"], where=f"{where}.json"), members
+            _of_iteration(where, group.iteration, iteration)
+            _same(where, key, "holds the record of", group_key(group.iteration, group.group))
             _require(where, members, [SOURCE] * layers + [CONDITION] * latents)
-            group = Group(record, (), members, where)
             continue
-        own = CandidateRecord.from_json(members["json"], where=f"{where}.json")
-        _same_key(where, key, candidate_key(own.iteration, own.group, own.candidate))
-        _same(where, "iteration", own.iteration, iteration)
-        _same(where, "group", own.group, number)
-        names = [_layer(index) for index in range(group.record.layers)]
-        _require(where, members, names * layers + [TRAJECTORY] * latents)
-        candidates.append(Candidate(own, group.record, members, where))
+        _same(where, key, "is where", candidate_key(iteration, number, len(candidates)), "should be")
+        record = CandidateRecord.from_json(members["json"], where=f"{where}.json")
+        _of_iteration(where, record.iteration, iteration)
+        _same(where, key, "holds the record of", candidate_key(record.iteration, record.group, record.candidate))
+        _require(where, members, [_layer(n) for n in range(group.layers)] * layers + [TRAJECTORY] * latents)
+        candidates.append(Candidate(record, group, members, where))
+    where = f"{store.uri}/{shard.name}"
     if group is None:
-        raise LayerloopError(f"{store.uri}/{shard.name} is empty: {REMEDY}")
-    found = [candidate.record.candidate for candidate in candidates]
-    if found != list(range(group.record.group_size)):
+        raise LayerloopError(f"{where} is empty: {REMEDY}")
+    if len(candidates) != group.group_size:
         raise LayerloopError(
-            f"{group.where} has candidates {found}, not each of 0 to {group.record.group_size - 1} in order: {REMEDY}"
+            f"{where} has {len(candidates)} candidates, its group's record says {group.group_size}: {REMEDY}"
         )
-    return Group(group.record, tuple(candidates), group.members, group.where)
+    return Group(group, tuple(candidates), own, f"{where}:{group_key(iteration, number)}")
 
 
 def _layer(index: int) -> str:
     return f"layer{index}.png"
 
 
-def _same(where: str, what: str, found: int, wanted: int) -> None:
+def _same(where: str, key: str, relation: str, wanted: str, end: str = "") -> None:
+    if key != wanted:
+        raise LayerloopError(f"{where} {f'{relation} {wanted} {end}'.strip()}: {REMEDY}")
+
+
+def _of_iteration(where: str, found: int, wanted: int) -> None:
     if found != wanted:
-        raise LayerloopError(f"{where} is of {what} {found}, not {wanted}: {REMEDY}")
-
-
-def _same_key(where: str, key: str, own: str) -> None:
-    if key != own:
-        raise LayerloopError(f"{where} holds the record of {own}: {REMEDY}")
+        raise LayerloopError(f"{where} is of iteration {found}, not {wanted}: {REMEDY}")
 
 
 def _require(where: str, members: Mapping[str, bytes], names: Sequence[str]) -> None:

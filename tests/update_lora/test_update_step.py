@@ -484,7 +484,7 @@ def no_tensors(samples: list[Sample]) -> list[Sample]:
         (swapped_candidates, "i000001-g000003-c02 holds the record of i000001-g000003-c03: delete"),
         (
             lambda samples: samples[:1] + samples[2:],
-            "i000001-g000000 has candidates [1, 2, 3], not each of 0 to 3 in order: delete",
+            "g000000.tar:i000001-g000000-c01 is where i000001-g000000-c00 should be: delete",
         ),
     ],
     ids=[
