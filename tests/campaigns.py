@@ -46,11 +46,13 @@ def varied(iteration: int, group: int, candidate: int) -> float | None:
     return (seed_for(iteration, group, candidate) % 1000) / 1000
 
 
-def save_tiny_base(folder: Path, *, blocks: int = 2) -> Path:
-    """A complete diffusers folder of an untrained layered model: blocks of 16 channels, 16 pixels a token."""
+def save_tiny_base(folder: Path, **sizes: int) -> Path:
+    """A complete diffusers folder of an untrained layered model: two blocks of 16 channels, 16 pixels a token, unless
+    `build_tiny_pipeline` is given other `sizes`."""
     from layerloop.components.policy.tiny import build_tiny_pipeline, save_pipeline
 
-    save_pipeline(build_tiny_pipeline(vae_dim=8, blocks=blocks, heads=1, head_dim=16), folder)
+    small = {"vae_dim": 8, "blocks": 2, "heads": 1, "head_dim": 16}
+    save_pipeline(build_tiny_pipeline(**small | sizes), folder)
     return folder
 
 

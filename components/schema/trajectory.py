@@ -43,7 +43,7 @@ class GroupRecord(Record):
     width: int = Field(ge=1)  # pixels
     latent_height: int = Field(ge=1)  # h, packed tokens
     latent_width: int = Field(ge=1)  # w, packed tokens
-    sigmas: tuple[float, ...]  # steps+1 values from 1 to 0, float32 values written exactly
+    sigmas: tuple[float, ...]  # steps+1 values that fall from at most 1 to 0, float32 values written exactly
     window_start: int = Field(ge=0)  # index of the first SDE step
     window_size: int = Field(ge=0)  # 0: no SDE step at all (NFT)
     dynamics: Literal["flow_sde", "cps", "ode"]
@@ -59,7 +59,9 @@ class GroupRecord(Record):
         steps = len(self.sigmas) - 1
         falling = all(a > b for a, b in itertools.pairwise(self.sigmas))
         if steps < 1 or not falling or self.sigmas[0] > 1 or self.sigmas[-1] != 0:
-            raise ValueError(f"sigmas is {list(self.sigmas)}, not 2 values or more that fall from 1 to 0: {REMEDY}")
+            raise ValueError(
+                f"sigmas is {list(self.sigmas)}, not 2 values or more that fall from at most 1 to 0: {REMEDY}"
+            )
         end = self.window_start + self.window_size
         if end > (steps - 1 if self.window_size else steps):
             raise ValueError(

@@ -12,7 +12,7 @@ import torch
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.storage.campaign import Campaign
 
-from ..campaigns import CampaignBuilder
+from ..campaigns import CampaignBuilder, save_tiny_base
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,11 +20,17 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base of 64 channels: with fewer, a matrix product's last bit may depend on where its operands lie in memory."""
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "base", heads=2, head_dim=32, seed=3)
+
+
 MakeCampaign = Callable[..., Campaign]
 
 
 @pytest.fixture
-def make_campaign(tiny_base: Path, tmp_path: Path) -> MakeCampaign:
+def make_campaign(base_folder: Path, tmp_path: Path) -> MakeCampaign:
     """`make_campaign(uri=..., sizes=..., rollout={...}, ...)`: a campaign of a random tiny policy with five images."""
     made = 0
 
@@ -37,7 +43,7 @@ def make_campaign(tiny_base: Path, tmp_path: Path) -> MakeCampaign:
         nonlocal made
         made += 1
         rollout = {"groups": 4, "group_size": 3, "steps": 4, "min_layers": 1, "max_layers": 3, "batch_size": 2}
-        model = {"base": str(tiny_base), "dtype": "float32"} | sections.pop("model", {})
+        model = {"base": str(base_folder), "dtype": "float32"} | sections.pop("model", {})
         recipe = Recipe.model_validate(
             {
                 "name": "test",

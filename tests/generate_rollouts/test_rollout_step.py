@@ -47,7 +47,7 @@ def commit_policy(campaign: Campaign, folder: Path, *, iteration: int = 1, scale
     return CampaignBuilder(campaign).adapter(iteration, scale=scale, folder=folder)
 
 
-def test_a_group_is_one_image_with_g_candidates_and_all_that_the_next_steps_need(make_campaign, tiny_base) -> None:  # type: ignore[no-untyped-def]
+def test_a_group_is_one_image_with_g_candidates_and_all_that_the_next_steps_need(make_campaign, base_folder) -> None:  # type: ignore[no-untyped-def]
     campaign = make_campaign()
     result = run(campaign=campaign.uri)
     manifest = result.manifests["rollouts"]
@@ -339,13 +339,13 @@ def test_forward_process_learning_stores_final_latents_of_pure_heun(make_campaig
     assert torch.equal(inference.final[0], stored["final"])
 
 
-def test_a_base_on_s3_is_fetched_once(make_campaign, tiny_base, s3_bucket, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_base_on_s3_is_fetched_once(make_campaign, base_folder, s3_bucket, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     from layerloop.components.storage.stores import open_store
 
     store = open_store(f"{s3_bucket}/model")
-    for path in tiny_base.rglob("*.*"):
+    for path in base_folder.rglob("*.*"):
         if path.is_file():
-            store.upload(path.relative_to(tiny_base).as_posix(), path)
+            store.upload(path.relative_to(base_folder).as_posix(), path)
     monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "cache"))
     local, remote = make_campaign(), make_campaign(uri=f"{s3_bucket}/campaign", model={"base": f"{s3_bucket}/model"})
     for campaign in (local, remote):
@@ -416,7 +416,7 @@ def test_an_adapter_of_another_base_is_refused(make_campaign, tmp_path) -> None:
     save_file(state, folder / "adapter_model.safetensors")
     files = tuple(add_file(campaign.store, f"{campaign.policy_dir(1)}/{p.name}", p) for p in sorted(folder.iterdir()))
     commit(campaign.store, f"{campaign.policy_dir(1)}/manifest.json", Manifest(kind="policy", iteration=1, files=files))
-    with pytest.raises(LayerloopError, match=r"has shape 2x96, the base needs 2x16"):
+    with pytest.raises(LayerloopError, match=r"has shape 2x96, the base needs 2x64"):
         run(campaign=campaign.uri)
     assert campaign.committed_groups(2) == {}
 

@@ -477,7 +477,7 @@ def no_tensors(samples: list[Sample]) -> list[Sample]:
         (changed_record(etas=[0.7]), "etas is [0.7], not one positive value for each of the 2 steps of the window"),
         (changed_record(etas=[0.7, 0.0]), "etas is [0.7, 0.0], not one positive value"),
         (changed_record(sigmas=[1.0, 0.0]), "window_start is 0 and window_size 2, but sigmas has 1 steps"),
-        (changed_record(sigmas=[1.0]), "sigmas is [1.0], not 2 values or more that fall from 1 to 0"),
+        (changed_record(sigmas=[1.0]), "sigmas is [1.0], not 2 values or more that fall from at most 1 to 0"),
         (changed_record(sigmas=[1, 0.8, 0.8, 0.5, 0.2, 0]), "sigmas is [1.0, 0.8, 0.8, 0.5, 0.2, 0.0], not 2 values"),
         (changed_record(dynamics="ode"), "dynamics is 'ode', which is not stochastic, but window_size is 2"),
         (changed_record(group=2), "i000001-g000003 holds the record of i000001-g000002: delete"),
