@@ -44,17 +44,25 @@ def _sources(campaign: Campaign) -> str:
 
 def _row(campaign: Campaign, number: int, head: int) -> list[str]:
     """One iteration, whatever of it is committed."""
-    workers = campaign.worker_manifests(number)
+    sampled, planned = len(campaign.sampled_groups(number)), campaign.recipe.rollout
     scores = campaign.find(campaign.scores_dir(number))
     policy = campaign.find(campaign.policy_dir(number))
-    state = "done" if policy else "scored" if scores else f"rollouts of {len(workers)} workers" if workers else "begun"
+    state = (
+        "done"
+        if policy
+        else "scored"
+        if scores
+        else f"{sampled} of {planned.groups} groups sampled"
+        if sampled
+        else "begun"
+    )
     if policy and number == head:
         state = "done, head"
     groups = policy.counts.get("groups") if policy else None
     return [
         str(number),
-        str(sum(manifest.counts.get("groups", 0) for manifest in workers.values())),
-        str(sum(manifest.counts.get("candidates", 0) for manifest in workers.values())),
+        str(sampled),
+        str(sampled * planned.group_size),
         _count(scores, "candidates_masked"),
         _metric(scores, "reward_mean"),
         _metric(scores, "reward_std_within_group"),

@@ -1,4 +1,4 @@
-"""Fixtures that several packages' tests share: a real S3 server, and a store of either kind."""
+"""Fixtures that several packages' tests share: a real S3 server, a store of either kind, and a tiny base model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from .campaigns import save_tiny_base
 
 BUCKET = "layerloop-tests"
 
@@ -75,3 +77,9 @@ def s3_bucket(s3_environment: dict[str, str]) -> str:
 def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URI of an empty store: the test runs once in a local folder and once on S3."""
     return str(tmp_path / "store") if request.param == "folder" else str(request.getfixturevalue("s3_bucket"))
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained layered model, for tests that leave it as it is."""
+    return save_tiny_base(tmp_path_factory.mktemp("tiny") / "base")

@@ -52,6 +52,7 @@ def test_imports_run_one_way() -> None:
     [
         ("components/generate_rollouts/step.py", "from layerloop.components.update_lora import step"),
         ("components/storage/stores.py", "from layerloop.components.runtime import progress"),
+        ("components/storage/s3.py", "from layerloop.components.storage import stores"),
         ("components/policy/model.py", "from layerloop.components.layers import stack"),
         ("components/schema/seeds.py", "from layerloop.components.storage import stores"),
         ("components/update_lora/step.py", "import kfp"),

@@ -1,14 +1,11 @@
-"""One group, from an image to the samples of its shard."""
+"""One group, from an image to its candidates."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Iterator
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from layerloop.components.generate_rollouts.plan import GroupPlan, initial_seed, step_seed
 from layerloop.components.layers.measure import bad_layers
@@ -16,49 +13,8 @@ from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.sampling import Plan, Trajectory, rollout
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import Recipe
-from layerloop.components.schema.trajectory import CandidateRecord, GroupRecord, candidate_key, group_key
-from layerloop.components.storage.images import encode_png
-from layerloop.components.storage.shards import Sample
-
-
-@dataclasses.dataclass(frozen=True)
-class SampledGroup:
-    """A sampled group, on the CPU: `image[H, W, 4]` and `stacks[G, L, H, W, 4]` uint8, `condition[h*w, 64]`,
-    `window[G, w+1, S, 64]` and `final[G, S, 64]` float32."""
-
-    record: GroupRecord
-    image: np.ndarray
-    condition: torch.Tensor
-    seeds: list[int]
-    window: torch.Tensor
-    final: torch.Tensor
-    stacks: np.ndarray
-
-    @property
-    def bad_layers(self) -> float:
-        """Blank or glazed layers in a decomposition, on average."""
-        return float(np.mean([bad_layers(stack) for stack in self.stacks]))
-
-    def samples(self) -> Iterator[Sample]:
-        """What its shard holds, encoded as it is asked for."""
-        record = self.record
-        members = {"json": record.to_json(), "source.png": encode_png(self.image)}
-        members["condition.safetensors"] = save({"condition": self.condition})
-        yield group_key(record.iteration, record.group), members
-        for candidate, (seed, stack) in enumerate(zip(self.seeds, self.stacks, strict=True)):
-            latents = {"final": self.final[candidate].contiguous()}
-            if record.window_size:
-                latents["window"] = self.window[candidate].contiguous()
-            own = CandidateRecord(
-                iteration=record.iteration,
-                group=record.group,
-                candidate=candidate,
-                image_key=record.image_key,
-                seed=seed,
-            )
-            layers = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(stack)}
-            members = {"json": own.to_json(), "trajectory.safetensors": save(latents), **layers}
-            yield candidate_key(record.iteration, record.group, candidate), members
+from layerloop.components.schema.trajectory import GroupRecord
+from layerloop.components.storage.groups import SampledGroup
 
 
 def sample_group(
@@ -116,12 +72,17 @@ def sample_group(
     return SampledGroup(
         record=record,
         image=image,
-        condition=condition.latents[0].cpu(),
+        condition=condition.latents[0].cpu().numpy(),
         seeds=seeds,
-        window=trajectory.window.cpu(),
-        final=trajectory.final.cpu(),
+        window=trajectory.window.cpu().numpy(),
+        final=trajectory.final.cpu().numpy(),
         stacks=np.concatenate([policy.layers_uint8(one, height, width) for one in trajectory.final.split(1)]),
     )
+
+
+def mean_bad_layers(stacks: np.ndarray) -> float:
+    """Blank or glazed layers in one of `stacks[G, L, H, W, 4]` uint8, on average."""
+    return float(np.mean([bad_layers(stack) for stack in stacks]))
 
 
 def opaque(image: np.ndarray) -> np.ndarray:

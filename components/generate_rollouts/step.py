@@ -1,7 +1,7 @@
 """Sample candidate decompositions: for each of this worker's groups one image, one layer count, G candidates, of which
 the latents in the stochastic window and the decoded layers are kept.
 
-Under torchrun every rank samples its share of the worker's groups, and rank 0 commits.
+Under torchrun every rank samples its share of the worker's groups, and commits them one by one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
 from layerloop.components.generate_rollouts.plan import GroupPlan, plan_iteration
 from layerloop.components.generate_rollouts.sources import read_images, train_images
 from layerloop.components.policy.at import LoadedPolicy, policy_at
@@ -20,7 +22,6 @@ from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import (
     all_reduce_sum,
-    broadcast_json,
     failing_together,
     process_group,
     rank,
@@ -29,19 +30,18 @@ from layerloop.components.runtime.distributed import (
 )
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.manifest import Manifest, Shard
-from layerloop.components.schema.trajectory import GroupRecord, candidate_key, group_key
+from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.trajectory import REMEDY, GroupRecord
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.manifests import already_committed, commit
-from layerloop.components.storage.shards import existing_shard, read_shard, write_shard
+from layerloop.components.storage.manifests import verify
+from layerloop.components.storage.rollouts import commit_group, resume_group, write_group
 
 if TYPE_CHECKING:
     import torch
 
-    from layerloop.components.generate_rollouts.candidates import SampledGroup
     from layerloop.components.policy.model import LayeredPolicy
 
-Finished = tuple[Shard, GroupRecord]
+_COUNTS = ("groups", "candidates", "layers", "model_calls")  # in the manifest of every group
 
 
 def run(
@@ -55,6 +55,8 @@ def run(
 ) -> StepResult:
     """Sample one iteration's rollouts with the policy of the iteration before it.
 
+    Every group is committed on its own, so an interrupted iteration is finished by any number of workers.
+
     Args:
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
@@ -66,7 +68,8 @@ def run(
 
     Raises:
         LayerloopError: no such worker; the sources or the policy before this iteration are not committed; the model
-            cannot be loaded or does not fit the images; NaN in latents. Nothing is committed then.
+            cannot be loaded or does not fit the images, or is not the one that other groups of the iteration were
+            sampled with; NaN in latents. Groups that were finished until then stay committed.
     """
     begun = time.monotonic()
     if not 0 <= worker < workers:
@@ -75,39 +78,37 @@ def run(
     number = place.head() + 1 if iteration is None else iteration
     if number < 1:
         raise LayerloopError(f"iteration is {number}: iterations count from 1")
-    stem = f"{place.rollouts_dir(number)}/w{worker:02d}of{workers:02d}"
-    if (done := already_committed(place.store, f"{stem}.json", log=log)) is not None:
-        return _result(done)
+    mine = range(place.recipe.rollout.groups)[worker::workers]
+    committed = place.committed_groups(number, mine)
+    earlier = worker_manifest(number, committed, worker=worker, workers=workers)
+    verify(place.store, earlier)
+    if len(committed) == len(mine):
+        log(f"{place.uri}/{place.rollouts_dir(number)} of worker {worker} of {workers} is committed already")
+        return _result(earlier)
 
     from layerloop.components.policy.sharding import dummy_forwards
 
     with process_group() as device:
         with failing_together():
             sources = place.sources()
-            groups = plan_iteration(place.recipe, number, train_images(sources))[worker::workers]
-            names = {plan.group: f"{stem}-{n:06d}.tar" for n, plan in enumerate(groups)}
+            plans = plan_iteration(place.recipe, number, train_images(sources))[worker::workers]
             sharded = shares_base(place.runtime.model)
             here = policy_at(place, number - 1, device=device, sharded=sharded, loaded=loaded)
             policy, prompt, adapter = here.policy, here.prompt, here.adapter_sha256
-            finished: dict[int, Finished] = {}
+            _check_same_policy(committed, number, policy.fingerprint, adapter)
+            finished: dict[int, Manifest] = {}
             todo: list[GroupPlan] = []
-            for plan in groups[rank() :: world_size()]:
-                earlier = _earlier(place, number, plan.group, names[plan.group], policy.fingerprint, adapter)
-                finished |= {plan.group: earlier} if earlier else {}
-                todo += [] if earlier else [plan]
+            for plan in plans[rank() :: world_size()]:
+                done = committed.get(plan.group) or _resumed(place, number, plan.group, policy.fingerprint, adapter)
+                finished |= {plan.group: done} if done else {}
+                todo += [] if done else [plan]
         # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
         behind = _behind(todo, place) if policy.sharded else 0
         with nullcontext() if policy.sharded else failing_together():
-            bad_layers = _sample(place, number, sources, todo, names, finished, policy, prompt, adapter)
+            bad_layers = _sample(place, number, sources, todo, finished, policy, prompt, adapter)
             dummy_forwards(policy, prompt, behind)
-        everything = _gather(finished)
-        with failing_together():
-            manifest = None
-            if rank() == 0:
-                manifest = _manifest(number, everything, policy.fingerprint, adapter, worker, workers)
-                manifest = commit(place.store, f"{stem}.json", manifest)
-        committed = Manifest.model_validate(broadcast_json(manifest.model_dump(mode="json") if manifest else None))
-    return _result(committed, seconds=time.monotonic() - begun, sampled=len(todo), bad_layers=bad_layers)
+        manifest = worker_manifest(number, _gather(finished), worker=worker, workers=workers)
+    return _result(manifest, seconds=time.monotonic() - begun, sampled=len(todo), bad_layers=bad_layers)
 
 
 def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
@@ -134,19 +135,36 @@ def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
     return int(calls.max() - calls[rank()])
 
 
-def _earlier(
-    place: Campaign, iteration: int, group: int, name: str, fingerprint: str, adapter: str | None
-) -> Finished | None:
-    """A group's shard that an interrupted attempt wrote whole, with the same model."""
-    keys = [group_key(iteration, group)]
-    keys += [candidate_key(iteration, group, candidate) for candidate in range(place.recipe.rollout.group_size)]
-    shard = existing_shard(place.store, name, keys)
-    if shard is None:
+def _check_same_policy(
+    committed: Mapping[int, Manifest], iteration: int, fingerprint: str, adapter: str | None
+) -> None:
+    """Refuse to finish an iteration with another policy than its committed groups were sampled with."""
+    for group, manifest in committed.items():
+        theirs = manifest.metadata.get("base_fingerprint"), manifest.metadata.get("adapter_sha256")
+        if theirs != (fingerprint, adapter):
+            raise LayerloopError(
+                f"group {group} of iteration {iteration} was sampled from base {theirs[0]!s:.12} with adapter "
+                f"{theirs[1]!s:.12}, the policy is now base {fingerprint:.12} with adapter {adapter!s:.12}: use the "
+                f"model that the campaign began with, or {REMEDY}"
+            )
+
+
+def _resumed(place: Campaign, iteration: int, group: int, fingerprint: str, adapter: str | None) -> Manifest | None:
+    """The manifest of a group whose shard an interrupted attempt left without one."""
+    folder = place.rollouts_dir(iteration)
+    found = resume_group(
+        place.store,
+        folder,
+        iteration,
+        group,
+        group_size=place.recipe.rollout.group_size,
+        base_fingerprint=fingerprint,
+        adapter_sha256=adapter,
+    )
+    if found is None:
         return None
-    _, members = next(iter(read_shard(place.store, shard, required=("json",))))
-    record = GroupRecord.from_json(members["json"], where=f"{place.uri}/{name}")
-    same = (record.base_fingerprint, record.adapter_sha256) == (fingerprint, adapter)
-    return (shard, record) if same else None
+    shard, record = found
+    return commit_group(place.store, folder, record, shard, model_calls=_model_calls(record))
 
 
 def _sample(
@@ -154,87 +172,82 @@ def _sample(
     iteration: int,
     sources: Manifest,
     todo: Sequence[GroupPlan],
-    names: Mapping[int, str],
-    finished: dict[int, Finished],
+    finished: dict[int, Manifest],
     policy: LayeredPolicy,
     prompt_embeds: torch.Tensor,
     adapter: str | None,
 ) -> list[float]:
-    """Sample the groups of `todo` and write a shard for each; `finished` is filled in. Bad layers of each group."""
-    from layerloop.components.generate_rollouts.candidates import sample_group
+    """Sample and commit the groups of `todo`; `finished` is filled in. Returns the bad layers of each, on average."""
+    from layerloop.components.generate_rollouts.candidates import mean_bad_layers, sample_group
 
     if not todo:
         return []
     images = {number: (key, image) for number, key, image in read_images(place.store, sources, [p.image for p in todo])}
-    bad_layers = []
+    folder = place.rollouts_dir(iteration)
+    bad_layers: list[float] = []
     with ThreadPoolExecutor(max_workers=1) as writer:  # images are encoded and sent while the next group is sampled
-        pending: Future[Finished] | None = None
+        written: dict[int, Future[Manifest]] = {}
         for plan in progress(todo, what="sampling", unit="groups") if rank() == 0 else todo:
             key, image = images[plan.image]
             group = sample_group(
                 policy, place.recipe, iteration, plan, key, image, prompt_embeds, adapter,
                 batch_size=place.runtime.rollout.batch_size,
             )  # fmt: skip
-            bad_layers.append(group.bad_layers)
-            if pending is not None:
-                _take(finished, pending.result())
-            pending = writer.submit(_write, place, names[plan.group], group)
-        if pending is not None:
-            _take(finished, pending.result())
+            bad_layers.append(mean_bad_layers(group.stacks))
+            if written:
+                next(reversed(written.values())).result()  # so that one group at most waits for the store
+            calls = _model_calls(group.record)
+            written[plan.group] = writer.submit(write_group, place.store, folder, group, model_calls=calls)
+        finished |= {number: future.result() for number, future in written.items()}
     return bad_layers
 
 
-def _write(place: Campaign, name: str, group: SampledGroup) -> Finished:
-    return write_shard(place.store, name, group.samples()), group.record
+def _model_calls(record: GroupRecord) -> int:
+    from layerloop.components.policy.sampling import Plan
+
+    return Plan.of(record).nfe(record.group_size)
 
 
-def _take(finished: dict[int, Finished], done: Finished) -> None:
-    finished[done[1].group] = done
-
-
-def _gather(finished: Mapping[int, Finished]) -> dict[int, Finished]:
+def _gather(finished: Mapping[int, Manifest]) -> dict[int, Manifest]:
     """What all ranks finished, by group."""
     if world_size() == 1:
         return dict(sorted(finished.items()))
     import torch.distributed as dist
 
-    mine = [(group, shard.to_json(), record.to_json()) for group, (shard, record) in finished.items()]
-    every: list[list[tuple[int, bytes, bytes]]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(every, mine)
+    every: list[list[tuple[int, bytes]]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(every, [(group, manifest.to_json()) for group, manifest in finished.items()])
     return {
-        group: (Shard.from_json(shard, where="shard"), GroupRecord.from_json(record, where="group"))
-        for group, shard, record in sorted(entry for part in every for entry in part)
+        group: Manifest.from_json(manifest, where=f"group {group}")
+        for group, manifest in sorted(entry for part in every for entry in part)
     }
 
 
-def _manifest(
-    iteration: int,
-    finished: Mapping[int, Finished],
-    fingerprint: str,
-    adapter: str | None,
-    worker: int,
-    workers: int,
-) -> Manifest:
-    from layerloop.components.policy.sampling import Plan
+def worker_manifest(iteration: int, groups: Mapping[int, Manifest], *, worker: int, workers: int) -> Manifest:
+    """What a worker made as one manifest, the artifact that Kubeflow shows. The campaign keeps those of the groups.
 
-    records = [record for _, record in finished.values()]
+    Counts are those that all its groups have: earlier versions counted layers and model calls by worker only.
+    """
+    manifests = [groups[group] for group in sorted(groups)]
+    sigmas: dict[str, JsonValue] = {}
+    for manifest in manifests:
+        if isinstance(schedules := manifest.metadata.get("sigmas"), dict):
+            sigmas |= schedules
     return Manifest(
         kind="rollouts",
         iteration=iteration,
-        shards=tuple(shard for shard, _ in finished.values()),
+        shards=tuple(shard for manifest in manifests for shard in manifest.shards),
         counts={
-            "groups": len(records),
-            "candidates": sum(record.group_size for record in records),
-            "layers": sum(record.group_size * record.layers for record in records),
-            "model_calls": sum(Plan.of(record).nfe(record.group_size) for record in records),
+            name: sum(manifest.counts[name] for manifest in manifests)
+            for name in _COUNTS
+            if all(name in manifest.counts for manifest in manifests)
         },
         metadata={
-            "groups": list(finished),
+            "groups": [*sorted(groups)],
             "worker": worker,
             "workers": workers,
-            "base_fingerprint": fingerprint,
-            "adapter_sha256": adapter,
-            "sigmas": {f"{record.width}x{record.height}": list(record.sigmas) for record in records},
+            "base_fingerprint": manifests[0].metadata.get("base_fingerprint") if manifests else None,
+            "adapter_sha256": manifests[0].metadata.get("adapter_sha256") if manifests else None,
+            "sigmas": sigmas,
         },
     )
 

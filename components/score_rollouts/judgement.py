@@ -8,8 +8,7 @@ from layerloop.components.judge.images import CandidateImages, candidate_images,
 from layerloop.components.layers.measure import bad, duplicate
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.judging import JudgeRecipe
-from layerloop.components.score_rollouts.rollouts import Candidate
-from layerloop.components.storage.images import decode_png
+from layerloop.components.storage.groups import Candidate, Group
 
 Scores = dict[str, float]  # criterion -> [0, 1]
 
@@ -41,12 +40,12 @@ class Prepared:
     penalty: float
 
 
-def prepare(candidate: Candidate, source: bytes, recipe: JudgeRecipe) -> Prepared:
-    """Decode a candidate once, for both phases and the rule-based penalty; `source` is the PNG of its image."""
+def prepare(candidate: Candidate, group: Group, recipe: JudgeRecipe) -> Prepared:
+    """Decode a candidate once, for both phases and the rule-based penalty."""
     stack = candidate.stack()
     penalty = 0.0
     if recipe.artifact_penalty:
-        artifacts = bad(stack) | duplicate(stack, decode_png(source)[..., :3])
+        artifacts = bad(stack) | duplicate(stack, group.image()[..., :3])
         penalty = recipe.artifact_penalty * float(artifacts.mean())
     sized = fitted(stack, recipe.resolution)
     cells = None

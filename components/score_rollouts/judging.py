@@ -11,9 +11,10 @@ from layerloop.components.judge.canaries import CanaryReport, score_canaries
 from layerloop.components.judge.client import Judge
 from layerloop.components.runtime.progress import progress
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.score_rollouts.rollouts import Group, read_groups
 from layerloop.components.score_rollouts.scoring import ScoredGroup, Scorer
 from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.groups import Group
+from layerloop.components.storage.rollouts import read_groups
 
 
 @dataclass
@@ -52,7 +53,7 @@ async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, iteration:
             async with asyncio.TaskGroup() as tasks:
                 if recipe.canaries:
                     tasks.create_task(canaries())
-                groups = read_groups(campaign, iteration)
+                groups = read_groups(campaign.store, campaign.rollouts(iteration), layers=True)
                 await slots.acquire()
                 while (group := await asyncio.to_thread(_next, groups)) is not None:
                     tasks.create_task(one(group))

@@ -22,8 +22,7 @@ from layerloop.components.schema.seeds import seed_for
 from layerloop.components.schema.trajectory import GroupRecord, candidate_key, group_key
 from layerloop.components.score_rollouts.judgement import Judgement, prepare
 from layerloop.components.score_rollouts.rewards import enough_valid, reward_of, score_rows
-from layerloop.components.score_rollouts.rollouts import Group
-from layerloop.components.storage.images import decode_png
+from layerloop.components.storage.groups import Group
 
 T = TypeVar("T")
 FIRST, LAST = 0, 1  # priorities: phase 2 goes first, because it finishes groups, so that few groups are in memory
@@ -58,7 +57,7 @@ class Scorer:
 
     async def score(self, group: Group) -> ScoredGroup:
         """Both phases of one group. Failures are masks; LayerloopError only if the judge is gone."""
-        source = await asyncio.to_thread(lambda: encode_image(fitted(decode_png(group.source), self.recipe.resolution)))
+        source = await asyncio.to_thread(lambda: encode_image(fitted(group.image(), self.recipe.resolution)))
         judgements = [Judgement(candidate) for candidate in group.candidates]
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(self._judge_phase1(group, source, judgement)) for judgement in judgements]
@@ -76,7 +75,7 @@ class Scorer:
         record = judgement.candidate.record
         label = candidate_key(record.iteration, record.group, record.candidate)
         async with self.decode_slots.slot(LAST):
-            prepared = await asyncio.to_thread(prepare, judgement.candidate, group.source, self.recipe)
+            prepared = await asyncio.to_thread(prepare, judgement.candidate, group, self.recipe)
             judgement.penalty = prepared.penalty
             request = self.phase1.request(self.rubric, source, prepared.images, self.recipe, label=label)
             samples = range(self.recipe.samples)

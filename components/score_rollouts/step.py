@@ -62,7 +62,7 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
     url = _url(judge_url)
     rubric = rubric_of(recipe.judge)
     replies = StoredReplies(opened.store, f"{folder}/replies")
-    total = sum(manifest.counts.get("groups", 0) for manifest in opened.rollouts(k)) or recipe.rollout.groups
+    total = len(opened.rollouts(k))
     log(f"judging iteration {k} by {recipe.judge.model} at {url}; {len(replies)} replies are stored from before")
 
     start = time.monotonic()

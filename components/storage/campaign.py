@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError
@@ -12,12 +12,12 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe, recipe_differences, split_recipe
 from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.manifests import load
+from layerloop.components.storage.rollouts import committed_groups, sampled_groups
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.stores import MissingObjectError, Store, open_store
 
 RECIPE = "recipe.json"
 MANIFEST = "manifest.json"
-_WORKER = re.compile(r"w(\d+)of(\d+)\.json")
 _ITERATION = re.compile(r"\d{6}")
 
 
@@ -106,37 +106,28 @@ class Campaign:
             return Manifest(kind="policy", iteration=0)
         return self._committed(self.policy_dir(iteration), "update_lora")
 
-    def worker_manifests(self, iteration: int) -> dict[tuple[int, int], Manifest]:
-        """Committed rollout manifests by (workers, worker), whether or not they cover all groups."""
-        folder = self.rollouts_dir(iteration)
-        found: dict[tuple[int, int], Manifest] = {}
-        for name in self.store.list(f"{folder}/w"):
-            match = _WORKER.fullmatch(name.rpartition("/")[2])
-            manifest = load(self.store, name) if match else None
-            if match and manifest:
-                found[int(match[2]), int(match[1])] = manifest
-        return dict(sorted(found.items()))
-
-    def rollouts(self, iteration: int) -> list[Manifest]:
-        """Worker manifests that together hold every group exactly once.
-
-        An iteration resumed with another number of workers has manifests of several layouts. Groups do not depend on
-        the layout, so any exact cover will do; the complete layout of the fewest workers is preferred.
+    def rollouts(self, iteration: int) -> dict[int, Manifest]:
+        """A manifest for each group of an iteration, by group.
 
         Raises:
             LayerloopError: groups are missing; the line names them.
         """
-        manifests = list(self.worker_manifests(iteration).values())
-        covers = [_groups(manifest, self.uri) for manifest in manifests]
-        wanted = frozenset(range(self.recipe.rollout.groups))
-        chosen = exact_cover(covers, wanted)
-        if chosen is not None:
-            return [manifests[index] for index in chosen]
-        missing = sorted(wanted.difference(*covers))
-        what = f"lacks groups {_ranges(missing)} of {len(wanted)}" if missing else "has overlapping worker layouts"
-        raise LayerloopError(
-            f"iteration {iteration} of {self.uri} {what}: run generate_rollouts for every worker of one --workers"
-        )
+        found = self.committed_groups(iteration)
+        planned = range(self.recipe.rollout.groups)
+        if missing := [group for group in planned if group not in found]:
+            raise LayerloopError(
+                f"iteration {iteration} of {self.uri} lacks groups {_ranges(missing)} of {len(planned)}: run "
+                "generate_rollouts for every worker"
+            )
+        return {group: found[group] for group in planned}
+
+    def committed_groups(self, iteration: int, groups: Collection[int] | None = None) -> dict[int, Manifest]:
+        """Manifests of the groups that are committed, by group, whether or not they are all; of `groups` if given."""
+        return committed_groups(self.store, self.rollouts_dir(iteration), iteration, groups)
+
+    def sampled_groups(self, iteration: int) -> list[int]:
+        """Numbers of the groups that are committed; quicker than to read their manifests."""
+        return sampled_groups(self.store, self.rollouts_dir(iteration), iteration)
 
     def evaluations(self) -> list[str]:
         """Names with a committed evaluation."""
@@ -160,31 +151,6 @@ class Campaign:
         return manifest
 
 
-def exact_cover(covers: Sequence[frozenset[int]], wanted: frozenset[int]) -> list[int] | None:
-    """Indices of covers that are disjoint and make up `wanted`, or None. Earlier covers are preferred.
-
-    Depth-first on the smallest group not covered yet; what was found impossible is remembered. Every worker layout has
-    one cover with that group, so there are as many branches as layouts, which are few.
-    """
-    impossible: set[frozenset[int]] = set()
-
-    def search(left: frozenset[int]) -> list[int] | None:
-        if not left:
-            return []
-        if left in impossible:
-            return None
-        first = min(left)
-        for index, cover in enumerate(covers):
-            if first in cover and cover <= left:
-                rest = search(left - cover)
-                if rest is not None:
-                    return [index, *rest]
-        impossible.add(left)
-        return None
-
-    return search(wanted)
-
-
 def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any]]:
     """The recipe, and the runtime's values in it: recipe.json held them once."""
     try:
@@ -201,13 +167,6 @@ def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any]]:
     if not isinstance(value, dict):
         return Recipe.from_json(data, where=where), {}  # says what is wrong with it
     return split_recipe(value, where=where)
-
-
-def _groups(manifest: Manifest, uri: str) -> frozenset[int]:
-    groups = manifest.metadata.get("groups")
-    if not isinstance(groups, list) or not all(isinstance(g, int) for g in groups):
-        raise LayerloopError(f"a rollouts manifest of {uri} has no metadata.groups: delete it to have it made again")
-    return frozenset(g for g in groups if isinstance(g, int))
 
 
 def _ranges(numbers: Sequence[int]) -> str:

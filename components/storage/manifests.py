@@ -9,7 +9,7 @@ from pathlib import Path
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
-from layerloop.components.storage.stores import MissingObjectError, Store
+from layerloop.components.storage.store import MissingObjectError, Store
 
 
 def commit(store: Store, name: str, manifest: Manifest) -> Manifest:

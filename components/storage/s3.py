@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.storage.stores import MissingObjectError, Names, Store, checked_name, folder_prefix, is_name
+from layerloop.components.storage.store import MissingObjectError, Names, Store, checked_name, folder_prefix, is_name
 
 _TOKEN = "layerloop-writer"  # object metadata: who wrote it, so that a retried request can recognise its own success
 ATTEMPTS = 8  # retries of a request that was throttled, lost or answered with 5xx

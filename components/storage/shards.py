@@ -10,13 +10,13 @@ import hashlib
 import re
 import tarfile
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard
-from layerloop.components.storage.stores import MissingObjectError, Store
+from layerloop.components.storage.store import MissingObjectError, Store
 
 Sample = tuple[str, dict[str, bytes]]
 
@@ -51,11 +51,18 @@ def write_shard(store: Store, name: str, samples: Iterable[Sample]) -> Shard:
     return Shard(name=name, bytes=size, sha256=digest, samples=len(keys))
 
 
-def read_shard(store: Store, shard: Shard, *, required: Collection[str] = ()) -> Iterator[Sample]:
+def read_shard(
+    store: Store,
+    shard: Shard,
+    *,
+    required: Collection[str] = (),
+    wanted: Callable[[str], bool] = lambda suffix: True,
+) -> Iterator[Sample]:
     """Samples of a shard, in order. The whole shard is fetched and checked before the first is yielded.
 
     Args:
         required: suffixes that every sample must have.
+        wanted: whether a member of that suffix is read; samples come without the others.
 
     Raises:
         LayerloopError: the shard is missing, its size, sha256 or sample count is not the manifest's, or its tar is not
@@ -72,7 +79,7 @@ def read_shard(store: Store, shard: Shard, *, required: Collection[str] = ()) ->
         count = _check_members(file, where, required)
         if count != shard.samples:
             raise LayerloopError(f"{where} has {count} samples, its manifest says {shard.samples}: restore it")
-        yield from _samples(file, where)
+        yield from _samples(file, where, wanted)
 
 
 def existing_shard(store: Store, name: str, keys: Sequence[str]) -> Shard | None:
@@ -153,11 +160,12 @@ def _check_members(file: BinaryIO, where: str, required: Collection[str]) -> int
     return len(seen)
 
 
-def _samples(file: BinaryIO, where: str) -> Iterator[Sample]:
+def _samples(file: BinaryIO, where: str, wanted: Callable[[str], bool]) -> Iterator[Sample]:
     layout = list(_grouped(file, where))
     for key, members in layout:
         data = {}
         for suffix, (offset, size) in members.items():
-            file.seek(offset)
-            data[suffix] = file.read(size)
+            if wanted(suffix):
+                file.seek(offset)
+                data[suffix] = file.read(size)
         yield key, data

@@ -20,7 +20,7 @@ from layerloop.components.policy.sampling import step_mean
 from layerloop.components.schema.learning import ALGORITHMS, UpdateRecipe
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.update_lora.plan import Microbatch
-from layerloop.components.update_lora.trajectories import Group
+from layerloop.components.update_lora.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ Observed = dict[str, Tensor]  # columns of `diagnostics.COLUMNS`, [P] each
 class Learner:
     """The torch half of an algorithm."""
 
-    batch: Callable[[Microbatch, Group, Tensor, Recipe], Batch]  # (_, _, prompt_embeds[T, E], _)
+    batch: Callable[[Microbatch, Trajectories, Tensor, Recipe], Batch]  # (_, _, prompt_embeds[T, E], _)
     losses: Callable[[Batch, Velocities, UpdateRecipe], tuple[Tensor, Observed]]  # losses[P]
 
 
@@ -76,7 +76,7 @@ def timesteps_of(recipe: Recipe) -> int:
 
 def assemble(
     microbatch: Microbatch,
-    group: Group,
+    group: Trajectories,
     prompt_embeds: Tensor,
     *,
     latents: Tensor,

@@ -15,7 +15,7 @@ from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.update_lora.algorithm import Batch, assemble, timesteps_of
 from layerloop.components.update_lora.plan import Microbatch
-from layerloop.components.update_lora.trajectories import Group
+from layerloop.components.update_lora.trajectories import Trajectories
 
 
 def forward_process(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,7 +24,7 @@ def forward_process(x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tenso
     return (1 - time) * x0 + time * noise, noise - x0
 
 
-def forward_batch(microbatch: Microbatch, group: Group, prompt_embeds: Tensor, recipe: Recipe) -> Batch:
+def forward_batch(microbatch: Microbatch, group: Trajectories, prompt_embeds: Tensor, recipe: Recipe) -> Batch:
     """Points are times of the forward process from a candidate's final latents; times and noise from hashed seeds."""
     record, count = group.record, timesteps_of(recipe)
     drawn = {

@@ -12,10 +12,10 @@ from layerloop.components.schema.recipe import Recipe
 from layerloop.components.update_lora.algorithm import Batch, Learner, Observed, Velocities, assemble
 from layerloop.components.update_lora.objective import clipped_surrogate, gaussian_kl, log_ratio, reweighting
 from layerloop.components.update_lora.plan import Microbatch
-from layerloop.components.update_lora.trajectories import Group
+from layerloop.components.update_lora.trajectories import Trajectories
 
 
-def surrogate_batch(microbatch: Microbatch, group: Group, prompt_embeds: Tensor, recipe: Recipe) -> Batch:
+def surrogate_batch(microbatch: Microbatch, group: Trajectories, prompt_embeds: Tensor, recipe: Recipe) -> Batch:
     """Points are steps of the stored SDE window; scalars of the schedule as the rollout computed them."""
     record = group.record
     coefficients = COEFFICIENTS[record.dynamics]

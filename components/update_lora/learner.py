@@ -26,14 +26,14 @@ from layerloop.components.update_lora.algorithm import Batch, Learner, Observed,
 from layerloop.components.update_lora.diagnostics import Diagnostics
 from layerloop.components.update_lora.plan import Microbatch, OptimizerStep
 from layerloop.components.update_lora.state import TrainingState
-from layerloop.components.update_lora.trajectories import Group
+from layerloop.components.update_lora.trajectories import Trajectories
 
 
 def learn(
     policy: LayeredPolicy,
     state: TrainingState,
     steps: Sequence[OptimizerStep],
-    groups: Mapping[int, Group],
+    groups: Mapping[int, Trajectories],
     prompt_embeds: Tensor,
     recipe: Recipe,
     *,

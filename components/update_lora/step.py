@@ -69,7 +69,7 @@ def run(
     from layerloop.components.update_lora.learner import learn
     from layerloop.components.update_lora.plan import candidates_of, plan_steps
     from layerloop.components.update_lora.state import TrainingState
-    from layerloop.components.update_lora.trajectories import Expected, read_groups
+    from layerloop.components.update_lora.trajectories import Expected, read_trajectories
 
     with process_group() as device:
         with failing_together():
@@ -93,7 +93,7 @@ def run(
                 number, policy.fingerprint, adapter, recipe.update.algorithm, timesteps_of(recipe),
                 token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
             )  # fmt: skip
-            groups = read_groups(place.store, rollouts, candidates_of(steps, rank()), expected)
+            groups = read_trajectories(place.store, rollouts, candidates_of(steps, rank()), expected)
             state = TrainingState.resume(policy, recipe.update, place.store, previous, number)
         prompt_embeds = here.prompt.to(device, policy.dtype)
         diagnostics = learn(policy, state, steps, groups, prompt_embeds, recipe, iteration=number)

@@ -295,12 +295,11 @@ print(json.dumps({"peak_mb": peak, **{name: result.metrics[name] for name in nam
 @pytest.mark.timeout(1800)
 def test_memory_of_ten_thousand_candidates(record_benchmark: Callable[[str, float], None], tmp_path: Path) -> None:
     """Peak resident megabytes of a whole step over 10,000 candidates of 64 pixels, its replies stored as ever."""
-    from layerloop.components.schema.manifest import Manifest
     from layerloop.components.schema.recipe import Recipe
     from layerloop.components.schema.trajectory import CandidateRecord, GroupRecord, candidate_key, group_key
     from layerloop.components.storage.campaign import Campaign
-    from layerloop.components.storage.manifests import commit
-    from layerloop.components.storage.shards import write_shard
+    from layerloop.components.storage.rollouts import commit_group, shard_name
+    from layerloop.components.storage.shards import Sample, write_shard
 
     groups, size, layers, side = 1250, 8, 3, 64
     judge = {"model": "bench", "resolution": side, "phase2": {"resolution": side}, "canaries": False}
@@ -313,32 +312,26 @@ def test_memory_of_ten_thousand_candidates(record_benchmark: Callable[[str, floa
     sources = [encode_png(composite(stack)) for stack in stacks]
     trajectory = os.urandom(100_000)
 
-    def samples(first: int, last: int) -> Iterator[tuple[str, dict[str, bytes]]]:
-        for group in range(first, last):
-            common = {"iteration": 1, "group": group, "image_key": f"{group:016x}"}
-            record = GroupRecord.model_validate(
-                common
-                | {"layers": layers, "group_size": size, "height": side, "width": side, "latent_height": 8}
-                | {"latent_width": 8, "sigmas": (1.0, 0.0), "window_start": 0, "window_size": 0, "dynamics": "ode"}
-                | {"etas": (), "share_prefix": False, "outside": "euler", "base_fingerprint": "0" * 64}
-                | {"adapter_sha256": None}
+    def samples(record: GroupRecord) -> Iterator[Sample]:
+        yield group_key(1, record.group), {"json": record.to_json(), "source.png": sources[record.group % 16]}
+        for index in range(size):
+            candidate = CandidateRecord(
+                iteration=1, group=record.group, candidate=index, image_key=record.image_key, seed=index
             )
-            yield group_key(1, group), {"json": record.to_json(), "source.png": sources[group % 16]}
-            for index in range(size):
-                candidate = CandidateRecord.model_validate(common | {"candidate": index, "seed": index})
-                members = {f"layer{at}.png": png for at, png in enumerate(encoded[(group + index) % 16])}
-                members |= {"json": candidate.to_json(), "trajectory.safetensors": trajectory}
-                yield candidate_key(1, group, index), members
+            members = {f"layer{at}.png": png for at, png in enumerate(encoded[(record.group + index) % 16])}
+            members |= {"json": candidate.to_json(), "trajectory.safetensors": trajectory}
+            yield candidate_key(1, record.group, index), members
 
     folder = campaign.rollouts_dir(1)
-    shards = [
-        write_shard(campaign.store, f"{folder}/w00of01-{index:06d}.tar", samples(first, min(first + 125, groups)))
-        for index, first in enumerate(range(0, groups, 125))
-    ]
-    metadata: dict[str, Any] = {"groups": list(range(groups)), "worker": 0, "workers": 1}
-    counts = {"groups": groups, "candidates": groups * size}
-    manifest = Manifest(kind="rollouts", iteration=1, shards=tuple(shards), counts=counts, metadata=metadata)
-    commit(campaign.store, f"{folder}/w00of01.json", manifest)
+    for group in range(groups):
+        record = GroupRecord(
+            iteration=1, group=group, image_key=f"{group:016x}", layers=layers, group_size=size, height=side,
+            width=side, latent_height=8, latent_width=8, sigmas=(1.0, 0.0), window_start=0, window_size=0,
+            dynamics="ode", etas=(), share_prefix=False, outside="euler", base_fingerprint="0" * 64,
+            adapter_sha256=None,
+        )  # fmt: skip
+        shard = write_shard(campaign.store, shard_name(folder, group), samples(record))
+        commit_group(campaign.store, folder, record, shard, model_calls=0)
     with server(64, 0.0) as url:
         done = subprocess.run(
             [sys.executable, "-c", STEP, campaign.uri, url],

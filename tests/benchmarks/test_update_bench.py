@@ -35,7 +35,7 @@ from layerloop.components.update_lora.algorithm import timesteps_of
 from layerloop.components.update_lora.learner import learn
 from layerloop.components.update_lora.plan import plan_steps
 from layerloop.components.update_lora.state import TrainingState
-from layerloop.components.update_lora.trajectories import Group, Trajectory
+from layerloop.components.update_lora.trajectories import Trajectories, Trajectory
 
 GROUPS, G, SIZE = 6, 8, 64  # pixels: 16 tokens a frame
 RECIPE = Recipe.model_validate(
@@ -75,7 +75,7 @@ def peft_policy() -> LayeredPolicy:
 
 
 @pytest.fixture(scope="module")
-def groups() -> dict[int, Group]:
+def groups() -> dict[int, Trajectories]:
     """Rollouts of a random policy of the tiny model's size."""
     policy, wanted = fresh_policy(), RECIPE.rollout
     h, w = policy.tokens(SIZE, SIZE)
@@ -96,7 +96,7 @@ def groups() -> dict[int, Group]:
             step_noise=lambda c, j: torch.randn(noise[:1].shape, generator=generator),  # noqa: B023 - used at once
         )  # fmt: skip
         trajectories = {c: Trajectory(c, done.window[c]) for c in range(G)}
-        found[number] = Group(record, condition.latents[0], trajectories)
+        found[number] = Trajectories(record, condition.latents[0], trajectories)
     return found
 
 
@@ -108,7 +108,7 @@ def varied(group: int, candidate: int) -> float:
     return float(np.random.default_rng(1000 * group + candidate).uniform())
 
 
-def ours(policy: LayeredPolicy, groups: dict[int, Group]) -> float:
+def ours(policy: LayeredPolicy, groups: dict[int, Trajectories]) -> float:
     update = RECIPE.update
     rows = [
         ScoreRow(
@@ -127,13 +127,13 @@ def ours(policy: LayeredPolicy, groups: dict[int, Group]) -> float:
     return 0.0
 
 
-def straightforward(policy: LayeredPolicy, groups: dict[int, Group]) -> float:
+def straightforward(policy: LayeredPolicy, groups: dict[int, Trajectories]) -> float:
     """Returns the processor seconds that went into log-probabilities to store."""
     update = RECIPE.update
     parameters = list(policy.trainable_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=update.learning_rate, weight_decay=update.weight_decay)
 
-    def logp(group: Group, j: int) -> torch.Tensor:
+    def logp(group: Trajectories, j: int) -> torch.Tensor:
         record = group.record
         window = torch.stack([t.latents for t in group.trajectories.values()])
         condition = Condition(group.condition[None], prompt()[None], SIZE, SIZE).expand(G)
@@ -169,7 +169,7 @@ LOOPS = {ours: fresh_policy, straightforward: peft_policy}
 
 
 @pytest.mark.timeout(1800)
-def test_both_loops_take_the_same_two_steps(groups: dict[int, Group]) -> None:
+def test_both_loops_take_the_same_two_steps(groups: dict[int, Trajectories]) -> None:
     """What is compared is the same work: the two adapters are equal to rounding."""
     adapters = []
     for loop, make in LOOPS.items():
@@ -182,7 +182,7 @@ def test_both_loops_take_the_same_two_steps(groups: dict[int, Group]) -> None:
 
 
 @pytest.mark.timeout(1800)
-def test_update_speedup(groups: dict[int, Group], record_benchmark: Callable[[str, float], None]) -> None:
+def test_update_speedup(groups: dict[int, Trajectories], record_benchmark: Callable[[str, float], None]) -> None:
     """Processor time of an iteration's update by the straightforward loop over ours: the median of seven turns, each of
     which runs the two side by side, so that what else the machine does meets both alike."""
     ratios, kept = [], []

@@ -109,7 +109,7 @@ def test_the_second_run_continues_from_the_head(demo: Demo) -> None:
 
 def test_every_iteration_is_committed_with_all_its_groups(demo: Demo) -> None:
     for k in (1, 2):
-        assert sum(m.counts["groups"] for m in demo.campaign.rollouts(k)) == 3
+        assert len(demo.campaign.rollouts(k)) == 3
         assert demo.campaign.scores(k).counts["candidates"] == 12
     assert set(demo.campaign.evaluations()) >= {"iteration-000001", "iteration-000002"}
     assert len(demo.campaign.published()) == 2

@@ -9,13 +9,13 @@ from layerloop.components.evaluate_adapter.cases import Case, batches, read_case
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.seeds import seed_for
 
-from .conftest import MakeLab, drawn_design, source_of
+from .conftest import MakeLab, drawn_design, hold_out, source_of
 
 
 def test_designs_come_with_their_layers_at_their_own_count(make_lab: MakeLab) -> None:
     lab = make_lab()
     stacks = [drawn_design(1, 2), drawn_design(2, 3)]
-    lab.sources(stacks, [])
+    hold_out(lab, stacks, [])
     cases = read_cases(lab.campaign, lab.campaign.sources()).of("designs")
     assert [case.layers for case in cases] == [2, 3]
     for case, stack in zip(cases, stacks, strict=True):
@@ -26,7 +26,7 @@ def test_designs_come_with_their_layers_at_their_own_count(make_lab: MakeLab) ->
 
 def test_counts_that_the_recipe_does_not_ask_for_are_left_out_and_counted(make_lab: MakeLab) -> None:
     lab = make_lab()
-    lab.sources([drawn_design(1, 2), drawn_design(2, 4), drawn_design(3, 5)], [])
+    hold_out(lab, [drawn_design(1, 2), drawn_design(2, 4), drawn_design(3, 5)], [])
     cases = read_cases(lab.campaign, lab.campaign.sources())
     assert [case.layers for case in cases.cases] == [2]
     assert cases.left_out == {"designs with other than 2 or 3 layers": 2}
@@ -34,7 +34,7 @@ def test_counts_that_the_recipe_does_not_ask_for_are_left_out_and_counted(make_l
 
 def test_a_limited_number_is_taken_evenly_over_the_counts(make_lab: MakeLab) -> None:
     lab = make_lab()
-    lab.sources([drawn_design(seed, 2) for seed in range(10)] + [drawn_design(seed, 3) for seed in range(10, 14)], [])
+    hold_out(lab, [drawn_design(seed, 2) for seed in range(10)] + [drawn_design(seed, 3) for seed in range(10, 14)], [])
     cases = read_cases(lab.campaign, lab.campaign.sources())
     assert [case.layers for case in cases.cases] == [2, 2, 2, 3, 3, 3]
     assert cases.left_out == {"designs beyond recipe.evaluation.designs": 8}
@@ -45,14 +45,14 @@ def test_the_choice_does_not_depend_on_the_order_of_the_sources(make_lab: MakeLa
     chosen = []
     for name, order in (("a", stacks), ("b", stacks[::-1])):
         lab = make_lab(f"{tmp_path}/{name}")
-        lab.sources(order, [source_of(drawn_design(seed, 3)) for seed in range(20, 24)])
+        hold_out(lab, order, [source_of(drawn_design(seed, 3)) for seed in range(20, 24)])
         chosen.append([(c.name, c.seed) for c in read_cases(lab.campaign, lab.campaign.sources()).cases])
     assert chosen[0] == chosen[1] and len(chosen[0]) == 8
 
 
 def test_a_damaged_design_is_refused_by_name(make_lab: MakeLab) -> None:
     lab = make_lab()
-    lab.sources([drawn_design(1, 2)], [])
+    hold_out(lab, [drawn_design(1, 2)], [])
     manifest = lab.campaign.sources()
     name = manifest.shards[0].name
     data = lab.store.read(name)

@@ -17,19 +17,20 @@ from layerloop.components.evaluate_adapter.decompose import cost, deal
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.storage.campaign import MANIFEST
 
-from .conftest import Lab, MakeLab, drawn_design, fill, source_of
+from ..campaigns import CampaignBuilder
+from .conftest import MakeLab, drawn_design, fill, hold_out, source_of
 
 pytestmark = pytest.mark.timeout(400)  # three interpreters start at once
 
 
-def own_ranks(lab: Lab, fsdp: bool) -> str:
+def own_ranks(lab: CampaignBuilder, fsdp: bool) -> str:
     """The step's plain command, told how many processes to run in (on GPUs: one each, by itself). Its log."""
     done = attempt(lab, fsdp)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
 
-def attempt(lab: Lab, fsdp: bool) -> subprocess.CompletedProcess[str]:
+def attempt(lab: CampaignBuilder, fsdp: bool) -> subprocess.CompletedProcess[str]:
     runtime = json.dumps({"model": {"fsdp": fsdp}})
     module = "layerloop.components.evaluate_adapter"
     command = [sys.executable, "-m", module, "--campaign", lab.uri, "--runtime", runtime]
@@ -37,7 +38,7 @@ def attempt(lab: Lab, fsdp: bool) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=360)
 
 
-def kept(lab: Lab) -> dict[str, bytes]:
+def kept(lab: CampaignBuilder) -> dict[str, bytes]:
     """Everything of the evaluation that does not say when and in which time it was made."""
     names = [name for name in lab.store.list("evaluations/") if name.endswith((".tar", ".png", ".parquet"))]
     return {name: lab.store.read(name) for name in names}
@@ -46,8 +47,8 @@ def kept(lab: Lab) -> dict[str, bytes]:
 @pytest.mark.parametrize("fsdp", [False, True], ids=["whole", "sharded"])
 def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Path, fsdp: bool) -> None:
     """Five designs and two images in four batches of unequal sizes, with a whole base and with one that they share."""
-    alone = fill(make_lab(str(tmp_path / "alone")), tmp_path)
-    together = fill(make_lab(str(tmp_path / "together")), tmp_path / "again")
+    alone = fill(make_lab(str(tmp_path / "alone")))
+    together = fill(make_lab(str(tmp_path / "together")))
     run(campaign=alone.uri)
     log = own_ranks(together, fsdp)
     assert "in 2 processes" in log and "loaded whole" not in log
@@ -60,8 +61,8 @@ def test_ranks_make_as_many_shards_at_a_time_as_they_are_and_keep_those_of_an_ea
 ) -> None:
     """Shards of two cases: three for each model and one with a single case, of which the second is there already."""
     monkeypatch.setattr(step, "CASES_PER_SHARD", 2)
-    alone = fill(make_lab(str(tmp_path / "alone")), tmp_path)
-    together = fill(make_lab(str(tmp_path / "together")), tmp_path / "again")
+    alone = fill(make_lab(str(tmp_path / "alone")))
+    together = fill(make_lab(str(tmp_path / "together")))
     manifest = run(campaign=alone.uri).manifests["evaluation"]
     assert [shard.samples for shard in manifest.shards] == [2, 2, 2, 1, 2, 2, 2, 1]
     earlier = manifest.shards[1].name
@@ -79,14 +80,12 @@ def test_ranks_make_as_many_shards_at_a_time_as_they_are_and_keep_those_of_an_ea
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["whole", "sharded"])
-def test_a_fault_that_one_rank_meets_ends_both_with_one_clear_line(
-    make_lab: MakeLab, tmp_path: Path, fsdp: bool
-) -> None:
+def test_a_fault_that_one_rank_meets_ends_both_with_one_clear_line(make_lab: MakeLab, fsdp: bool) -> None:
     """One of two images has a side that the model does not take, so one rank fails while the other samples."""
     lab = make_lab()
     images = [source_of(drawn_design(seed, 2, width=width)) for seed, width in ((1, 32), (2, 40))]
-    lab.sources([], images)
-    lab.adapter(1, tmp_path)
+    hold_out(lab, [], images)
+    lab.adapter(1)
     done = attempt(lab, fsdp)
     assert done.returncode == 2, done.stderr[-3000:]
     lines = {line for line in done.stderr.splitlines() if line.startswith("error: ")}

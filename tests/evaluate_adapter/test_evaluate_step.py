@@ -26,10 +26,11 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import MANIFEST
 from layerloop.components.storage.manifests import add_file, commit, read_file, verify
 
-from .conftest import Evaluated, Lab, MakeLab, drawn_design, source_of
+from ..campaigns import CampaignBuilder
+from .conftest import Evaluated, MakeLab, drawn_design, hold_out, source_of
 
 
-def metrics_of(lab: Lab, iteration: int = 2) -> dict[str, dict[str, float]]:
+def metrics_of(lab: CampaignBuilder, iteration: int = 2) -> dict[str, dict[str, float]]:
     return json.loads(lab.store.read(f"evaluations/iteration-{iteration:06d}/metrics.json"))
 
 
@@ -77,23 +78,21 @@ def test_layers_are_sampled_as_at_inference_from_the_cases_seed(evaluated: Evalu
             assert np.abs(expected - stacks[case.name]).max() <= 1  # a batch may round the last bit otherwise
 
 
-def test_an_adapter_that_changes_nothing_differs_from_the_base_in_nothing(make_lab: MakeLab, tmp_path: Path) -> None:
+def test_an_adapter_that_changes_nothing_differs_from_the_base_in_nothing(make_lab: MakeLab) -> None:
     lab = make_lab()
-    lab.sources([drawn_design(1, 2), drawn_design(2, 3)], [])
-    lab.adapter(1, tmp_path, scale=0.0)
+    hold_out(lab, [drawn_design(1, 2), drawn_design(2, 3)], [])
+    lab.adapter(1, scale=0.0)
     run(campaign=lab.uri)
     measures = {name: value for name, value in metrics_of(lab, 1).items() if name.startswith("designs.")}
     assert len(measures) > 30
     assert {value["difference"] for value in measures.values()} == {0.0}
 
 
-def test_the_average_is_evaluated_where_one_is_kept_as_it_is_what_would_be_published(
-    make_lab: MakeLab, tmp_path: Path
-) -> None:
+def test_the_average_is_evaluated_where_one_is_kept_as_it_is_what_would_be_published(make_lab: MakeLab) -> None:
     """The average here is of weights that change nothing, beside trained ones that do."""
     lab = make_lab()
-    lab.sources([drawn_design(1, 2), drawn_design(2, 3)], [])
-    lab.adapter(1, tmp_path)
+    hold_out(lab, [drawn_design(1, 2), drawn_design(2, 3)], [])
+    lab.adapter(1)
     where, trained = lab.campaign.policy_dir(1), lab.campaign.policy(1)
     tensors = load(lab.store.read(f"{where}/adapter_model.safetensors"))
     average = add_file(lab.store, f"{where}/ema.safetensors", save({k: v * 0 for k, v in tensors.items()}))
@@ -119,7 +118,7 @@ def test_a_second_run_returns_what_the_first_committed(evaluated: Evaluated) -> 
 
 
 def test_an_interrupted_run_continues_with_the_shards_that_it_finished(
-    lab: Lab, capsys: pytest.CaptureFixture[str]
+    lab: CampaignBuilder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(campaign=lab.uri)
     kept = metrics_of(lab)
@@ -132,7 +131,7 @@ def test_an_interrupted_run_continues_with_the_shards_that_it_finished(
     assert {k: v for k, v in again.items() if k != "provenance"} == {k: v for k, v in kept.items() if k != "provenance"}
 
 
-def test_the_base_is_sampled_once_for_all_iterations(lab: Lab) -> None:
+def test_the_base_is_sampled_once_for_all_iterations(lab: CampaignBuilder) -> None:
     one, two = (run(campaign=lab.uri, iteration=k).manifests["evaluation"] for k in (1, 2))
     shared = [shard for shard in two.shards if shard in one.shards]
     assert [shard.name.startswith("evaluations/base/") for shard in shared] == [True]
@@ -173,10 +172,10 @@ def test_sheets_are_pictures_that_open(evaluated: Evaluated) -> None:
             assert Image.open(io.BytesIO(read_file(evaluated.lab.store, file))).width > 600
 
 
-def test_the_command_on_s3_prints_its_metrics(make_lab: MakeLab, s3_bucket: str, tmp_path: Path) -> None:
+def test_the_command_on_s3_prints_its_metrics(make_lab: MakeLab, s3_bucket: str) -> None:
     lab = make_lab(s3_bucket)
-    lab.sources([drawn_design(1, 2), drawn_design(2, 3)], [source_of(drawn_design(3, 2))])
-    lab.adapter(1, tmp_path)
+    hold_out(lab, [drawn_design(1, 2), drawn_design(2, 3)], [source_of(drawn_design(3, 2))])
+    lab.adapter(1)
     done = subprocess.run(
         [sys.executable, "-m", "layerloop.components.evaluate_adapter", "--campaign", lab.uri],
         capture_output=True,
@@ -193,32 +192,30 @@ def test_the_command_on_s3_prints_its_metrics(make_lab: MakeLab, s3_bucket: str,
 
 def test_a_campaign_without_an_adapter_is_refused(make_lab: MakeLab) -> None:
     lab = make_lab()
-    lab.sources([drawn_design(1, 2)], [])
+    hold_out(lab, [drawn_design(1, 2)], [])
     with pytest.raises(LayerloopError, match=r"has no adapter to evaluate \(iteration 0\): train an iteration first"):
         run(campaign=lab.uri)
 
 
-def test_an_iteration_that_is_not_committed_is_refused(lab: Lab) -> None:
+def test_an_iteration_that_is_not_committed_is_refused(lab: CampaignBuilder) -> None:
     with pytest.raises(LayerloopError, match="iterations/000007/policy is not committed: run update_lora first"):
         run(campaign=lab.uri, iteration=7)
     assert not lab.store.list("evaluations/")
 
 
-def test_an_adapter_that_decodes_into_nan_is_refused_and_nothing_is_committed(
-    make_lab: MakeLab, tmp_path: Path
-) -> None:
+def test_an_adapter_that_decodes_into_nan_is_refused_and_nothing_is_committed(make_lab: MakeLab) -> None:
     lab = make_lab()
-    lab.sources([drawn_design(1, 2)], [])
-    lab.adapter(1, tmp_path, scale=1e20)
+    hold_out(lab, [drawn_design(1, 2)], [])
+    lab.adapter(1, scale=1e20)
     with pytest.raises(LayerloopError, match=r"iteration-000001 decodes image [0-9a-f]{16} into NaN: its weights have"):
         run(campaign=lab.uri)
     assert not lab.store.exists("evaluations/iteration-000001/manifest.json")
 
 
-def test_without_designs_the_report_says_what_is_missing(make_lab: MakeLab, tmp_path: Path) -> None:
+def test_without_designs_the_report_says_what_is_missing(make_lab: MakeLab) -> None:
     lab = make_lab()
-    lab.sources([], [source_of(drawn_design(seed, 3)) for seed in range(2)])
-    lab.adapter(1, tmp_path)
+    hold_out(lab, [], [source_of(drawn_design(seed, 3)) for seed in range(2)])
+    lab.adapter(1)
     result = run(campaign=lab.uri)
     page = result.files["report"].decode()
     assert "holds out no designs with known layers" in page
@@ -227,10 +224,10 @@ def test_without_designs_the_report_says_what_is_missing(make_lab: MakeLab, tmp_
     assert "pictures_bad_layers_base" in result.metrics
 
 
-def test_a_campaign_that_holds_out_nothing_is_refused(make_lab: MakeLab, tmp_path: Path) -> None:
+def test_a_campaign_that_holds_out_nothing_is_refused(make_lab: MakeLab) -> None:
     lab = make_lab()
-    lab.sources([], [])
-    lab.adapter(1, tmp_path)
+    hold_out(lab, [], [])
+    lab.adapter(1)
     with pytest.raises(LayerloopError, match="holds out nothing that recipe.evaluation asks for"):
         run(campaign=lab.uri)
 
@@ -240,11 +237,11 @@ def test_the_report_says_who_judged(evaluated: Evaluated) -> None:
     assert re.search(r"<polyline[^>]*>", evaluated.page)  # two iterations of rewards
 
 
-def test_the_report_says_when_a_vlm_judged(make_lab: MakeLab, tmp_path: Path) -> None:
+def test_the_report_says_when_a_vlm_judged(make_lab: MakeLab) -> None:
     lab = make_lab()
-    lab.sources([drawn_design(1, 2)], [])
-    lab.adapter(1, tmp_path)
-    lab.scores(1, [0.5, 0.6], judge="qwen3-vl-8b")
+    hold_out(lab, [drawn_design(1, 2)], [])
+    lab.adapter(1)
+    lab.scores(1, lambda k, g, c: 0.5 + 0.1 * c, judge="qwen3-vl-8b")
     page = run(campaign=lab.uri).files["report"].decode()
     assert "were given by qwen3-vl-8b (v1). Rubric: default 1." in page and "rules over pixels" not in page
 

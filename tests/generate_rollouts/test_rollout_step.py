@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from layerloop.components.policy import lora, sampling
 from layerloop.components.policy.at import policy_at
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.learning import LoraRecipe
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.trajectory import CandidateRecord, GroupRecord
 from layerloop.components.storage.campaign import Campaign
@@ -29,31 +29,23 @@ from layerloop.components.storage.images import decode_png
 from layerloop.components.storage.manifests import add_file, commit
 from layerloop.components.storage.shards import read_shard
 
+from ..campaigns import CampaignBuilder, lay_out_by_worker
+
 
 def samples(campaign: Campaign, iteration: int = 1) -> dict[str, dict[str, bytes]]:
     """All samples of an iteration, by key."""
-    manifests = campaign.rollouts(iteration)
-    return {k: m for manifest in manifests for shard in manifest.shards for k, m in read_shard(campaign.store, shard)}
+    shards = [shard for manifest in campaign.rollouts(iteration).values() for shard in manifest.shards]
+    return {key: members for shard in shards for key, members in read_shard(campaign.store, shard)}
+
+
+def files(campaign: Campaign, iteration: int = 1) -> dict[str, bytes]:
+    """Every file of an iteration's rollouts, by name."""
+    return {name: campaign.store.read(name) for name in campaign.store.list(campaign.rollouts_dir(iteration))}
 
 
 def commit_policy(campaign: Campaign, folder: Path, *, iteration: int = 1, scale: float = 0.05) -> Manifest:
-    """An adapter as `update_lora` commits one."""
-    policy = LayeredPolicy.load(campaign.recipe.model)
-    lora.add_lora(policy.transformer, LoraRecipe(rank=2), seed=0)
-    generator = torch.Generator().manual_seed(iteration)
-    state = {
-        key: torch.randn(value.shape, generator=generator) * scale if "lora_B" in key else value
-        for key, value in lora.adapter_state(policy.transformer).items()
-    }
-    lora.write_peft(lora.Adapter(state, 2, 16), folder, transformer=policy.transformer)
-    files = tuple(
-        add_file(campaign.store, f"{campaign.policy_dir(iteration)}/{path.name}", path)
-        for path in sorted(folder.iterdir())
-    )
-    manifest = Manifest(
-        kind="policy", iteration=iteration, files=files, metadata={"base_fingerprint": policy.fingerprint}
-    )
-    return commit(campaign.store, f"{campaign.policy_dir(iteration)}/manifest.json", manifest)
+    """An adapter as `update_lora` commits one, and a copy of it in `folder`."""
+    return CampaignBuilder(campaign).adapter(iteration, scale=scale, folder=folder)
 
 
 def test_a_group_is_one_image_with_g_candidates_and_all_that_the_next_steps_need(make_campaign, base_folder) -> None:  # type: ignore[no-untyped-def]
@@ -123,9 +115,10 @@ def test_results_are_byte_for_byte_the_same_for_any_workers_and_batch_size(make_
     for workers, batch_size in ((2, 3), (3, 1)):
         other, runtime = make_campaign(), f"rollout: {{batch_size: {batch_size}}}"
         for worker in reversed(range(workers)):
-            run(campaign=other.uri, worker=worker, workers=workers, runtime=runtime)
-        assert [m.metadata["groups"] for m in other.rollouts(1)] == [list(range(w, 4, workers)) for w in range(workers)]
-        assert samples(other) == samples(one)
+            manifest = run(campaign=other.uri, worker=worker, workers=workers, runtime=runtime).manifests["rollouts"]
+            assert manifest.metadata["groups"] == list(range(worker, 4, workers))
+            assert (manifest.metadata["worker"], manifest.metadata["workers"]) == (worker, workers)
+        assert files(other) == files(one), "names, shards and manifests"
 
 
 def test_a_second_run_finds_everything_done(make_campaign, monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -136,28 +129,149 @@ def test_a_second_run_finds_everything_done(make_campaign, monkeypatch) -> None:
     assert again.manifests["rollouts"] == first and again.metrics["candidates"] == 12
 
 
-def test_an_interrupted_run_is_finished_and_not_redone(make_campaign, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    whole, campaign = make_campaign(), make_campaign()
-    expected = run(campaign=whole.uri).manifests["rollouts"]
-    real, sampled = candidates.sample_group, []
+class Sampled(list[int]):
+    """Groups in the order in which they were begun."""
 
-    def killed_at_the_third(policy, recipe, iteration, plan, *rest, **more):  # type: ignore[no-untyped-def]
-        if plan.group == 2 and not sampled[2:]:
-            sampled.append("killed")
+    killed_at: int | None = None  # the next time that this group is begun
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> Sampled:  # type: ignore[no-untyped-def]
+    real, seen = candidates.sample_group, Sampled()
+
+    def sample_group(policy, recipe, iteration, plan, *rest, **more):  # type: ignore[no-untyped-def]
+        seen.append(plan.group)
+        if seen.killed_at == plan.group:
+            seen.killed_at = None
             raise KeyboardInterrupt
-        sampled.append(plan.group)
         return real(policy, recipe, iteration, plan, *rest, **more)
 
-    monkeypatch.setattr(candidates, "sample_group", killed_at_the_third)
+    monkeypatch.setattr(candidates, "sample_group", sample_group)
+    return seen
+
+
+def killed_at(group: int, sampled: Sampled, **step: Any) -> None:
+    """Run a step that is killed when it comes to sample `group`."""
+    sampled.killed_at = group
     with pytest.raises(KeyboardInterrupt):
-        run(campaign=campaign.uri)
-    assert campaign.worker_manifests(1) == {}
-    names = campaign.store.list("iterations/")
-    campaign.store.write(
-        f"{campaign.rollouts_dir(1)}/w00of01-000002.tar", campaign.store.read(names[0])[:5000]
-    )  # cut short
+        run(**step)
+
+
+def test_an_interrupted_run_is_finished_and_not_redone(make_campaign, sampled) -> None:  # type: ignore[no-untyped-def]
+    whole, campaign = make_campaign(), make_campaign()
+    expected = run(campaign=whole.uri).manifests["rollouts"]
+    sampled.clear()
+    killed_at(2, sampled, campaign=campaign.uri)
+    assert campaign.committed_groups(1).keys() == {0, 1}
+    with pytest.raises(LayerloopError, match="lacks groups 2-3 of 4"):
+        campaign.rollouts(1)
+    first = campaign.store.read(f"{campaign.rollouts_dir(1)}/g000000.tar")
+    campaign.store.write(f"{campaign.rollouts_dir(1)}/g000002.tar", first[:5000])  # cut short
     assert run(campaign=campaign.uri).manifests["rollouts"] == expected
-    assert sampled == [0, 1, "killed", 2, 3]
+    assert sampled == [0, 1, 2, 2, 3] and files(campaign) == files(whole)
+
+
+def test_a_shard_that_was_written_before_its_manifest_is_taken_over(make_campaign, sampled) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign()
+    expected = run(campaign=campaign.uri).manifests["rollouts"]
+    before = files(campaign)
+    for group in (1, 3):
+        campaign.store.delete(f"{campaign.rollouts_dir(1)}/g{group:06d}.json")
+    sampled.clear()
+    assert run(campaign=campaign.uri).manifests["rollouts"] == expected
+    assert sampled == [] and files(campaign) == before
+
+
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3), (3, 2), (1, 3)])
+def test_an_iteration_is_finished_by_another_number_of_workers(make_campaign, sampled, before, after) -> None:  # type: ignore[no-untyped-def]
+    """The first attempt ends with a group committed, a group without its manifest, half a shard, and the rest to do."""
+    whole, campaign = make_campaign(rollout={"groups": 6}), make_campaign(rollout={"groups": 6})
+    run(campaign=whole.uri)
+    run(campaign=campaign.uri, worker=0, workers=before)
+    mine, folder = list(range(6))[::before], campaign.rollouts_dir(1)
+    campaign.store.delete(f"{folder}/g{mine[1]:06d}.json")
+    campaign.store.write(f"{folder}/g000005.tar", campaign.store.read(f"{folder}/g000000.tar")[:5000])
+    if 5 in mine:
+        campaign.store.delete(f"{folder}/g000005.json")
+    sampled.clear()
+    made = [run(campaign=campaign.uri, worker=worker, workers=after).manifests["rollouts"] for worker in range(after)]
+    assert sorted(sampled) == sorted({*range(6)} - set(mine) | {5})
+    assert files(campaign) == files(whole)
+    assert sorted(group for manifest in made for group in manifest.metadata["groups"]) == list(range(6))
+    assert sum(manifest.counts["candidates"] for manifest in made) == 6 * 3
+
+
+def test_more_workers_than_groups_leave_some_with_nothing(make_campaign) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign(rollout={"groups": 2})
+    idle = run(campaign=campaign.uri, worker=2, workers=3)
+    assert idle.manifests["rollouts"].shards == () and idle.metrics["groups"] == 0
+    assert campaign.committed_groups(1) == {}
+
+
+@pytest.mark.parametrize("complete", [(0, 1), (1,)], ids=["complete", "half"])
+def test_an_iteration_that_an_earlier_version_sampled_is_taken_as_it_is(make_campaign, sampled, complete) -> None:  # type: ignore[no-untyped-def]
+    """Worker 0 of the other campaign was killed between its shards and its manifest: its groups are sampled again."""
+    new, old = make_campaign(), make_campaign()
+    for campaign in (new, old):
+        run(campaign=campaign.uri)
+    lay_out_by_worker(old, 1, workers=2, complete=complete)
+    sampled.clear()
+    manifests = [run(campaign=old.uri, worker=worker, workers=3).manifests["rollouts"] for worker in range(3)]
+    assert sorted(sampled) == ([] if 0 in complete else [0, 2])
+    assert samples(old) == samples(new)
+    shards = {shard.name.rpartition("/")[2] for manifest in manifests for shard in manifest.shards}
+    of_workers = {"w01of02-000000.tar", "w01of02-000001.tar"}
+    assert shards == of_workers | (
+        {"w00of02-000000.tar", "w00of02-000001.tar"} if 0 in complete else {"g000000.tar", "g000002.tar"}
+    )
+
+
+def test_attempts_that_race_commit_every_group_once(make_campaign) -> None:  # type: ignore[no-untyped-def]
+    """Two commands at once, of different numbers of workers, both of which sample groups 1 and 3."""
+    whole, campaign = make_campaign(), make_campaign()
+    run(campaign=whole.uri)
+    command = [sys.executable, "-m", "layerloop.components.generate_rollouts", "--campaign", campaign.uri]
+    layouts = (("0", "1"), ("1", "2"))
+    running = [
+        subprocess.Popen(
+            [*command, "--worker", worker, "--workers", workers],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for worker, workers in layouts
+    ]  # fmt: skip
+    for step in running:
+        _, errors = step.communicate(timeout=240)
+        assert step.returncode == 0, errors[-3000:]
+    assert files(campaign) == files(whole)
+
+
+def test_an_attempt_on_another_kind_of_machine_leaves_a_committed_group_as_it_is(make_campaign, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """It sampled other bytes while the group was committed: found before it writes, they are not written."""
+    campaign = make_campaign(rollout={"groups": 1})
+    run(campaign=campaign.uri)
+    before = files(campaign)
+    monkeypatch.setattr(Campaign, "committed_groups", lambda *_: {})  # it looked before there was anything
+    campaign.store.delete(f"{campaign.rollouts_dir(1)}/g000000.tar")  # or the shard would be taken over
+    real = candidates.initial_seeds
+    monkeypatch.setattr(candidates, "initial_seeds", lambda seed, record: real(seed + 1, record))
+    manifest = run(campaign=campaign.uri).manifests["rollouts"]
+    assert manifest.shards[0].sha256 == hashlib.sha256(before[f"{campaign.rollouts_dir(1)}/g000000.tar"]).hexdigest()
+    assert files(campaign).keys() == {f"{campaign.rollouts_dir(1)}/g000000.json"}
+
+
+def test_an_iteration_is_not_finished_with_another_policy(make_campaign, sampled, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    campaign = make_campaign()
+    commit_policy(campaign, tmp_path / "adapter")
+    killed_at(2, sampled, campaign=campaign.uri)
+    store, folder = campaign.store, campaign.policy_dir(1)
+    for name in store.list(folder):
+        store.delete(name)
+    commit_policy(campaign, tmp_path / "other", scale=0.06)
+    with pytest.raises(
+        LayerloopError, match=r"group 0 of iteration 2 was sampled .* the policy is now base .*: use the"
+    ):
+        run(campaign=campaign.uri)
+    assert campaign.committed_groups(2).keys() == {0, 1}
 
 
 def test_the_policy_of_the_iteration_before_samples(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -278,6 +392,8 @@ def test_a_base_on_s3_is_fetched_once(make_campaign, base_folder, s3_bucket, tmp
         run(campaign=campaign.uri)
     assert samples(remote) == samples(local)
     monkeypatch.setattr("layerloop.components.storage.s3.S3Store.download", None)
+    for name in remote.store.list(remote.rollouts_dir(1)):
+        remote.store.delete(name)
     run(campaign=remote.uri, worker=0, workers=2)  # the copy is used again
     store.delete("vae/config.json")
     with pytest.raises(TypeError):  # another listing is another model, which would have to be fetched
@@ -286,7 +402,6 @@ def test_a_base_on_s3_is_fetched_once(make_campaign, base_folder, s3_bucket, tmp
     monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "cache"))
     with pytest.raises(LayerloopError, match=rf"base is {s3_bucket}/model: .*/vae/config\.json is missing"):
         run(campaign=remote.uri, worker=1, workers=2)
-    assert remote.worker_manifests(1).keys() == {(1, 0), (2, 0)}
 
 
 # ---- several ranks, by torchrun and by the step itself
@@ -301,7 +416,8 @@ def test_two_ranks_commit_what_one_process_commits(make_campaign) -> None:  # ty
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert two.rollouts(1) == [expected] and samples(two) == samples(one)
+    assert files(two) == files(one)
+    assert run(campaign=two.uri).manifests["rollouts"] == expected
 
 
 def test_two_ranks_that_share_a_sharded_base_commit_what_one_process_commits(make_campaign) -> None:  # type: ignore[no-untyped-def]
@@ -328,7 +444,7 @@ def test_latents_that_are_nan_stop_the_step_and_nothing_is_committed(make_campai
     commit_policy(campaign, tmp_path / "adapter", scale=1e30)
     with pytest.raises(LayerloopError, match=r"latents of candidate 0 of group 0, iteration 2, are NaN or infinite"):
         run(campaign=campaign.uri)
-    assert campaign.worker_manifests(2) == {}
+    assert campaign.committed_groups(2) == {}
 
 
 def test_an_adapter_of_another_base_is_refused(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -345,7 +461,7 @@ def test_an_adapter_of_another_base_is_refused(make_campaign, tmp_path) -> None:
     commit(campaign.store, f"{campaign.policy_dir(1)}/manifest.json", manifest)
     with pytest.raises(LayerloopError, match=r"has shape 2x96, the base needs 2x64"):
         run(campaign=campaign.uri)
-    assert campaign.worker_manifests(2) == {}
+    assert campaign.committed_groups(2) == {}
 
 
 def test_images_that_the_model_does_not_take_are_named(make_campaign) -> None:  # type: ignore[no-untyped-def]

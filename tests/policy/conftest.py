@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from layerloop.components.policy.model import Condition, LayeredPolicy
-from layerloop.components.policy.tiny import build_tiny_pipeline, save_pipeline
 from layerloop.components.schema.recipe import ModelRecipe
+
+from ..campaigns import save_tiny_base
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -21,9 +22,7 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a two-block policy, 16 pixels a token."""
-    folder = tmp_path_factory.mktemp("base")
-    save_pipeline(build_tiny_pipeline(vae_dim=8, blocks=2, heads=2, seed=3), folder)
-    return folder
+    return save_tiny_base(tmp_path_factory.mktemp("base") / "base", heads=2, head_dim=32, seed=3)
 
 
 @pytest.fixture(scope="session")

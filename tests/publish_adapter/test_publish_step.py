@@ -31,13 +31,14 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import add_file, commit
 
-from .conftest import MakeCampaign, trained
+from ..campaigns import CampaignBuilder, prompt_embeds, trained_adapter
+from .conftest import MakeCampaign
 
 FILES = {
     "README.md", "diffusers/pytorch_lora_weights.safetensors", "manifest.json", "peft/adapter_config.json",
     "peft/adapter_model.safetensors",
 }  # fmt: skip
-PROMPT = torch.randn(7, 16, generator=torch.Generator().manual_seed(5))
+PROMPT = prompt_embeds()
 
 
 def velocity(policy: LayeredPolicy) -> torch.Tensor:
@@ -84,7 +85,7 @@ def test_both_layouts_load_and_give_the_campaigns_output(make_campaign: MakeCamp
 def bare(make_campaign: MakeCampaign) -> tuple[LayeredPolicy, Adapter]:
     """The base without an adapter, and an adapter for it."""
     recipe = make_campaign(iterations=0).recipe
-    adapter = trained(LayeredPolicy.load(recipe.model), recipe, seed=1)
+    adapter = trained_adapter(LayeredPolicy.load(recipe.model), recipe, seed=1, scale=0.05)
     return LayeredPolicy.load(recipe.model), adapter
 
 
@@ -129,16 +130,11 @@ def test_a_bfloat16_base_is_compared_with_a_stated_tolerance(make_campaign: Make
 
 def make_campaign_with(place: Campaign, model: object) -> Campaign:
     """The same campaign begun with another model section."""
-    from .conftest import commit_policy
-
     shutil.rmtree(Path(place.uri))
-    place = Campaign.create_or_open(place.uri, place.recipe.model_copy(update={"model": model}))
-    from safetensors.torch import save
-
-    prompt = add_file(place.store, "sources/prompt.safetensors", save({"prompt_embeds": PROMPT}))
-    commit(place.store, f"sources/{MANIFEST}", Manifest(kind="sources", files=(prompt,)))
-    commit_policy(place, 1, ema=False)
-    return place
+    lab = CampaignBuilder(Campaign.create_or_open(place.uri, place.recipe.model_copy(update={"model": model})))
+    lab.sources()
+    lab.adapter(1, scale=0.05)
+    return lab.campaign
 
 
 def test_the_average_is_published_where_one_is_kept(make_campaign: MakeCampaign) -> None:

@@ -21,9 +21,8 @@ from layerloop.components.reference_judge.answers import QualityCache, answer
 from layerloop.components.reference_judge.request_images import BadRequestError
 from layerloop.components.reference_judge.server import completion, refusal
 from layerloop.components.schema.judging import ScoreRow
-from layerloop.components.score_rollouts.rollouts import Group, read_groups
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.images import decode_png
+from layerloop.components.storage.rollouts import read_groups
 from layerloop.components.storage.shards import read_shard
 
 Change = Callable[[dict[str, Any], int, str], str | None]
@@ -109,11 +108,8 @@ def in_order(rows: list[ScoreRow]) -> bool:
 
 def stacks_of(campaign: Campaign) -> list[tuple[np.ndarray, list[np.ndarray]]]:
     """(source, layers of every candidate) of every group, in order."""
-    return [(decode_png(group.source)[..., :3], [c.stack() for c in group.candidates]) for group in groups_of(campaign)]
-
-
-def groups_of(campaign: Campaign) -> list[Group]:
-    return sorted(read_groups(campaign, 1), key=lambda group: group.record.group)
+    groups = read_groups(campaign.store, campaign.rollouts(1), layers=True)
+    return [(group.image()[..., :3], [c.stack() for c in group.candidates]) for group in groups]
 
 
 def is_phase2(body: dict[str, Any]) -> bool:

@@ -79,7 +79,7 @@ def test_a_step_that_lost_its_output_repeats_no_request(make_campaign: MakeCampa
 def test_results_do_not_depend_on_workers_or_concurrency(
     make_campaign: MakeCampaign, judge_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    one = make_campaign(groups=3, workers=1, concurrency=1)
+    one = make_campaign(groups=3, concurrency=1)
     run(campaign=one.uri, judge_url=judge_url)
     rewards = [(r.group, r.candidate, r.reward) for r in rows_of(one)]
     one.store.root.rename(tmp_path_factory.mktemp("old") / "campaign")  # type: ignore[attr-defined]

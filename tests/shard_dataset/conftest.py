@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from PIL import Image
 
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
+
+from ..campaigns import save_tiny_base
 
 
 @pytest.fixture
@@ -79,13 +82,16 @@ def with_prompt() -> Callable[..., str]:
     return put
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A folder with a whole layered model of one block and 16 pixels a token."""
-    from layerloop.components.policy.tiny import build_tiny_pipeline, save_pipeline
+@pytest.fixture(scope="session")
+def one_block(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layered model of one block, all of whose text side is dead, and 16 pixels a token."""
+    return save_tiny_base(tmp_path_factory.mktemp("one-block") / "base", blocks=1)
 
-    save_pipeline(build_tiny_pipeline(vae_dim=8, blocks=1, heads=2, seed=3), tmp_path / "base")
-    return tmp_path / "base"
+
+@pytest.fixture
+def base(one_block: Path, tmp_path: Path) -> Path:
+    """The model of one block in a folder that the test may change."""
+    return Path(shutil.copytree(one_block, tmp_path / "base"))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.trajectory import GroupRecord
 from layerloop.components.update_lora.grpo import surrogate_batch
 from layerloop.components.update_lora.plan import Microbatch, Point
-from layerloop.components.update_lora.trajectories import Group, Trajectory
+from layerloop.components.update_lora.trajectories import Trajectories, Trajectory
 
 G, SIDE = 3, 32  # candidates; pixels: 2 x 2 tokens a frame
 
@@ -35,7 +35,7 @@ def test_the_update_replays_a_stored_step_with_the_bits_of_the_rollout(dynamics:
         return policy.noise(100 + 10 * candidate + step, 2, SIDE, SIDE)
 
     window = rollout(policy, condition, noise, Plan.of(record), step_noise=step_noise).window
-    group = Group(record, condition.latents[0], {c: Trajectory(c, window[c]) for c in range(G)})
+    group = Trajectories(record, condition.latents[0], {c: Trajectory(c, window[c]) for c in range(G)})
     for j in range(3):  # a step of all candidates, as the rollout took it, so that the velocities have its bits
         points = tuple(Point(c, j, 1.0, 1.0) for c in range(G))
         batch = surrogate_batch(Microbatch(0, 2, points), group, prompt, Recipe(name="replay"))

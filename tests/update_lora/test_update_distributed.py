@@ -13,10 +13,11 @@ from safetensors.torch import load
 
 from layerloop.components.update_lora.step import run
 
-from .conftest import Lab, MakeLab, nan_in_the_last_group
+from ..campaigns import CampaignBuilder
+from .conftest import MakeLab, nan_in_the_last_group
 
 
-def torchrun(lab: Lab, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def torchrun(lab: CampaignBuilder, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
         "-m", "layerloop.components.update_lora", "--campaign", lab.uri,
@@ -25,7 +26,7 @@ def torchrun(lab: Lab, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def own_ranks(lab: Lab, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def own_ranks(lab: CampaignBuilder, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """The step's plain command, told how many processes to run in (on GPUs: one each, by itself)."""
     command = [sys.executable, "-m", "layerloop.components.update_lora", "--campaign", lab.uri, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": str(ranks)}
@@ -73,7 +74,7 @@ def test_two_ranks_with_a_sharded_base_give_the_adapter_of_one_process_to_roundi
     runtime = {"update": {"microbatch": 3}, "model": {"fsdp": True, "gradient_checkpointing": True}}
     completed = own_ranks(together, "--runtime", json.dumps(runtime))
     assert completed.returncode == 0, completed.stderr
-    one, two = load(alone.adapter(1)), load(together.adapter(1))
+    one, two = load(alone.adapter_weights(1)), load(together.adapter_weights(1))
     assert one.keys() == two.keys()
     for key in one:
         # a step of AdamW is at most the learning rate, 1e-3; rounding of a gradient moves it by parts of 1e-3 of that

@@ -27,17 +27,18 @@ from layerloop.components.update_lora.forward_process import draw
 from layerloop.components.update_lora.state import TrainingState
 from layerloop.components.update_lora.step import run
 
-from .conftest import SIZE, WINDOW, G, Lab, MakeLab, nan_in_the_last_group, spread
+from ..campaigns import SIDE, CampaignBuilder, prompt_embeds, varied
+from .conftest import WINDOW, G, MakeLab, nan_in_the_last_group
 
 GRPO_EMA = {"ema": 0.9, "kl": 0.1}
 NFT_DECAY = {"algorithm": "nft", "ema": 0.9, "nft": {"timesteps": 2, "old_decay": 0.3, "beta": 0.5}}
 
 
-def state_of(lab: Lab, iteration: int, name: str = "optimizer.safetensors") -> dict[str, torch.Tensor]:
+def state_of(lab: CampaignBuilder, iteration: int, name: str = "optimizer.safetensors") -> dict[str, torch.Tensor]:
     return load(lab.store.read(f"{lab.campaign.policy_dir(iteration)}/{name}"))
 
 
-def first_gradient(lab: Lab) -> dict[str, torch.Tensor]:
+def first_gradient(lab: CampaignBuilder) -> dict[str, torch.Tensor]:
     """The gradient of the only optimizer step taken: AdamW's first moment over 1 - beta_1."""
     return {
         key.removeprefix("exp_avg."): value / 0.1
@@ -49,7 +50,7 @@ def first_gradient(lab: Lab) -> dict[str, torch.Tensor]:
 # ---- the gradient
 
 
-def test_ratio_is_exactly_one_in_the_first_optimizer_step_and_close_to_it_in_the_next(lab: Lab) -> None:
+def test_ratio_is_exactly_one_in_the_first_optimizer_step_and_close_to_it_in_the_next(lab: CampaignBuilder) -> None:
     metadata = run(campaign=lab.uri).manifests["policy"].metadata
     assert metadata["first_log_ratio_abs"] == 0.0
     assert 0.0 < metadata["log_ratio_abs"] < 0.01
@@ -59,7 +60,7 @@ def test_ratio_is_exactly_one_in_the_first_optimizer_step_and_close_to_it_in_the
 def test_the_metrics_tell_every_diagnostic_of_every_timestep(make_lab: MakeLab) -> None:
     """With a clip range that the second optimizer step leaves, and one group in four that teaches nothing."""
     lab = make_lab(update={"clip_low": 1e-6, "clip_high": 1e-6, "learning_rate": 1e-2, "kl": 0.01})
-    lab.ready(1, lambda k, g, c: 0.5 if g == 3 else spread(k, g, c))
+    lab.ready(1, lambda k, g, c: 0.5 if g == 3 else varied(k, g, c))
     result = run(campaign=lab.uri)
     metrics, metadata = result.metrics, result.manifests["policy"].metadata
     assert metadata["per_timestep"].keys() == {
@@ -87,15 +88,19 @@ def test_the_spread_of_ratios_is_told_however_small_it_is(make_lab: MakeLab) -> 
     assert metrics["log_ratio_abs"] <= metrics["ratio_std"] < 10 * metrics["log_ratio_abs"]
 
 
-def candidates_of(lab: Lab) -> Iterator[tuple[GroupRecord, int, Condition, torch.Tensor, dict[str, torch.Tensor]]]:
+def candidates_of(
+    lab: CampaignBuilder,
+) -> Iterator[tuple[GroupRecord, int, Condition, torch.Tensor, dict[str, torch.Tensor]]]:
     """(group, candidate, condition, advantages `[G]` of its group, latents) of every candidate of iteration 1."""
-    (manifest,) = lab.campaign.rollouts(1)
-    for key, members in (sample for shard in manifest.shards for sample in read_shard(lab.store, shard)):
+    shards = [shard for manifest in lab.campaign.rollouts(1).values() for shard in manifest.shards]
+    for key, members in (sample for shard in shards for sample in read_shard(lab.store, shard)):
         if "condition.safetensors" in members:
             record = GroupRecord.from_json(members["json"], where=key)
-            rewards = torch.tensor([spread(1, record.group, c) for c in range(G)], dtype=torch.float64)
+            rewards = torch.tensor([varied(1, record.group, c) for c in range(G)], dtype=torch.float64)
             advantages = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
-            condition = Condition(load(members["condition.safetensors"])["condition"][None], lab.prompt()[None], 32, 32)
+            condition = Condition(
+                load(members["condition.safetensors"])["condition"][None], prompt_embeds()[None], 32, 32
+            )
         else:
             yield record, int(key[-2:]), condition, advantages, load(members["trajectory.safetensors"])
 
@@ -194,7 +199,7 @@ def test_the_runtime_changes_an_adapter_by_no_more_than_the_order_of_a_sum(
         lab = make_lab(f"lab-{n}", update={"steps": 3, "kl": 0.01} | update)
         lab.ready(1)
         run(campaign=lab.uri, runtime=json.dumps(runtime))
-        adapters.append(lab.adapter(1))
+        adapters.append(lab.adapter_weights(1))
     assert adapters[0] == adapters[1], "checkpointing computes the same again"
     one, other = load(adapters[0]), load(adapters[2])
     assert max(float(tensor.abs().max()) for key, tensor in one.items() if "lora_B" in key) > 5e-4, "it has learned"
@@ -254,9 +259,9 @@ def test_it_learns_what_is_rewarded(make_lab: MakeLab, update: dict[str, Any], w
 
     def value(iteration: int) -> float:
         policy = lab.policy(iteration)
-        noise = torch.cat([policy.noise(seed, 2, SIZE, SIZE) for seed in range(16)])
-        condition = Condition(torch.ones(1, 4, 64), lab.prompt()[None], SIZE, SIZE)
-        plan = Plan(sigmas=policy.sigmas(10, SIZE, SIZE), outside="euler")
+        noise = torch.cat([policy.noise(seed, 2, SIDE, SIDE) for seed in range(16)])
+        condition = Condition(torch.ones(1, 4, 64), prompt_embeds()[None], SIDE, SIDE)
+        plan = Plan(sigmas=policy.sigmas(10, SIDE, SIDE), outside="euler")
         return float(rollout(policy, condition, noise, plan).final[..., :16].mean())
 
     for iteration in range(1, 7):
@@ -269,12 +274,12 @@ def test_it_learns_what_is_rewarded(make_lab: MakeLab, update: dict[str, Any], w
 # ---- files and resuming
 
 
-def test_the_adapter_is_peft_layout_and_loads_with_peft_itself(lab: Lab) -> None:
+def test_the_adapter_is_peft_layout_and_loads_with_peft_itself(lab: CampaignBuilder) -> None:
     run(campaign=lab.uri)
     folder = Path(lab.uri) / lab.campaign.policy_dir(1)
     ours = lab.policy(1)
     theirs = LayeredPolicy.load(lab.recipe.model)
-    latents, condition = ours.noise(3, 2, 32, 32), Condition(torch.ones(1, 4, 64), lab.prompt()[None], 32, 32)
+    latents, condition = ours.noise(3, 2, 32, 32), Condition(torch.ones(1, 4, 64), prompt_embeds()[None], 32, 32)
     with torch.no_grad():
         before = theirs.velocity(latents, 0.9, condition)
         theirs.transformer = PeftModel.from_pretrained(theirs.transformer, folder)
@@ -291,7 +296,7 @@ def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
         whole.ready(iteration)
         run(campaign=whole.uri)
     shutil.copytree(whole.uri, tmp_path / "moved")
-    resumed = Lab(Campaign.open(str(tmp_path / "moved")))
+    resumed = CampaignBuilder(Campaign.open(str(tmp_path / "moved")))
     for iteration in (3, 4):
         for lab in (whole, resumed):
             lab.ready(iteration)
@@ -307,7 +312,7 @@ def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
     for name in names:
         path = f"{whole.campaign.policy_dir(4)}/{name}"
         assert whole.store.read(path) == resumed.store.read(path), name
-    assert whole.adapter(4) != whole.adapter(2)
+    assert whole.adapter_weights(4) != whole.adapter_weights(2)
 
 
 @pytest.mark.parametrize(("ema", "decay"), [(0.5, 2 / 11), (0.15, 0.15)], ids=["in-the-warm-up", "after-it"])
@@ -318,7 +323,7 @@ def test_the_average_follows_the_adapter(make_lab: MakeLab, ema: float, decay: f
     for iteration in (1, 2):
         lab.ready(iteration)
         run(campaign=lab.uri)
-        averages.append((state_of(lab, iteration, "ema.safetensors"), load(lab.adapter(iteration))))
+        averages.append((state_of(lab, iteration, "ema.safetensors"), load(lab.adapter_weights(iteration))))
     (first, weights), (second, later) = averages
     for key in later:
         expected = decay * first[key] + (1 - decay) * later[key]
@@ -335,7 +340,7 @@ def test_nft_with_decay_samples_from_a_policy_that_lags_behind_the_trained_one(m
     add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
     start = {name.replace(".default", ""): p.detach() for name, p in policy.trainable_parameters().items()}
     trained = state_of(lab, 1)
-    for key, sampling in load(lab.adapter(1)).items():
+    for key, sampling in load(lab.adapter_weights(1)).items():
         key = key.removeprefix("base_model.model.")
         torch.testing.assert_close(sampling, 0.3 * start[key] + 0.7 * trained[f"trained.{key}"])
 
@@ -359,7 +364,7 @@ def test_writing_the_state_leaves_it_as_it_is(make_lab: MakeLab, tmp_path: Path,
         assert all(torch.equal(tensors[key], stored[key]) for key in tensors), f"{name} is what was resumed from"
 
 
-def test_a_committed_iteration_is_returned_and_not_done_again(lab: Lab) -> None:
+def test_a_committed_iteration_is_returned_and_not_done_again(lab: CampaignBuilder) -> None:
     first = run(campaign=lab.uri, iteration=1)
     before = lab.store.sizes()
     lab.store.delete("sources/manifest.json")  # nothing is read but what was committed
@@ -367,46 +372,45 @@ def test_a_committed_iteration_is_returned_and_not_done_again(lab: Lab) -> None:
     assert lab.store.sizes().keys() == before.keys() - {"sources/manifest.json"}
 
 
-def test_files_of_a_killed_attempt_are_replaced(lab: Lab) -> None:
+def test_files_of_a_killed_attempt_are_replaced(lab: CampaignBuilder) -> None:
     lab.store.write(f"{lab.campaign.policy_dir(1)}/adapter_model.safetensors", b"half an adapter")
     manifest = run(campaign=lab.uri).manifests["policy"]
-    assert len(lab.adapter(1)) == manifest.file("adapter_model.safetensors").bytes
+    assert len(lab.adapter_weights(1)) == manifest.file("adapter_model.safetensors").bytes
 
 
 def test_without_a_group_that_teaches_the_adapter_stays_and_the_campaign_goes_on(
-    lab: Lab, capsys: pytest.CaptureFixture[str]
+    lab: CampaignBuilder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(campaign=lab.uri)
     lab.ready(2, lambda *_: 0.7)
     result = run(campaign=lab.uri)
-    assert lab.adapter(2) == lab.adapter(1)
+    assert lab.adapter_weights(2) == lab.adapter_weights(1)
     assert state_of(lab, 2).keys() == state_of(lab, 1).keys()
     filtered = [result.metrics[name] for name in ("groups", "groups_filtered", "filtered_fraction")]
     assert filtered == [0, 4, 1]
     assert "no group gives a gradient, so the adapter is committed unchanged" in capsys.readouterr().err
     lab.ready(3)
     run(campaign=lab.uri)
-    assert lab.adapter(3) != lab.adapter(2)
+    assert lab.adapter_weights(3) != lab.adapter_weights(2)
 
 
-def test_masked_candidates_are_left_out_and_counted(lab: Lab, make_lab: MakeLab) -> None:
+def test_masked_candidates_are_left_out_and_counted(lab: CampaignBuilder, make_lab: MakeLab) -> None:
     lab = make_lab("masked")
-    lab.ready(1, lambda k, g, c: None if (g, c) in {(0, 1), (2, 3)} else spread(k, g, c))
+    lab.ready(1, lambda k, g, c: None if (g, c) in {(0, 1), (2, 3)} else varied(k, g, c))
     result = run(campaign=lab.uri)
     assert (result.metrics["candidates"], result.metrics["candidates_masked"]) == (14, 2)
 
 
-def test_it_starts_from_an_adapter_that_the_recipe_names(lab: Lab, make_lab: MakeLab) -> None:
+def test_it_starts_from_an_adapter_that_the_recipe_names(lab: CampaignBuilder, make_lab: MakeLab) -> None:
     run(campaign=lab.uri)
     source = Path(lab.uri) / lab.campaign.policy_dir(1)
     sha256 = lab.campaign.policy(1).metadata["adapter_sha256"]
     follower = make_lab("follower", lora={"rank": 2, "alpha": 2.0, "start_from": str(source)})
-    policy = lab.policy(1)
-    follower.policy = lambda iteration: policy  # type: ignore[method-assign]
-    follower.rollouts(1, change=changed_record(everywhere=True, adapter_sha256=sha256))
+    change = changed_record(everywhere=True, adapter_sha256=sha256)
+    follower.rollouts(1, policy=lab.policy(1), change=change)
     follower.scores(1)
     assert run(campaign=follower.uri).metrics["replay_noise"] == pytest.approx(1.0, abs=0.03)
-    start, now = load(lab.adapter(1)), load(follower.adapter(1))
+    start, now = load(lab.adapter_weights(1)), load(follower.adapter_weights(1))
     distance = max(float((start[key] - now[key]).abs().max()) for key in start)
     assert 0 < distance < 3e-3, "two steps of 1e-3 away from where it began"
 
@@ -415,7 +419,7 @@ def test_it_starts_from_an_adapter_that_the_recipe_names(lab: Lab, make_lab: Mak
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_committed(
-    lab: Lab, make_lab: MakeLab, tmp_path: Path
+    lab: CampaignBuilder, make_lab: MakeLab, tmp_path: Path
 ) -> None:
     run(campaign=lab.uri)
     folder = Path(shutil.copytree(Path(lab.uri) / lab.campaign.policy_dir(1), tmp_path / "adapter"))
@@ -471,6 +475,12 @@ def foreign_tensor(samples: list[Sample]) -> list[Sample]:
     return samples
 
 
+def no_tensors(samples: list[Sample]) -> list[Sample]:
+    """Bytes that are no safetensors in the last candidate."""
+    samples[-1][1]["trajectory.safetensors"] = b"latents"
+    return samples
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -490,12 +500,13 @@ def foreign_tensor(samples: list[Sample]) -> list[Sample]:
         ),
         (changed_latents(lambda window: window[..., :32]), "window is 3 x 8 x 32, its record and the model's"),
         (changed_latents(lambda window: window[0, 0, 0]), "window is one number, its record and the model's"),
-        (changed_latents(lambda window: window.half()), "window is torch.float16, latents are stored in float32"),
+        (changed_latents(lambda window: window.half()), "window is F16, latents are stored in F32"),
         (
             changed_latents(lambda condition: condition[:, :32], "condition", "condition"),
             "i000001-g000000.condition.safetensors condition is 4 x 32, its record and the model's channels say 4 x 64",
         ),
-        (foreign_tensor, "i000001-g000003-c03.trajectory.safetensors is not safetensors ("),
+        (foreign_tensor, "i000001-g000003-c03.trajectory.safetensors window is F4, latents are stored in F32: delete"),
+        (no_tensors, "i000001-g000003-c03.trajectory.safetensors is not safetensors ("),
         (
             changed_record(height=48),
             "i000001-g000003 has height 48 and width 32, but its 2 x 2 tokens of 16 pixels make 32 and 32: delete",
@@ -517,7 +528,10 @@ def foreign_tensor(samples: list[Sample]) -> list[Sample]:
         (changed_record(dynamics="ode"), "dynamics is 'ode', which is not stochastic, but window_size is 2"),
         (changed_record(group=2), "i000001-g000003 holds the record of i000001-g000002: delete"),
         (swapped_candidates, "i000001-g000003-c02 holds the record of i000001-g000003-c03: delete"),
-        (lambda samples: samples[:1] + samples[2:], "lack candidate 0 of group 0, which was scored"),
+        (
+            lambda samples: samples[:1] + samples[2:],
+            "g000000.tar:i000001-g000000-c01 is where i000001-g000000-c00 should be: delete",
+        ),
     ],
     ids=[
         "base",
@@ -532,6 +546,7 @@ def foreign_tensor(samples: list[Sample]) -> list[Sample]:
         "dtype",
         "condition",
         "foreign",
+        "no-tensors",
         "height",
         "latent-height",
         "negative",
@@ -571,6 +586,24 @@ def test_final_latents_of_another_model_are_refused_where_they_are_learnt_from(m
     assert not lab.committed(1)
 
 
+@pytest.mark.parametrize(
+    ("group", "candidate", "what"), [(9, 0, "group 9"), (3, 7, "candidate 7 of group 3")], ids=["group", "candidate"]
+)
+def test_what_was_scored_and_never_sampled_is_named(make_lab: MakeLab, group: int, candidate: int, what: str) -> None:
+    """The scores of a larger iteration: its last candidate belongs to no rollout of this one."""
+    lab = make_lab()
+    lab.rollouts(1)
+    larger = lab.recipe.model_copy(
+        update={"rollout": lab.recipe.rollout.model_copy(update={"groups": group + 1, "group_size": candidate + 4})}
+    )
+    scorer = CampaignBuilder(lab.campaign)
+    scorer.recipe = larger
+    scorer.scores(1, lambda k, g, c: varied(k, g, c) if g == group and c >= candidate else None)
+    with pytest.raises(LayerloopError, match=f"rollouts of iteration 1 lack {what}, which was scored: score the"):
+        run(campaign=lab.uri)
+    assert not lab.committed(1)
+
+
 def test_a_reward_that_is_not_a_number_is_refused(make_lab: MakeLab) -> None:
     lab = make_lab()
     lab.rollouts(1)
@@ -603,11 +636,11 @@ def test_an_iteration_without_scores_names_what_to_run(make_lab: MakeLab) -> Non
         run(campaign=lab.uri)
 
 
-def test_iterations_count_from_one(lab: Lab) -> None:
+def test_iterations_count_from_one(lab: CampaignBuilder) -> None:
     with pytest.raises(LayerloopError, match="iteration is 0: iterations count from 1"):
         run(campaign=lab.uri, iteration=0)
 
 
-def test_an_iteration_ahead_of_its_policy_is_refused(lab: Lab) -> None:
+def test_an_iteration_ahead_of_its_policy_is_refused(lab: CampaignBuilder) -> None:
     with pytest.raises(LayerloopError, match="iterations/000002/policy is not committed: run update_lora first"):
         run(campaign=lab.uri, iteration=3)
