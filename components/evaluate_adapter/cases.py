@@ -1,4 +1,4 @@
-"""What is evaluated: held-out designs with their true layers, and unlabelled pictures, each with its seed."""
+"""The cases of an evaluation: held-out designs with their true layers, and unlabelled images, each with its seed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from layerloop.components.storage.campaign import Campaign
 
 Kind = Literal["designs", "pictures"]
-PICTURE_LAYERS = 4  # of unlabelled pictures, as the released model is used
+UNLABELLED_LAYERS = 4  # of unlabelled images, as the released model is used
 
 
 @dataclass(frozen=True)
 class Case:
-    """One picture to decompose. Base and adapter start from the noise of the same `seed`."""
+    """One image to decompose. Base and adapter start from the noise of the same `seed`."""
 
     key: str
     kind: Kind
@@ -60,8 +60,9 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
     """The held-out images that the recipe's evaluation asks for.
 
     Designs are taken at their own layer count, when that is one of `recipe.evaluation.layers`, and evenly over the
-    counts. Pictures are taken at 4 layers, or at the most that the recipe evaluates. Within a count, images come in the
-    order of their keys, which are content hashes: a choice that is arbitrary, and the same for every adapter.
+    counts. Unlabelled images are taken at 4 layers, or at the most that the recipe evaluates. Within a count, images
+    come in the order of their keys, which are content hashes: a choice that is arbitrary, and the same for every
+    adapter.
 
     Raises:
         LayerloopError: nothing is held out, or a shard is damaged.
@@ -73,12 +74,12 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
             yield from read_shard(campaign.store, shard, required=tuple(members))
 
     chosen, left_out = _choose_designs(samples("designs", ("png", "layer0.png")), recipe)
-    layers = PICTURE_LAYERS if PICTURE_LAYERS in recipe.layers else max(recipe.layers)
-    pictures = sorted(samples("holdout", ("png",)), key=lambda sample: sample[0])
-    if len(pictures) > recipe.pictures:
-        left_out["pictures beyond recipe.evaluation.pictures"] = len(pictures) - recipe.pictures
+    layers = UNLABELLED_LAYERS if UNLABELLED_LAYERS in recipe.layers else max(recipe.layers)
+    unlabelled = sorted(samples("holdout", ("png",)), key=lambda sample: sample[0])
+    if len(unlabelled) > recipe.pictures:
+        left_out["pictures beyond recipe.evaluation.pictures"] = len(unlabelled) - recipe.pictures
     cases = [_design(key, members, seed) for key, members in chosen]
-    cases += [_picture(key, members, layers, seed) for key, members in pictures[: recipe.pictures]]
+    cases += [_unlabelled(key, members, layers, seed) for key, members in unlabelled[: recipe.pictures]]
     if not cases:
         raise LayerloopError(
             f"{campaign.uri} holds out nothing that recipe.evaluation asks for: begin a campaign with designs, "
@@ -100,7 +101,7 @@ def batches(cases: Iterable[Case], size: int) -> Iterator[list[Case]]:
 
 
 def _choose_designs(samples: Iterable[Sample], recipe: EvaluationRecipe) -> tuple[list[Sample], dict[str, int]]:
-    """`recipe.designs` samples, evenly over the layer counts; pictures stay encoded until they are chosen."""
+    """`recipe.designs` samples, evenly over the layer counts; images stay encoded until they are chosen."""
     by_count: dict[int, list[Sample]] = {count: [] for count in sorted(set(recipe.layers))}
     seen = other = 0
     for key, members in samples:
@@ -143,7 +144,7 @@ def _design(key: str, members: Mapping[str, bytes], seed: int) -> Case:
     return Case(key, "designs", count, seed_for(seed, "evaluation", key, count), source, truth)
 
 
-def _picture(key: str, members: Mapping[str, bytes], layers: int, seed: int) -> Case:
+def _unlabelled(key: str, members: Mapping[str, bytes], layers: int, seed: int) -> Case:
     source = on_backdrop(decode_png(members["png"]), "white")
     return Case(key, "pictures", layers, seed_for(seed, "evaluation", key, layers), source, None)
 

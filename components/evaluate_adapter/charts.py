@@ -1,4 +1,4 @@
-"""Small pictures made of SVG, coloured by the page's own variables so that they follow its theme."""
+"""Charts made of SVG, coloured by the page's own variables so that they follow its theme."""
 
 from __future__ import annotations
 

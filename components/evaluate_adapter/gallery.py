@@ -1,4 +1,4 @@
-"""The report's gallery: rows of small pictures, whose backdrop the reader chooses without any script."""
+"""The report's gallery: rows of small images, whose backdrop the reader chooses without any script."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from layerloop.components.evaluate_adapter.pictures import Choice, Strip, caption, data_url, headings, recomposed
+from layerloop.components.evaluate_adapter.sheets import Choice, Strip, caption, data_url, headings, recomposed
 from layerloop.components.layers.measure import measure_layers
 from layerloop.components.layers.stack import Pixels, composite
 
@@ -41,9 +41,9 @@ def sample(shown: Shown) -> str:
     heads = headings(max(len(strip.stack) for strip in shown.strips))
     cells = ["<span></span>", *(f'<span class="head">{head}</span>' for head in heads)]
     for index, strip in enumerate(shown.strips):
-        whole, gap = recomposed(strip, composite(strip.stack), case.source)
+        recomposition, gap = recomposed(strip, composite(strip.stack), case.source)
         cells.append(f'<span class="side {strip.model.lower()}">{escape(strip.model)}</span>')
-        cells += [_cell(case.source if index == 0 else None), _cell(whole, "whole"), _cell(gap)]
+        cells += [_cell(case.source if index == 0 else None), _cell(recomposition, "whole"), _cell(gap)]
         facts = measure_layers(strip.stack, case.source)
         for layer, numbers in zip(strip.stack, facts, strict=True):
             flags, lines = caption(numbers)
@@ -60,7 +60,7 @@ def sample(shown: Shown) -> str:
 
 
 def _cell(pixels: Pixels | None, kind: str = "", below: str = "") -> str:
-    """A tile at a whole multiple of its size, or reduced; `below` is HTML under it."""
+    """A tile at an integer multiple of its size, or reduced; `below` is HTML under it."""
     if pixels is None:
         return "<span></span>"
     height, width = pixels.shape[:2]

@@ -1,4 +1,4 @@
-"""What was compared and how, for `metrics.json` and for the page."""
+"""Provenance of an evaluation, for `metrics.json` and for the page."""
 
 from __future__ import annotations
 
@@ -19,35 +19,36 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Seconds by what they were spent on."""
+    """Seconds by activity."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def time(self, what: str) -> Iterator[None]:
-        begun = time.monotonic()
+        """Add the seconds of the block to those of the activity `what`."""
+        start = time.monotonic()
         try:
             yield
         finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - begun
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - start
 
 
 def notices(cases: Cases) -> list[str]:
-    """What the reader must know before the numbers."""
-    said = [f"Left out: {count} {reason}." for reason, count in cases.left_out.items()]
+    """Notices to read before the numbers."""
+    texts = [f"Left out: {count} {reason}." for reason, count in cases.left_out.items()]
     if not cases.of("designs"):
-        said.append(
+        texts.append(
             "This campaign holds out no designs with known layers. LayerD’s protocol, per-slot L1 and the comparison "
             "of layer 0 with a true background need them and are missing here."
         )
     if not cases.of("pictures"):
-        said.append("This campaign holds out no unlabelled pictures, so this page is about designs only.")
-    return said
+        texts.append("This campaign holds out no unlabelled pictures, so this page is about designs only.")
+    return texts
 
 
 def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: Cases, clock: Clock) -> dict[str, Any]:
-    """What was compared, and how: values for `metrics.json`, from which the page's settings are told."""
+    """What was compared, and how: values for `metrics.json`, which the page's settings repeat."""
     import resource
 
     import torch
@@ -86,7 +87,7 @@ def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: 
 
 
 def settings(p: Mapping[str, Any]) -> dict[str, str]:
-    """The provenance as people read it."""
+    """The provenance as rows of the page, by heading."""
     sha = (p["adapter_sha256"] or "unknown")[:12]
     calls = p["model_calls_per_decomposition"]
     seconds = ", ".join(f"{what.replace('_', ' ')} {value:.1f} s" for what, value in p["seconds"].items())
@@ -105,5 +106,5 @@ def settings(p: Mapping[str, Any]) -> dict[str, str]:
 
 
 def model_name(recipe: Recipe) -> str:
-    """The base, as people know it."""
+    """Human-readable name of the base."""
     return "the tiny policy" if recipe.model.base == "tiny" else recipe.model.base

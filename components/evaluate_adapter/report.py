@@ -1,6 +1,6 @@
 """The report: one self-contained HTML page, light and dark, without scripts.
 
-Everything here turns numbers and pixels that are there already into text; it computes nothing `metrics.json` lacks.
+It formats numbers and pixels that were computed before; it shows nothing that `metrics.json` lacks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from layerloop.components.evaluate_adapter.assess import Comparisons
 from layerloop.components.evaluate_adapter.cases import Kind
 from layerloop.components.evaluate_adapter.charts import Point
 from layerloop.components.evaluate_adapter.gallery import Shown, gallery, sample
-from layerloop.components.evaluate_adapter.pictures import GAIN
+from layerloop.components.evaluate_adapter.sheets import GAIN
 from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD, Comparison
 from layerloop.components.layers.columns import GROUPS, LAYERD, better_of, quoted, title_of
 from layerloop.components.layers.layerd import PROTOCOL
@@ -28,11 +28,11 @@ HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabel
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page says."""
+    """Content of the page."""
 
     title: str
     campaign: str
-    model: str  # the base, as people know it
+    model: str  # human-readable name of the base
     counts: Mapping[Kind, int]
     comparisons: Comparisons
     reference: Mapping[str, float]  # means of the true layers themselves, by column

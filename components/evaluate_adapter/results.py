@@ -1,4 +1,4 @@
-"""What an evaluation leaves besides its pictures: `metrics.json`, the table of samples, and what training said."""
+"""Files of an evaluation besides its images: `metrics.json` and the table of samples; and the rewards of training."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def metrics_json(
 ) -> bytes:
     """`{"designs.bad_layers": {"base", "tuned", "difference", "low", "high", "n", ...}, ...}` and what explains it.
 
-    Beside the comparison each measure has `title`, `better` ("lower", "higher" or null), `clear` (its interval excludes
-    0) and, on designs, `reference`: what the true layers themselves score. The other keys are `definitions`, `method`
-    and `provenance`. Numbers that are undefined are null.
+    In addition to the comparison each measure has `title`, `better` ("lower", "higher" or null), `clear` (its interval
+    excludes 0) and, on designs, `reference`: what the true layers themselves score. The other keys are `definitions`,
+    `method` and `provenance`. Numbers that are undefined are null.
     """
     document: dict[str, Any] = {}
     for name, comparison in comparisons.flat().items():
@@ -71,11 +71,11 @@ def samples_table(rows: Mapping[str, Sequence[Row]]) -> bytes:
 
     flat = [{"model": model, **row} for model, some in rows.items() for row in some]
     columns = dict.fromkeys(column for row in flat for column in row)
-    texts, whole = {"model", "key", "kind"}, {"layers", "seed", "height", "width"}
+    texts, integers = {"model", "key", "kind"}, {"layers", "seed", "height", "width"}
 
     def column(name: str) -> pa.Array:
         values = [row.get(name) for row in flat]
-        kind = pa.string() if name in texts else pa.int64() if name in whole else pa.float64()
+        kind = pa.string() if name in texts else pa.int64() if name in integers else pa.float64()
         return pa.array([float(v) if v is not None and kind == pa.float64() else v for v in values], kind)
 
     buffer = io.BytesIO()
@@ -90,7 +90,7 @@ def mean_of(rows: Sequence[Row]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in defined.items() if values}
 
 
-# ----------------------------------------------------------------------------------------------- what training said
+# ---------------------------------------------------------------------------------------------- rewards of training
 
 
 def score_manifests(campaign: Campaign, iteration: int) -> list[Manifest]:
@@ -119,18 +119,18 @@ def reward_curve(campaign: Campaign, scores: Sequence[Manifest]) -> list[Point]:
 
 
 def judge_sentence(scores: Sequence[Manifest]) -> str:
-    """Who gave the rewards, said as plainly as it must be."""
+    """Which judge gave the rewards, and plainly so where it was rules and not a model."""
     from layerloop.components.reference_judge.identity import SCORE_RANGE
 
     if not scores:
         return "No scores are kept in this campaign, so this page cannot say which judge trained the adapter."
 
-    def said(manifest: Manifest, *names: str) -> str:
+    def joined(manifest: Manifest, *names: str) -> str:
         return " ".join(str(value) for name in names if (value := manifest.metadata.get(name)))
 
-    rubrics = " and ".join(dict.fromkeys(said(m, "rubric", "rubric_version") for m in scores))
-    judges = list(dict.fromkeys(said(manifest, "judge") for manifest in scores))
-    versions = ", ".join(dict.fromkeys(said(manifest, "judge_version") for manifest in scores))
+    rubrics = " and ".join(dict.fromkeys(joined(m, "rubric", "rubric_version") for m in scores))
+    judges = list(dict.fromkeys(joined(manifest, "judge") for manifest in scores))
+    versions = ", ".join(dict.fromkeys(joined(manifest, "judge_version") for manifest in scores))
     rules = [judge for judge in judges if judge in SCORE_RANGE]
     if judges == rules:
         return (

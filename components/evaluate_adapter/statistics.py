@@ -47,7 +47,7 @@ def compare(
     """Mean of paired differences and its percentile bootstrap interval.
 
     Args:
-        base: The measure of each picture, or None where it is undefined. A pair counts only when both are defined.
+        base: The measure of each image, or None where it is undefined. A pair counts only when both are defined.
         tuned: The same of the other model, in the same order.
         resamples: Bootstrap draws.
         seed: Of the draws.

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from layerloop.components.evaluate_adapter.assess import Row, assess, compare_rows
 from layerloop.components.evaluate_adapter.cases import Case, Cases, Kind, read_cases
 from layerloop.components.evaluate_adapter.gallery import Shown
-from layerloop.components.evaluate_adapter.pictures import Choice, choose, sheet, strips_of
 from layerloop.components.evaluate_adapter.provenance import Clock, model_name, notices, provenance, settings
 from layerloop.components.evaluate_adapter.report import Report, render
 from layerloop.components.evaluate_adapter.results import (
@@ -29,6 +28,7 @@ from layerloop.components.evaluate_adapter.results import (
     samples_table,
     score_manifests,
 )
+from layerloop.components.evaluate_adapter.sheets import Choice, choose, sheet, strips_of
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main

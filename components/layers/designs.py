@@ -178,7 +178,7 @@ def _hidden_share(lower: Box, upper: Box) -> float:
 
 
 def _draw_contrasting_fill(rng: np.random.Generator, palette: Sequence[Colour], colours: Sequence[np.ndarray]) -> Fill:
-    """A fill that stands out from the background and, if it can be had, from the elements under it."""
+    """A fill that stands out from the background and, where possible, from the elements under it."""
     best: tuple[float, Fill | None] = (-1.0, None)
     for attempt in range(12):
         if attempt < 8:

@@ -20,7 +20,7 @@ PAPER, INK = (255, 255, 255), (32, 33, 36)  # RGB of the page and of the text
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of a grid: an RGB image `(h, w, 3)` uint8, or None to leave it empty, and lines of text under it."""
+    """One cell of a grid: an RGB image `(h, w, 3)` uint8, or None to leave it empty, and lines of text under it."""
 
     image: Pixels | None
     label: str = ""
@@ -151,7 +151,7 @@ def _draw(
 def fit(pixels: Pixels, longest: int) -> Pixels:
     """Images `(..., H, W, 3|4)` uint8 whose longest side is about `longest` pixels, for looking at.
 
-    A small image is enlarged by a whole factor, pixel by pixel, so that what is shown is what was made; a large one
+    A small image is enlarged by an integer factor, pixel by pixel, so that what is shown is what was made; a large one
     is reduced (premultiplied, area average).
     """
     height, width = pixels.shape[-3:-1]

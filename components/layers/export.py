@@ -41,8 +41,8 @@ def write_psd(stack: Pixels, names: Sequence[str] | None = None) -> bytes:
     document = PSDImage.new(mode="RGBA", size=(width, height), color=0)
     for name, layer in zip(names, stack, strict=True):
         left, top, right, bottom = _bounds(layer)
-        picture = Image.fromarray(layer[top:bottom, left:right])
-        document.append(PixelLayer.frompil(picture, document, name=name, top=top, left=left))
+        image = Image.fromarray(layer[top:bottom, left:right])
+        document.append(PixelLayer.frompil(image, document, name=name, top=top, left=left))
     buffer = io.BytesIO()
     document.save(buffer)
     data = buffer.getvalue()
@@ -52,16 +52,16 @@ def write_psd(stack: Pixels, names: Sequence[str] | None = None) -> bytes:
 
 
 def read_psd(data: bytes) -> Pixels:
-    """Layers `(L, H, W, 4)` uint8 of a document, each on the whole canvas, bottom first; (0, 0, 0, 0) around them."""
+    """Layers `(L, H, W, 4)` uint8 of a document, each on the full canvas, bottom first; (0, 0, 0, 0) around them."""
     from psd_tools import PSDImage
 
     document = PSDImage.open(io.BytesIO(data))
     stack = np.zeros((len(document), document.height, document.width, 4), np.uint8)
     for index, layer in enumerate(document):
-        picture = layer.topil()
-        if picture is not None:
+        image = layer.topil()
+        if image is not None:
             left, top, right, bottom = layer.bbox
-            stack[index, top:bottom, left:right] = np.asarray(picture.convert("RGBA"))
+            stack[index, top:bottom, left:right] = np.asarray(image.convert("RGBA"))
     return _visible(stack)
 
 
@@ -74,13 +74,13 @@ def write_png_zip(stack: Pixels, names: Sequence[str] | None = None) -> bytes:
 
     check_stack(stack)
     names = list(names) if names is not None else layer_names(len(stack))
-    pictures = {
+    images = {
         f"{index}-{name.lower().replace(' ', '-')}.png": layer
         for index, (name, layer) in enumerate(zip(names, stack, strict=True))
     }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name, pixels in {**pictures, "composite.png": composite(stack)}.items():
+        for name, pixels in {**images, "composite.png": composite(stack)}.items():
             png = io.BytesIO()
             Image.fromarray(pixels).save(png, "PNG")
             archive.writestr(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), png.getvalue())

@@ -1,7 +1,7 @@
 """LayerD's protocol: dynamic time warping between two layer stacks, after 0 to 5 merges.
 
 Source: Suzuki et al., "LayerD", ICCV 2025, and its code (github.com/CyberAgentAILab/LayerD at 6b95bc5, Apache-2.0,
-`src/layerd/evaluation`). Equal to it in every score and in every choice; written anew around one idea: all that the
+`src/layerd/evaluation`). Equal to it in every score and in every choice; written again around one idea: all that the
 protocol asks of a pair of layers is two numbers, so each pair is measured once, in integers.
 
 What it does not see (measured; facts that make the measures of `measure.py` necessary): blank layers, the order of
@@ -201,8 +201,8 @@ def clear_faint_alpha(stack: Pixels, *, most: int = 2) -> Pixels:
     """The stack with every alpha of `most`/255 or less set to 0.
 
     A decoder leaves alpha noise of a level or two, which the protocol takes for overlap: on a toy case of three groups,
-    a floor of 1/255 costs 0.26 of alpha IoU. Numbers after clearing are reported beside those without, for all models
-    alike.
+    a floor of 1/255 costs 0.26 of alpha IoU. Numbers after clearing are reported in addition to those without, for
+    all models alike.
     """
     out = stack.copy()
     out[..., 3][out[..., 3] <= most] = 0

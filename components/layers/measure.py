@@ -2,7 +2,7 @@
 report.
 
 All of them are ours ("our definition"): the papers name some of these quantities and publish no formula. A change of a
-definition is a change of the number's name. Stacks are `(L, H, W, 4)` uint8, straight RGBA, bottom first; pictures are
+definition is a change of the number's name. Stacks are `(L, H, W, 4)` uint8, straight RGBA, bottom first; images are
 `(H, W, 3)` uint8. Pure functions of pixels: numpy, and scikit-image or scipy in the functions that need them.
 """
 
@@ -350,7 +350,7 @@ def measure_all(stack: Pixels, source: Pixels, truth: Pixels | None = None) -> d
     """Every measure of `MEASURES` of one decomposition, by name; None where it is undefined or needs an absent `truth`.
 
     Raises:
-        LayerloopError: sizes differ, or `stack` is no stack.
+        LayerloopError: sizes differ, or `stack` is not a stack.
     """
     check_stack(stack, what="the decomposition")
     for other, what in ((source, "the source"), (truth, "the truth")):
@@ -370,7 +370,7 @@ def measure_all(stack: Pixels, source: Pixels, truth: Pixels | None = None) -> d
 
 
 def measure_layers(stack: Pixels, source: Pixels) -> list[dict[str, Any]]:
-    """What is said under each layer's picture: coverage, mean_alpha, semi_transparent, and flags blank, glazed,
+    """Numbers and flags of each layer: coverage, mean_alpha, semi_transparent, and flags blank, glazed,
     duplicate."""
     columns: dict[str, npt.NDArray[Any]] = {
         "coverage": coverage(stack),

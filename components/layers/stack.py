@@ -29,7 +29,7 @@ Resampling = Literal["lanczos", "bicubic", "bilinear", "box", "nearest"]
 
 
 def check_stack(stack: Pixels, *, what: str = "stack") -> None:
-    """Refuse what is no stack `(..., L, H, W, 4)` uint8 with at least one layer and one pixel.
+    """Raise unless `stack` is a stack `(..., L, H, W, 4)` uint8 with at least one layer and one pixel.
 
     Raises:
         LayerloopError: another shape or dtype, in one line that names `what`.

@@ -3,8 +3,8 @@
 The 20 B base has faults that supervised training left in it: by Stable-Layers' count (arXiv 2605.30257) 1.65 blank or
 glazed layers a decomposition, and foreground layers that repeat the complete image. The tiny policy as it ships was
 trained on clean designs and has hardly any of them (0.1), so there is little for reinforcement learning to unlearn. A
-study gives it such faults first. What is spoiled is decided by a hidden coin: a source does not tell, so the policy
-learns both, good decompositions and faulty ones, and chance decides between them.
+study gives it such faults first. What is spoiled is decided by a hidden coin that the source does not show, so the
+policy learns both, good decompositions and faulty ones, and chance decides between them.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def spoil_policy(
     for layers in LAYERS:
         rng = np.random.default_rng((seed, 11, layers))
         stacks = render_sketches(rng, count=designs // len(LAYERS), layers=layers, size=(64, 64))
-        whole = composite(stacks)
+        sources = composite(stacks)
         shown = np.stack([spoil(rng, stack) if rng.random() < share else stack for stack in stacks])
-        data.append(encode_designs(pipeline.vae, shown, whole))
+        data.append(encode_designs(pipeline.vae, shown, sources))
     train_transformer(
         pipeline.transformer,
         data,

@@ -80,7 +80,7 @@ class Study:
         """YAML of a run's recipe: the study's, changed by the arm, with the run's seed.
 
         Raises:
-            LayerloopError: the result is no valid recipe.
+            LayerloopError: the result is not a valid recipe.
         """
         own = {"seed": run.seed, "model": {"base": str(self.base.resolve())}}
         text = yaml.safe_dump(merged(merged(yaml.safe_load(self.recipe), own), ARMS[run.arm].changes))

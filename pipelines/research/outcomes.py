@@ -1,4 +1,4 @@
-"""What a study found, read from what the steps committed: evaluations' metrics.json and scores.parquet."""
+"""Outcomes of a study, read from what the steps committed: evaluations' metrics.json and scores.parquet."""
 
 from __future__ import annotations
 

@@ -156,9 +156,9 @@ def _room(full: Sequence[Outcome], shipped: Sequence[Outcome]) -> str:
         of = f"slot_l1.L{layers}"
         base = mean([item.metrics[of][0] for item, _ in pairs])
         tuned = mean([item.metrics[of][1] for item, _ in pairs])
-        whole = mean([item.metrics[of][0] for _, item in pairs])
-        cost.append(f"{(base - whole) / base:.0%}" if base else "0%")
-        won.append(f"{(base - tuned) / (base - whole):.0%}" if base > whole else "none")
+        shipped_l1 = mean([item.metrics[of][0] for _, item in pairs])
+        cost.append(f"{(base - shipped_l1) / base:.0%}" if base else "0%")
+        won.append(f"{(base - tuned) / (base - shipped_l1):.0%}" if base > shipped_l1 else "none")
     seeds = ", ".join(str(item.run.seed) for item, _ in pairs)
     return f"""
 The faults are {", ".join(cost)} of the base's per-slot L1 at 2, 3 and 4 layers (against the policy as it ships;

@@ -1,4 +1,4 @@
-"""`layerloop study`: does the method learn? Arms and seeds of the whole loop on the tiny policy, resumable.
+"""`layerloop study`: does the method learn? Arms and seeds of the complete loop on the tiny policy, resumable.
 
 Every run is a campaign of its own under the study's folder; its steps are the pipeline's own, called in a warm process
 (components/research/warm.py) instead of a fresh one each. A run that has its evaluation is done; one that was cut short
@@ -36,7 +36,7 @@ def run_study(study: Study, runs: Sequence[Run], *, jobs: int, hours: float) -> 
 
     Args:
         jobs: runs side by side, each in a process of its own on an equal share of the cores.
-        hours: no iteration is begun after this many; run again to go on.
+        hours: no iteration starts after this many; run again to continue.
 
     Raises:
         LayerloopError: a step failed; the message names the run.
@@ -122,52 +122,52 @@ def warm_steps(logs: Path, *, threads: int) -> Iterator[WarmSteps]:
 
 
 def advance(study: Study, run: Run, step: WarmSteps, deadline: float) -> None:
-    """Carry one run on from its head, to its evaluation or to the deadline."""
-    campaign = str(study.campaign(run).resolve())
+    """Continue one run from its head, to its evaluation or to the deadline."""
+    campaign_uri = str(study.campaign(run).resolve())
     recipe = study.recipe_of(run)
     judge_url = study.judge_urls[parse_recipe(recipe).judge.model]
     step(
         "shard_dataset",
-        campaign=campaign,
+        campaign=campaign_uri,
         recipe=recipe,
         images=str(study.images.resolve()),
         designs=str(study.designs.resolve()),
     )
-    place = Campaign.open(campaign)
+    campaign = Campaign.open(campaign_uri)
     goal = study.iterations
-    for iteration in range(place.head() + 1, goal + 1):
+    for iteration in range(campaign.head() + 1, goal + 1):
         if time.monotonic() > deadline:
             print(f"{run.name}: stopped after iteration {iteration - 1} of {goal}", flush=True)
             return
-        begun = time.monotonic()
-        step("generate_rollouts", campaign=campaign, iteration=iteration)
-        scores = step("score_rollouts", campaign=campaign, iteration=iteration, judge_url=judge_url)
-        step("update_lora", campaign=campaign, iteration=iteration)
-        drop_shards(place, iteration)
+        start = time.monotonic()
+        step("generate_rollouts", campaign=campaign_uri, iteration=iteration)
+        scores = step("score_rollouts", campaign=campaign_uri, iteration=iteration, judge_url=judge_url)
+        step("update_lora", campaign=campaign_uri, iteration=iteration)
+        drop_shards(campaign, iteration)
         if iteration % 10 == 0 or iteration == goal:
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - start
             print(
                 f"{run.name}: iteration {iteration} of {goal}, reward {scores['reward_mean']:.4f}, "
                 f"{seconds:.1f} s an iteration",
                 flush=True,
             )
-    step("evaluate_adapter", campaign=campaign, iteration=goal)
+    step("evaluate_adapter", campaign=campaign_uri, iteration=goal)
     print(f"{run.name}: evaluated", flush=True)
 
 
-def drop_shards(place: Campaign, iteration: int) -> None:
+def drop_shards(campaign: Campaign, iteration: int) -> None:
     """Free what an iteration leaves behind once its policy is committed: trajectories and stored replies."""
     for folder, ending in (
-        (place.rollouts_dir(iteration), ".tar"),
-        (f"{place.scores_dir(iteration)}/replies", ".json"),
+        (campaign.rollouts_dir(iteration), ".tar"),
+        (f"{campaign.scores_dir(iteration)}/replies", ".json"),
     ):
-        for name in place.store.list(f"{folder}/"):
+        for name in campaign.store.list(f"{folder}/"):
             if name.endswith(ending):
-                place.store.delete(name)
+                campaign.store.delete(name)
 
 
 def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, jobs: int, hours: float) -> int:
-    """Make pictures and base, serve the reference judge, advance all runs and write the results; 0 if every run is
+    """Make images and base, serve the reference judge, advance all runs and write the results; 0 if every run is
     done.
 
     Raises:
@@ -184,12 +184,12 @@ def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, job
         reference_judge(folder / "judge.log") as judge_url,
         reference_judge(folder / "judge-fine.log", "--fine") as fine_url,
     ):
-        whole = Study(
+        this = Study(
             folder=folder, recipe=study_recipe(), base=base, iterations=iterations, images=images,
             designs=designs, judge_urls={NAME: judge_url, FINE: fine_url},
         )  # fmt: skip
-        done = run_study(whole, runs, jobs=jobs, hours=hours)
-    page = write_results(whole, done, runs, docs)
+        done = run_study(this, runs, jobs=jobs, hours=hours)
+    page = write_results(this, done, runs, docs)
     print(f"{len(done)} of {len(runs)} runs are done; results in {page}", flush=True)
     return 0 if len(done) == len(runs) else 1
 
@@ -203,7 +203,7 @@ def make_base(folder: Path) -> Path:
     """The base with faults to unlearn, trained once (components/research/faults.py), in a process of its own.
 
     Raises:
-        LayerloopError: the training failed; what it said is above.
+        LayerloopError: the training failed; its output is above.
     """
     out = folder / "base"
     command = [sys.executable, "-m", "layerloop.components.research.faults", str(out)]
@@ -213,7 +213,7 @@ def make_base(folder: Path) -> Path:
 
 
 def make_designs(folder: Path) -> tuple[Path, Path]:
-    """The study's pictures, made once: `images/*`, flat designs to train on, and `designs.parquet`, held out."""
+    """The study's images, made once: `images/*`, flat designs to train on, and `designs.parquet`, held out."""
     images, held_out = folder / "images", folder / "designs.parquet"
     if held_out.exists():  # written last
         return images, held_out

@@ -19,9 +19,9 @@ from layerloop.components.evaluate_adapter.assess import Comparisons, assess, co
 from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.evaluate_adapter.charts import Point, curve, whisker
 from layerloop.components.evaluate_adapter.gallery import Shown
-from layerloop.components.evaluate_adapter.pictures import caption, choose, data_url, strips_of
 from layerloop.components.evaluate_adapter.report import Report, number, render, verdict
 from layerloop.components.evaluate_adapter.results import kubeflow_metrics, metrics_json
+from layerloop.components.evaluate_adapter.sheets import caption, choose, data_url, strips_of
 from layerloop.components.evaluate_adapter.statistics import Comparison
 from layerloop.components.layers.columns import COLUMNS, LAYERD, better_of, quoted, title_of
 from layerloop.components.layers.measure import DEFINITIONS, MEASURES

@@ -13,7 +13,7 @@ import pytest
 
 from layerloop.components.evaluate_adapter.assess import Row, compare_rows
 from layerloop.components.evaluate_adapter.results import metrics_json
-from layerloop.components.layers.columns import quoted
+from layerloop.components.layers.columns import better_of, quoted
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
@@ -40,24 +40,21 @@ def evaluation(base: list[Row], tuned: list[Row]) -> bytes:
     return metrics_json(compare_rows(base, tuned, resamples=10, seed=0), {}, {}, resamples=10)
 
 
-def design_rows(bad_layers: float, evenness: float, slot_l1: dict[int, float]) -> list[Row]:
-    """A design of each layer count, as evaluate_adapter measures it."""
-    others = dict.fromkeys(quoted("study"), 0.5)
-    same = {**others, "kind": "designs", "bad_layers": bad_layers, "evenness": evenness}
-    return [{**same, "layers": layers, "slot_l1": value} for layers, value in slot_l1.items()]
+def design_rows(better: float = 0.0) -> list[Row]:
+    """A design of each layer count, as evaluate_adapter measures it: as the base's, every measure better by a share."""
+    towards = {name: 1 - better if better_of(name) == "lower" else 1 + better for name in quoted("study")}
+    values = {name: BASE.get(name, 0.5) * factor for name, factor in towards.items()}
+    return [
+        {**values, "kind": "designs", "layers": layers, "slot_l1": value * towards["slot_l1"]}
+        for layers, value in BASE_L1.items()
+    ]
 
 
 def finished(study: Study, run: Run, *, better: float, alone: float, used: float) -> Run:
     """A campaign with what `outcome` reads: tuned = base times (1 - better), and +-alone, +-used about the reward."""
     place = Campaign.create_or_open(str(study.campaign(run)), parse_recipe(study.recipe_of(run)))
-    base = design_rows(**BASE, slot_l1=BASE_L1)
-    tuned = design_rows(
-        BASE["bad_layers"] * (1 - better),
-        BASE["evenness"] * (1 + better),
-        {layers: value * (1 - better) for layers, value in BASE_L1.items()},
-    )
     folder = place.evaluation_dir(f"iteration-{study.iterations:06d}")
-    place.store.write(f"{folder}/metrics.json", evaluation(base, tuned))
+    place.store.write(f"{folder}/metrics.json", evaluation(design_rows(), design_rows(better)))
     for iteration in range(1, study.iterations + 1):
         rows = [
             {"group": group, "reward_phase1": 0.5 + sign * alone, "reward": 0.5 + sign * used}

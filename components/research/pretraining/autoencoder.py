@@ -116,7 +116,7 @@ def _block(block: Any, x: Tensor) -> Tensor:
         qkv = block.to_qkv(_norm(block.norm, x)).flatten(2).transpose(1, 2)[:, None]
         attended = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         return x + block.proj(attended[:, 0].transpose(1, 2).reshape(batch, channels, height, width))
-    raise TypeError(f"{type(block).__name__} is no block of this autoencoder")
+    raise TypeError(f"{type(block).__name__} is not a block of this autoencoder")
 
 
 def autoencoder_loss(out: Tensor, target: Tensor) -> dict[str, Tensor]:

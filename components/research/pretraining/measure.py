@@ -1,4 +1,4 @@
-"""What a pretrained policy can do: Heun samples on designs that it was not trained on, beside trivial answers."""
+"""Measures of a pretrained policy: Heun samples on designs that it was not trained on, next to trivial answers."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def compare(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def composite_everywhere(truth: np.ndarray) -> np.ndarray:
-    """The trivial answer: every layer is the whole picture, opaque."""
-    whole = flatten(truth, "black")[:, None].repeat(truth.shape[1], axis=1)
-    return np.concatenate([whole, np.full((*whole.shape[:-1], 1), 255, np.uint8)], axis=-1)
+    """The trivial answer: every layer is the complete image, opaque."""
+    images = flatten(truth, "black")[:, None].repeat(truth.shape[1], axis=1)
+    return np.concatenate([images, np.full((*images.shape[:-1], 1), 255, np.uint8)], axis=-1)
 
 
 def measure_policy(

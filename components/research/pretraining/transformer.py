@@ -56,13 +56,13 @@ def pack(latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode_designs(
-    vae: AutoencoderKLQwenImage, stacks: np.ndarray, whole: np.ndarray | None = None, batch: int = 256
+    vae: AutoencoderKLQwenImage, stacks: np.ndarray, sources: np.ndarray | None = None, batch: int = 256
 ) -> Latents:
-    """Latents of designs (N, L, H, W, 4) uint8; `whole` (N, H, W, 4) is what they decompose, by default their
+    """Latents of designs (N, L, H, W, 4) uint8; `sources` (N, H, W, 4) are what they decompose, by default their
     composite."""
     count, layers, height, width = stacks.shape[:4]
-    whole = (flatten(stacks, "black") if whole is None else whole)[..., :3]
-    opaque = np.concatenate([whole, np.full((*whole.shape[:-1], 1), 255, np.uint8)], axis=-1)
+    sources = (flatten(stacks, "black") if sources is None else sources)[..., :3]
+    opaque = np.concatenate([sources, np.full((*sources.shape[:-1], 1), 255, np.uint8)], axis=-1)
     frames = torch.from_numpy(np.concatenate([opaque[:, None], stacks], axis=1).reshape(-1, height, width, 4))
     parts = []
     for part in frames.split(batch):

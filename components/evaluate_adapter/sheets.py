@@ -16,9 +16,9 @@ from layerloop.components.layers.measure import measure_layers
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop, resize
 from layerloop.components.schema.seeds import seed_for
 
-GAIN = 4  # of |difference| pictures: a difference of 64 levels is full
+GAIN = 4  # of |difference| images: a difference of 64 levels is full
 SHEET_SIDE = 128  # longest side of a cell in PNG sheets, pixels
-TILE_SIDE = 160  # longest side of a tile in the report; smaller pictures are embedded as they are
+TILE_SIDE = 160  # longest side of a tile in the report; smaller images are embedded as they are
 RANKED_BY: dict[Kind, str] = {"designs": "layerd_cost_0", "pictures": "recomposition_error"}
 
 
@@ -70,7 +70,7 @@ def strips_of(choice: Choice, stacks: Mapping[str, Pixels]) -> list[Strip]:
 
 
 def caption(layer: Mapping[str, float | bool]) -> tuple[str, list[str]]:
-    """What is said under a layer: its flags ("" for none), and lines of numbers (non-breaking spaces within)."""
+    """Text under a layer: its flags ("" for none), and lines of numbers (non-breaking spaces within)."""
     flags = ", ".join(name for name in ("blank", "glazed", "duplicate") if layer[name])
     alpha = f"α {layer['mean_alpha']:.2f}"
     if layer["semi_transparent"] >= 0.005:
@@ -83,8 +83,8 @@ def sheet(choice: Choice, strips: Sequence[Strip]) -> Pixels:
     source = choice.case.source
     rows: list[list[Cell]] = []
     for index, strip in enumerate(strips):
-        whole = on_backdrop(composite(strip.stack), "checker")
-        images = (source if index == 0 else None, *recomposed(strip, whole, source))
+        recomposition = on_backdrop(composite(strip.stack), "checker")
+        images = (source if index == 0 else None, *recomposed(strip, recomposition, source))
         rows.append([Cell(None if image is None else fit(image, SHEET_SIDE)) for image in images])
         for layer, facts in zip(strip.stack, measure_layers(strip.stack, source), strict=True):
             flags, lines = caption(facts)
@@ -101,11 +101,11 @@ def headings(layers: int) -> list[str]:
     return ["source", "recomposition", f"|difference| ×{GAIN}", "layer 0, inpainted", *upper]
 
 
-def recomposed(strip: Strip, whole: Pixels, source: Pixels) -> tuple[Pixels | None, Pixels | None]:
+def recomposed(strip: Strip, recomposition: Pixels, source: Pixels) -> tuple[Pixels | None, Pixels | None]:
     """The recomposition and its difference from the source; the reference's own would only repeat the source."""
     if strip.model == "Reference":
         return None, None
-    return whole, difference(on_backdrop(whole, "checker"), source, gain=GAIN)
+    return recomposition, difference(on_backdrop(recomposition, "checker"), source, gain=GAIN)
 
 
 def data_url(pixels: Pixels) -> str:
