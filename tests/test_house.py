@@ -53,6 +53,8 @@ def test_imports_run_one_way() -> None:
         ("components/generate_rollouts/step.py", "from layerloop.components.update_lora import step"),
         ("components/storage/stores.py", "from layerloop.components.runtime import progress"),
         ("components/policy/model.py", "from layerloop.components.layers import stack"),
+        ("components/policy/model.py", "from layerloop.components.storage import campaign"),
+        ("components/policy/at.py", "from layerloop.components.runtime import distributed"),
         ("components/schema/seeds.py", "from layerloop.components.storage import stores"),
         ("components/update_lora/step.py", "import kfp"),
         ("components/update_lora/step.py", "from layerloop.components.update_lora import component"),

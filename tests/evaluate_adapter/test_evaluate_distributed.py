@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,18 +22,10 @@ from .conftest import Lab, MakeLab, drawn_design, fill, source_of
 pytestmark = pytest.mark.timeout(400)  # three interpreters start at once
 
 
-def own_ranks(lab: Lab, ranks: int = 2, module: str = "layerloop.components.evaluate_adapter", *more: str) -> str:
-    """The step's plain command, told how many processes to run in (on GPUs: one each, by itself). Its log."""
-    done = attempt(lab, ranks, module, *more)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
-
-
-def attempt(
-    lab: Lab, ranks: int = 2, module: str = "layerloop.components.evaluate_adapter", *more: str
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, "--campaign", lab.uri, *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": str(ranks)}
+def own_ranks(lab: Lab) -> subprocess.CompletedProcess[str]:
+    """The step's plain command, told to run in two processes (on GPUs: one each, by itself)."""
+    command = [sys.executable, "-m", "layerloop.components.evaluate_adapter", "--campaign", lab.uri]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=360)
 
 
@@ -48,9 +41,13 @@ def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Pa
     alone = fill(make_lab(str(tmp_path / "alone")), tmp_path)
     together = fill(make_lab(str(tmp_path / "together"), fsdp=fsdp), tmp_path / "again")
     run(campaign=alone.uri)
-    log = own_ranks(together)
+    done = own_ranks(together)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = done.stderr
     assert "in 2 processes" in log and "loaded whole" not in log
     assert len(kept(alone)) > 8 and kept(together) == kept(alone)
+    metrics = json.loads(together.store.read("evaluations/iteration-000002/metrics.json"))
+    assert metrics["provenance"]["machine"].startswith("2 x ")
     assert [shard.samples for shard in together.campaign.find("evaluations/iteration-000002").shards] == [7, 7]  # type: ignore[union-attr]
 
 
@@ -86,7 +83,7 @@ def test_a_fault_that_one_rank_meets_ends_both_with_one_clear_line(
     images = [source_of(drawn_design(seed, 2, width=width)) for seed, width in ((1, 32), (2, 40))]
     lab.sources([], images)
     lab.adapter(1, tmp_path)
-    done = attempt(lab)
+    done = own_ranks(lab)
     assert done.returncode == 2, done.stderr[-3000:]
     lines = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
     assert len(lines) == 1 and "image width is 40 pixels: the model needs a multiple of 16" in lines.pop()
