@@ -54,6 +54,8 @@ def test_imports_run_one_way() -> None:
         ("components/storage/stores.py", "from layerloop.components.runtime import progress"),
         ("components/storage/s3.py", "from layerloop.components.storage import stores"),
         ("components/policy/model.py", "from layerloop.components.layers import stack"),
+        ("components/policy/model.py", "from layerloop.components.storage import campaign"),
+        ("components/policy/at.py", "from layerloop.components.runtime import distributed"),
         ("components/schema/seeds.py", "from layerloop.components.storage import stores"),
         ("components/update_lora/step.py", "import kfp"),
         ("components/update_lora/step.py", "from layerloop.components.update_lora import component"),

@@ -10,7 +10,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -68,10 +68,8 @@ def decomposed_shards(
             for name, chunk in part if rank() == 0 else ():
                 made[name] = write_shard(store, name, ((case.name, samples[case.name]) for case in chunk))
                 log(f"{name}: {len(chunk)} decompositions")
-    told = broadcast_json(
-        [shard.model_dump(mode="json") for shard in ({**kept, **made}[name] for name in names)] if rank() == 0 else None
-    )
-    return [Shard.model_validate(shard) for shard in told]
+    shards = _on_all_ranks({**kept, **made})
+    return [shards[name] for name in names]
 
 
 def _kept(store: Store, chunks: Mapping[str, Chunk]) -> dict[str, Shard]:
@@ -83,7 +81,12 @@ def _kept(store: Store, chunks: Mapping[str, Chunk]) -> dict[str, Shard]:
             if shard is not None:
                 found[name] = shard
                 log(f"{name}: {len(chunk)} decompositions, there already")
-    told = broadcast_json({name: shard.model_dump(mode="json") for name, shard in found.items()})
+    return _on_all_ranks(found)
+
+
+def _on_all_ranks(shards: Mapping[str, Shard]) -> dict[str, Shard]:
+    """Rank 0's shards by name."""
+    told: Any = broadcast_json({name: shard.model_dump(mode="json") for name, shard in shards.items()})
     return {name: Shard.model_validate(shard) for name, shard in told.items()}
 
 
@@ -98,7 +101,7 @@ def _shared_out(
     sharded = here.policy.sharded
     behind = max(map(len, shares)) - len(mine) if sharded else 0
     with nullcontext() if sharded else failing_together():
-        sampled = (
+        sampled: Iterator[tuple[Case, Pixels]] = (
             pair
             for batch in mine
             for pair in decompose(here.policy, batch, here.prompt, steps=recipe.steps, model=model)

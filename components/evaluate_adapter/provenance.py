@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from layerloop.components.evaluate_adapter.cases import Cases
+from layerloop.components.runtime.distributed import world_size
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.storage.delivered import delivered_weights
@@ -62,6 +63,8 @@ def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: 
     else:
         machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if world_size() > 1:
+        machine = f"{world_size()} x {machine}"
     sizes = [max(case.source.shape[:2]) for case in cases.cases]
     return {
         "campaign": recipe.name,

@@ -73,6 +73,7 @@ def policy_at(
     policy = loaded.policy if loaded else _load_base(campaign, device="cpu" if sharded else device)
     _check_base(campaign, manifest, policy.fingerprint)
     prompt = _prompt(campaign, policy)
+    sha256: str | None
     if iteration:
         sha256 = _put_committed(campaign, manifest, policy, delivered=delivered)
     else:

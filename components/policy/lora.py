@@ -195,7 +195,7 @@ def replace_adapter(transformer: Any, adapter: Adapter, *, where: str = "adapter
     if has_adapter(transformer):
         present = transformer.peft_config[NAME]
         keys = {key for key, _ in _lora_linears(transformer, NAME)}
-        if (keys, present.r, float(present.lora_alpha)) == (fitting.state.keys(), fitting.rank, float(fitting.alpha)):
+        if (keys, present.r, float(present.lora_alpha)) == (set(fitting.state), fitting.rank, float(fitting.alpha)):
             set_adapter_state(transformer, fitting.state)
             return
         remove_adapter(transformer)

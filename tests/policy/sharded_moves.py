@@ -1,6 +1,9 @@
-"""One of two ranks that share a base: moves its policy from iteration to iteration and keeps what it computes there.
+"""One of two ranks that share a base: moves its policy from iteration to iteration, keeps what it computes there, and
+at last runs steps with it.
 
-torchrun --nproc-per-node=2 sharded_moves.py CAMPAIGN FOLDER '[[iteration, trainable, delivered], ...]'
+The base is loaded twice, without an adapter and then with one.
+
+    torchrun --nproc-per-node=2 sharded_moves.py CAMPAIGN FOLDER '[[iteration, trainable, delivered], ...]'
 """
 
 import json
@@ -10,8 +13,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from layerloop.components.evaluate_adapter import step as evaluate_adapter
+from layerloop.components.generate_rollouts import step as generate_rollouts
 from layerloop.components.policy.at import policy_at
 from layerloop.components.policy.model import Condition
+from layerloop.components.publish_adapter import step as publish_adapter
 from layerloop.components.runtime.distributed import process_group, rank
 from layerloop.components.storage.campaign import Campaign
 
@@ -21,7 +27,7 @@ with process_group() as device:
     for number, (iteration, trainable, delivered) in enumerate(json.loads(moves)):
         here = policy_at(
             Campaign.open(uri), iteration, device=device, sharded=True, trainable=trainable, delivered=delivered,
-            loaded=here,
+            loaded=None if number == 1 else here,
         )  # fmt: skip
         assert here.policy.sharded
         seen = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(1))
@@ -29,4 +35,8 @@ with process_group() as device:
         with torch.no_grad():
             outputs[f"{number}"] = here.policy.velocity(here.policy.noise(3, 2, 32, 48), 0.8, condition)
         outputs[f"{number}.trainable"] = torch.tensor(len(here.policy.trainable_parameters()))
+    evaluate_adapter.run(here, campaign=uri, iteration=1)
+    publish_adapter.run(here, campaign=uri, iteration=2)
+    generate_rollouts.run(here, campaign=uri, iteration=2)
+    assert torch.distributed.is_initialized(), "a step leaves the group that it found"
 save_file(outputs, Path(folder) / f"rank{rank()}.safetensors")

@@ -226,8 +226,7 @@ def test_a_campaign_is_the_same_byte_for_byte_with_the_base_loaded_once(make_cam
             update_lora.run(loaded, campaign=campaign.uri)
             evaluate_adapter.run(loaded, campaign=campaign.uri)
             publish_adapter.run(loaded, campaign=campaign.uri)
-        names = [name for name in campaign.store.list() if name.endswith((".tar", ".safetensors", "config.json"))]
-        return {name: campaign.store.read(name) for name in names}
+        return kept(campaign)
 
     alone, resident = make_campaign("alone"), make_campaign("resident")
     expected = iterate(alone, None)
@@ -239,6 +238,12 @@ def test_a_campaign_is_the_same_byte_for_byte_with_the_base_loaded_once(make_cam
         load(expected[f"iterations/{iteration:06d}/policy/adapter_model.safetensors"]) for iteration in (1, 2)
     )
     assert any(not torch.equal(first[key], second[key]) for key in first), "something was learnt"
+
+
+def kept(campaign: Campaign) -> dict[str, bytes]:
+    """Everything in a campaign that does not say when and where it was made."""
+    names = [name for name in campaign.store.list() if name.endswith((".tar", ".safetensors", "config.json"))]
+    return {name: campaign.store.read(name) for name in names}
 
 
 def commit_scores(campaign: Campaign, iteration: int) -> None:
@@ -265,10 +270,12 @@ def commit_scores(campaign: Campaign, iteration: int) -> None:
 
 @pytest.mark.timeout(300)
 def test_ranks_that_share_the_base_move_as_one_process_does(make_campaign: MakeCampaign, tmp_path: Path) -> None:
-    """Two gloo processes with a sharded base compute at every iteration what one process computes."""
-    campaign = make_campaign()
+    """Two gloo processes with a sharded base compute at every iteration what one process computes, and steps that are
+    run with it, in the group of the program around them, leave the same bytes."""
+    campaign, alone = make_campaign("together"), make_campaign("alone")
     for iteration, rank in ((1, 2), (2, 2), (3, 5)):
-        commit_policy(campaign, iteration, tmp_path, rank=rank, ema=True)
+        for one in (campaign, alone):
+            commit_policy(one, iteration, tmp_path / "files" / Path(one.uri).name, rank=rank, ema=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(Path(__file__).with_name("sharded_moves.py")), campaign.uri, str(tmp_path), json.dumps(MOVES)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -280,6 +287,12 @@ def test_ranks_that_share_the_base_move_as_one_process_does(make_campaign: MakeC
             fresh = policy_at(campaign, iteration, device="cpu", trainable=trainable, delivered=delivered)
             assert torch.equal(outputs[f"{number}"], velocity(fresh)), (rank, iteration, trainable, delivered)
             assert int(outputs[f"{number}.trainable"]) == len(fresh.policy.trainable_parameters())
+    evaluate_adapter.run(campaign=alone.uri, iteration=1)
+    publish_adapter.run(campaign=alone.uri, iteration=2)
+    generate_rollouts.run(campaign=alone.uri, iteration=2)
+    expected, found = kept(alone), kept(campaign)
+    assert expected.keys() == found.keys() and len(expected) > 10
+    assert [name for name in expected if expected[name] != found[name]] == []
 
 
 # ---- refused
