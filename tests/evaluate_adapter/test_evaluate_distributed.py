@@ -23,23 +23,11 @@ from .conftest import MakeLab, drawn_design, fill, hold_out, source_of
 pytestmark = pytest.mark.timeout(400)  # three interpreters start at once
 
 
-<<<<<<< HEAD
-def own_ranks(lab: CampaignBuilder, fsdp: bool) -> str:
-    """The step's plain command, told how many processes to run in (on GPUs: one each, by itself). Its log."""
-    done = own_ranks(lab, fsdp)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
-
-
-def attempt(lab: CampaignBuilder, fsdp: bool) -> subprocess.CompletedProcess[str]:
+def own_ranks(lab: CampaignBuilder, fsdp: bool) -> subprocess.CompletedProcess[str]:
+    """The step's plain command, told to run in two processes (on GPUs: one each, by itself)."""
     runtime = json.dumps({"model": {"fsdp": fsdp}})
     module = "layerloop.components.evaluate_adapter"
     command = [sys.executable, "-m", module, "--campaign", lab.uri, "--runtime", runtime]
-=======
-def own_ranks(lab: Lab) -> subprocess.CompletedProcess[str]:
-    """The step's plain command, told to run in two processes (on GPUs: one each, by itself)."""
-    command = [sys.executable, "-m", "layerloop.components.evaluate_adapter", "--campaign", lab.uri]
->>>>>>> loaded
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=360)
 
@@ -56,13 +44,9 @@ def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Pa
     alone = fill(make_lab(str(tmp_path / "alone")))
     together = fill(make_lab(str(tmp_path / "together")))
     run(campaign=alone.uri)
-<<<<<<< HEAD
-    log = own_ranks(together, fsdp)
-=======
-    done = own_ranks(together)
+    done = own_ranks(together, fsdp)
     assert done.returncode == 0, done.stderr[-3000:]
     log = done.stderr
->>>>>>> loaded
     assert "in 2 processes" in log and "loaded whole" not in log
     assert len(kept(alone)) > 8 and kept(together) == kept(alone)
     metrics = json.loads(together.store.read("evaluations/iteration-000002/metrics.json"))
@@ -98,15 +82,9 @@ def test_a_fault_that_one_rank_meets_ends_both_with_one_clear_line(make_lab: Mak
     """One of two images has a side that the model does not take, so one rank fails while the other samples."""
     lab = make_lab()
     images = [source_of(drawn_design(seed, 2, width=width)) for seed, width in ((1, 32), (2, 40))]
-<<<<<<< HEAD
     hold_out(lab, [], images)
     lab.adapter(1)
     done = own_ranks(lab, fsdp)
-=======
-    lab.sources([], images)
-    lab.adapter(1, tmp_path)
-    done = own_ranks(lab, fsdp)
->>>>>>> loaded
     assert done.returncode == 2, done.stderr[-3000:]
     lines = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
     assert len(lines) == 1 and "image width is 40 pixels: the model needs a multiple of 16" in lines.pop()
