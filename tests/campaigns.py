@@ -57,11 +57,11 @@ def save_tiny_base(folder: Path, **sizes: int) -> Path:
     return folder
 
 
-def prompt_embeds() -> torch.Tensor:
-    """An embedding of the tiny base's width, `(7, 16)` float32."""
+def prompt_embeds(tokens: int = 7) -> torch.Tensor:
+    """An embedding of the tiny base's width, `(T, 16)` float32."""
     import torch
 
-    return torch.randn(7, 16, generator=torch.Generator().manual_seed(5))
+    return torch.randn(tokens, 16, generator=torch.Generator().manual_seed(5))
 
 
 def trained_adapter(policy: LayeredPolicy, recipe: Recipe, *, seed: int, scale: float) -> Adapter:
@@ -98,8 +98,9 @@ class CampaignBuilder:
         holdout: Sequence[np.ndarray] = (),
         designs: Sequence[tuple[np.ndarray, np.ndarray]] = (),
         per_shard: int = 100,
+        tokens: int = 7,
     ) -> Manifest:
-        """Commit images `(H, W, 3 or 4)` uint8 by split, and of designs (image, layers `(L, H, W, 4)`)."""
+        """Commit images `(H, W, 3 or 4)` uint8 by split, of designs (image, layers `(L, H, W, 4)`), and a prompt."""
         from safetensors.torch import save
 
         splits: dict[str, list[Sample]] = {
@@ -117,7 +118,7 @@ class CampaignBuilder:
             for number, start in enumerate(range(0, len(samples), per_shard))
         )
         folder = self.campaign.sources_dir
-        prompt = add_file(self.store, f"{folder}/prompt.safetensors", save({"prompt_embeds": prompt_embeds()}))
+        prompt = add_file(self.store, f"{folder}/prompt.safetensors", save({"prompt_embeds": prompt_embeds(tokens)}))
         counts = {split: len(samples) for split, samples in splits.items()}
         manifest = Manifest(kind="sources", shards=shards, files=(prompt,), counts=counts)
         return commit(self.store, f"{folder}/{MANIFEST}", manifest)

@@ -142,16 +142,17 @@ def read_group(store: Store, shard: Shard, iteration: int, number: int, *, layer
     for key, members in read_shard(store, shard, required=("json",), wanted=wanted):
         where = f"{store.uri}/{shard.name}:{key}"
         if group is None:
-            _same(where, key, "is where", group_key(iteration, number), "should be")
+            _same_key(where, key, group_key(iteration, number), "is where {} should be")
             group, own = GroupRecord.from_json(members["json"], where=f"{where}.json"), members
             _of_iteration(where, group.iteration, iteration)
-            _same(where, key, "holds the record of", group_key(group.iteration, group.group))
+            _same_key(where, key, group_key(group.iteration, group.group), "holds the record of {}")
             _require(where, members, [SOURCE] * layers + [CONDITION] * latents)
             continue
-        _same(where, key, "is where", candidate_key(iteration, number, len(candidates)), "should be")
+        _same_key(where, key, candidate_key(iteration, number, len(candidates)), "is where {} should be")
         record = CandidateRecord.from_json(members["json"], where=f"{where}.json")
         _of_iteration(where, record.iteration, iteration)
-        _same(where, key, "holds the record of", candidate_key(record.iteration, record.group, record.candidate))
+        recorded = candidate_key(record.iteration, record.group, record.candidate)
+        _same_key(where, key, recorded, "holds the record of {}")
         _require(where, members, [_layer(n) for n in range(group.layers)] * layers + [TRAJECTORY] * latents)
         candidates.append(Candidate(record, group, members, where))
     where = f"{store.uri}/{shard.name}"
@@ -168,9 +169,9 @@ def _layer(index: int) -> str:
     return f"layer{index}.png"
 
 
-def _same(where: str, key: str, relation: str, wanted: str, end: str = "") -> None:
+def _same_key(where: str, key: str, wanted: str, fault: str) -> None:
     if key != wanted:
-        raise LayerloopError(f"{where} {f'{relation} {wanted} {end}'.strip()}: {REMEDY}")
+        raise LayerloopError(f"{where} {fault.format(wanted)}: {REMEDY}")
 
 
 def _of_iteration(where: str, found: int, wanted: int) -> None:

@@ -22,7 +22,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of 64 channels: with fewer, a matrix product's last bit may depend on where its operands lie in memory."""
+    """A layered model of two blocks of 64 channels."""
     return save_tiny_base(tmp_path_factory.mktemp("base") / "base", heads=2, head_dim=32, seed=3)
 
 
@@ -56,7 +56,7 @@ def make_campaign(base_folder: Path, tmp_path: Path) -> MakeCampaign:
         campaign = Campaign.create_or_open(uri or str(tmp_path / f"campaign{made}"), recipe)
         rng = np.random.default_rng(0)
         images = [rng.integers(0, 256, (*sizes[n % len(sizes)], 3), dtype=np.uint8) for n in range(5)]
-        CampaignBuilder(campaign).sources(train=images, per_shard=2)
+        CampaignBuilder(campaign).sources(train=images, per_shard=2, tokens=11)  # as many as the recipe's own
         return campaign
 
     return make
