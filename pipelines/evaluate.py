@@ -5,34 +5,43 @@ from kfp import dsl
 from layerloop.components.evaluate_adapter.component import evaluate_adapter
 from layerloop.components.shard_dataset.component import shard_dataset
 from layerloop.pipelines.cluster import Cluster
+from layerloop.pipelines.evaluation_cost import with_evaluation_deadline
 
 
 def evaluate_pipeline(*, recipe: str, cluster: Cluster | None = None):  # type: ignore[no-untyped-def]
     """The evaluation pipeline.
 
     Args:
-        recipe: YAML text that becomes the default of the pipeline's `recipe` parameter.
+        recipe: YAML text of the campaign's recipe, for the deadline; what is evaluated, the campaign's own says.
         cluster: The place; its defaults when None.
 
     Returns:
         A KFP pipeline (`kfp.dsl.graph_component.GraphComponent`), to be compiled or run.
-    """
-    place = (cluster or Cluster()).place
 
-    @dsl.pipeline(name="layerloop-evaluate", display_name="layerloop: evaluation of a campaign's head")
-    def evaluate(campaign: str, images: str = "", designs: str = "", recipe: str = recipe) -> None:
-        """Evaluate the head of a campaign, as it is when the run starts.
+    Raises:
+        LayerloopError: the recipe's evaluation does not fit the deadline that the place sets.
+    """
+    cluster = with_evaluation_deadline(cluster or Cluster(), recipe)
+    place = cluster.place
+
+    @dsl.pipeline(
+        name="layerloop-evaluate",
+        display_name="layerloop: evaluation of a campaign",
+        pipeline_root=cluster.pipeline_root,
+    )
+    def evaluate(campaign: str, iteration: int = 0) -> None:
+        """Evaluate a policy of a campaign; green, with a word in the log, while the campaign has none.
 
         Args:
-            campaign: Root URI of the campaign (s3://bucket/prefix).
-            images: As in the training pipeline; not read again where the campaign has its sources.
-            designs: As in the training pipeline; not read again where the campaign has its sources.
-            recipe: The recipe that the campaign was made with, as YAML text or the URI of a YAML file.
+            campaign: Root URI of the campaign (s3://bucket/prefix), which a training run has begun.
+            iteration: Whose adapter; 0 for the head, as it is when the run starts.
         """
-        shard = place("shard_dataset", shard_dataset(campaign=campaign, recipe=recipe, images=images, designs=designs))
-        evaluation = evaluate_adapter(
-            campaign=campaign, sources=shard.outputs["sources"], policy=shard.outputs["policy"]
-        )
-        place("evaluate_adapter", evaluation)
+        shard = shard_dataset(campaign=campaign, iteration=iteration, evaluate="only")
+        place("shard_dataset", shard)
+        with dsl.If(shard.outputs["proceed"] == "yes", name="there is a policy"):
+            evaluation = evaluate_adapter(
+                campaign=campaign, sources=shard.outputs["sources"], policy=shard.outputs["policy"]
+            )
+            place("evaluate_adapter", evaluation)
 
     return evaluate

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.resources
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,7 @@ from typing import Any
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.recipe import parse_recipe
-
-
-def packaged_recipes() -> dict[str, str]:
-    """YAML text of the recipes that ship with layerloop, by name."""
-    folder = importlib.resources.files("layerloop.pipelines") / "recipes"
-    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
-    return {file.name.removesuffix(".yaml"): file.read_text() for file in sorted(files, key=lambda file: file.name)}
+from layerloop.components.schema.run_recipe import packaged_recipes
 
 
 def recipe_text(value: str, changes: Sequence[str] = ()) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerloop.components.schema.manifest import Manifest
-from layerloop.pipelines.packages import write_pipeline
 from layerloop.pipelines.inputs import absolute
 from layerloop.pipelines.local import LocalRun, run_pipeline
+from layerloop.pipelines.packages import write_pipeline
 from layerloop.pipelines.train import train_pipeline
 
 
@@ -22,7 +22,7 @@ class Job:
     recipe: str  # YAML text
     designs: str = ""
     judge_url: str = ""
-    name: str = ""
+    publish_as: str = ""
     iterations: int = 3
     workers: int = 2
 
@@ -41,7 +41,7 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
         "images": absolute(job.images),
         "designs": absolute(job.designs),
         "judge_url": job.judge_url,
-        "name": job.name,
+        "publish_as": job.publish_as,
     }
     print(f"{package}: {job.iterations} iterations, {job.workers} workers; logs beside it", flush=True)
     return run_pipeline(package, arguments, folder=folder)

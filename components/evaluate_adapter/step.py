@@ -36,6 +36,7 @@ from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.delivered import delivered_weights
 from layerloop.components.storage.images import encode_png
 from layerloop.components.storage.manifests import add_file, commit, read_file, verify
+from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
     import torch
@@ -236,7 +237,7 @@ def _result(opened: Campaign, manifest: Manifest) -> StepResult:
     )
 
 
-main = functools.partial(step_main, run, iteration_from="policy")
+main = functools.partial(step_main, run, iteration_from="policy", store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

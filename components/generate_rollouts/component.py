@@ -13,6 +13,7 @@ def generate_rollouts(
     policy: Input[Model],
     rollouts: Output[Dataset],
     metrics: Output[Metrics],
+    until: int = 0,
 ) -> dsl.ContainerSpec:
     """Sample candidate decompositions of this worker's groups with the current policy.
 
@@ -24,6 +25,7 @@ def generate_rollouts(
         policy: Manifest of the policy to sample with; the iteration is one more than its own.
         rollouts: Manifest of this worker's trajectory shards.
         metrics: Groups, candidates, and seconds of the sampler's parts.
+        until: The campaign's target; an iteration past it passes through. 0 for none.
     """
     return dsl.ContainerSpec(
         image="layerloop-policy",

@@ -36,6 +36,7 @@ from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.folders import local_folder
 from layerloop.components.storage.manifests import commit, load, read_file, verify
 from layerloop.components.storage.shards import existing_shard, read_shard, write_shard
+from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
     import torch
@@ -282,7 +283,10 @@ def _result(
     return StepResult(manifests={"rollouts": manifest}, metrics=metrics)
 
 
-main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=1, spread=ranks.spread)
+main = functools.partial(
+    step_main, run, iteration_from="policy", iteration_offset=1, beyond=("rollouts", "rollouts"),
+    spread=ranks.spread, store=open_store,
+)  # fmt: skip
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -20,6 +20,7 @@ from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.delivered import delivered_weights
 from layerloop.components.storage.folders import local_folder
 from layerloop.components.storage.manifests import add_file, commit, read_file, verify
+from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
     import torch
@@ -31,28 +32,29 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 CARD = "README.md"
 
 
-def run(*, campaign: str, name: str = "", iteration: int | None = None) -> StepResult:
+def run(*, campaign: str, publish_as: str = "", iteration: int | None = None) -> StepResult:
     """Publish one iteration's adapter under a name, as `published/<name>/`.
 
     Args:
         campaign: Root URI of the campaign.
-        name: Folder under `published/`: letters, digits, dot, dash and underscore; by default the recipe's name and the
-            iteration, so that every run of a campaign publishes under a name of its own.
+        publish_as: Folder under `published/`: letters, digits, dot, dash and underscore; by default the recipe's name
+            and the iteration, so that every run of a campaign publishes under a name of its own.
         iteration: Which iteration's adapter; by default the last committed one.
 
     Raises:
         LayerloopError: a name that is no folder name, or that holds another adapter already; no adapter to publish; a
             layout that does not give the campaign's output when it is loaded back. Nothing is committed then.
     """
-    if name and not NAME.fullmatch(name):
+    if publish_as and not NAME.fullmatch(publish_as):
         raise LayerloopError(
-            f"name is {name!r}: give 1 to 96 letters, digits, dots, dashes or underscores, not beginning with a sign"
+            f"publish_as is {publish_as!r}: give 1 to 96 letters, digits, dots, dashes or underscores, not beginning "
+            "with a sign"
         )
     place = Campaign.open(campaign)
     number = place.head() if iteration is None else iteration
     if number < 1:
         raise LayerloopError(f"campaign {place.uri} has no adapter to publish (iteration {number}): train it first")
-    name = name or f"{place.recipe.name}-{number:06d}"
+    name = publish_as or f"{place.recipe.name}-{number:06d}"
     policy_manifest = place.policy(number)
     source = delivered_weights(policy_manifest)
     folder = place.published_dir(name)
@@ -120,7 +122,7 @@ def _already(place: Campaign, done: Manifest, name: str, iteration: int, sha256:
     if (done.iteration, done.metadata.get("source_sha256")) != (iteration, sha256):
         raise LayerloopError(
             f"{place.uri}/{place.published_dir(name)} already holds the adapter of iteration {done.iteration}, not of "
-            f"{iteration}: choose another name"
+            f"{iteration}: choose another publish_as"
         )
     verify(place.store, done)
     log(f"iteration {iteration} of {place.uri} is already published as {name}")
@@ -174,7 +176,7 @@ def _result(place: Campaign, manifest: Manifest) -> StepResult:
     )
 
 
-main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=0)
+main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=0, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())
