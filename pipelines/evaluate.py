@@ -1,6 +1,7 @@
 """The nightly evaluation DAG: the campaign's head, or one of its earlier policies, against the base on fixed seeds."""
 
 from kfp import dsl
+from kfp.dsl import Dataset, Input, Model
 
 from layerloop.components.evaluate_adapter.component import evaluate_adapter
 from layerloop.components.shard_dataset.component import shard_dataset
@@ -24,6 +25,12 @@ def evaluate_pipeline(*, recipe: str, cluster: Cluster | None = None):  # type: 
     cluster = with_evaluation_deadline(cluster or Cluster(), recipe)
     place = cluster.place
 
+    # As in train.py: kfp.local takes a condition on another task's output for false.
+    @dsl.pipeline(name="evaluation")
+    def evaluation(campaign: str, left: str, sources: Input[Dataset], policy: Input[Model]) -> None:
+        with dsl.If(left != "nothing", name="there is a policy"):
+            place("evaluate_adapter", evaluate_adapter(campaign=campaign, sources=sources, policy=policy))
+
     @dsl.pipeline(
         name="layerloop-evaluate",
         display_name="layerloop: evaluation of a campaign",
@@ -38,10 +45,11 @@ def evaluate_pipeline(*, recipe: str, cluster: Cluster | None = None):  # type: 
         """
         shard = shard_dataset(campaign=campaign, iteration=iteration, evaluate="only")
         place("shard_dataset", shard)
-        with dsl.If(shard.outputs["proceed"] == "yes", name="there is a policy"):
-            evaluation = evaluate_adapter(
-                campaign=campaign, sources=shard.outputs["sources"], policy=shard.outputs["policy"]
-            )
-            place("evaluate_adapter", evaluation)
+        evaluation(
+            campaign=campaign,
+            left=shard.outputs["left"],
+            sources=shard.outputs["sources"],
+            policy=shard.outputs["policy"],
+        )
 
     return evaluate

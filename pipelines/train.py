@@ -87,6 +87,33 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         place("update_lora", update)
         return Updated(policy=update.outputs["policy"])
 
+    # A sub-pipeline of its own because kfp.local 2.17 finds what a condition compares among a pipeline's parameters, and
+    # not among the outputs of its tasks: there it would take every such condition for false.
+    @dsl.pipeline(name="stretch")
+    def stretch(
+        campaign: str,
+        judge_url: str,
+        publish_as: str,
+        until: int,
+        left: str,
+        sources: Input[Dataset],
+        policy: Input[Model],
+    ) -> None:
+        with dsl.If(left != "nothing", name="not at the target"):
+            for number in range(1, iterations + 1):
+                step = iteration(campaign=campaign, judge_url=judge_url, until=until, sources=sources, policy=policy)
+                step.set_display_name(f"iteration {number} of this run")  # the campaign's number is in the artifacts
+                policy = step.outputs["policy"]
+            ends = dsl.If(left == "everything", name="no iteration is left before the target")
+            with ends if evaluate == "end" else contextlib.nullcontext():
+                made = {}
+                if evaluate != "never":
+                    evaluation = evaluate_adapter(campaign=campaign, sources=sources, policy=policy)
+                    place("evaluate_adapter", evaluation)
+                    made = {"evaluation": evaluation.outputs["evaluation"]}
+                publish = publish_adapter(campaign=campaign, publish_as=publish_as, policy=policy, **made)
+                place("publish_adapter", publish)
+
     @dsl.pipeline(
         name="layerloop-train",
         display_name=f"layerloop: {iterations} iterations, {workers} workers",
@@ -131,21 +158,16 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
         )
         place("shard_dataset", shard)
-        with dsl.If(shard.outputs["proceed"] == "yes", name="not at the target"):
-            sources, policy = shard.outputs["sources"], shard.outputs["policy"]
-            for number in range(1, iterations + 1):
-                step = iteration(campaign=campaign, judge_url=judge_url, until=until, sources=sources, policy=policy)
-                step.set_display_name(f"iteration {number} of this run")  # the campaign's number is in the artifacts
-                policy = step.outputs["policy"]
-            once = dsl.If(shard.outputs["finish"] == "yes", name="last run before the target")
-            with once if evaluate == "end" else contextlib.nullcontext():
-                made = {}
-                if evaluate != "never":
-                    evaluation = evaluate_adapter(campaign=campaign, sources=sources, policy=policy)
-                    place("evaluate_adapter", evaluation)
-                    made = {"evaluation": evaluation.outputs["evaluation"]}
-                publish = publish_adapter(campaign=campaign, publish_as=publish_as, policy=policy, **made)
-                place("publish_adapter", publish)
+        work = stretch(
+            campaign=campaign,
+            judge_url=judge_url,
+            publish_as=publish_as,
+            until=until,
+            left=shard.outputs["left"],
+            sources=shard.outputs["sources"],
+            policy=shard.outputs["policy"],
+        )
+        work.set_display_name("what is left to do")
 
     return train
 

@@ -10,8 +10,7 @@ def shard_dataset(
     sources: Output[Dataset],
     policy: Output[Model],
     metrics: Output[Metrics],
-    proceed: dsl.OutputPath(str),
-    finish: dsl.OutputPath(str),
+    left: dsl.OutputPath(str),
     recipe: str = "",
     overrides: dict = {},  # noqa: B006
     images: str = "",
@@ -31,8 +30,7 @@ def shard_dataset(
         sources: Manifest of the shards of normalised images.
         policy: Manifest of the campaign's head; its metadata carries the iteration that the run continues from.
         metrics: Images read, rejected, dropped as duplicates, and kept in each split.
-        proceed: `yes`, or `no` where nothing is left to do.
-        finish: `yes` where this run evaluates and publishes after its iterations.
+        left: What is left for this run: `nothing`, `iterations`, or `everything`: evaluation and publication too.
         recipe: Name of a packaged recipe, or the URI of a YAML file; empty for `default_recipe`. A campaign made with
             another recipe is refused.
         overrides: Changes of the recipe, section by section.

@@ -283,7 +283,7 @@ def _to_evaluate(place: Campaign, iteration: int) -> StepResult:
     return StepResult(
         manifests={"sources": sources or Manifest(kind="sources"), "policy": place.policy(iteration or head)},
         metrics={"iteration": iteration or head},
-        parameters={"proceed": _yes(proceed), "finish": _yes(proceed)},
+        parameters={"left": "everything" if proceed else "nothing"},
     )
 
 
@@ -292,12 +292,8 @@ def _result(place: Campaign, sources: Manifest, stretch: Stretch, *, proceed: bo
     return StepResult(
         manifests={"sources": sources, "policy": place.policy(head)},
         metrics={**sources.counts, "megabytes": megabytes, "iteration": head},
-        parameters={"proceed": _yes(proceed), "finish": _yes(proceed and stretch.finishes(head))},
+        parameters={"left": stretch.left(head) if proceed else "nothing"},
     )
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
 
 
 main = functools.partial(step_main, run, store=open_store)

@@ -56,9 +56,11 @@ class Stretch:
             run_id = f"local-{uuid.uuid4()}"
         return cls(run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures)
 
-    def finishes(self, head: int) -> bool:
-        """Whether this run evaluates and publishes after its iterations: not before the target, in mode `end`."""
-        return self.evaluate != "end" or not self.until or head + self.iterations >= self.until
+    def left(self, head: int) -> str:
+        """What this run has to do: `iterations`, or `everything`: it evaluates and publishes after them, in mode `end`
+        not before the target."""
+        finishes = self.evaluate != "end" or not self.until or head + self.iterations >= self.until
+        return "everything" if finishes else "iterations"
 
     def is_done(self, place: Campaign) -> bool:
         """Whether the campaign has reached the target and all that follows it; then say so, and end the chain.
