@@ -87,8 +87,8 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         place("update_lora", update)
         return Updated(policy=update.outputs["policy"])
 
-    # A sub-pipeline of its own because kfp.local 2.17 finds what a condition compares among a pipeline's parameters, and
-    # not among the outputs of its tasks: there it would take every such condition for false.
+    # A sub-pipeline of its own because kfp.local 2.17 finds what a condition compares among a pipeline's parameters
+    # and not among the outputs of its tasks: it would take such a condition for false.
     @dsl.pipeline(name="stretch")
     def stretch(
         campaign: str,
