@@ -2,7 +2,8 @@
 
 For tests, where no cluster is at hand; written from what the backend's Go sources do with a container component:
 
-- the API server takes no parameter that the pipeline lacks (v2_template.go), the driver none of another type (resolve.go);
+- the API server takes no parameter that the pipeline lacks (v2_template.go), the driver none of another type
+  (resolve.go);
 - the driver resolves inputs, adds the output artifact `executor-logs` (driver.go), and hands numbers of loops on as
   protobuf does, as floats; `{{$.pipeline_job_uuid}}` is resolved where it is a constant's whole text;
 - the launcher fills defaults in, holds the log file open, runs the command with `{{$}}` filled in, and reads the output

@@ -95,6 +95,9 @@ def step_main(
             if store is not None and arguments.get("campaign"):
                 refusals = Refusals(functools.partial(store, str(arguments["campaign"])), given, step=name)
                 refusals.repeat()
+        else:
+            texts = [name for name in arguments if _kind(run, name) is dict]
+            arguments |= {name: _mapping(_flag(name), arguments[name]) for name in texts}
         missing = [_flag(p.name) for p in _parameters(run) if p.name not in arguments and p.default is p.empty]
         if missing:
             parser.error(f"these are required: {', '.join(missing)}")
@@ -143,7 +146,7 @@ def _parser(run: Callable[..., StepResult], name: str) -> argparse.ArgumentParse
             )
         else:
             metavar = {str: "TEXT", int: "N", float: "X", dict: "JSON"}[kind]
-            reader = functools.partial(_mapping, _flag(parameter.name)) if kind is dict else kind
+            reader = str if kind is dict else kind
             parser.add_argument(_flag(parameter.name), dest=parameter.name, type=reader, metavar=metavar, help=text)
     return parser
 

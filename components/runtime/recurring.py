@@ -6,6 +6,7 @@ ends green at once; so whatever goes wrong is one line and never a failure.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -51,7 +52,7 @@ def _disable(run_id: str, token: Path) -> str:
     except urllib.error.HTTPError as error:
         why = {401: "it wants a token", 403: "the step's service account may not"}.get(error.code, error.reason)
         return f"the recurring run goes on, and its runs end at once: {api} answers {error.code} ({why})"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         return f"the recurring run goes on, and its runs end at once: {api} cannot be asked ({_short(reason)})"
     return f"recurring run {recurring} is switched off: enable it in Kubeflow to go on"
