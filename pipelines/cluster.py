@@ -211,7 +211,7 @@ class Cluster(Record):
     kfp_api: str | None = Field(default=None, pattern=r"^https?://[^\s/]+\S*$")  # None: the stock one, inside a cluster
     pipeline_root: str | None = Field(default=None, pattern=r"^(s3|minio|gs)://[^\s/]+\S*$")  # None: the installation's
     weights_claim: Name | None = "layerloop-weights"  # PVC with the base model's files, mounted read-write at /weights
-    retries: int = Field(default=3, ge=0, le=20)  # steps are idempotent, so a retry continues
+    retries: int = Field(default=3, ge=0, le=8)  # steps are idempotent, so a retry continues
     timeout_hours: dict[str, Hours] = {}  # by verb, where it differs from TIMEOUT_HOURS
     forward_seconds: float = Field(default=0.32, gt=0)  # one forward at 640 pixels (public figure: H100), for estimates
 
