@@ -8,7 +8,7 @@ exactly at its target.
 """
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kfp import dsl
 from kfp.dsl import Dataset, Input, Model
@@ -125,7 +125,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         designs: str = "",
         judge_url: str = "",
         recipe: str = "",
-        overrides: dict = {},  # noqa: B006
+        overrides: dict[str, Any] = {},  # noqa: B006
         publish_as: str = "",
         until: int = 0,
         max_failures: int = 0,

@@ -1,5 +1,7 @@
 """KFP declaration of the step `shard_dataset`; the work is in `step.py`."""
 
+from typing import Any
+
 from kfp import dsl
 from kfp.dsl import Dataset, Metrics, Model, Output
 
@@ -10,9 +12,9 @@ def shard_dataset(
     sources: Output[Dataset],
     policy: Output[Model],
     metrics: Output[Metrics],
-    left: dsl.OutputPath(str),
+    left: dsl.OutputPath(str),  # type: ignore[valid-type]
     recipe: str = "",
-    overrides: dict = {},  # noqa: B006
+    overrides: dict[str, Any] = {},  # noqa: B006
     images: str = "",
     designs: str = "",
     default_recipe: str = "",

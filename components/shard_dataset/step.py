@@ -179,19 +179,21 @@ def read_recipe(recipe: str) -> Recipe:
     text, packaged = recipe.strip(), packaged_recipes()
     if text in packaged:
         return parse_recipe(packaged[text])
-    if "\n" in text or text.startswith("{"):
-        return parse_recipe(text)
-    if ": " in text or text.startswith("#"):
+    if "\n" in text or text.startswith(("{", "#")) or ": " in text:
         try:
             return parse_recipe(text)
-        except LayerloopError:  # a form field of one line takes the line breaks
-            raise LayerloopError(
+        except LayerloopError:
+            if "\n" in text or not (text.startswith("#") or text.count(": ") > 1):
+                raise
+            raise LayerloopError(  # a form field of one line takes the line breaks
                 f"recipe is {text[:40]!r}..., which is no recipe on one line: give {', '.join(packaged)} or the URI of "
                 "a file, and what is to differ as overrides"
             ) from None
     try:
         return parse_recipe(read_uri(text))
     except MissingObjectError as error:
+        if "/" in text or text.endswith((".yaml", ".yml", ".json")):
+            raise
         raise LayerloopError(f"recipe is {text}, which is none of {', '.join(packaged)}, and {error}") from None
 
 

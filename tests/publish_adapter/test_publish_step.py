@@ -160,7 +160,7 @@ def test_publishing_again_under_the_same_name_changes_nothing(make_campaign: Mak
 def test_a_name_that_holds_another_adapter_is_not_overwritten(make_campaign: MakeCampaign) -> None:
     place = make_campaign(iterations=2)
     run(campaign=place.uri, publish_as="best", iteration=1)
-    with pytest.raises(LayerloopError, match="already holds the adapter of iteration 1, not of 2: choose another name"):
+    with pytest.raises(LayerloopError, match="already holds the adapter of iteration 1, not of 2: choose another pub"):
         run(campaign=place.uri, publish_as="best")
     assert run(campaign=place.uri, publish_as="better").manifests["adapter"].iteration == 2
 
@@ -174,7 +174,7 @@ def test_without_a_name_it_is_the_recipes_and_the_iteration(make_campaign: MakeC
 @pytest.mark.parametrize("name", [".", "..", "../up", "a/b", "-x", "with space", "ä", "x" * 97, "a\n"])
 def test_a_name_that_is_no_folder_name_is_refused(make_campaign: MakeCampaign, name: str) -> None:
     place = make_campaign(iterations=0)
-    with pytest.raises(LayerloopError, match="name is .*: give 1 to 96 letters"):
+    with pytest.raises(LayerloopError, match="publish_as is .*: give 1 to 96 letters"):
         run(campaign=place.uri, publish_as=name)
 
 
