@@ -1,11 +1,12 @@
 # The workflow, a target a step. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench study lock wheel pretrain clean
+.PHONY: help install demo test slow lint bench study lock wheel compile pretrain clean
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
+CLUSTER ?= manifests/cluster.example.yaml
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -34,6 +35,9 @@ demo: $(READY) ## run the whole pipeline on this machine and make a report; agai
 test: $(READY) ## run all tests, lint and types among them
 	@$(VENV)/bin/python -m pytest
 
+slow: $(READY) ## run the long tests too, which `make test` leaves out
+	@$(VENV)/bin/python -m pytest -m slow
+
 lint: $(READY) ## only formatting, lint, types and the arrows between packages
 	@$(VENV)/bin/python -m pytest tests/test_house.py
 
@@ -45,6 +49,11 @@ study: $(READY) ## does it learn? campaigns on the tiny policy, about two hours,
 
 pretrain: $(READY) ## train the shipped tiny policy again (hours)
 	@$(VENV)/bin/python -m layerloop.components.research.pretraining
+
+# CLUSTER=mine.yaml compiles for your cluster; the committed packages are for the example.
+compile: $(READY) ## write the packages in pipelines/compiled, after recipes, components or pipelines have changed
+	@$(VENV)/bin/layerloop compile -o pipelines/compiled/train.yaml --cluster $(CLUSTER)
+	@$(VENV)/bin/layerloop compile -o pipelines/compiled/evaluate.yaml --pipeline evaluate --cluster $(CLUSTER)
 
 wheel: $(READY) ## build dist/*.whl, as the images install it
 	@$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist

@@ -36,7 +36,7 @@ examples:
   layerloop compile -o nightly.yaml --pipeline evaluate --recipe my-recipe.yaml --cluster cluster.yaml
 
 A run covers a fixed number of iterations; a campaign is a chain of runs. cluster.yaml names images by digest, GPUs,
-queues and secrets: see manifests/README.md.
+queues and secrets: see docs/cluster.md.
 """
 
 SUBMIT_EXAMPLES = """\
@@ -124,24 +124,47 @@ def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:
 
 
 def _compile(arguments: argparse.Namespace) -> None:
+    _need_kfp("layerloop compile")
+    from layerloop.components.schema.recipe import parse_recipe
     from layerloop.pipelines.cluster import Cluster, read_cluster
-    from layerloop.pipelines.compiled import write_pipeline
     from layerloop.pipelines.evaluate import evaluate_pipeline
+    from layerloop.pipelines.evaluation_cost import EvaluationCost, with_evaluation_deadline
     from layerloop.pipelines.inputs import recipe_and_runtime
+    from layerloop.pipelines.packages import write_pipeline
     from layerloop.pipelines.train import container_tasks, train_pipeline
 
     recipe, runtime = recipe_and_runtime(arguments.recipe, arguments.set, arguments.runtime)
     cluster = read_cluster(arguments.cluster) if arguments.cluster else Cluster()
     if arguments.pipeline == "train":
-        counts = {"iterations": arguments.iterations, "workers": arguments.workers}
+        counts = {"iterations": arguments.iterations, "workers": arguments.workers, "evaluate": arguments.evaluate}
         pipeline = train_pipeline(**counts, recipe=recipe, cluster=cluster, runtime=runtime)
         tasks = container_tasks(**counts)
     else:
         pipeline, tasks = evaluate_pipeline(recipe=recipe, cluster=cluster, runtime=runtime), 2
     path = write_pipeline(pipeline, Path(arguments.output))
     print(f"{path}: {arguments.pipeline} pipeline, {tasks} container tasks, {path.stat().st_size / 1024:.0f} KiB")
+    if arguments.pipeline == "evaluate" or arguments.evaluate != "never":
+        cost = EvaluationCost.of(parse_recipe(recipe), cluster)
+        hours = with_evaluation_deadline(cluster, recipe).hours("evaluate_adapter")
+        print(f"evaluation: {cost} (assumed {cluster.forward_seconds:g} s a forward at 640 px); deadline {hours:g} h")
     if not arguments.cluster:
-        print("images are named without a registry: give --cluster FILE for a pipeline that a cluster can run")
+        print(
+            "images are layerloop-policy and layerloop-light, which a cluster looks for at docker.io/library: give "
+            "--cluster FILE, which names yours"
+        )
+
+
+def _need_kfp(command: str) -> None:
+    """Refuse in one line where kfp is not installed, in an image of the steps for instance.
+
+    Raises:
+        LayerloopError: it is not.
+    """
+    import importlib.util
+
+    for module in ("kfp", "kfp.kubernetes"):
+        if importlib.util.find_spec("kfp") is None or importlib.util.find_spec(module) is None:
+            raise LayerloopError(f"{command} needs {module}, which is not here: pip install 'layerloop[pipelines]'")
 
 
 def _recipe(arguments: argparse.Namespace) -> None:
@@ -311,7 +334,14 @@ def build_parser() -> argparse.ArgumentParser:
     compile_.add_argument("-o", "--output", required=True, metavar="FILE", help="the YAML file to write")
     compile_.add_argument("--pipeline", choices=("train", "evaluate"), default="train", help="(default: %(default)s)")
     compile_.add_argument(
-        "--recipe", default="paper", metavar="NAME|FILE", help="default recipe (default: %(default)s)"
+        "--recipe", default="paper", metavar="NAME|FILE", help="of runs that name no other (default: %(default)s)"
+    )
+    compile_.add_argument(
+        "--evaluate",
+        choices=("end", "every-run", "never"),
+        default="end",
+        help="evaluate and publish in the run that reaches its target or has none, in every run, or publish only "
+        "(default: %(default)s)",
     )
     compile_.add_argument("--cluster", default="", metavar="FILE", help="YAML: images by digest, GPUs, queues, secrets")
     _set_option(compile_)

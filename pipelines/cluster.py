@@ -1,23 +1,101 @@
 """Where steps run on a cluster, said once for both DAGs: images, GPUs, memory, secrets, queues, retries, timeouts.
 
 Nothing here defines a campaign (that is the recipe) and nothing here changes a result. `kfp.local` ignores all of it.
+What Kubernetes would refuse is refused here: in a pod's specification it would come up after the run has started, as a
+driver that panics.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 from kfp import dsl, kubernetes
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from layerloop.components.runtime.recurring import VARIABLE as KFP_API
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
 
 DIGEST = re.compile(r"^[^\s@]+@sha256:[0-9a-f]{64}$")
-PARALLEL_VERBS = ("generate_rollouts", "update_lora")
-GPU_VERBS = (*PARALLEL_VERBS, "evaluate_adapter", "publish_adapter")
+VERBS = (
+    "shard_dataset", "generate_rollouts", "score_rollouts", "update_lora", "evaluate_adapter", "publish_adapter",
+)  # fmt: skip
+PARALLEL_VERBS = ("generate_rollouts", "update_lora", "evaluate_adapter")  # one process per GPU
+GPU_VERBS = (*PARALLEL_VERBS, "publish_adapter")
+
+# A retried pod may wait for a node or for its queue; Argo counts that in the budget of all attempts.
+QUEUEING_HOURS = 24.0
+PAUSE = 30  # seconds before the first retry, doubled for each further one
+
+# --------------------------------------------------------------------------------------------------- Kubernetes' values
+
+_CPU = re.compile(r"(?P<number>\d+|\d*\.\d+)(?P<unit>m?)")
+_MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>Ki|Mi|Gi|Ti|k|M|G|T|)")
+_BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
+_LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def _cpu(value: Any) -> Any:
+    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(text, str) and not ((match := _CPU.fullmatch(text)) and float(match["number"]) > 0):
+        raise ValueError(f"{text!r} is no number of CPUs: write 8, 0.5 or 500m")
+    return text
+
+
+def _memory(value: Any) -> Any:
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str):
+        return text
+    match = _MEMORY.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no quantity of Kubernetes: write a whole number with a unit, such as 96Gi")
+    if int(match["number"]) * _BYTES[match["unit"]] < 16 * 2**20:
+        raise ValueError(f"{text!r} is {int(match['number']) * _BYTES[match['unit']]} bytes: write 96Gi for gibibytes")
+    return text
+
+
+def _matching(pattern: re.Pattern[str], remedy: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and not pattern.fullmatch(value):
+            raise ValueError(f"{value!r} {remedy}")
+        return value
+
+    return check
+
+
+Cpu = Annotated[str, BeforeValidator(_cpu)]
+Memory = Annotated[str, BeforeValidator(_memory)]  # bytes, as kfp takes them: whole numbers
+Name = Annotated[str, BeforeValidator(_matching(_NAME, "names no Kubernetes object: use a-z, 0-9 and -, or null"))]
+LabelKey = Annotated[str, AfterValidator(_matching(_LABEL_KEY, "is no key of a label: write name or domain/name"))]
+Label = Annotated[str, AfterValidator(_matching(_LABEL, "is no value of a label: at most 63 of A-Za-z0-9-_."))]
+Variable = Annotated[str, AfterValidator(_matching(_VARIABLE, "is no name of a variable: use A-Z, 0-9 and _"))]
+Hours = Annotated[float, Field(ge=1 / 60, le=8760)]
+Gpus = Annotated[int, Field(ge=0)]
+Labels = dict[LabelKey, Label]
+
+
+def _times(quantity: str, factor: int, pattern: re.Pattern[str]) -> str:
+    """A quantity that many times over: `_times("96Gi", 8, _MEMORY)` is `768Gi`."""
+    match = pattern.fullmatch(quantity)
+    assert match is not None  # validated
+    return f"{Decimal(match['number']) * factor:f}{match['unit']}" if factor > 1 else quantity
+
+
+def _bytes(quantity: str) -> int:
+    match = _MEMORY.fullmatch(quantity)
+    assert match is not None
+    return int(match["number"]) * _BYTES[match["unit"]]
+
+
+# ---------------------------------------------------------------------------------------------------------- the records
 
 
 class Images(Record):
@@ -30,26 +108,82 @@ class Images(Record):
 class Resources(Record):
     """Requests of one kind of pod; memory is also its limit, the CPU has none."""
 
-    cpu: str = "2"
-    memory: str = "8Gi"
+    cpu: Cpu = "2"
+    memory: Memory = "8Gi"
 
 
 class Secrets(Record):
-    """Names of secrets in the run's namespace, each optional there. Their values never pass through KFP."""
+    """Names of secrets in the run's namespace, each optional there, or null to leave one out.
 
-    judge: str = "layerloop-judge"  # OPENAI_API_KEY
-    store: str = "layerloop-store"  # AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or a service account
-    hub: str = "layerloop-hub"  # HF_TOKEN
-    pull: str | None = None  # image pull secret
+    Their values never pass through KFP, and a step gets only what it uses.
+    """
+
+    judge: Name | None = "layerloop-judge"  # OPENAI_API_KEY: scoring
+    store: Name | None = "layerloop-store"  # AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN: every step
+    hub: Name | None = "layerloop-hub"  # HF_TOKEN: steps that fetch the base
+    pull: Name | None = None  # image pull secret
+
+    def of(self, verb: str) -> dict[str, tuple[str, ...]]:
+        """Keys by secret, of those that a step of `verb` uses."""
+        wanted = [
+            (self.store, ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")),
+            (self.judge if verb == "score_rollouts" else None, ("OPENAI_API_KEY",)),
+            (self.hub if verb != "score_rollouts" else None, ("HF_TOKEN",)),
+        ]
+        return {secret: keys for secret, keys in wanted if secret}
 
 
 class Toleration(Record):
-    """A taint that GPU pods tolerate."""
+    """A taint that pods tolerate."""
 
-    key: str
-    operator: str = "Exists"
+    key: str = Field(min_length=1)
+    operator: Literal["Exists", "Equal"] = "Exists"
     value: str | None = None
-    effect: str | None = "NoSchedule"
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = "NoSchedule"
+
+
+class Affinity(Record):
+    """A wish about the node's labels: all without a weight must hold, those with one are preferred."""
+
+    key: LabelKey
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = "In"
+    values: tuple[Label, ...] = ()
+    weight: int | None = Field(default=None, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _values_where_they_are_compared(self) -> Self:
+        compared = self.operator in ("In", "NotIn", "Gt", "Lt")
+        if compared != bool(self.values):
+            what = "needs values" if compared else "takes no values"
+            raise ValueError(f"operator {self.operator} of {self.key} {what}: change one of the two")
+        return self
+
+    def expression(self) -> dict[str, Any]:
+        return {"key": self.key, "operator": self.operator} | ({"values": list(self.values)} if self.values else {})
+
+
+class Verb(Record):
+    """What the pods of one verb need, where it differs from the rest. cpu and memory are the whole pod's."""
+
+    cpu: Cpu | None = None
+    memory: Memory | None = None
+    gpus: Gpus | None = None
+    ephemeral_storage: Memory | None = None  # size limit of /tmp, an emptyDir; KFP cannot request it
+    timeout_hours: Hours | None = None
+    node_selector: Labels | None = None  # these three replace the cluster's
+    tolerations: tuple[Toleration, ...] | None = None
+    node_affinity: tuple[Affinity, ...] | None = None
+    labels: Labels = {}  # these are added to the cluster's
+    annotations: dict[LabelKey, str] = {}
+
+
+# Evaluation is not among them: its deadline follows from the recipe (evaluation_cost.py).
+TIMEOUT_HOURS = {
+    "shard_dataset": 12.0, "generate_rollouts": 12.0, "score_rollouts": 12.0, "update_lora": 12.0,
+    "evaluate_adapter": 24.0, "publish_adapter": 2.0,
+}  # fmt: skip
+# Sharding needs no GPU, but the text encoder (8.3 B parameters, 17 GB in bfloat16) once in a campaign.
+SHARDING = Resources(cpu="4", memory="24Gi")
 
 
 class Cluster(Record):
@@ -57,26 +191,91 @@ class Cluster(Record):
 
     images: Images = Images()
     light: Resources = Resources()
-    policy: Resources = Resources(cpu="8", memory="96Gi")
-    gpu_resource: str = "nvidia.com/gpu"
-    gpus: int = Field(default=1, ge=0)  # of each pod of generate_rollouts and update_lora: one process each; 0: on CPUs
-    update_gpus: int | None = Field(default=None, ge=1)  # of update_lora, where it differs
-    shared_memory: str = "16Gi"  # /dev/shm of GPU pods, out of their memory; the container default is 64 MiB
-    tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)
-    node_selector: dict[str, str] = {}
-    queue: str | None = "layerloop"  # Kueue LocalQueue of GPU pods; None where Kueue is not installed
+    policy: Resources = Resources(cpu="8", memory="96Gi")  # for each GPU of a pod
+    gpu_resource: str = Field(default="nvidia.com/gpu", min_length=1)
+    node_gpus: int = Field(default=8, ge=1)  # GPUs of one node, which a pod cannot exceed
+    gpus: Gpus = 1  # of each pod of rollouts, updates and evaluation: one process each; 0: on CPUs
+    update_gpus: Gpus | None = None  # of update_lora, where it differs
+    evaluate_gpus: Gpus | None = None  # of evaluate_adapter, where it differs
+    shared_memory: Memory = "16Gi"  # /dev/shm of GPU pods, out of their memory; the container default is 64 MiB
+    verbs: dict[str, Verb] = {}  # what single verbs need
+    tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)  # of GPU pods, as the next three
+    node_selector: Labels = {}
+    node_affinity: tuple[Affinity, ...] = ()
+    queue: Name | None = "layerloop"  # Kueue LocalQueue of GPU pods; None where Kueue is not installed
+    labels: Labels = {}  # of every pod
+    annotations: dict[LabelKey, str] = {}
+    run_as_user: int | None = Field(default=65532, ge=1, le=2**31 - 1)  # None: the namespace's range says (OpenShift)
     secrets: Secrets = Secrets()
-    service_urls: dict[str, str] = {}  # variables that are no secret: AWS_ENDPOINT_URL_S3, AWS_REGION, OPENAI_BASE_URL
-    weights_claim: str | None = "layerloop-weights"  # PVC with the base model's files, mounted read-write at /weights
-    retries: int = Field(default=3, ge=0)  # steps are idempotent, so a retry continues
-    timeout_hours: dict[str, float] = {
-        "shard_dataset": 12,
-        "generate_rollouts": 12,
-        "score_rollouts": 12,
-        "update_lora": 12,
-        "evaluate_adapter": 24,
-        "publish_adapter": 2,
-    }
+    service_urls: dict[Variable, str] = {}  # variables that are no secret: AWS_ENDPOINT_URL_S3, OPENAI_BASE_URL
+    kfp_api: str | None = Field(default=None, pattern=r"^https?://[^\s/]+\S*$")  # None: the stock one, inside a cluster
+    pipeline_root: str | None = Field(default=None, pattern=r"^(s3|minio|gs)://[^\s/]+\S*$")  # None: the installation's
+    weights_claim: Name | None = "layerloop-weights"  # PVC with the base model's files, mounted read-write at /weights
+    retries: int = Field(default=3, ge=0, le=8)  # steps are idempotent, so a retry continues
+    timeout_hours: dict[str, Hours] = {}  # by verb, where it differs from TIMEOUT_HOURS
+    forward_seconds: float = Field(default=0.32, gt=0)  # one forward at 640 pixels (public figure: H100), for estimates
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        for field in ("verbs", "timeout_hours"):
+            for verb in getattr(self, field):
+                if verb not in VERBS:
+                    raise ValueError(f"cluster.{field}.{verb} is no step: choose of {', '.join(VERBS)}")
+        for verb in VERBS:
+            if self.gpus_of(verb) > self.node_gpus:
+                raise ValueError(self._too_many_gpus(verb))
+            needs = self.needs(verb)
+            if self.gpus_of(verb) and _bytes(self.shared_memory) >= _bytes(needs.memory):
+                raise ValueError(
+                    f"cluster.shared_memory is {self.shared_memory} but {verb} has {needs.memory} of memory, out of "
+                    "which it is taken: choose less"
+                )
+        return self
+
+    def _too_many_gpus(self, verb: str) -> str:
+        short = {"update_lora": "update_gpus", "evaluate_adapter": "evaluate_gpus"}.get(verb, "gpus")
+        own = self.verbs[verb].gpus if verb in self.verbs else None
+        name = f"verbs.{verb}.gpus" if own is not None else short if getattr(self, short) is not None else "gpus"
+        several = {
+            "generate_rollouts": "rollouts spread over nodes by more workers (layerloop compile --workers)",
+            "update_lora": "an update over several nodes is a TrainJob, which no pod of this pipeline is",
+        }.get(verb, "one pod is on one node")
+        return (
+            f"cluster.{name} is {self.gpus_of(verb)} but a node has {self.node_gpus} (cluster.node_gpus): choose at "
+            f"most {self.node_gpus}; {several}"
+        )
+
+    def gpus_of(self, verb: str) -> int:
+        """GPUs of a pod of `verb`. Publishing is a single process, which one GPU serves."""
+        own = self._verb(verb).gpus
+        if own is not None:
+            return own
+        if verb == "update_lora" and self.update_gpus is not None:
+            return self.update_gpus
+        if verb == "evaluate_adapter" and self.evaluate_gpus is not None:
+            return self.evaluate_gpus
+        if verb in PARALLEL_VERBS:
+            return self.gpus
+        return min(1, self.gpus) if verb in GPU_VERBS else 0
+
+    def needs(self, verb: str) -> Resources:
+        """CPU and memory of a pod of `verb`: its own, else its image's for each of its GPUs."""
+        own, factor = self._verb(verb), max(1, self.gpus_of(verb))
+        kind = {"score_rollouts": self.light, "shard_dataset": SHARDING}.get(verb, self.policy)
+        return Resources(
+            cpu=own.cpu or _times(kind.cpu, factor, _CPU), memory=own.memory or _times(kind.memory, factor, _MEMORY)
+        )
+
+    def hours(self, verb: str) -> float:
+        """Deadline of one attempt of a pod of `verb`."""
+        return self.own_hours(verb) or TIMEOUT_HOURS[verb]
+
+    def own_hours(self, verb: str) -> float | None:
+        """The deadline that the file sets for `verb`, if it does."""
+        return self._verb(verb).timeout_hours or self.timeout_hours.get(verb)
+
+    def _verb(self, verb: str) -> Verb:
+        return self.verbs.get(verb, Verb())
 
     def place(self, verb: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
         """Give a task of `verb` its image, resources, secrets, queue, retry and timeout, and return it.
@@ -87,14 +286,23 @@ class Cluster(Record):
         task.set_caching_options(enable_caching=False)
         task.set_display_name(verb.replace("_", " "))
         self._image(task)
-        self._environment(task)
-        needs = self.policy if task.container_spec.image == self.images.policy else self.light
+        self._environment(verb, task)
+        needs = self.needs(verb)
         task.set_cpu_request(needs.cpu).set_memory_request(needs.memory).set_memory_limit(needs.memory)
-        if verb in GPU_VERBS and self.gpus:
-            self._gpu(task, self._gpus(verb))
+        self._nodes(verb, task)
+        self._metadata(verb, task)
+        if scratch := self._verb(verb).ephemeral_storage:
+            kubernetes.empty_dir_mount(task, "scratch", "/tmp", size_limit=scratch)
+        # Pod Security `restricted` wants it said; the rest (no capabilities, seccomp) KFP sets itself.
+        kubernetes.set_security_context(task, run_as_user=self.run_as_user, run_as_non_root=True)
+        seconds = math.ceil(self.hours(verb) * 3600)
         if self.retries:
-            task.set_retry(self.retries, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="600s")
-        kubernetes.set_timeout(task, int(self.timeout_hours[verb] * 3600))
+            # Argo counts this from the first attempt's start, so it is the budget of all attempts and not a pause.
+            budget = (self.retries + 1) * (seconds + math.ceil(QUEUEING_HOURS * 3600))
+            task.set_retry(
+                self.retries, backoff_duration=f"{PAUSE}s", backoff_factor=2.0, backoff_max_duration=f"{budget}s"
+            )
+        kubernetes.set_timeout(task, seconds)
         return task
 
     def _image(self, task: dsl.PipelineTask) -> None:
@@ -104,34 +312,42 @@ class Cluster(Record):
         if self.secrets.pull:
             kubernetes.set_image_pull_secrets(task, [self.secrets.pull])
 
-    def _environment(self, task: dsl.PipelineTask) -> None:
+    def _environment(self, verb: str, task: dsl.PipelineTask) -> None:
         for name, value in sorted(self.service_urls.items()):
             task.set_env_variable(name, value)
-        for secret, keys in (
-            (self.secrets.store, ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")),
-            (self.secrets.judge, ("OPENAI_API_KEY",)),
-            (self.secrets.hub, ("HF_TOKEN",)),
-        ):
+        if self.kfp_api and verb == "shard_dataset":
+            task.set_env_variable(KFP_API, self.kfp_api)
+        for secret, keys in self.secrets.of(verb).items():
             kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)
-        if self.weights_claim and task.container_spec.image == self.images.policy:
+        if verb != "score_rollouts" and self.weights_claim:
             kubernetes.mount_pvc(task, pvc_name=self.weights_claim, mount_path="/weights")
-            task.set_env_variable("HF_HOME", "/weights/huggingface")
+        if verb != "score_rollouts":  # without a volume, /tmp is where the image's user may write
+            task.set_env_variable("HF_HOME", "/weights/huggingface" if self.weights_claim else "/tmp/huggingface")
 
-    def _gpus(self, verb: str) -> int:
-        """Evaluation and publishing are single processes, which one GPU serves."""
-        if verb == "update_lora" and self.update_gpus:
-            return self.update_gpus
-        return self.gpus if verb in PARALLEL_VERBS else 1
-
-    def _gpu(self, task: dsl.PipelineTask, gpus: int) -> None:
-        task.set_accelerator_type(self.gpu_resource).set_accelerator_limit(gpus)
-        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=self.shared_memory)
-        for taint in self.tolerations:
+    def _nodes(self, verb: str, task: dsl.PipelineTask) -> None:
+        gpus, own = self.gpus_of(verb), self._verb(verb)
+        if gpus:
+            task.set_accelerator_type(self.gpu_resource).set_accelerator_limit(gpus)
+            kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=self.shared_memory)
+        tolerations = own.tolerations if own.tolerations is not None else self.tolerations if gpus else ()
+        for taint in tolerations:
             kubernetes.add_toleration(task, taint.key, taint.operator, taint.value, taint.effect)
-        for key, value in sorted(self.node_selector.items()):
+        selector = own.node_selector if own.node_selector is not None else self.node_selector if gpus else {}
+        for key, value in sorted(selector.items()):
             kubernetes.add_node_selector(task, key, value)
-        if self.queue:
-            kubernetes.add_pod_label(task, "kueue.x-k8s.io/queue-name", self.queue)
+        wishes = own.node_affinity if own.node_affinity is not None else self.node_affinity if gpus else ()
+        if required := [wish.expression() for wish in wishes if wish.weight is None]:  # one term: all of them hold
+            kubernetes.add_node_affinity(task, match_expressions=required)
+        for wish in wishes:
+            if wish.weight is not None:
+                kubernetes.add_node_affinity(task, match_expressions=[wish.expression()], weight=wish.weight)
+
+    def _metadata(self, verb: str, task: dsl.PipelineTask) -> None:
+        queue = {"kueue.x-k8s.io/queue-name": self.queue} if self.queue and self.gpus_of(verb) else {}
+        for key, value in sorted((queue | self.labels | self._verb(verb).labels).items()):
+            kubernetes.add_pod_label(task, key, value)
+        for key, value in sorted((self.annotations | self._verb(verb).annotations).items()):
+            kubernetes.add_pod_annotation(task, key, value)
 
 
 def read_cluster(path: str | Path) -> Cluster:
@@ -148,6 +364,8 @@ def read_cluster(path: str | Path) -> Cluster:
         raise LayerloopError(f"cluster file {path} cannot be read ({error.strerror}): name a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LayerloopError(f"cluster file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(value or {}, dict):
+        raise LayerloopError(f"cluster file {path} is no mapping: start from manifests/cluster.example.yaml")
     cluster = validate(Cluster, value or {}, where="cluster")
     for name, image in cluster.images.model_dump().items():
         if not DIGEST.match(image):
@@ -155,9 +373,4 @@ def read_cluster(path: str | Path) -> Cluster:
                 f"cluster.images.{name} is {image!r}, which may change under a running campaign: "
                 "name it by digest, registry/name@sha256:<64 hex digits>"
             )
-    unknown = set(cluster.timeout_hours) ^ set(Cluster().timeout_hours)
-    if unknown:
-        raise LayerloopError(
-            f"cluster.timeout_hours differs from the verbs by {', '.join(sorted(unknown))}: name all six verbs"
-        )
     return cluster

@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from kfp import dsl
+from kfp.dsl import Dataset, Input, Model
 
 from layerloop.components.evaluate_adapter.component import evaluate_adapter
 from layerloop.components.shard_dataset.component import shard_dataset
 from layerloop.pipelines.cluster import Cluster
+from layerloop.pipelines.evaluation_cost import with_evaluation_deadline
 
 
 def evaluate_pipeline(  # type: ignore[no-untyped-def]
@@ -16,34 +18,48 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
     """The evaluation pipeline.
 
     Args:
-        recipe: YAML text that becomes the default of the pipeline's `recipe` parameter.
+        recipe: YAML text of the campaign's recipe, for the deadline; what is evaluated, the campaign's own says.
         cluster: The place; its defaults when None.
         runtime: Default of the pipeline's `runtime` parameter; empty when None.
 
     Returns:
         A KFP pipeline (`kfp.dsl.graph_component.GraphComponent`), to be compiled or run.
-    """
-    place = (cluster or Cluster()).place
-    free = dict(runtime or {})
 
-    @dsl.pipeline(name="layerloop-evaluate", display_name="layerloop: evaluation of a campaign's head")
-    def evaluate(
-        campaign: str, images: str = "", designs: str = "", recipe: str = recipe, runtime: dict[str, Any] = free
+    Raises:
+        LayerloopError: the recipe's evaluation does not fit the deadline that the place sets.
+    """
+    cluster = with_evaluation_deadline(cluster or Cluster(), recipe)
+    place, free = cluster.place, dict(runtime or {})
+
+    # As in train.py: kfp.local takes a condition on another task's output for false.
+    @dsl.pipeline(name="evaluation")
+    def evaluation(
+        campaign: str, left: str, sources: Input[Dataset], policy: Input[Model], runtime: dict[str, Any]
     ) -> None:
-        """Evaluate the head of a campaign, as it is when the run starts.
+        with dsl.If(left != "nothing", name="there is a policy"):
+            task = evaluate_adapter(campaign=campaign, sources=sources, policy=policy, runtime=runtime)
+            place("evaluate_adapter", task)
+
+    @dsl.pipeline(
+        name="layerloop-evaluate",
+        display_name="layerloop: evaluation of a campaign",
+        pipeline_root=cluster.pipeline_root,
+    )
+    def evaluate(campaign: str, iteration: int = 0, runtime: dict[str, Any] = free) -> None:
+        """Evaluate a policy of a campaign; green, with a word in the log, while the campaign has none.
 
         Args:
-            campaign: Root URI of the campaign (s3://bucket/prefix).
-            images: As in the training pipeline; not read again where the campaign has its sources.
-            designs: As in the training pipeline; not read again where the campaign has its sources.
-            recipe: The recipe that the campaign was made with, as YAML text or the URI of a YAML file.
+            campaign: Root URI of the campaign (s3://bucket/prefix), which a training run has begun.
+            iteration: Whose adapter; 0 for the head, as it is when the run starts.
             runtime: As in the training pipeline.
         """
-        shard = shard_dataset(campaign=campaign, recipe=recipe, images=images, designs=designs, runtime=runtime)
+        shard = shard_dataset(campaign=campaign, iteration=iteration, evaluate="only", runtime=runtime)
         place("shard_dataset", shard)
-        evaluation = evaluate_adapter(
-            campaign=campaign, sources=shard.outputs["sources"], policy=shard.outputs["policy"], runtime=runtime
+        evaluation(
+            campaign=campaign,
+            left=shard.outputs["left"],
+            sources=shard.outputs["sources"],
+            policy=shard.outputs["policy"],
         )
-        place("evaluate_adapter", evaluation)
 
     return evaluate

@@ -15,15 +15,9 @@ import yaml
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.recipe import parse_recipe, parse_recipe_runtime
+from layerloop.components.schema.run_recipe import packaged_recipes
 from layerloop.components.schema.runtime import JudgeRuntime, checked_values, flat, merged, runtime_key, split_runtime
 from layerloop.components.storage.runtime import runtime_values
-
-
-def packaged_recipes() -> dict[str, str]:
-    """YAML text of the recipes that ship with layerloop, by name."""
-    folder = importlib.resources.files("layerloop.pipelines") / "recipes"
-    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
-    return {file.name.removesuffix(".yaml"): file.read_text() for file in sorted(files, key=lambda file: file.name)}
 
 
 def runtime_text() -> str:

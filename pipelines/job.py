@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from layerloop.components.schema.manifest import Manifest
-from layerloop.pipelines.compiled import write_pipeline
 from layerloop.pipelines.inputs import absolute
 from layerloop.pipelines.local import LocalRun, run_pipeline
+from layerloop.pipelines.packages import write_pipeline
 from layerloop.pipelines.train import train_pipeline
 
 
@@ -24,7 +24,7 @@ class Job:
     recipe: str  # YAML text
     designs: str = ""
     judge_url: str = ""
-    name: str = ""
+    publish_as: str = ""
     iterations: int = 3
     workers: int = 2
     runtime: Mapping[str, Any] = field(default_factory=dict)  # values that are not left to their defaults
@@ -44,7 +44,7 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
         "images": absolute(job.images),
         "designs": absolute(job.designs),
         "judge_url": job.judge_url,
-        "name": job.name,
+        "publish_as": job.publish_as,
         "runtime": dict(job.runtime),
     }
     print(f"{package}: {job.iterations} iterations, {job.workers} workers; logs beside it", flush=True)

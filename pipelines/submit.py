@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.pipelines.compiled import check_parameters, parameters_of, read_spec
+from layerloop.pipelines.packages import check_parameters, parameters_of, read_spec
 
 FINAL = {"SUCCEEDED": 0, "SKIPPED": 0, "FAILED": 1, "CANCELED": 1}  # states of a run, and our exit status
 LOST_CONTACT = 20  # polls in a row without an answer, after which waiting ends

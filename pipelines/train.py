@@ -2,8 +2,12 @@
 
 KFP has no loop over time, so the number of iterations is fixed when the DAG is compiled. A campaign of hundreds of
 iterations is a chain of such runs: each finds the campaign's head when it starts (`shard_dataset`) and goes on from it.
+Where the head has reached the run's target, everything after the first step is skipped; where fewer iterations are left
+than were compiled, the others pass their policy through (`beyond` in runtime/contract.py), so that a campaign ends
+exactly at its target.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +22,7 @@ from layerloop.components.score_rollouts.component import score_rollouts
 from layerloop.components.shard_dataset.component import shard_dataset
 from layerloop.components.update_lora.component import update_lora
 from layerloop.pipelines.cluster import Cluster
+from layerloop.pipelines.evaluation_cost import with_evaluation_deadline
 
 # A workflow is one etcd object (1.5 MiB) and a v2 task costs about 35 KiB of it (kubeflow/pipelines#13738): with more
 # tasks than this, a failed run cannot be retried from the UI any more.
@@ -30,9 +35,12 @@ class Updated(NamedTuple):
     policy: Model
 
 
-def container_tasks(iterations: int, workers: int) -> int:
+EVALUATE = ("end", "every-run", "never")
+
+
+def container_tasks(iterations: int, workers: int, evaluate: str = "end") -> int:
     """Pods that do work in one run: shard, per iteration the workers, score and update, then evaluate and publish."""
-    return 1 + iterations * (workers + 2) + 2
+    return 1 + iterations * (workers + 2) + (1 if evaluate == "never" else 2)
 
 
 def train_pipeline(  # type: ignore[no-untyped-def]
@@ -41,6 +49,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
     workers: int,
     recipe: str,
     cluster: Cluster | None = None,
+    evaluate: str = "end",
     runtime: Mapping[str, Any] | None = None,
 ):
     """The training pipeline for a fixed number of iterations and rollout workers.
@@ -48,47 +57,112 @@ def train_pipeline(  # type: ignore[no-untyped-def]
     Args:
         iterations: Iterations of one run.
         workers: Pods that share an iteration's groups.
-        recipe: YAML text that becomes the default of the pipeline's `recipe` parameter.
+        recipe: YAML text, compiled in: the recipe of runs that name no other.
         cluster: The place; its defaults when None.
+        evaluate: When a run evaluates and then publishes. `end`: where it reaches its target `until`, or has none;
+            `every-run`: always; `never`: no run evaluates, and each publishes.
         runtime: Default of the pipeline's `runtime` parameter; empty when None.
 
     Returns:
         A KFP pipeline (`kfp.dsl.graph_component.GraphComponent`), to be compiled or run.
 
     Raises:
-        LayerloopError: no iteration, no worker, or more tasks than one workflow object carries.
+        LayerloopError: no iteration, no worker, more tasks than one workflow object carries, or an evaluation that its
+            deadline does not hold.
     """
-    place = (cluster or Cluster()).place
-    _check_size(iterations, workers)
-    free = dict(runtime or {})
+    _check_size(iterations, workers, evaluate)
+    recipe_text, cluster = recipe, cluster or Cluster()
+    if evaluate != "never":
+        cluster = with_evaluation_deadline(cluster, recipe)
+    place, free = cluster.place, dict(runtime or {})
 
     # A sub-pipeline needs at least one parameter: without one, kfp.local 2.17 finds no artifact inputs.
     @dsl.pipeline(name="iteration")
     def iteration(
-        campaign: str, judge_url: str, sources: Input[Dataset], policy: Input[Model], runtime: dict[str, Any]
+        campaign: str,
+        judge_url: str,
+        until: int,
+        sources: Input[Dataset],
+        policy: Input[Model],
+        runtime: dict[str, Any],
     ) -> Updated:
         with dsl.ParallelFor(items=list(range(workers)), name="workers") as worker:
             rollouts = generate_rollouts(
-                campaign=campaign, worker=worker, workers=workers, sources=sources, policy=policy, runtime=runtime
+                campaign=campaign,
+                worker=worker,
+                workers=workers,
+                until=until,
+                sources=sources,
+                policy=policy,
+                runtime=runtime,
             )
             place("generate_rollouts", rollouts)
         scores = score_rollouts(
-            campaign=campaign, judge_url=judge_url, rollouts=dsl.Collected(rollouts.outputs["rollouts"]),
+            campaign=campaign,
+            judge_url=judge_url,
+            until=until,
+            rollouts=dsl.Collected(rollouts.outputs["rollouts"]),
             runtime=runtime,
-        )  # fmt: skip
+        )
         place("score_rollouts", scores)
-        update = update_lora(campaign=campaign, scores=scores.outputs["scores"], previous=policy, runtime=runtime)
+        update = update_lora(
+            campaign=campaign, until=until, scores=scores.outputs["scores"], previous=policy, runtime=runtime
+        )
         place("update_lora", update)
         return Updated(policy=update.outputs["policy"])
 
-    @dsl.pipeline(name="layerloop-train", display_name=f"layerloop: {iterations} iterations, {workers} workers")
+    # A sub-pipeline of its own because kfp.local 2.17 finds what a condition compares among a pipeline's parameters
+    # and not among the outputs of its tasks: it would take such a condition for false.
+    @dsl.pipeline(name="stretch")
+    def stretch(
+        campaign: str,
+        judge_url: str,
+        publish_as: str,
+        until: int,
+        left: str,
+        sources: Input[Dataset],
+        policy: Input[Model],
+        runtime: dict[str, Any],
+    ) -> None:
+        with dsl.If(left != "nothing", name="not at the target"):
+            for number in range(1, iterations + 1):
+                step = iteration(
+                    campaign=campaign,
+                    judge_url=judge_url,
+                    until=until,
+                    sources=sources,
+                    policy=policy,
+                    runtime=runtime,
+                )
+                step.set_display_name(f"iteration {number} of this run")  # the campaign's number is in the artifacts
+                policy = step.outputs["policy"]
+            ends = dsl.If(left == "everything", name="no iteration is left before the target")
+            with ends if evaluate == "end" else contextlib.nullcontext():
+                made = {}
+                if evaluate != "never":
+                    evaluation = evaluate_adapter(campaign=campaign, sources=sources, policy=policy, runtime=runtime)
+                    place("evaluate_adapter", evaluation)
+                    made = {"evaluation": evaluation.outputs["evaluation"]}
+                publish = publish_adapter(
+                    campaign=campaign, publish_as=publish_as, policy=policy, runtime=runtime, **made
+                )
+                place("publish_adapter", publish)
+
+    @dsl.pipeline(
+        name="layerloop-train",
+        display_name=f"layerloop: {iterations} iterations, {workers} workers",
+        pipeline_root=cluster.pipeline_root,
+    )
     def train(
         campaign: str,
         images: str,
         designs: str = "",
-        recipe: str = recipe,
         judge_url: str = "",
-        name: str = "",
+        recipe: str = "",
+        overrides: dict[str, Any] = {},  # noqa: B006
+        publish_as: str = "",
+        until: int = 0,
+        max_failures: int = 0,
         runtime: dict[str, Any] = free,
     ) -> None:
         """Fine-tune the campaign's policy by `iterations` more iterations, evaluate it and publish the adapter.
@@ -97,34 +171,53 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             campaign: Root URI of the campaign (s3://bucket/prefix). Created by its first run, continued by later ones.
             images: Unlabelled images: a folder, glob, WebDataset or parquet with images. Read by the first run.
             designs: Held-out designs with ground-truth layers, for the evaluation; empty for none.
-            recipe: Recipe as YAML text or the URI of a YAML file; it must be the one that the campaign was made with.
             judge_url: Base URL of an OpenAI-compatible endpoint; empty for OPENAI_BASE_URL of the pods.
-            name: Folder under published/; empty for the recipe's name with the iteration.
+            recipe: Name of a packaged recipe, or the URI of a YAML file; empty for the one that was compiled in. A
+                campaign that was made with another one is refused.
+            overrides: Changes of the recipe as JSON, such as {"update": {"learning_rate": 1e-4}}.
+            publish_as: Folder under published/; empty for the recipe's name with the iteration.
+            until: Target of the campaign: the iteration at which it ends; 0 for none.
+            max_failures: Runs in a row without progress after which no further one begins; 0 for no limit.
             runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}. It changes no result and may
                 differ from run to run; what it leaves out has its default.
         """
-        shard = shard_dataset(campaign=campaign, recipe=recipe, images=images, designs=designs, runtime=runtime)
-        place("shard_dataset", shard)
-        sources, policy = shard.outputs["sources"], shard.outputs["policy"]
-        for number in range(1, iterations + 1):
-            step = iteration(campaign=campaign, judge_url=judge_url, sources=sources, policy=policy, runtime=runtime)
-            step.set_display_name(f"iteration {number}")  # of this run; the campaign's number is in the artifacts
-            policy = step.outputs["policy"]
-        evaluation = evaluate_adapter(campaign=campaign, sources=sources, policy=policy, runtime=runtime)
-        place("evaluate_adapter", evaluation)
-        publish = publish_adapter(
-            campaign=campaign, name=name, policy=policy, evaluation=evaluation.outputs["evaluation"], runtime=runtime
+        shard = shard_dataset(
+            campaign=campaign,
+            recipe=recipe,
+            overrides=overrides,
+            images=images,
+            designs=designs,
+            default_recipe=recipe_text,
+            iterations=iterations,
+            evaluate=evaluate,
+            until=until,
+            max_failures=max_failures,
+            run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
+            runtime=runtime,
         )
-        place("publish_adapter", publish)
+        place("shard_dataset", shard)
+        work = stretch(
+            campaign=campaign,
+            judge_url=judge_url,
+            publish_as=publish_as,
+            until=until,
+            left=shard.outputs["left"],
+            sources=shard.outputs["sources"],
+            policy=shard.outputs["policy"],
+            runtime=runtime,
+        )
+        work.set_display_name("what is left to do")
 
     return train
 
 
-def _check_size(iterations: int, workers: int) -> None:
+def _check_size(iterations: int, workers: int, evaluate: str) -> None:
+    if evaluate not in EVALUATE:
+        raise LayerloopError(f"evaluate is {evaluate!r}: choose one of {', '.join(EVALUATE)}")
     for what, value in (("iterations", iterations), ("workers", workers)):
         if value < 1:
             raise LayerloopError(f"{what} is {value}: choose 1 or more")
-    tasks = container_tasks(iterations, workers)
+    tasks = container_tasks(iterations, workers, evaluate)
     if tasks > MAX_TASKS:
         fitting = (MAX_TASKS - 3) // (workers + 2)
         less = f"{fitting} iterations and chain runs" if fitting else f"{MAX_TASKS - 5} workers"

@@ -39,6 +39,7 @@ from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.images import encode_png
 from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
+from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
     from layerloop.components.layers.stack import Pixels
@@ -276,7 +277,7 @@ def _result(place: Campaign, manifest: Manifest) -> StepResult:
     )
 
 
-main = functools.partial(step_main, run, iteration_from="policy", spread=ranks.spread)
+main = functools.partial(step_main, run, iteration_from="policy", spread=ranks.spread, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -15,6 +15,7 @@ def generate_rollouts(
     policy: Input[Model],
     rollouts: Output[Dataset],
     metrics: Output[Metrics],
+    until: int = 0,
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Sample candidate decompositions of this worker's groups with the current policy.
@@ -27,6 +28,7 @@ def generate_rollouts(
         policy: Manifest of the policy to sample with; the iteration is one more than its own.
         rollouts: Manifest of this worker's trajectory shards.
         metrics: Groups, candidates, and seconds of the sampler's parts.
+        until: The campaign's target; an iteration past it passes through. 0 for none.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(

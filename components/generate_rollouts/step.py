@@ -35,6 +35,7 @@ from layerloop.components.schema.trajectory import REMEDY, GroupRecord
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.manifests import verify
 from layerloop.components.storage.rollouts import commit_group, resume_group, write_group
+from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
     import torch
@@ -265,7 +266,10 @@ def _result(
     return StepResult(manifests={"rollouts": manifest}, metrics=metrics)
 
 
-main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=1, spread=ranks.spread)
+main = functools.partial(
+    step_main, run, iteration_from="policy", iteration_offset=1, beyond=("rollouts", "rollouts"),
+    spread=ranks.spread, store=open_store,
+)  # fmt: skip
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -18,7 +18,7 @@ from typing import IO, Any, Protocol
 
 from layerloop.components.judge.replies import UnusableError
 from layerloop.components.judge.transport import FATAL, TRANSIENT, Connection, TransportError
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.runtime import BatchRuntime
 
 ENDPOINT = "/v1/chat/completions"
@@ -268,7 +268,7 @@ class Batches:
             except openai.APIConnectionError:
                 wait = None
             await asyncio.sleep(min(self.runtime.poll_seconds, wait or 0.5 * 2**attempt))
-        raise LayerloopError(f"judge {self.connection.url} cannot be reached: run the step again when it is back")
+        raise UnavailableError(f"judge {self.connection.url} cannot be reached: run the step again when it is back")
 
 
 def read_output(data: bytes) -> dict[str, tuple[int, bytes]]:

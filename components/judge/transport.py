@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layerloop.components.judge.replies import MAX_BODY, UnusableError
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -145,7 +145,7 @@ class Connection:
             return [str(model.id) for model in page.data or []]
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            raise LayerloopError(
+            raise UnavailableError(
                 f"judge {self.url} does not answer ({type(cause).__name__}): start it (`layerloop judge serve`), "
                 "or give its URL as judge_url or OPENAI_BASE_URL"
             ) from None

@@ -9,24 +9,24 @@ from kfp.dsl import Artifact, Input, Markdown, Metrics, Model, Output
 @dsl.container_component
 def publish_adapter(
     campaign: str,
-    name: str,
     policy: Input[Model],
-    evaluation: Input[Artifact],
     adapter: Output[Model],
     card: Output[Markdown],
     metrics: Output[Metrics],
+    evaluation: Input[Artifact] = None,
+    publish_as: str = "",
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Write the adapter in peft and in diffusers layout with a model card, each loaded back and compared first.
 
     Args:
         campaign: Root URI of the campaign.
-        name: Folder under `published/`.
         policy: Manifest of the policy to publish.
-        evaluation: Manifest of its evaluation, which the model card quotes.
         adapter: Manifest of the published files.
         card: The model card.
         metrics: Sizes, and the largest difference between the layouts' outputs.
+        evaluation: Manifest of its evaluation, which the model card quotes; none where the run does not evaluate.
+        publish_as: Folder under `published/`; empty for the recipe's name with the iteration.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(

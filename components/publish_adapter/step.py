@@ -23,6 +23,7 @@ from layerloop.components.schema.manifest import File, Manifest
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.delivered import delivered_weights
 from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
+from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
     from layerloop.components.policy.adapters import Adapter
@@ -36,7 +37,7 @@ def run(
     loaded: LoadedPolicy | None = None,
     *,
     campaign: str,
-    name: str = "",
+    publish_as: str = "",
     iteration: int | None = None,
     runtime: str = "",
 ) -> StepResult:
@@ -45,8 +46,8 @@ def run(
     Args:
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
-        name: Folder under `published/`: letters, digits, dot, dash and underscore; by default the recipe's name and the
-            iteration, so that every run of a campaign publishes under a name of its own.
+        publish_as: Folder under `published/`: letters, digits, dot, dash and underscore; by default the recipe's name
+            and the iteration, so that every run of a campaign publishes under a name of its own.
         iteration: Which iteration's adapter; by default the last committed one.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
@@ -59,15 +60,16 @@ def run(
             base that the adapter was not trained on; a layout that does not give the campaign's output when it is
             loaded back. Nothing is committed then.
     """
-    if name and not NAME.fullmatch(name):
+    if publish_as and not NAME.fullmatch(publish_as):
         raise LayerloopError(
-            f"name is {name!r}: give 1 to 96 letters, digits, dots, dashes or underscores, not beginning with a sign"
+            f"publish_as is {publish_as!r}: give 1 to 96 letters, digits, dots, dashes or underscores, not beginning "
+            "with a sign"
         )
     place = Campaign.open(campaign, runtime)
     number = place.head() if iteration is None else iteration
     if number < 1:
         raise LayerloopError(f"campaign {place.uri} has no adapter to publish (iteration {number}): train it first")
-    name = name or f"{place.recipe.name}-{number:06d}"
+    name = publish_as or f"{place.recipe.name}-{number:06d}"
     folder = place.published_dir(name)
     if (done := already_committed(place.store, f"{folder}/{MANIFEST}", log=log)) is not None:
         _check_same(place, done, number)
@@ -143,7 +145,7 @@ def _check_same(place: Campaign, done: Manifest, iteration: int) -> None:
     if (done.iteration, done.metadata.get("source_sha256")) != (iteration, source.sha256):
         raise LayerloopError(
             f"{place.uri}/{place.published_dir(str(done.metadata.get('name')))} already holds the adapter of iteration "
-            f"{done.iteration}, not of {iteration}: choose another name"
+            f"{done.iteration}, not of {iteration}: choose another publish_as"
         )
 
 
@@ -193,7 +195,7 @@ def _spread(module: str, argv: Sequence[str], arguments: Mapping[str, Any]) -> i
     return ranks.spread(module, argv, arguments) if sharded else None
 
 
-main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=0, spread=_spread)
+main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=0, spread=_spread, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

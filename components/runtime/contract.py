@@ -4,11 +4,15 @@ A `container_component` passes `--executor-input {{$}}`, the JSON that the Kubef
 task's inputs and outputs. Parameters become the keyword arguments of `run`; of input artifacts only the iteration
 number is read, for they are small manifests that carry lineage while the data is in the campaign. What the step made is
 written where the executor input says, and told in its `outputs.outputFile`. Standard library and pydantic only.
+
+The driver asks for more than component.py declares (`executor-logs`, whose file the launcher holds open): an output
+that the step did not make is left alone. A refusal is remembered for the pod that Kubeflow starts next (refusals.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import json
 import os
@@ -23,13 +27,17 @@ from pathlib import Path
 from typing import Any
 
 from layerloop.components.runtime.progress import log
+from layerloop.components.runtime.refusals import Objects, Refusals
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.manifest import Kind, Manifest
+from layerloop.components.schema.record import validate
 
 _IMPORTED = time.monotonic()
 
 # Where the Kubeflow launcher mounts remote artifacts (kfp/dsl/types/artifact_types.py).
 _MOUNTS = {"s3://": "/s3/", "gs://": "/gcs/", "minio://": "/minio/"}
+
+UNTIL = "until"  # the task parameter that names the run's target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +55,21 @@ def step_main(
     *,
     iteration_from: str | None = None,
     iteration_offset: int = 0,
+    beyond: tuple[str, Kind | str] | None = None,
+    store: Callable[[str], Objects] | None = None,
     spread: Callable[[str, Sequence[str], Mapping[str, Any]], int | None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run a step from its command line or from `--executor-input`.
 
     Args:
-        run: the step; its keyword-only arguments (str, int, float, bool, or one of these | None) become flags, whose
-            help is taken from the `Args:` section of its docstring.
+        run: the step; its keyword-only arguments (str, int, float, bool, dict, or one of these | None) become flags,
+            whose help is taken from the `Args:` section of its docstring. A dict is given as JSON.
         iteration_from: the input artifact whose `iteration` metadata gives the argument `iteration` of a Kubeflow task.
         iteration_offset: what is added to it.
+        beyond: of a step that an iteration past the run's target (the task's parameter `until`) leaves undone: its
+            output artifact, and what that is then: an empty manifest of a kind, or the input artifact of that name.
+        store: opens the campaign's store, where the refusals of a task are remembered; None remembers none.
         spread: of a step that shares its work among ranks: runs a module with a command line in several processes and
             returns its exit status, or None where one process will do (ranks.py). It is given the arguments of `run`
             as well, for a step whose number of processes depends on them.
@@ -69,11 +82,23 @@ def step_main(
     parser = _parser(run, name)
     arguments = vars(parser.parse_args(argv))
     given = arguments.pop("executor_input")
+    refusals: Refusals | None = None
     try:
         task: dict[str, Any] = {}
         if given is not None:
             task = _parse_executor_input(given)
+            until = _until(task) if beyond else 0
             arguments = _task_arguments(run, task, iteration_from, iteration_offset)
+            if beyond and 0 < until < int(arguments.get("iteration") or 0):
+                log(f"iteration {arguments['iteration']} is past the run's target {until}: nothing to do")
+                _write_outputs(_passed_through(*beyond, arguments["iteration"], task), task.get("outputs", {}))
+                return 0
+            if store is not None and arguments.get("campaign"):
+                refusals = Refusals(functools.partial(store, str(arguments["campaign"])), given, step=name)
+                refusals.repeat()
+        else:
+            texts = [name for name in arguments if _kind(run, name) is dict]
+            arguments |= {name: _mapping(_flag(name), arguments[name]) for name in texts}
         missing = [_flag(p.name) for p in _parameters(run) if p.name not in arguments and p.default is p.empty]
         if missing:
             parser.error(f"these are required: {', '.join(missing)}")
@@ -90,6 +115,8 @@ def step_main(
                 _write_outputs(result, task.get("outputs", {}))
     except LayerloopError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if refusals is not None:
+            refusals.remember(error)
         return 2
     return 0
 
@@ -112,15 +139,16 @@ def _parser(run: Callable[..., StepResult], name: str) -> argparse.ArgumentParse
         text = helps.get(parameter.name, "").replace("%", "%%")
         if parameter.default is parameter.empty:
             text = f"{text} (required)"
-        elif parameter.default not in (None, ""):
+        elif parameter.default not in (None, "", {}):
             text = f"{text} (default: {parameter.default})"
         if kind is bool:
             parser.add_argument(
                 _flag(parameter.name), dest=parameter.name, action=argparse.BooleanOptionalAction, help=text
             )
         else:
-            metavar = {str: "TEXT", int: "N", float: "X"}[kind]
-            parser.add_argument(_flag(parameter.name), dest=parameter.name, type=kind, metavar=metavar, help=text)
+            metavar = {str: "TEXT", int: "N", float: "X", dict: "JSON"}[kind]
+            reader = str if kind is dict else kind
+            parser.add_argument(_flag(parameter.name), dest=parameter.name, type=reader, metavar=metavar, help=text)
     return parser
 
 
@@ -132,12 +160,12 @@ def _kind(run: Callable[..., StepResult], name: str) -> type:
     """The plain type of an argument, None aside."""
     hint = typing.get_type_hints(run)[name]
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    kinds = [option for option in options if option is not type(None)]
-    if len(kinds) != 1 or kinds[0] not in (str, int, float, bool):
+    kinds = [typing.get_origin(option) or option for option in options if option is not type(None)]
+    if len(kinds) != 1 or kinds[0] not in (str, int, float, bool, dict, Mapping):
         raise TypeError(
-            f"argument {name} of {run.__module__}.run is {hint}: use str, int, float or bool, or one | None"
+            f"argument {name} of {run.__module__}.run is {hint}: use str, int, float, bool or dict, or one | None"
         )
-    return kinds[0]
+    return dict if kinds[0] is Mapping else kinds[0]
 
 
 def _flag(name: str) -> str:
@@ -186,14 +214,17 @@ def _task_arguments(
 ) -> dict[str, Any]:
     """Keyword arguments of `run` for a Kubeflow task."""
     inputs = task.get("inputs") or {}
-    known = [p.name for p in _parameters(run)]
+    known = {p.name: p for p in _parameters(run)}
     arguments: dict[str, Any] = {}
     for name, value in (inputs.get("parameterValues") or {}).items():
+        if name == UNTIL and name not in known:
+            continue
         if name not in known:
             raise LayerloopError(
                 f"input parameter {name} is not one of {', '.join(known)}: the image is of another version"
             )
-        if value is not None:
+        emptied = isinstance(value, str) and not value.strip() and known[name].default is not inspect.Parameter.empty
+        if value is not None and not emptied:  # a field of the run form that was emptied means the default
             arguments[name] = _cast(name, value, _kind(run, name))
     if iteration_from is not None and "iteration" in known and "iteration" not in arguments:
         artifacts = (inputs.get("artifacts") or {}).get(iteration_from, {}).get("artifacts") or []
@@ -201,13 +232,47 @@ def _task_arguments(
     return arguments
 
 
-def _cast(name: str, value: Any, kind: type) -> str | int | float | bool:
+def _until(task: Mapping[str, Any]) -> int:
+    """The run's target, the task's parameter `until`; 0 for none."""
+    value = ((task.get("inputs") or {}).get("parameterValues") or {}).get(UNTIL)
+    return 0 if value in (None, "") else int(_cast(UNTIL, value, int))
+
+
+def _passed_through(output: str, what: Kind | str, iteration: int, task: Mapping[str, Any]) -> StepResult:
+    """What a step hands on where there was nothing to do: an input artifact as it is, or an empty manifest."""
+    listed = ((task.get("inputs") or {}).get("artifacts") or {}).get(what, {}).get("artifacts") or []
+    if listed:
+        path = local_path(str(listed[0].get("uri", "")))
+        return StepResult(manifests={output: Manifest.from_json(path.read_bytes(), where=str(path))})
+    return StepResult(manifests={output: validate(Manifest, {"kind": what, "iteration": iteration}, where=output)})
+
+
+def _mapping(name: str, value: str) -> dict[str, Any]:
+    """A mapping given as JSON text.
+
+    Raises:
+        LayerloopError: it is something else.
+    """
+    try:
+        read = json.loads(value)
+    except ValueError as error:
+        raise LayerloopError(f'{name} is no JSON ({error}): write it as {{"update": {{"steps": 1}}}}') from None
+    if not isinstance(read, dict):
+        raise LayerloopError(f'{name} is {value}: give a JSON object such as {{"update": {{"steps": 1}}}}')
+    return read
+
+
+def _cast(name: str, value: Any, kind: type) -> Any:
     """A parameter in its declared type. Numbers may arrive as floats (protobuf) or, from a schedule, as text; text that
-    looks like a number may arrive as one."""
+    looks like a number may arrive as one. Blanks round a value come from a form or a shell, and are none of it."""
     text = value.strip() if isinstance(value, str) else value
-    if kind is str:
-        if isinstance(value, str):
+    if kind is dict:
+        if isinstance(value, dict):
             return value
+        return _mapping(f"input parameter {name}", text if isinstance(text, str) else json.dumps(text))
+    if kind is str:
+        if isinstance(text, str):
+            return text
         return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
     if kind is bool:
         named = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}.get(str(text).lower())
@@ -268,11 +333,14 @@ def artifact_metadata(manifest: Manifest) -> dict[str, Any]:
 
 
 def _write_outputs(result: StepResult, outputs: Mapping[str, Any]) -> None:
-    """Write the artifacts and parameters that the task asks for, and the output file that tells of them."""
+    """Write what the step made of what the task asks for, and the output file that tells of it."""
     told: dict[str, Any] = {}
     for name, listed in (outputs.get("artifacts") or {}).items():
         artifact = listed["artifacts"][0]
-        data, metadata = _output(result, name)
+        made = _output(result, name)
+        if made is None:  # the driver's own: the launcher has the file open
+            continue
+        data, metadata = made
         _write(local_path(artifact["uri"]), data)
         told[name] = {
             "artifacts": [
@@ -298,14 +366,15 @@ def _write_outputs(result: StepResult, outputs: Mapping[str, Any]) -> None:
         )
 
 
-def _output(result: StepResult, name: str) -> tuple[bytes, dict[str, Any]]:
+def _output(result: StepResult, name: str) -> tuple[bytes, dict[str, Any]] | None:
+    """Content and metadata of an output artifact; None for one that is not the step's."""
     if name in result.manifests:
         return result.manifests[name].to_json(), artifact_metadata(result.manifests[name])
     if name in result.files:
         return result.files[name], {}
     if name == "metrics":
         return (json.dumps(result.metrics, indent=2, sort_keys=True) + "\n").encode(), dict(result.metrics)
-    raise KeyError(f"the task asks for artifact {name}, which the step did not make")
+    return None
 
 
 def _write(path: Path, data: bytes) -> None:

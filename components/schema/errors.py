@@ -9,3 +9,7 @@ class LayerloopError(Exception):
     Steps and the command line print it without a traceback and exit with status 2; anything else that is raised is a
     defect and keeps its traceback.
     """
+
+
+class UnavailableError(LayerloopError):
+    """A refusal that may not last: a service did not answer, or was too busy. The same attempt may succeed later."""

@@ -13,6 +13,7 @@ def score_rollouts(
     scores: Output[Dataset],
     metrics: Output[Metrics],
     judge_url: str = "",
+    until: int = 0,
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Let the judge score every candidate on its own, then side by side within its group.
@@ -23,6 +24,7 @@ def score_rollouts(
         scores: Manifest of the scores (a shard and `scores.parquet`).
         metrics: Rewards, masked candidates with their reasons, judge calls and tokens.
         judge_url: Base URL of an OpenAI-compatible endpoint; empty for the environment's OPENAI_BASE_URL.
+        until: The campaign's target; an iteration past it passes through. 0 for none.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(

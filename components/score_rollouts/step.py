@@ -36,6 +36,7 @@ from layerloop.components.score_rollouts.scoring import ScoredGroup, Scorer
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import add_file, already_committed, commit
 from layerloop.components.storage.shards import write_shard
+from layerloop.components.storage.stores import open_store
 
 
 def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", runtime: str = "") -> StepResult:
@@ -162,7 +163,7 @@ def _numbers(value: JsonValue) -> dict[str, float]:
     return {k: float(v) for k, v in value.items() if isinstance(v, int | float)} if isinstance(value, dict) else {}
 
 
-main = functools.partial(step_main, run, iteration_from="rollouts")
+main = functools.partial(step_main, run, iteration_from="rollouts", beyond=("scores", "scores"), store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

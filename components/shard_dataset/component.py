@@ -9,24 +9,43 @@ from kfp.dsl import Dataset, Metrics, Model, Output
 @dsl.container_component
 def shard_dataset(
     campaign: str,
-    recipe: str,
-    images: str,
     sources: Output[Dataset],
     policy: Output[Model],
     metrics: Output[Metrics],
+    left: dsl.OutputPath(str),  # type: ignore[valid-type]
+    recipe: str = "",
+    overrides: dict[str, Any] = {},  # noqa: B006
+    images: str = "",
     designs: str = "",
+    default_recipe: str = "",
+    iterations: int = 1,
+    evaluate: str = "end",
+    iteration: int = 0,
+    until: int = 0,
+    max_failures: int = 0,
+    run_id: str = "",
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
-    """Normalise images into shards, once per campaign, and find the policy to continue from.
+    """Normalise images into shards, once per campaign, find the policy to continue from, and say if anything is left.
 
     Args:
         campaign: Root URI of the campaign (`s3://bucket/prefix` or a folder). Created by its first run.
-        recipe: Recipe as YAML text, or the URI of a YAML file. A campaign made with another recipe is refused.
-        images: Unlabelled images: a folder, glob, WebDataset or parquet with an image column.
         sources: Manifest of the shards of normalised images.
         policy: Manifest of the campaign's head; its metadata carries the iteration that the run continues from.
         metrics: Images read, rejected, dropped as duplicates, and kept in each split.
+        left: What is left for this run: `nothing`, `iterations`, or `everything`: evaluation and publication too.
+        recipe: Name of a packaged recipe, or the URI of a YAML file; empty for `default_recipe`. A campaign made with
+            another recipe is refused.
+        overrides: Changes of the recipe, section by section.
+        images: Unlabelled images: a folder, glob, WebDataset or parquet with an image column.
         designs: Held-out designs with ground-truth layers (parquet in Crello's columns); empty for none.
+        default_recipe: YAML text of the recipe that the pipeline was compiled with.
+        iterations: Iterations of this run.
+        evaluate: When a run evaluates: `end`, `every-run`, `never`; `only` is a run that does nothing else.
+        iteration: With `only`, whose adapter; 0 for the head.
+        until: The campaign's target; 0 for none.
+        max_failures: Runs in a row without progress after which no further one begins; 0 for no limit.
+        run_id: KFP's id of the run.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(

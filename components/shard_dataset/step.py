@@ -2,6 +2,8 @@
 aside for evaluation, embed the prompt, write shards, and commit.
 
 Nothing is written before the recipe has been found good: a campaign freezes it with the first file.
+
+As the first step of every run it also finds the head to go on from, and whether there is anything left to do.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.recipe import Recipe, parse_recipe_runtime
-from layerloop.components.schema.runtime import Runtime, flat
+from layerloop.components.schema.run_recipe import overridden, packaged_recipes
+from layerloop.components.schema.runtime import Runtime, flat, merged
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.shard_dataset.base import CheckedBase
 from layerloop.components.shard_dataset.duplicates import Gallery
@@ -33,16 +36,32 @@ from layerloop.components.shard_dataset.pictures import (
     prepare_picture,
 )
 from layerloop.components.shard_dataset.spool import Spool
+from layerloop.components.shard_dataset.stretch import Stretch, refuse_fleeting
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.manifests import add_file, already_committed, commit, describe_file
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.shards import existing_shard, write_shard
-from layerloop.components.storage.stores import open_store, read_uri
+from layerloop.components.storage.stores import MissingObjectError, Store, open_store, read_uri
 
 PROMPT = f"{Campaign.sources_dir}/prompt.safetensors"
 
 
-def run(*, campaign: str, recipe: str, images: str = "", designs: str = "", runtime: str = "") -> StepResult:
+def run(
+    *,
+    campaign: str,
+    recipe: str = "",
+    overrides: Mapping[str, Any] | None = None,
+    images: str = "",
+    designs: str = "",
+    default_recipe: str = "",
+    iterations: int = 1,
+    evaluate: str = "end",
+    iteration: int = 0,
+    until: int = 0,
+    max_failures: int = 0,
+    run_id: str = "",
+    runtime: str = "",
+) -> StepResult:
     """Shard a campaign's images: normalised, without duplicates, with the prompt's embedding beside them.
 
     The first run freezes the recipe, once the base and the images were checked and the prompt is embedded, so that a
@@ -51,27 +70,61 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "", runt
 
     Args:
         campaign: Root URI of the campaign, a folder or s3://bucket/prefix.
-        recipe: The recipe as YAML text, or the path or URI of a YAML file.
+        recipe: The name of a packaged recipe, the path or URI of a YAML file, or YAML text; empty for `default_recipe`
+            or, where that is empty too, for the campaign's own.
+        overrides: Changes of the recipe, such as {"update": {"learning_rate": 1e-4}}.
         images: A folder (all the way down) or glob of pictures, WebDataset tars, or parquet with an image column; local
             or s3://.
         designs: Designs with their true layers, to evaluate on: parquet in Crello's columns, or a folder with a
             subfolder of numbered PNG layers for each. Optional.
+        default_recipe: YAML text, of the recipe that a pipeline was compiled with.
+        iterations: How many iterations the run has.
+        evaluate: When a run evaluates: `end` (where it reaches `until`, or has no target), `every-run`, `never`; `only`
+            is a run that does nothing else, of a campaign that is there.
+        iteration: With `only`, whose adapter; 0 for the head.
+        until: The campaign's target: a run that finds its head there has nothing left to do. 0 for none.
+        max_failures: After so many runs in a row without progress no further one begins. 0 for no limit.
+        run_id: KFP's id of this run.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults. Of the recipe's, what later steps would not get is refused.
 
     Raises:
         LayerloopError: nothing at `images`, too many that cannot be read, a base that the recipe does not fit, another
-            recipe or other images than the campaign's, or a store that cannot be written to. Nothing is committed then.
+            recipe or other images than the campaign's, a store that cannot be written to, or too many runs that got
+            nowhere. Nothing is committed then.
     """
-    chosen, moved = read_recipe(recipe)
+    refuse_fleeting(campaign)
+    stretch = Stretch.of(
+        run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures
+    )
+    if evaluate == "only":
+        return _to_evaluate(Campaign.open(campaign, runtime), iteration)
     store = open_store(campaign)
+    chosen, moved = choose_recipe(recipe, overrides or {}, default=default_recipe, store=store)
     begun = Campaign.create_or_open(campaign, chosen, runtime) if store.exists(RECIPE) else None
     place = begun or Campaign(store, chosen, read_runtime(runtime, chosen))  # not kept yet
     check_nothing_lost(moved, place.runtime)
     done = already_committed(store, f"{begun.sources_dir}/{MANIFEST}", log=log) if begun else None
+    if begun and done and stretch.is_done(begun):
+        return _result(begun, done, stretch, proceed=False)
+    stretch.begin(store)
     if begun and done:
         check_same_inputs(done, images=images, designs=designs)
-        return _result(begun, done)
+        return _result(begun, done, stretch)
+    return _result(place, shard_sources(place, images=images, designs=designs, runtime=runtime), stretch)
+
+
+def shard_sources(place: Campaign, *, images: str, designs: str, runtime: str = "") -> Manifest:
+    """Make and commit a campaign's sources, and freeze its recipe where this is its first run.
+
+    Args:
+        place: the campaign, which need not be kept yet.
+        images, designs, runtime: as of `run`.
+
+    Raises:
+        LayerloopError: as `run`.
+    """
+    store, chosen = place.store, place.recipe
 
     if not images.strip():
         raise LayerloopError(f"images is empty and {store.uri} has no sources yet: give a folder of pictures")
@@ -80,7 +133,7 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "", runt
         raise LayerloopError(f"campaign {store.uri} lies inside images {images}: choose a folder outside")
     layered = find_designs(designs) if designs.strip() else None
     store.check_writable()
-    base = None if begun and store.exists(PROMPT) else CheckedBase.of(chosen, place.runtime.model)
+    base = None if store.exists(RECIPE) and store.exists(PROMPT) else CheckedBase.of(chosen, place.runtime.model)
 
     with Spool() as spool:
         # Designs come first: a picture that shows one of them would leak it into training, and is dropped as its twin.
@@ -94,7 +147,7 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "", runt
             raise LayerloopError(f"images {images} has no picture left to train on: give some that can be read")
 
         embedding = base.embed_prompt() if base else None
-        place = Campaign.create_or_open(campaign, chosen, runtime)
+        place = Campaign.create_or_open(store.uri, chosen, runtime)
         prompt = add_file(store, PROMPT, embedding) if embedding is not None else describe_file(store, PROMPT)
         splits = {"train": train, "holdout": holdout, "designs": truths.keys}
         shards = [shard for split, keys in splits.items() for shard in _write_split(place, spool, split, keys)]
@@ -116,21 +169,56 @@ def run(*, campaign: str, recipe: str, images: str = "", designs: str = "", runt
             "designs_sha256": layered.sha256 if layered else "",
         },
     )
-    return _result(place, commit(store, f"{place.sources_dir}/{MANIFEST}", manifest))
+    return commit(store, f"{place.sources_dir}/{MANIFEST}", manifest)
+
+
+def choose_recipe(
+    recipe: str, overrides: Mapping[str, Any], *, default: str, store: Store
+) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that a run asks for: its own, else the pipeline's, else the campaign's; with the run's changes. And
+    the runtime's values among them.
+
+    Raises:
+        LayerloopError: no recipe anywhere, no such file, not a recipe, or changes that do not fit it.
+    """
+    if recipe.strip():
+        chosen, moved = read_recipe(recipe)
+    elif default.strip():
+        chosen, moved = parse_recipe_runtime(default)
+    elif store.exists(RECIPE):
+        chosen, moved = Campaign.open(store.uri).recipe, {}
+    else:
+        names = ", ".join(packaged_recipes())
+        raise LayerloopError(f"recipe is empty and {store.uri} has none yet: name one of {names}, or give a file's URI")
+    changed, free = overridden(chosen, overrides)
+    return changed, merged(moved, free)
 
 
 def read_recipe(recipe: str) -> tuple[Recipe, dict[str, Any]]:
-    """A recipe given as text, or as the path or URI of a file, and the runtime's values in it.
+    """A recipe given as a packaged name, as the path or URI of a file, or as text; and the runtime's values in it.
 
     Raises:
-        LayerloopError: no such file, or not a recipe.
+        LayerloopError: no such name or file, or not a recipe.
     """
-    text = recipe.strip()
-    if not text:
-        raise LayerloopError("recipe is empty: give YAML text or the path of a YAML file")
-    if "\n" in text or ": " in text or text.startswith("{"):
-        return parse_recipe_runtime(text)
-    return parse_recipe_runtime(read_uri(text))
+    text, packaged = recipe.strip(), packaged_recipes()
+    if text in packaged:
+        return parse_recipe_runtime(packaged[text])
+    if "\n" in text or text.startswith(("{", "#")) or ": " in text:
+        try:
+            return parse_recipe_runtime(text)
+        except LayerloopError:
+            if "\n" in text or not (text.startswith("#") or text.count(": ") > 1):
+                raise
+            raise LayerloopError(  # a form field of one line takes the line breaks
+                f"recipe is {text[:40]!r}..., which is no recipe on one line: give {', '.join(packaged)} or the URI of "
+                "a file, and what is to differ as overrides"
+            ) from None
+    try:
+        return parse_recipe_runtime(read_uri(text))
+    except MissingObjectError as error:
+        if "/" in text or text.endswith((".yaml", ".yml", ".json")):
+            raise
+        raise LayerloopError(f"recipe is {text}, which is none of {', '.join(packaged)}, and {error}") from None
 
 
 def check_nothing_lost(moved: Mapping[str, Any], runtime: Runtime) -> None:
@@ -222,15 +310,35 @@ def _table(refused: Sequence[Refused]) -> bytes:
     return buffer.getvalue()
 
 
-def _result(place: Campaign, sources: Manifest) -> StepResult:
-    megabytes = sum(shard.bytes for shard in sources.shards) / 1e6
+def _to_evaluate(place: Campaign, iteration: int) -> StepResult:
+    """What a run that only evaluates begins with: sources and a policy, or word that there is none yet.
+
+    Raises:
+        LayerloopError: an iteration that is not committed.
+    """
+    head, sources = place.head(), place.find(place.sources_dir)
+    if not 0 <= iteration <= head:
+        raise LayerloopError(f"iteration is {iteration} but the head of {place.uri} is {head}: choose 0 for the head")
+    if sources is None or not head:
+        log(f"campaign {place.uri} has no policy yet: there is nothing to evaluate, and that is no failure")
+    proceed = sources is not None and head > 0
     return StepResult(
-        manifests={"sources": sources, "policy": place.policy(place.head())},
-        metrics={**sources.counts, "megabytes": megabytes},
+        manifests={"sources": sources or Manifest(kind="sources"), "policy": place.policy(iteration or head)},
+        metrics={"iteration": iteration or head},
+        parameters={"left": "everything" if proceed else "nothing"},
     )
 
 
-main = functools.partial(step_main, run)
+def _result(place: Campaign, sources: Manifest, stretch: Stretch, *, proceed: bool = True) -> StepResult:
+    megabytes, head = sum(shard.bytes for shard in sources.shards) / 1e6, place.head()
+    return StepResult(
+        manifests={"sources": sources, "policy": place.policy(head)},
+        metrics={**sources.counts, "megabytes": megabytes, "iteration": head},
+        parameters={"left": stretch.left(head) if proceed else "nothing"},
+    )
+
+
+main = functools.partial(step_main, run, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

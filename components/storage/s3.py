@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.storage.store import MissingObjectError, Names, Store, checked_name, folder_prefix, is_name
 
 _TOKEN = "layerloop-writer"  # object metadata: who wrote it, so that a retried request can recognise its own success
@@ -218,7 +218,7 @@ class S3Store(Store):
                 "a profile or a role"
             ) from None
         except (BotoCoreError, Boto3Error) as error:
-            raise LayerloopError(
+            raise UnavailableError(
                 f"{self.uri} does not answer at {self._endpoint} ({type(error).__name__}): "
                 "check AWS_ENDPOINT_URL and the network"
             ) from None

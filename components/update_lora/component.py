@@ -13,6 +13,7 @@ def update_lora(
     previous: Input[Model],
     policy: Output[Model],
     metrics: Output[Metrics],
+    until: int = 0,
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """One iteration of learning: group-relative advantages, clipped surrogate, LoRA and optimizer state carried on.
@@ -23,6 +24,7 @@ def update_lora(
         previous: Manifest of the policy that sampled the rollouts.
         policy: Manifest of the updated policy.
         metrics: Loss, clip fractions, ratio and gradient norms, groups used and filtered.
+        until: The campaign's target; an iteration past it passes its policy through. 0 for none.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(

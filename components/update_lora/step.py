@@ -30,6 +30,7 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import add_file, already_committed, commit
 from layerloop.components.storage.shards import read_shard
+from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
     from layerloop.components.policy.model import LayeredPolicy
@@ -180,7 +181,10 @@ def _result(manifest: Manifest) -> StepResult:
     return StepResult(manifests={"policy": manifest}, metrics=metrics)
 
 
-main = functools.partial(step_main, run, iteration_from="scores", iteration_offset=0, spread=ranks.spread)
+main = functools.partial(
+    step_main, run, iteration_from="scores", iteration_offset=0, beyond=("policy", "previous"),
+    spread=ranks.spread, store=open_store,
+)  # fmt: skip
 
 if __name__ == "__main__":
     raise SystemExit(main())

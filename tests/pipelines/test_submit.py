@@ -7,7 +7,7 @@ import pytest
 from kfp import dsl
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.pipelines.compiled import write_pipeline
+from layerloop.pipelines.packages import write_pipeline
 from layerloop.pipelines.submit import LOST_CONTACT, apply_schedule, connect, submit, typed_parameters
 
 

@@ -1,7 +1,8 @@
-"""The compiled DAGs: their shape, their size, and where their steps are placed."""
+"""The compiled DAGs: their shape, their size and their parameters. Where steps are placed: test_cluster.py."""
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,22 @@ import pytest
 import yaml
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.pipelines.cluster import GPU_VERBS, Cluster, Images, Resources, Toleration, read_cluster
-from layerloop.pipelines.compiled import count_tasks, write_pipeline
+from layerloop.pipelines.cli import main
+from layerloop.pipelines.cluster import Cluster
 from layerloop.pipelines.evaluate import evaluate_pipeline
 from layerloop.pipelines.inputs import packaged_recipes
-from layerloop.pipelines.train import MAX_TASKS, container_tasks, train_pipeline
+from layerloop.pipelines.packages import count_tasks, write_pipeline
+from layerloop.pipelines.train import EVALUATE, MAX_TASKS, container_tasks, train_pipeline
 
 RECIPE = packaged_recipes()["tiny"]
-DIGEST = f"@sha256:{'0' * 64}"
-IMAGES = Images(policy=f"registry/policy{DIGEST}", light=f"registry/light{DIGEST}")
+ROOT = Path(__file__).parents[2]
 
 
-def compiled(tmp_path: Path, *, iterations: int = 3, workers: int = 2, cluster: Cluster | None = None) -> list[Any]:
+def compiled(
+    tmp_path: Path, *, iterations: int = 3, workers: int = 2, cluster: Cluster | None = None, evaluate: str = "end"
+) -> list[Any]:
     """The pipeline spec and the platform spec."""
-    pipeline = train_pipeline(iterations=iterations, workers=workers, recipe=RECIPE, cluster=cluster)
+    pipeline = train_pipeline(iterations=iterations, workers=workers, recipe=RECIPE, cluster=cluster, evaluate=evaluate)
     return list(yaml.safe_load_all(write_pipeline(pipeline, tmp_path / "train.yaml").read_text()))
 
 
@@ -39,19 +42,76 @@ def verb_of(executor: str) -> str:
     return executor.removeprefix("exec-").rstrip("-0123456789").replace("-", "_")
 
 
+def dags(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Tasks of every DAG by its component: `root`, `comp-stretch` ..."""
+    inner = {name: component["dag"]["tasks"] for name, component in spec["components"].items() if "dag" in component}
+    return {"root": spec["root"]["dag"]["tasks"], **inner}
+
+
+def order(tasks: dict[str, Any]) -> dict[str, list[str]]:
+    return {name: sorted(task.get("dependentTasks", [])) for name, task in tasks.items()}
+
+
+def condition_of(spec: dict[str, Any], name: str) -> str:
+    """The condition under which the DAG component `name` runs."""
+    tasks = [task for dag in dags(spec).values() for task in dag.values()]
+    (task,) = [task for task in tasks if task["componentRef"]["name"] == name]
+    return str(task["triggerPolicy"]["condition"])
+
+
 def test_a_run_is_shard_then_iterations_in_a_row_then_evaluate_and_publish(tmp_path: Path) -> None:
     spec, _ = compiled(tmp_path)
-    tasks = spec["root"]["dag"]["tasks"]
-    assert {name: sorted(task.get("dependentTasks", [])) for name, task in tasks.items()} == {
-        "shard-dataset": [],
-        "iteration": ["shard-dataset"],
-        "iteration-2": ["iteration", "shard-dataset"],
-        "iteration-3": ["iteration-2", "shard-dataset"],
-        "evaluate-adapter": ["iteration-3", "shard-dataset"],
-        "publish-adapter": ["evaluate-adapter", "iteration-3"],
+    found = dags(spec)
+    assert order(found["root"]) == {"shard-dataset": [], "stretch": ["shard-dataset"]}
+    assert order(found["comp-stretch"]) == {"condition-1": []}
+    assert order(found["comp-condition-1"]) == {
+        "iteration": [],
+        "iteration-2": ["iteration"],
+        "iteration-3": ["iteration-2"],
+        "condition-2": ["iteration-3"],
     }
-    shown = [tasks[name]["taskInfo"]["name"] for name in ("iteration", "iteration-2", "iteration-3")]
-    assert shown == ["iteration 1", "iteration 2", "iteration 3"]
+    assert order(found["comp-condition-2"]) == {"evaluate-adapter": [], "publish-adapter": ["evaluate-adapter"]}
+    shown = [found["comp-condition-1"][name]["taskInfo"]["name"] for name in ("iteration", "iteration-2")]
+    assert shown == ["iteration 1 of this run", "iteration 2 of this run"]
+
+
+def test_nothing_but_the_first_step_runs_where_nothing_is_left_and_the_end_only_where_everything_is(
+    tmp_path: Path,
+) -> None:
+    spec, _ = compiled(tmp_path)
+    value = "inputs.parameter_values['pipelinechannel--left']"
+    assert condition_of(spec, "comp-condition-1") == f"{value} != 'nothing'"
+    assert condition_of(spec, "comp-condition-2") == f"{value} == 'everything'"
+    source = spec["root"]["dag"]["tasks"]["stretch"]["inputs"]["parameters"]["left"]["taskOutputParameter"]
+    assert source == {"outputParameterKey": "left", "producerTask": "shard-dataset"}
+
+
+def test_no_artifact_leaves_a_condition(tmp_path: Path) -> None:
+    """The backend has none to give where the condition does not hold."""
+    for evaluate in EVALUATE:
+        spec, _ = compiled(tmp_path, evaluate=evaluate)
+        for name, component in spec["components"].items():
+            if name.startswith(("comp-condition", "comp-stretch")):
+                assert "outputDefinitions" not in component, name
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "tasks"),
+    [
+        ("every-run", {"iteration": [], "evaluate-adapter": ["iteration"], "publish-adapter": ["evaluate-adapter"]}),
+        ("never", {"iteration": [], "publish-adapter": ["iteration"]}),
+    ],
+)
+def test_evaluation_is_optional(tmp_path: Path, evaluate: str, tasks: dict[str, list[str]]) -> None:
+    spec, _ = compiled(tmp_path, iterations=1, evaluate=evaluate)
+    found = order(dags(spec)["comp-condition-1"])
+    assert {name: [need for need in needs if need != "iteration" or name != "publish-adapter" or evaluate == "never"]
+            for name, needs in found.items()} == tasks  # fmt: skip
+    assert count_tasks(spec) == container_tasks(1, 2, evaluate)
+    constants = spec["root"]["dag"]["tasks"]["shard-dataset"]["inputs"]["parameters"]
+    assert constants["evaluate"]["runtimeValue"]["constant"] == evaluate
+    with pytest.raises(LayerloopError, match="evaluate is 'sometimes': choose one of end, every-run, never"):
+        compiled(tmp_path, evaluate="sometimes")
 
 
 def test_every_step_gets_the_runtime(tmp_path: Path) -> None:
@@ -87,12 +147,20 @@ def test_an_iteration_is_a_loop_over_workers_then_score_then_update(tmp_path: Pa
 
 def test_the_policy_travels_from_iteration_to_iteration(tmp_path: Path) -> None:
     spec, _ = compiled(tmp_path)
-    tasks = spec["root"]["dag"]["tasks"]
-    producers = [
-        tasks[name]["inputs"]["artifacts"]["policy"]["taskOutputArtifact"]["producerTask"]
-        for name in ("iteration", "iteration-2", "iteration-3", "evaluate-adapter", "publish-adapter")
-    ]
-    assert producers == ["shard-dataset", "iteration", "iteration-2", "iteration-3", "iteration-3"]
+    found = dags(spec)
+    inner = found["comp-condition-1"]
+    policies = {
+        name: inner[name]["inputs"]["artifacts"]["policy"] for name in ("iteration", "iteration-2", "iteration-3")
+    }
+    assert "componentInputArtifact" in policies["iteration"]
+    producers = [policies[name]["taskOutputArtifact"]["producerTask"] for name in ("iteration-2", "iteration-3")]
+    assert producers == ["iteration", "iteration-2"]
+    ends = inner["condition-2"]["inputs"]["artifacts"]["pipelinechannel--iteration-3-policy"]["taskOutputArtifact"]
+    assert ends == {"outputArtifactKey": "policy", "producerTask": "iteration-3"}
+    for task in found["comp-condition-2"].values():
+        assert task["inputs"]["artifacts"]["policy"] == {
+            "componentInputArtifact": "pipelinechannel--iteration-3-policy"
+        }
 
 
 def test_every_step_takes_the_executor_input_and_nothing_else(tmp_path: Path) -> None:
@@ -111,12 +179,31 @@ def test_caching_is_off_for_every_task(tmp_path: Path) -> None:
     assert not any(task["cachingOptions"].get("enableCache") for task in work)
 
 
-def test_the_recipe_of_several_lines_survives_as_the_default(tmp_path: Path) -> None:
+def test_the_run_form_reads_like_the_job(tmp_path: Path) -> None:
     spec, _ = compiled(tmp_path)
     parameters = spec["root"]["inputDefinitions"]["parameters"]
-    assert parameters["recipe"]["defaultValue"] == RECIPE
-    assert {name for name, value in parameters.items() if not value.get("isOptional")} == {"campaign", "images"}
+    assert [(name, value["parameterType"], value.get("defaultValue")) for name, value in parameters.items()] == [
+        ("campaign", "STRING", None),
+        ("images", "STRING", None),
+        ("designs", "STRING", ""),
+        ("judge_url", "STRING", ""),
+        ("recipe", "STRING", ""),
+        ("overrides", "STRUCT", {}),
+        ("publish_as", "STRING", ""),
+        ("until", "NUMBER_INTEGER", 0),
+        ("max_failures", "NUMBER_INTEGER", 0),
+    ]
     assert all(parameter["description"] for parameter in parameters.values())
+    assert {name for name, value in parameters.items() if not value.get("isOptional")} == {"campaign", "images"}
+
+
+def test_the_compiled_in_recipe_is_a_constant_of_the_first_step_and_no_field_of_the_form(tmp_path: Path) -> None:
+    spec, _ = compiled(tmp_path)
+    given = spec["root"]["dag"]["tasks"]["shard-dataset"]["inputs"]["parameters"]
+    assert given["default_recipe"]["runtimeValue"]["constant"] == RECIPE
+    assert given["recipe"] == {"componentInputParameter": "recipe"}
+    assert given["run_id"]["runtimeValue"]["constant"] == "{{$.pipeline_job_uuid}}"
+    assert re.search(r"^ +base: tiny$", (tmp_path / "train.yaml").read_text(), re.MULTILINE)  # for people to compare
 
 
 @pytest.mark.parametrize("iterations, workers", [(1, 1), (3, 2), (4, 7)])
@@ -149,80 +236,33 @@ def test_compiling_twice_in_processes_with_other_hash_seeds_gives_the_same_bytes
     assert len(digests) == 1
 
 
-def test_gpu_steps_get_gpus_shared_memory_tolerations_and_the_queue_and_light_steps_do_not(tmp_path: Path) -> None:
-    spot = Toleration(key="spot", value="yes", operator="Equal")
-    cluster = Cluster(images=IMAGES, gpus=2, update_gpus=8, tolerations=(spot,))
-    for name, (container, kubernetes) in executors(compiled(tmp_path, cluster=cluster)).items():
-        gpu = verb_of(name) in GPU_VERBS
-        count = {"generate_rollouts": "2", "update_lora": "8"}.get(verb_of(name), "1" if gpu else None)
-        assert container["resources"].get("accelerator", {}).get("resourceCount") == count, name
-        assert ("emptyDirMounts" in kubernetes) is gpu, name
-        assert ("podMetadata" in kubernetes) is gpu, name
-        if gpu:
-            assert kubernetes["emptyDirMounts"][0]["mountPath"] == "/dev/shm"
-            assert kubernetes["tolerations"][0]["key"] == "spot"
-            assert kubernetes["podMetadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "layerloop"}
-
-
-def test_only_scoring_runs_in_the_light_image(tmp_path: Path) -> None:
-    placed = executors(compiled(tmp_path, cluster=Cluster(images=IMAGES)))
-    light = {verb_of(name) for name, (container, _) in placed.items() if container["image"] == IMAGES.light}
-    assert light == {"score_rollouts"}
-    assert {container["image"] for container, _ in placed.values()} == {IMAGES.light, IMAGES.policy}
-
-
-def test_memory_is_limited_and_every_step_has_a_deadline_and_retries(tmp_path: Path) -> None:
-    cluster = Cluster(images=IMAGES, light=Resources(cpu="1", memory="4Gi"), retries=5)
-    documents = compiled(tmp_path, cluster=cluster)
-    for name, (container, kubernetes) in executors(documents).items():
-        resources = container["resources"]
-        assert resources["resourceMemoryLimit"] == resources["resourceMemoryRequest"], name
-        assert "resourceCpuLimit" not in resources
-        assert int(kubernetes["activeDeadlineSeconds"]) >= 3600
-    assert documents[0]["root"]["dag"]["tasks"]["shard-dataset"]["retryPolicy"]["maxRetryCount"] == 5
-
-
-def test_secrets_come_from_the_namespace_and_only_their_names_are_in_the_file(tmp_path: Path) -> None:
-    for _, kubernetes in executors(compiled(tmp_path)).values():
-        secrets = {secret["secretName"]: secret for secret in kubernetes["secretAsEnv"]}
-        assert secrets.keys() == {"layerloop-judge", "layerloop-store", "layerloop-hub"}
-        assert all(secret["optional"] for secret in secrets.values())
-
-
 def test_the_evaluation_pipeline_finds_the_head_and_evaluates_it(tmp_path: Path) -> None:
     path = write_pipeline(evaluate_pipeline(recipe=RECIPE), tmp_path / "evaluate.yaml")
     spec = next(yaml.safe_load_all(path.read_text()))
     assert count_tasks(spec) == 2
-    source = spec["root"]["dag"]["tasks"]["evaluate-adapter"]["inputs"]["artifacts"]["policy"]["taskOutputArtifact"]
+    assert list(spec["root"]["inputDefinitions"]["parameters"]) == ["campaign", "iteration"]
+    assert condition_of(spec, "comp-condition-1") == "inputs.parameter_values['pipelinechannel--left'] != 'nothing'"
+    source = spec["root"]["dag"]["tasks"]["evaluation"]["inputs"]["artifacts"]["policy"]["taskOutputArtifact"]
     assert source == {"outputArtifactKey": "policy", "producerTask": "shard-dataset"}
-
-
-def test_a_cluster_file_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "cluster.yaml"
-    path.write_text(f"images: {{policy: 'r/p{DIGEST}', light: 'r/l{DIGEST}'}}\ngpus: 4\nqueue: null\n")
-    cluster = read_cluster(path)
-    assert (cluster.gpus, cluster.queue, cluster.images.policy) == (4, None, f"r/p{DIGEST}")
+    given = spec["root"]["dag"]["tasks"]["shard-dataset"]["inputs"]["parameters"]
+    assert given["evaluate"]["runtimeValue"]["constant"] == "only"
 
 
 @pytest.mark.parametrize(
-    "text, line",
-    [
-        ("images: {policy: r/p:latest, light: r/l:1}", "^cluster.images.policy is 'r/p:latest'.* name it by digest"),
-        ("", "^cluster.images.policy is 'layerloop-policy'"),
-        ("gpu: 1", "^cluster.gpu is not a known key: did you mean 'gpus'"),
-        ("gpus: -1", "^cluster.gpus is -1"),
-        ("a: [", "is not YAML"),
-        (f"images: {{policy: 'r/p{DIGEST}', light: 'r/l{DIGEST}'}}\ntimeout_hours: {{update_lora: 1}}", "name all six"),
-    ],
+    ("name", "options"), [("train", []), ("evaluate", ["--pipeline", "evaluate"])], ids=["train", "evaluate"]
 )
-def test_a_wrong_cluster_file_is_refused_in_one_line(tmp_path: Path, text: str, line: str) -> None:
-    path = tmp_path / "cluster.yaml"
-    path.write_text(text)
-    with pytest.raises(LayerloopError, match=line) as caught:
-        read_cluster(path)
-    assert "\n" not in str(caught.value)
+def test_the_committed_packages_are_what_the_code_compiles(name: str, options: list[str], tmp_path: Path) -> None:
+    """`make compile` writes them. The line of kfp's own version may differ."""
+    path = tmp_path / "now.yaml"
+    assert main(["compile", "-o", str(path), "--cluster", str(ROOT / "manifests/cluster.example.yaml"), *options]) == 0
+    committed = (ROOT / "pipelines" / "compiled" / f"{name}.yaml").read_text()
+    assert _without_versions(path.read_text()) == _without_versions(committed), "run `make compile`"
 
 
-def test_a_missing_cluster_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LayerloopError, match="cannot be read"):
-        read_cluster(tmp_path / "none.yaml")
+def _without_versions(text: str) -> str:
+    return re.sub(r"^sdkVersion: .*$", "", text, flags=re.MULTILINE)
+
+
+def test_an_upload_of_the_committed_packages_is_well_within_the_limits() -> None:
+    for name in ("train", "evaluate"):
+        assert (ROOT / "pipelines" / "compiled" / f"{name}.yaml").stat().st_size < 300_000

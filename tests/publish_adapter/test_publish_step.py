@@ -55,7 +55,7 @@ def published(place: Campaign, name: str) -> Path:
 
 def test_both_layouts_load_and_give_the_campaigns_output(make_campaign: MakeCampaign) -> None:
     place = make_campaign()
-    result = run(campaign=place.uri, name="first")
+    result = run(campaign=place.uri, publish_as="first")
 
     folder = published(place, "first")
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == FILES
@@ -122,7 +122,7 @@ def test_a_bfloat16_base_is_compared_with_a_stated_tolerance(make_campaign: Make
     place = make_campaign(iterations=0)
     model = place.recipe.model.model_copy(update={"dtype": "bfloat16"})
     place = make_campaign_with(place, model)
-    result = run(campaign=place.uri, name="half")
+    result = run(campaign=place.uri, publish_as="half")
     assert 0.0 < result.metrics["difference_peft"] < 0.01, "peft multiplies in float32, the campaign in bfloat16"
     assert 0.0 < result.metrics["difference_diffusers"] < 0.01
     assert "root mean squares, in bfloat16" in result.files["card"].decode()
@@ -139,7 +139,7 @@ def make_campaign_with(place: Campaign, model: object) -> Campaign:
 
 def test_the_average_is_published_where_one_is_kept(make_campaign: MakeCampaign) -> None:
     place = make_campaign(ema=True)
-    result = run(campaign=place.uri, name="averaged")
+    result = run(campaign=place.uri, publish_as="averaged")
     weights = load((published(place, "averaged") / "peft/adapter_model.safetensors").read_bytes())
     average = load((Path(place.uri) / place.policy_dir(1) / "ema.safetensors").read_bytes())
     assert weights.keys() == average.keys()
@@ -180,9 +180,9 @@ def test_a_base_that_one_gpu_holds_is_published_from_in_one_process(make_campaig
 
 def test_publishing_again_under_the_same_name_changes_nothing(make_campaign: MakeCampaign) -> None:
     place = make_campaign()
-    first = run(campaign=place.uri, name="v1.0")
+    first = run(campaign=place.uri, publish_as="v1.0")
     before = {name: place.store.read(name) for name in place.store.list("published/")}
-    again = run(campaign=place.uri, name="v1.0", iteration=1)
+    again = run(campaign=place.uri, publish_as="v1.0", iteration=1)
     assert again.manifests == first.manifests
     assert again.files == first.files
     assert before == {name: place.store.read(name) for name in place.store.list("published/")}
@@ -190,10 +190,10 @@ def test_publishing_again_under_the_same_name_changes_nothing(make_campaign: Mak
 
 def test_a_name_that_holds_another_adapter_is_not_overwritten(make_campaign: MakeCampaign) -> None:
     place = make_campaign(iterations=2)
-    run(campaign=place.uri, name="best", iteration=1)
-    with pytest.raises(LayerloopError, match="already holds the adapter of iteration 1, not of 2: choose another name"):
-        run(campaign=place.uri, name="best")
-    assert run(campaign=place.uri, name="better").manifests["adapter"].iteration == 2
+    run(campaign=place.uri, publish_as="best", iteration=1)
+    with pytest.raises(LayerloopError, match="already holds the adapter of iteration 1, not of 2: choose another pub"):
+        run(campaign=place.uri, publish_as="best")
+    assert run(campaign=place.uri, publish_as="better").manifests["adapter"].iteration == 2
 
 
 def test_without_a_name_it_is_the_recipes_and_the_iteration(make_campaign: MakeCampaign) -> None:
@@ -205,14 +205,14 @@ def test_without_a_name_it_is_the_recipes_and_the_iteration(make_campaign: MakeC
 @pytest.mark.parametrize("name", [".", "..", "../up", "a/b", "-x", "with space", "ä", "x" * 97, "a\n"])
 def test_a_name_that_is_no_folder_name_is_refused(make_campaign: MakeCampaign, name: str) -> None:
     place = make_campaign(iterations=0)
-    with pytest.raises(LayerloopError, match="name is .*: give 1 to 96 letters"):
-        run(campaign=place.uri, name=name)
+    with pytest.raises(LayerloopError, match="publish_as is .*: give 1 to 96 letters"):
+        run(campaign=place.uri, publish_as=name)
 
 
 def test_a_campaign_without_an_adapter_has_nothing_to_publish(make_campaign: MakeCampaign) -> None:
     place = make_campaign(iterations=0)
     with pytest.raises(LayerloopError, match="has no adapter to publish"):
-        run(campaign=place.uri, name="early")
+        run(campaign=place.uri, publish_as="early")
 
 
 def test_an_adapter_of_another_base_is_refused(make_campaign: MakeCampaign) -> None:
@@ -222,7 +222,7 @@ def test_an_adapter_of_another_base_is_refused(make_campaign: MakeCampaign) -> N
     changed = manifest.model_copy(update={"metadata": manifest.metadata | {"base_fingerprint": "e" * 64}})
     place.store.write(name, changed.to_json())
     with pytest.raises(LayerloopError, match="the adapter of iteration 1 was trained on eeeeeeeeeeee"):
-        run(campaign=place.uri, name="other")
+        run(campaign=place.uri, publish_as="other")
     assert place.published() == []
 
 
@@ -230,7 +230,7 @@ def test_an_adapter_of_another_base_is_refused(make_campaign: MakeCampaign) -> N
 
 
 def card_of(place: Campaign, name: str = "named") -> str:
-    return run(campaign=place.uri, name=name).files["card"].decode()
+    return run(campaign=place.uri, publish_as=name).files["card"].decode()
 
 
 def front_matter(card: str) -> dict[str, object]:

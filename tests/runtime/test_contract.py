@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +188,85 @@ def test_only_outputs_that_the_task_has_are_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["o.json"]
 
 
-def test_an_output_the_step_does_not_make_is_a_defect(tmp_path: Path) -> None:
+# What the driver of KFP 2.17.0 hands to a step whose component declares `rollouts` and `metrics`, with
+# PUBLISH_LOGS=true as stock installations set it (driver.go, provisionOutputs): one artifact more than was declared.
+OF_THE_DRIVER = """
+{"inputs": {"parameterValues": {"campaign": "/c", "worker": 1, "judge_url": ""}, "artifacts": {"policy": {"artifacts": [
+   {"name": "artifacts/7", "type": {"schemaTitle": "system.Model", "schemaVersion": "0.0.1"}, "uri": "URI/policy",
+    "metadata": {"display_name": "policy 3", "iteration": 3, "kind": "policy"}}]}}},
+ "outputs": {"artifacts": {
+   "executor-logs": {"artifacts": [{"name": "executor-logs", "uri": "URI/executor-logs", "metadata": {},
+      "type": {"schemaTitle": "system.Artifact", "schemaVersion": "0.0.1"}}]},
+   "metrics": {"artifacts": [{"name": "metrics", "uri": "URI/metrics", "metadata": {},
+      "type": {"schemaTitle": "system.Metrics", "schemaVersion": "0.0.1"}}]},
+   "rollouts": {"artifacts": [{"name": "rollouts", "uri": "URI/rollouts", "metadata": {},
+      "type": {"schemaTitle": "system.Dataset", "schemaVersion": "0.0.1"}}]}},
+  "outputFile": "URI/output_metadata.json"}}
+"""
+
+
+def test_the_drivers_own_output_is_left_alone_while_the_launcher_holds_it_open(tmp_path: Path) -> None:
+    task = json.loads(OF_THE_DRIVER.replace("URI", str(tmp_path)))
+    log_file = tmp_path / "executor-logs"
+    with log_file.open("w") as held:
+        held.write("what the step printed\n")
+        held.flush()
+        before = log_file.stat()
+        assert start(task) == 0
+        after = log_file.stat()
+        assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        held.write("more\n")
+    assert log_file.read_text() == "what the step printed\nmore\n"
+    told = json.loads((tmp_path / "output_metadata.json").read_text())
+    assert told["artifacts"].keys() == {"metrics", "rollouts"}
+    assert told["artifacts"]["rollouts"]["artifacts"][0]["metadata"]["iteration"] == 4
+
+
+def test_a_parameter_the_step_does_not_make_is_a_defect(tmp_path: Path) -> None:
     task = executor_input(tmp_path, {"campaign": "/c", "iteration": 1})
-    task["outputs"]["artifacts"]["adapter"] = task["outputs"]["artifacts"]["report"]
-    with pytest.raises(KeyError, match="artifact adapter, which the step did not make"):
+    task["outputs"]["parameters"]["speed"] = task["outputs"]["parameters"]["count"]
+    with pytest.raises(KeyError, match="parameter speed, which the step did not make"):
         start(task)
+
+
+def past_the_target(folder: Path, until: Any, iteration: int = 6) -> tuple[int, dict[str, Any]]:
+    task = executor_input(folder, {"campaign": "/c", "until": until}, policy(iteration))
+    beyond = ("rollouts", "rollouts")
+    task["outputs"]["parameters"] = {}
+    arguments = ["--executor-input", json.dumps(task)]
+    status = step_main(run, iteration_from="policy", iteration_offset=1, beyond=beyond, argv=arguments)
+    return status, json.loads((folder / "deep" / "executor_output.json").read_text())
+
+
+@pytest.mark.parametrize("until", [6, 6.0, "6", 2])
+def test_an_iteration_past_the_target_is_not_done_and_hands_on_an_empty_output(tmp_path: Path, until: Any) -> None:
+    status, told = past_the_target(tmp_path, until)
+    assert (status, calls) == (0, [])
+    assert told["artifacts"]["rollouts"]["artifacts"][0]["metadata"]["iteration"] == 7
+    manifest = Manifest.from_json((tmp_path / "out/rollouts").read_bytes(), where="rollouts")
+    assert manifest == Manifest(kind="rollouts", iteration=7)
+
+
+@pytest.mark.parametrize("until", [7, 8.0, 0, "", None])
+def test_an_iteration_up_to_the_target_is_done(tmp_path: Path, until: Any) -> None:
+    assert past_the_target(tmp_path, until)[0] == 0
+    assert [call["iteration"] for call in calls] == [7]
+
+
+def test_an_update_past_the_target_hands_its_policy_on(tmp_path: Path) -> None:
+    before = Manifest(kind="policy", iteration=6, counts={"groups": 3})
+    (tmp_path / "previous").write_bytes(before.to_json())
+    given = {"scores": policy(7)["policy"], "previous": policy(6, uri=str(tmp_path / "previous"))["policy"]}
+    task = executor_input(tmp_path, {"campaign": "/c", "until": 6}, given)
+    task["outputs"]["artifacts"]["policy"] = task["outputs"]["artifacts"].pop("rollouts")
+    task["outputs"]["parameters"] = {}
+    arguments = ["--executor-input", json.dumps(task)]
+    assert step_main(run, iteration_from="scores", beyond=("policy", "previous"), argv=arguments) == 0
+    assert calls == []
+    told = json.loads((tmp_path / "deep" / "executor_output.json").read_text())
+    (artifact,) = told["artifacts"]["policy"]["artifacts"]
+    assert artifact["metadata"]["iteration"] == 6
+    assert Manifest.from_json(Path(artifact["uri"]).read_bytes(), where="policy") == before
 
 
 def test_a_metric_that_is_not_a_number_is_a_defect(tmp_path: Path) -> None:
@@ -233,7 +308,10 @@ def test_a_defect_keeps_its_traceback(tmp_path: Path) -> None:
         ("fast", True, True),
         ("judge_url", 7, "7"),  # `kfp run create judge_url=7` sends a number
         ("judge_url", 7.0, "7"),
-        ("judge_url", " x ", " x "),
+        ("judge_url", " x ", "x"),  # blanks of a form
+        ("judge_url", "x\n", "x"),
+        ("rate", "", 0.5),  # a field of the form that was emptied
+        ("iteration", " 3 ", 3),
         ("judge_url", True, "true"),
     ],
 )
@@ -251,7 +329,6 @@ def test_parameters_arrive_in_their_declared_type(tmp_path: Path, name: str, giv
         ("iteration", True, "input parameter iteration is True: give a whole number"),
         ("iteration", [3], "input parameter iteration is [3]: give a whole number"),
         ("iteration", "inf", "input parameter iteration is 'inf': give a whole number"),
-        ("rate", "", "input parameter rate is '': give a number"),
         ("fast", "maybe", "input parameter fast is 'maybe': give true or false"),
         ("speed", 1, "input parameter speed is not one of campaign, iteration, worker, rate, fast, judge_url: "),
     ],
@@ -353,9 +430,60 @@ def test_the_start_is_told_in_seconds_after_the_process_began(tmp_path: Path) ->
     assert 0 < float(words[2]) < 30
 
 
+merged: list[Any] = []
+
+
+def merge(*, overrides: Mapping[str, Any] | None = None) -> StepResult:
+    merged.append(overrides)
+    return StepResult()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"update": {"steps": 1.0}}, {"update": {"steps": 1.0}}),
+        ('{"update": {"steps": 1}}', {"update": {"steps": 1}}),  # a schedule, or `kfp run create`
+        (" {}\n", {}),
+        ({}, {}),
+        ("", None),  # the form's field, emptied
+        (None, None),
+    ],
+)
+def test_a_mapping_arrives_as_one_or_as_text(tmp_path: Path, given: Any, expected: Any) -> None:
+    merged.clear()
+    task = {"inputs": {"parameterValues": {"overrides": given}}}
+    assert step_main(merge, argv=["--executor-input", json.dumps(task)]) == 0
+    assert merged == [expected]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("update.steps=1", "input parameter overrides is no JSON"),
+        ("[1]", "input parameter overrides is [1]: give a JSON object"),
+        (3, "input parameter overrides is 3: give a JSON object"),
+    ],
+)
+def test_what_is_no_mapping_is_one_line(given: Any, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    merged.clear()
+    task = {"inputs": {"parameterValues": {"overrides": given}}}
+    assert step_main(merge, argv=["--executor-input", json.dumps(task)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+    assert merged == []
+
+
+def test_a_mapping_is_json_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    merged.clear()
+    assert step_main(merge, argv=["--overrides", '{"seed": 3}']) == 0
+    assert merged == [{"seed": 3}]
+    assert step_main(merge, argv=["--overrides", "seed=3"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --overrides is no JSON")
+
+
 def test_an_argument_of_another_type_is_a_defect_of_the_step() -> None:
     def listy(*, campaign: list[str]) -> StepResult:
         return StepResult()
 
-    with pytest.raises(TypeError, match="use str, int, float or bool"):
+    with pytest.raises(TypeError, match="use str, int, float, bool or dict"):
         step_main(listy, argv=[])

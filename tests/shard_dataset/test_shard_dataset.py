@@ -72,7 +72,7 @@ def test_a_folder_becomes_train_and_holdout_shards(campaign_uri: str, recipe: st
     train, holdout = samples(campaign_uri, "train"), samples(campaign_uri, "holdout")
     assert (len(train), len(holdout)) == (5, 2)
     assert result.metrics == {
-        "images": 7, "duplicates": 0, "rejects": 0, "train": 5, "holdout": 2, "designs": 0,
+        "images": 7, "duplicates": 0, "rejects": 0, "train": 5, "holdout": 2, "designs": 0, "iteration": 0,
         "megabytes": sum(shard.bytes for shard in result.manifests["sources"].shards) / 1e6,
     }  # fmt: skip
     origins = set()
@@ -476,7 +476,7 @@ def test_nothing_left_to_train_on_is_one_line(tmp_path: Path, recipe: str) -> No
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("", "recipe is empty: give YAML text or the path of a YAML file"),
+        ("", "recipe is empty and {tmp}/c has none yet: name one of paper, study, tiny, or give a file's URI"),
         ("{tmp}/nowhere.yaml", "{tmp}/nowhere.yaml does not exist: was it moved or deleted, or is the URI misspelt?"),
         ("name: test\nroll: {}", "recipe.roll is not a known key: did you mean 'rollout'?"),
         ("name: [", "recipe is not YAML: "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
 import re
 import tempfile
@@ -19,8 +20,9 @@ from layerloop.components.schema.errors import LayerloopError
 def write_pipeline(pipeline: Any, path: Path) -> Path:
     """Compile `pipeline` to YAML at `path`; equal pipelines give equal bytes.
 
-    The comment block that KFP puts on top is replaced: it repeats parameter defaults unescaped, so a default of several
-    lines (our recipe) would end the comment and break the file (kfp 2.17).
+    The parameters stand in the order in which they were declared, which KFP sorts, and texts of several lines as such.
+    The comment block that KFP puts on top is replaced: it repeats defaults unescaped, so one of several lines would end
+    the comment and break the file (kfp 2.17).
 
     Raises:
         LayerloopError: `path` does not end in .yaml, or cannot be written.
@@ -30,15 +32,34 @@ def write_pipeline(pipeline: Any, path: Path) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline, str(raw))
-        _, body = raw.read_text().split("\ncomponents:\n", 1)
+        documents = [document for document in yaml.safe_load_all(raw.read_text()) if document]
+    inputs = documents[0]["root"].get("inputDefinitions", {})
+    if found := inputs.get("parameters"):
+        declared = [name for name in inspect.signature(pipeline.pipeline_func).parameters if name in found]
+        inputs["parameters"] = {name: found[name] for name in declared}
     version = importlib.metadata.version("layerloop")
     text = f"# Compiled by layerloop {version}: upload it to KFP, or run it here with `layerloop run`.\n"
+    body = yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}components:\n{body}")
+        path.write_text(text + body)
     except OSError as error:
         raise LayerloopError(f"{path} cannot be written ({error.strerror}): choose another output") from None
     return path
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines in block style, so that a recipe can be read and compared; no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def read_spec(package: Path) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""Whether a run is to go on: its campaign's target, and what the runs before it came to.
+
+A campaign of hundreds of iterations is a chain of runs that nobody watches. So each run first asks whether there is
+anything left to do, and whether the runs before it got anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerloop.components.runtime.progress import log
+from layerloop.components.runtime.recurring import disable_recurring_run
+from layerloop.components.runtime.refusals import POD
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.campaign import RECIPE, Campaign
+from layerloop.components.storage.stores import Store
+
+RUNS = "runs"  # folder of the records of runs that were started
+MODES = ("end", "every-run", "never", "only")
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """What one run is to do of a campaign."""
+
+    run_id: str  # KFP's; one of its own where there is none
+    iterations: int  # that it was compiled with
+    evaluate: str  # one of MODES; "only" is a run that trains nothing
+    until: int = 0  # the campaign's target, an iteration; 0 for none
+    max_failures: int = 0  # runs in a row without progress after which no further one begins; 0 for no limit
+
+    @classmethod
+    def of(cls, *, run_id: str, iterations: int, evaluate: str, until: int, max_failures: int) -> Stretch:
+        """The run's stretch, checked.
+
+        Raises:
+            LayerloopError: a negative number, or an unknown mode.
+        """
+        for name, value in (("until", until), ("max_failures", max_failures)):
+            if value < 0:
+                raise LayerloopError(f"{name} is {value}: give 0 for none, or a positive number")
+        if iterations < 1:
+            raise LayerloopError(f"iterations is {iterations}: give 1 or more")
+        if evaluate not in MODES:
+            raise LayerloopError(f"evaluate is {evaluate!r}: choose one of {', '.join(MODES)}")
+        if not _RUN_ID.fullmatch(run_id):  # a placeholder that nothing resolved: kfp.local and other runners
+            run_id = f"local-{uuid.uuid4()}"
+        return cls(run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures)
+
+    def left(self, head: int) -> str:
+        """What this run has to do: `iterations`, or `everything`: it evaluates and publishes after them, in mode `end`
+        not before the target."""
+        finishes = self.evaluate != "end" or not self.until or head + self.iterations >= self.until
+        return "everything" if finishes else "iterations"
+
+    def is_done(self, place: Campaign) -> bool:
+        """Whether the campaign has reached the target and all that follows it; then say so, and end the chain.
+
+        A head at the target whose evaluation or publication is still missing is not done: a run that died there is
+        taken up by the next, whose iterations pass through at once.
+        """
+        head = place.head()
+        if not self.until or head < self.until:
+            return False
+        if head == self.until and (missing := self._missing(place, head)):
+            log(f"campaign {place.uri} is at its target, iteration {head}; {missing} is still to be done")
+            return False
+        log(f"campaign {place.uri} has reached its target: iteration {head} of {self.until}. Nothing is left to do")
+        self._end_chain()
+        return True
+
+    def begin(self, store: Store) -> None:
+        """Write down that this run begins and where the campaign is; refuse where the runs before it got nowhere.
+
+        Nothing is written where there is no limit, and nothing twice by a step that is tried again.
+
+        Raises:
+            LayerloopError: as many runs as `max_failures` began in a row where the campaign still is.
+        """
+        if not self.max_failures:
+            return
+        place = Campaign.open(store.uri) if store.exists(RECIPE) else None
+        mark = _mark(place)
+        before = sorted((r for r in _records(store) if r["run"] != self.run_id), key=lambda record: record["started"])
+        idle: list[str] = []
+        for record in reversed(before):
+            if record["mark"] != mark:
+                break
+            idle.insert(0, str(record["run"]))
+        if len(idle) >= self.max_failures:
+            self._end_chain()
+            raise LayerloopError(
+                f"{len(idle)} runs in a row ({', '.join(idle[-5:])}) brought campaign {store.uri} nowhere ({mark}) "
+                f"and max_failures is {self.max_failures}: look at their logs, mend the cause, and start a run with "
+                f"max_failures 0; when it gets on, the count begins anew (so does deleting {RUNS}/ of the campaign)"
+            )
+        record = {"run": self.run_id, "started": time.time(), "mark": mark}
+        store.create(f"{RUNS}/{self.run_id}.json", (json.dumps(record, sort_keys=True) + "\n").encode())
+
+    def _missing(self, place: Campaign, head: int) -> str:
+        if self.evaluate in ("end", "every-run") and place.find(_evaluation(place, head)) is None:
+            return "its evaluation"
+        published = (place.find(place.published_dir(name)) for name in place.published())
+        return "" if any(m is not None and m.iteration == head for m in published) else "its publication"
+
+    def _end_chain(self) -> None:
+        if POD in os.environ or "LAYERLOOP_KFP_API" in os.environ:
+            disable_recurring_run(self.run_id)
+
+
+def refuse_fleeting(campaign: str) -> None:
+    """Refuse a campaign in a folder of the pod itself, which the next pod does not see.
+
+    A folder on a volume that an administrator mounts in every step is another file system, and is taken.
+
+    Raises:
+        LayerloopError: in a pod of Kubeflow, a folder on the file system of the container.
+    """
+    text = campaign.strip()
+    if POD not in os.environ or ("://" in text and not text.startswith("file://")) or not text:
+        return
+    folder = Path(text.removeprefix("file://")).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if there.stat().st_dev == Path("/").stat().st_dev:
+        raise LayerloopError(
+            f"campaign is {text}, a folder of this pod, gone with it: give s3://bucket/prefix, which every step sees"
+        )
+
+
+def _evaluation(place: Campaign, iteration: int) -> str:
+    return place.evaluation_dir(f"iteration-{iteration:06d}")
+
+
+def _mark(place: Campaign | None) -> str:
+    """Where a campaign is: its head, and what is committed beyond it. It changes with every output of a run."""
+    if place is None:
+        return "not begun"
+    head = place.head()
+    following = head + 1
+    committed = len(place.committed_groups(following)) + (place.find(place.scores_dir(following)) is not None)
+    after = (place.find(_evaluation(place, head)) is not None) + len(place.published())
+    sources = "with" if place.find(place.sources_dir) else "without"
+    return f"iteration {head}, {committed} outputs of the next, {after} evaluated or published, {sources} sources"
+
+
+def _records(store: Store) -> Iterator[dict[str, Any]]:
+    """Runs that were written down; what cannot be read is none."""
+    for name in store.list(f"{RUNS}/"):
+        try:
+            record = json.loads(store.read(name))
+            yield {"run": str(record["run"]), "started": float(record["started"]), "mark": str(record["mark"])}
+        except (ValueError, KeyError, TypeError, LayerloopError):
+            continue

@@ -1,0 +1,366 @@
+"""Where steps are placed: what a cluster file becomes in the compiled platform spec, and what is refused before."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import yaml
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import parse_recipe
+from layerloop.pipelines.cluster import GPU_VERBS, VERBS, Cluster, read_cluster
+from layerloop.pipelines.evaluate import evaluate_pipeline
+from layerloop.pipelines.evaluation_cost import EvaluationCost, with_evaluation_deadline
+from layerloop.pipelines.inputs import packaged_recipes, recipe_text
+from layerloop.pipelines.packages import write_pipeline
+from layerloop.pipelines.train import train_pipeline
+
+PAPER, TINY = packaged_recipes()["paper"], packaged_recipes()["tiny"]
+IMAGES = f"images: {{policy: 'r/policy@sha256:{'0' * 64}', light: 'r/light@sha256:{'1' * 64}'}}\n"
+EXAMPLE = Path(__file__).parents[2] / "manifests" / "cluster.example.yaml"
+
+
+def cluster_of(folder: Path, text: str = "") -> Cluster:
+    path = folder / "cluster.yaml"
+    path.write_text(IMAGES + text)
+    return read_cluster(path)
+
+
+class Placed:
+    """Container, Kubernetes settings and task of every verb of a compiled training pipeline with one iteration."""
+
+    def __init__(self, folder: Path, text: str = "", recipe: str = TINY) -> None:
+        pipeline = train_pipeline(iterations=1, workers=1, recipe=recipe, cluster=cluster_of(folder, text))
+        self.spec, platform = yaml.safe_load_all(write_pipeline(pipeline, folder / "train.yaml").read_text())
+        settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        executors = self.spec["deploymentSpec"]["executors"]
+        tasks = {n: t for c in self.spec["components"].values() if "dag" in c for n, t in c["dag"]["tasks"].items()}
+        tasks |= self.spec["root"]["dag"]["tasks"]
+        self.containers = {self._verb(name): executor["container"] for name, executor in executors.items()}
+        self.settings = {self._verb(name): value for name, value in settings.items()}
+        self.tasks = {verb: tasks[verb.replace("_", "-")] for verb in VERBS}
+        assert set(self.containers) == set(self.settings) == set(VERBS)
+
+    @staticmethod
+    def _verb(executor: str) -> str:
+        return executor.removeprefix("exec-").replace("-", "_")
+
+    def gpus(self) -> dict[str, int]:
+        asked = {v: c["resources"].get("accelerator", {}).get("resourceCount", "0") for v, c in self.containers.items()}
+        return {verb: int(count) for verb, count in asked.items()}
+
+    def resources(self, verb: str) -> tuple[str, str]:
+        needs = self.containers[verb]["resources"]
+        assert needs["resourceMemoryLimit"] == needs["resourceMemoryRequest"]
+        assert "resourceCpuLimit" not in needs
+        return needs["resourceCpuRequest"], needs["resourceMemoryRequest"]
+
+    def variables(self, verb: str) -> dict[str, str]:
+        return {variable["name"]: variable["value"] for variable in self.containers[verb].get("env", ())}
+
+
+# ------------------------------------------------------------------------------------------------------------- security
+
+
+def test_every_step_runs_as_no_root(tmp_path: Path) -> None:
+    for verb, settings in Placed(tmp_path).settings.items():
+        assert settings["securityContext"] == {"runAsNonRoot": True, "runAsUser": "65532"}, verb
+
+
+def test_where_the_namespace_gives_users_none_is_named(tmp_path: Path) -> None:
+    for settings in Placed(tmp_path, "run_as_user: null").settings.values():
+        assert settings["securityContext"] == {"runAsNonRoot": True}
+
+
+def test_a_step_gets_only_the_secrets_that_it_uses(tmp_path: Path) -> None:
+    for verb, settings in Placed(tmp_path).settings.items():
+        found = {s["secretName"]: {k["secretKey"] for k in s["keyToEnv"]} for s in settings["secretAsEnv"]}
+        assert all(secret["optional"] for secret in settings["secretAsEnv"])
+        store = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
+        assert found.pop("layerloop-store") == store
+        if verb == "score_rollouts":
+            assert found == {"layerloop-judge": {"OPENAI_API_KEY"}}
+        else:
+            assert found == {"layerloop-hub": {"HF_TOKEN"}}
+
+
+def test_a_secret_can_be_left_out(tmp_path: Path) -> None:
+    placed = Placed(tmp_path, "secrets: {judge: null, store: null, hub: theirs}")
+    assert "secretAsEnv" not in placed.settings["score_rollouts"]
+    assert [s["secretName"] for s in placed.settings["update_lora"]["secretAsEnv"]] == ["theirs"]
+
+
+# ------------------------------------------------------------------------------------------------------------ resources
+
+
+def test_sharding_and_scoring_ask_for_little_and_for_no_gpu(tmp_path: Path) -> None:
+    placed = Placed(tmp_path)
+    assert placed.gpus() == {verb: int(verb in GPU_VERBS) for verb in VERBS}
+    assert placed.resources("shard_dataset") == ("4", "24Gi")
+    assert placed.resources("score_rollouts") == ("2", "8Gi")
+    assert placed.resources("update_lora") == ("8", "96Gi")
+    for verb in ("shard_dataset", "score_rollouts"):
+        assert not placed.settings[verb].keys() & {"tolerations", "nodeSelector", "emptyDirMounts", "podMetadata"}
+
+
+def test_cpu_and_memory_grow_with_the_gpus(tmp_path: Path) -> None:
+    placed = Placed(tmp_path, "gpus: 8\nupdate_gpus: 4\nevaluate_gpus: 2\npolicy: {cpu: 7500m, memory: 90Gi}")
+    counts = {"generate_rollouts": 8, "update_lora": 4, "evaluate_adapter": 2, "publish_adapter": 1}
+    assert {verb: count for verb, count in placed.gpus().items() if count} == counts
+    assert placed.resources("generate_rollouts") == ("60000m", "720Gi")
+    assert placed.resources("update_lora") == ("30000m", "360Gi")
+    assert placed.resources("publish_adapter") == ("7500m", "90Gi")
+    assert placed.resources("shard_dataset") == ("4", "24Gi")
+
+
+def test_what_a_verb_says_of_itself_goes_before(tmp_path: Path) -> None:
+    text = """
+gpus: 8
+node_selector: {pool: a100}
+labels: {team: vision}
+verbs:
+  generate_rollouts:
+    {gpus: 2, cpu: 3, memory: 64Gi, timeout_hours: 1.5, node_selector: {pool: h100}, labels: {team: rl},
+     annotations: {cluster-autoscaler.kubernetes.io/safe-to-evict: "false"}}
+  score_rollouts:
+    tolerations: [{key: cheap, operator: Equal, value: "yes"}]
+    node_affinity: [{key: zone, values: [a, b]}, {key: disk, operator: Exists}, {key: spot, values: ["1"], weight: 5}]
+    ephemeral_storage: 20Gi
+"""
+    placed = Placed(tmp_path, text)
+    rollouts, scores, update = (placed.settings[v] for v in ("generate_rollouts", "score_rollouts", "update_lora"))
+    assert placed.gpus()["generate_rollouts"] == 2
+    assert placed.resources("generate_rollouts") == ("3", "64Gi")
+    assert placed.resources("update_lora") == ("64", "768Gi")
+    assert rollouts["activeDeadlineSeconds"] == "5400"
+    assert rollouts["nodeSelector"] == {"labels": {"pool": "h100"}}
+    assert update["nodeSelector"] == {"labels": {"pool": "a100"}}
+    queue = {"kueue.x-k8s.io/queue-name": "layerloop"}
+    assert rollouts["podMetadata"] == {
+        "labels": {**queue, "team": "rl"},
+        "annotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
+    }
+    assert update["podMetadata"] == {"labels": {**queue, "team": "vision"}}
+    assert scores["podMetadata"] == {"labels": {"team": "vision"}}
+    assert scores["tolerations"] == [{"key": "cheap", "operator": "Equal", "value": "yes", "effect": "NoSchedule"}]
+    assert scores["nodeAffinity"] == [
+        {"matchExpressions": [
+            {"key": "zone", "operator": "In", "values": ["a", "b"]}, {"key": "disk", "operator": "Exists"},
+        ]},
+        {"matchExpressions": [{"key": "spot", "operator": "In", "values": ["1"]}], "weight": 5},
+    ]  # fmt: skip
+    assert scores["emptyDirMounts"] == [{"volumeName": "scratch", "mountPath": "/tmp", "sizeLimit": "20Gi"}]
+
+
+def test_gpu_pods_get_shared_memory_tolerations_and_the_queue(tmp_path: Path) -> None:
+    placed = Placed(tmp_path)
+    for verb in GPU_VERBS:
+        settings = placed.settings[verb]
+        (shm,) = settings["emptyDirMounts"]
+        assert (shm["mountPath"], shm["medium"], shm["sizeLimit"]) == ("/dev/shm", "Memory", "16Gi")
+        assert [taint["key"] for taint in settings["tolerations"]] == ["nvidia.com/gpu"]
+        assert settings["podMetadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "layerloop"}
+
+
+def test_on_cpus_nothing_asks_for_a_gpu(tmp_path: Path) -> None:
+    placed = Placed(tmp_path, "gpus: 0")
+    assert set(placed.gpus().values()) == {0}
+    assert placed.resources("update_lora") == ("8", "96Gi")
+    assert not any("emptyDirMounts" in settings for settings in placed.settings.values())
+
+
+def test_without_a_volume_of_weights_the_models_go_where_the_user_may_write(tmp_path: Path) -> None:
+    with_volume, without = Placed(tmp_path), Placed(tmp_path, "weights_claim: null")
+    assert with_volume.variables("update_lora")["HF_HOME"] == "/weights/huggingface"
+    assert with_volume.settings["update_lora"]["pvcMount"][0]["constant"] == "layerloop-weights"
+    assert without.variables("update_lora")["HF_HOME"] == "/tmp/huggingface"
+    assert not any("pvcMount" in settings for settings in without.settings.values())
+    assert "HF_HOME" not in with_volume.variables("score_rollouts")
+
+
+def test_service_urls_go_to_every_step_and_kfps_own_to_the_first(tmp_path: Path) -> None:
+    text = "service_urls: {AWS_REGION: eu-1}\nkfp_api: https://kfp.example.com\npipeline_root: s3://bucket/kfp"
+    placed = Placed(tmp_path, text)
+    for verb in VERBS:
+        variables = placed.variables(verb)
+        assert variables["AWS_REGION"] == "eu-1"
+        assert variables.get("LAYERLOOP_KFP_API") == ("https://kfp.example.com" if verb == "shard_dataset" else None)
+    assert placed.spec["defaultPipelineRoot"] == "s3://bucket/kfp"
+
+
+def test_images_are_by_verb(tmp_path: Path) -> None:
+    placed = Placed(tmp_path)
+    light = {verb for verb, container in placed.containers.items() if container["image"].startswith("r/light@")}
+    assert light == {"score_rollouts"}
+
+
+# -------------------------------------------------------------------------------------------------------------- retries
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "retries: 1",
+        "retries: 8\ntimeout_hours: {update_lora: 200}",
+        "timeout_hours: {shard_dataset: 0.1, update_lora: 8760}",
+        "verbs: {score_rollouts: {timeout_hours: 100}}",
+        "retries: 2\ntimeout_hours: {evaluate_adapter: 1000}",
+    ],
+)
+@pytest.mark.parametrize("recipe", [TINY, PAPER], ids=["tiny", "paper"])
+def test_the_budget_of_all_attempts_holds_every_attempt(tmp_path: Path, text: str, recipe: str) -> None:
+    """Argo's backoff.maxDuration counts from the first attempt's start, so it holds all of them, pauses included."""
+    placed = Placed(tmp_path, text, recipe)
+    for verb in VERBS:
+        retry = placed.tasks[verb]["retryPolicy"]
+        retries, timeout = retry["maxRetryCount"], int(placed.settings[verb]["activeDeadlineSeconds"])
+        pauses = sum(int(retry["backoffDuration"].rstrip("s")) * retry["backoffFactor"] ** n for n in range(retries))
+        assert timeout >= 60
+        budget = int(retry["backoffMaxDuration"].rstrip("s"))
+        assert budget >= (retries + 1) * timeout + pauses, verb
+
+
+def test_without_retries_nothing_is_said_of_them(tmp_path: Path) -> None:
+    assert not any("retryPolicy" in task for task in Placed(tmp_path, "retries: 0").tasks.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_the_cost_of_an_evaluation_is_forwards_times_designs() -> None:
+    cost = EvaluationCost.of(parse_recipe(PAPER), Cluster())
+    # Heun: 50 steps are 99 forwards; 480 designs and 64 pictures; base and adapter.
+    assert (cost.designs, cost.pictures, cost.forwards) == (480, 64, 544 * 99 * 2)
+    assert cost.hours == pytest.approx(544 * 99 * 2 * 0.32 / 3600)
+    assert str(cost).startswith(
+        "480 designs + 64 pictures are 107712 forwards of base and adapter, about 9.6 h on 1 GPU"
+    )
+
+
+def test_more_gpus_and_fewer_pixels_make_it_cheaper() -> None:
+    full = EvaluationCost.of(parse_recipe(PAPER), Cluster())
+    assert EvaluationCost.of(parse_recipe(PAPER), Cluster(evaluate_gpus=8)).hours == pytest.approx(full.hours / 8)
+    half = parse_recipe(recipe_text("paper", ["data.resolution=320"]))
+    assert EvaluationCost.of(half, Cluster()).hours == pytest.approx(full.hours / 4)
+    assert EvaluationCost.of(half, Cluster(gpus=0)).gpus == 1
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_the_deadline_fits_by_construction(tmp_path: Path, name: str, gpus: int) -> None:
+    recipe = packaged_recipes()[name]
+    cluster = cluster_of(tmp_path, f"evaluate_gpus: {gpus}")
+    hours = EvaluationCost.of(parse_recipe(recipe), cluster).hours
+    for pipeline in (
+        train_pipeline(iterations=1, workers=1, recipe=recipe, cluster=cluster),
+        evaluate_pipeline(recipe=recipe, cluster=cluster),
+    ):
+        _, platform = yaml.safe_load_all(write_pipeline(pipeline, tmp_path / "p.yaml").read_text())
+        settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-evaluate-adapter"]
+        assert int(settings["activeDeadlineSeconds"]) >= 2 * hours * 3600 + 2 * 3600
+
+
+def test_a_deadline_of_the_file_stays_and_one_that_is_too_short_is_refused(tmp_path: Path) -> None:
+    long = cluster_of(tmp_path, "timeout_hours: {evaluate_adapter: 10}")
+    assert with_evaluation_deadline(long, PAPER).hours("evaluate_adapter") == 10
+    for text in ("timeout_hours: {evaluate_adapter: 4}", "verbs: {evaluate_adapter: {timeout_hours: 4}}"):
+        cluster = cluster_of(tmp_path, text)
+        with pytest.raises(LayerloopError) as caught:
+            train_pipeline(iterations=1, workers=1, recipe=PAPER, cluster=cluster)
+        line = str(caught.value)
+        assert line.startswith("evaluation does not fit its deadline: 480 designs + 64 pictures are 107712 forwards")
+        assert "is 4: give it 22, more evaluate_gpus, or fewer recipe.evaluation.designs" in line
+        train_pipeline(iterations=1, workers=1, recipe=PAPER, cluster=cluster, evaluate="never")
+
+
+# ------------------------------------------------------------------------------------------------------------- the file
+
+
+def test_the_example_holds_the_defaults() -> None:
+    example = read_cluster(EXAMPLE)
+    assert example.model_copy(update={"images": Cluster().images}) == Cluster()
+    offered = {line.lstrip("# ").partition(":")[0] for line in EXAMPLE.read_text().splitlines()}
+    assert set(Cluster.model_fields) <= offered
+
+
+def test_what_the_example_offers_in_comments_is_taken(tmp_path: Path) -> None:
+    lines = EXAMPLE.read_text().splitlines()
+    start = lines.index("# verbs:")
+    block = [line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines[start:])]
+    cluster = cluster_of(tmp_path, "\n".join(block))
+    assert set(cluster.verbs) == {"shard_dataset", "generate_rollouts"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("shared_memory: 16 gigs", "cluster.shared_memory: '16 gigs' is no quantity of Kubernetes: write a whole"),
+        ("policy: {memory: 96 GB}", "cluster.policy.memory: '96 GB' is no quantity of Kubernetes"),
+        ("policy: {memory: 96}", "cluster.policy.memory: '96' is 96 bytes: write 96Gi"),
+        ("policy: {memory: 1.5Gi}", "cluster.policy.memory: '1.5Gi' is no quantity"),
+        ("light: {memory: 8Gb}", "cluster.light.memory: '8Gb' is no quantity"),
+        ("light: {memory: -8Gi}", "cluster.light.memory: '-8Gi' is no quantity"),
+        ("light: {memory: true}", "cluster.light.memory is True: "),
+        ("light: {cpu: two}", "cluster.light.cpu: 'two' is no number of CPUs: write 8, 0.5 or 500m"),
+        ("light: {cpu: 0}", "cluster.light.cpu: '0' is no number of CPUs"),
+        ("verbs: {update_lora: {ephemeral_storage: big}}", "cluster.verbs.update_lora.ephemeral_storage: 'big' is no"),
+        ("timeout_hours: {update_lora: -1}", "cluster.timeout_hours.update_lora is -1: "),
+        ("timeout_hours: {update_lora: .inf}", "cluster.timeout_hours.update_lora is inf: "),
+        ("timeout_hours: {update_lora: .nan}", "cluster.timeout_hours.update_lora is nan: "),
+        ("timeout_hours: {update_lora: 1e12}", "cluster.timeout_hours.update_lora is "),
+        ("timeout_hours: {update_lora: 0.001}", "cluster.timeout_hours.update_lora is 0.001: "),
+        ("timeout_hours: {update: 1}", "cluster.timeout_hours.update is no step: choose of shard_dataset, "),
+        ("verbs: {updatelora: {gpus: 1}}", "cluster.verbs.updatelora is no step: choose of "),
+        ("verbs: {update_lora: {gpu: 1}}", "cluster.verbs.update_lora.gpu is not a known key"),
+        ("secrets: {judge: ''}", "cluster.secrets.judge: '' names no Kubernetes object: use a-z, 0-9 and -, or null"),
+        ("weights_claim: ''", "cluster.weights_claim: '' names no Kubernetes object"),
+        ("queue: My Queue", "cluster.queue: 'My Queue' names no Kubernetes object"),
+        ("labels: {team: not ok}", "cluster.labels.team: 'not ok' is no value of a label"),
+        ("labels: {team: true}", "cluster.labels.team is True: "),
+        ("service_urls: {A-B: x}", "'A-B' is no name of a variable"),
+        ("tolerations: [{key: a, effect: Never}]", "cluster.tolerations.0.effect is 'Never': "),
+        ("node_affinity: [{key: zone}]", "operator In of zone needs values: change one of the two"),
+        ("node_affinity: [{key: z, operator: Exists, values: [a]}]", "operator Exists of z takes no values"),
+        ("run_as_user: 0", "cluster.run_as_user is 0: "),
+        ("pipeline_root: /tmp/x", "cluster.pipeline_root is '/tmp/x': "),
+        ("kfp_api: ml-pipeline", "cluster.kfp_api is 'ml-pipeline': "),
+        ("gpus: -1", "cluster.gpus is -1: "),
+        ("gpu: 1", "cluster.gpu is not a known key: did you mean 'gpus'"),
+        ("gpus: 16", "cluster.gpus is 16 but a node has 8 (cluster.node_gpus): choose at most 8; rollouts "),
+        ("update_gpus: 16", "cluster.update_gpus is 16 but a node has 8 (cluster.node_gpus): choose at most 8; an up"),
+        ("verbs: {publish_adapter: {gpus: 9}}", "cluster.verbs.publish_adapter.gpus is 9 but a node has 8"),
+        ("node_gpus: 4\nevaluate_gpus: 8", "cluster.evaluate_gpus is 8 but a node has 4"),
+        ("shared_memory: 96Gi", "cluster.shared_memory is 96Gi but generate_rollouts has 96Gi of memory"),
+        ("retries: -1", "cluster.retries is -1: "),
+        ("retries: 9", "cluster.retries is 9: "),
+        ("forward_seconds: 0", "cluster.forward_seconds is 0: "),
+    ],
+)  # fmt: skip
+def test_a_value_that_a_cluster_would_choke_on_is_one_line(tmp_path: Path, text: str, line: str) -> None:
+    with pytest.raises(LayerloopError) as caught:
+        cluster_of(tmp_path, text)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("images: {policy: r/p:latest, light: r/l:1}", "cluster.images.policy is 'r/p:latest'"),
+        ("", "cluster.images.policy is 'layerloop-policy'"),
+        ("a: [", "is not YAML"),
+        ("- 1", "is no mapping: start from manifests/cluster.example.yaml"),
+    ],
+)
+def test_a_wrong_file_is_one_line(tmp_path: Path, text: str, line: str) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(LayerloopError, match=line.replace("[", r"\[")) as caught:
+        read_cluster(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(LayerloopError, match="cannot be read"):
+        read_cluster(tmp_path / "none.yaml")
