@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from layerloop.components.policy.model import LayeredPolicy
     from layerloop.components.update_lora.advantages import Advantages
     from layerloop.components.update_lora.diagnostics import Diagnostics
+    from layerloop.components.update_lora.plan import OptimizerStep
     from layerloop.components.update_lora.state import TrainingState
 
 
@@ -68,7 +69,7 @@ def run(
     from layerloop.components.update_lora.advantages import advantages_of
     from layerloop.components.update_lora.algorithm import timesteps_of
     from layerloop.components.update_lora.learner import learn
-    from layerloop.components.update_lora.plan import candidates_of, plan_steps
+    from layerloop.components.update_lora.plan import candidates_of
     from layerloop.components.update_lora.state import TrainingState
     from layerloop.components.update_lora.trajectories import Expected, read_trajectories
 
@@ -77,21 +78,14 @@ def run(
             previous = place.policy(number - 1)
             rollouts = place.rollouts(number)
             advantages = advantages_of(score_rows(place, number), recipe.update)
-            steps = plan_steps(
-                advantages.groups,
-                steps=recipe.update.steps,
-                timesteps=timesteps_of(recipe),
-                microbatch=place.runtime.update.microbatch,
-                ranks=world_size(),
-                pad=place.runtime.model.fsdp,
-            )
+            steps = _plan(place, advantages)
             if rank() == 0:
                 _log_advantages(advantages, number)
             sharded = shares_base(place.runtime.model)
             here = policy_at(place, number - 1, device=device, sharded=sharded, trainable=True, loaded=loaded)
-            policy, adapter = here.policy, here.adapter_sha256
+            policy = here.policy
             expected = Expected(
-                number, policy.fingerprint, adapter, recipe.update.algorithm, timesteps_of(recipe),
+                number, policy.fingerprint, here.adapter_sha256, recipe.update.algorithm, timesteps_of(recipe),
                 token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
             )  # fmt: skip
             groups = read_trajectories(place.store, rollouts, candidates_of(steps, rank()), expected)
@@ -114,6 +108,21 @@ def score_rows(place: Campaign, iteration: int) -> list[ScoreRow]:
         for shard in place.scores(iteration).shards
         for key, members in read_shard(place.store, shard, required=("json",))
     ]
+
+
+def _plan(place: Campaign, advantages: Advantages) -> tuple[OptimizerStep, ...]:
+    """The iteration's optimizer steps, shared out among the ranks."""
+    from layerloop.components.update_lora.algorithm import timesteps_of
+    from layerloop.components.update_lora.plan import plan_steps
+
+    return plan_steps(
+        advantages.groups,
+        steps=place.recipe.update.steps,
+        timesteps=timesteps_of(place.recipe),
+        microbatch=place.runtime.update.microbatch,
+        ranks=world_size(),
+        pad=place.runtime.model.fsdp,
+    )
 
 
 def _log_advantages(advantages: Advantages, iteration: int) -> None:
