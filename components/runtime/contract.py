@@ -54,7 +54,7 @@ def step_main(
 
     Args:
         run: the step; its keyword-only arguments (str, int, float, bool, or one of these | None) become flags, whose
-            help is taken from the `Args:` section of its docstring.
+            help is taken from the `Args:` section of its docstring. A positional one is for callers in Python.
         iteration_from: the input artifact whose `iteration` metadata gives the argument `iteration` of a Kubeflow task.
         iteration_offset: what is added to it.
         spread: of a step that shares its work among ranks: runs a module with a command line in several processes and
