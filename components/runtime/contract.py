@@ -64,7 +64,8 @@ def step_main(
 
     Args:
         run: the step; its keyword-only arguments (str, int, float, bool, dict, or one of these | None) become flags,
-            whose help is taken from the `Args:` section of its docstring. A dict is given as JSON.
+            whose help is taken from the `Args:` section of its docstring. A dict is given as JSON. A positional one is
+            for callers in Python.
         iteration_from: the input artifact whose `iteration` metadata gives the argument `iteration` of a Kubeflow task.
         iteration_offset: what is added to it.
         beyond: of a step that an iteration past the run's target (the task's parameter `until`) leaves undone: its

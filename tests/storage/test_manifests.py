@@ -8,7 +8,7 @@ import pytest
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
-from layerloop.components.storage.manifests import add_file, commit, load, read_file, verify
+from layerloop.components.storage.manifests import add_file, already_committed, commit, load, read_file, verify
 from layerloop.components.storage.shards import write_shard
 from layerloop.components.storage.stores import Store, open_store
 
@@ -35,6 +35,18 @@ def test_a_committed_manifest_loads_equal(store_uri: str) -> None:
     assert load(store, NAME) == manifest
     assert store.read(NAME) == manifest.to_json()
     assert commit(store, NAME, manifest) == manifest  # a second attempt that made the same
+
+
+def test_a_step_that_begins_finds_what_is_committed_and_says_so_once_it_has_verified_it(store_uri: str) -> None:
+    store, said = open_store(store_uri), list[str]()
+    assert already_committed(store, NAME, log=said.append) is None and said == []
+    manifest = commit(store, NAME, output(store))
+    assert already_committed(store, NAME, log=said.append) == manifest
+    assert said == [f"{store.uri}/{NAME} is committed already"]
+    store.delete("iterations/000001/scores/000000.tar")
+    with pytest.raises(LayerloopError, match=r"000000\.tar is missing but a scores manifest names it"):
+        already_committed(store, NAME, log=said.append)
+    assert len(said) == 1
 
 
 def test_the_first_commit_stands_if_it_verifies(store_uri: str) -> None:
