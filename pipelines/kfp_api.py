@@ -110,9 +110,9 @@ class KfpApi:
         """What KFP answers to a JSON body; raises as `get` does, and TakenError for 409."""
         return self._ask("POST", path, deadline=deadline, json=body, params={k: v for k, v in query.items() if v})
 
-    def upload(self, path: str, name: str, data: bytes, **query: Any) -> dict[str, Any]:
-        """Send a file as a form does."""
-        return self._ask("POST", path, files={"uploadfile": (name, data)}, params={k: v for k, v in query.items() if v})
+    def upload(self, path: str, file: str, data: bytes, **query: Any) -> dict[str, Any]:
+        """Send a file as a form does; raises as `post` does."""
+        return self._ask("POST", path, files={"uploadfile": (file, data)}, params={k: v for k, v in query.items() if v})
 
     def delete(self, path: str) -> None:
         """Remove what is at `path`; raises as `get` does."""

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -147,15 +147,17 @@ def refuse(problems: Sequence[str]) -> None:
         raise LayerloopError("\nerror: ".join(problems))
 
 
-def apply_schedule(api: KfpApi, schedule: Schedule, pipeline: Pipeline, *, may_stop_runs: bool = True) -> str:
+def apply_schedule(
+    api: KfpApi, schedule: Schedule, pipeline: Pipeline, *, old_run: Literal["keep", "refuse", "stop"] = "keep"
+) -> str:
     """Create the recurring run, one at a time and without catching up; what is there by that name is replaced.
 
     One that has the very same settings is left as it is (resumed, or paused, as asked). KFP has no call that changes a
-    recurring run, and deleting one also deletes its run that is going on (the run belongs to it): so an old one with a
-    live run is paused in place of deleted, and goes with the next `apply` or `delete`.
+    recurring run, and deleting one also deletes its run that is going on, which belongs to it.
 
     Args:
-        may_stop_runs: False where a second run beside the old one's must not be: then it is refused.
+        old_run: What becomes of an old one's run that is going on: `keep` it, for which the old one is paused and goes
+            with the next `apply` or `delete`; `stop` it; or `refuse`, where a second run beside it must not be.
 
     Returns:
         What was done, in one line.
@@ -178,7 +180,7 @@ def apply_schedule(api: KfpApi, schedule: Schedule, pipeline: Pipeline, *, may_s
     others = [item for item in there if item is not same]
     running = _running(api, home) if others else {}
     alive = {key: running[key] for item in others if (key := item["recurring_run_id"]) in running}
-    if alive and not may_stop_runs and same is None:
+    if alive and old_run == "refuse" and same is None:
         run = next(iter(alive.values()))
         raise LayerloopError(
             f"schedule {schedule.name} has other settings and its run {run['run_id']} is going on: wait for its end "
@@ -198,7 +200,7 @@ def apply_schedule(api: KfpApi, schedule: Schedule, pipeline: Pipeline, *, may_s
             _switch(api, same, on=not schedule.paused)
             did = "paused" if schedule.paused else "resumed"
     for item in others:  # after the new one is there: a refused schedule leaves the old one as it was
-        if item["recurring_run_id"] in alive:
+        if item["recurring_run_id"] in alive and old_run != "stop":
             _switch(api, item, on=False)
             did += f", the old one is paused while its run {alive[item['recurring_run_id']]['run_id']} goes on"
         else:
@@ -288,7 +290,7 @@ def run_until(
         service_account=settings.service_account,
         pipeline_root=settings.pipeline_root,
     )
-    print(apply_schedule(api, schedule, pipeline, may_stop_runs=replace))
+    print(apply_schedule(api, schedule, pipeline, old_run="stop" if replace else "refuse"))
     flags = f"--experiment {settings.experiment} --host {api.shown}"
     flags += f" --namespace {api.namespace}" if api.namespace else ""
     print(
