@@ -146,7 +146,7 @@ def _failures_option(parser: argparse.ArgumentParser) -> None:
 
 def _submit(arguments: argparse.Namespace) -> int:
     from layerloop.pipelines.kfp_api import KfpApi, connect
-    from layerloop.pipelines.packages import Pipeline, find_pipeline
+    from layerloop.pipelines.runnable import Pipeline, find_pipeline
     from layerloop.pipelines.runs import Waiting
     from layerloop.pipelines.submit import attach, patiently, submit, submit_until
 
@@ -198,7 +198,7 @@ def head_of(campaign: str) -> int:
 def _apply(arguments: argparse.Namespace) -> None:
     from layerloop.components.schema.record import validate
     from layerloop.pipelines.kfp_api import connect
-    from layerloop.pipelines.packages import Pipeline, find_pipeline, typed_parameters
+    from layerloop.pipelines.runnable import Pipeline, find_pipeline, typed_parameters
     from layerloop.pipelines.schedules import Schedule, apply_schedule, read_schedules, refuse
 
     settings = _settings(arguments)
@@ -254,7 +254,7 @@ def _change(arguments: argparse.Namespace) -> None:
 
 def _upload(arguments: argparse.Namespace) -> None:
     from layerloop.pipelines.kfp_api import connect
-    from layerloop.pipelines.packages import read_package, upload
+    from layerloop.pipelines.runnable import read_package, upload
 
     if arguments.name and len(arguments.files) > 1:
         raise LayerloopError(f"--name is {arguments.name!r} for {len(arguments.files)} files: upload them one by one")
@@ -267,7 +267,7 @@ def _upload(arguments: argparse.Namespace) -> None:
 
 def _run_until(arguments: argparse.Namespace) -> None:
     from layerloop.pipelines.kfp_api import connect
-    from layerloop.pipelines.packages import find_pipeline
+    from layerloop.pipelines.runnable import find_pipeline
     from layerloop.pipelines.schedules import run_until
 
     _positive(until=arguments.until, max_failures=arguments.max_failures, every=arguments.every)

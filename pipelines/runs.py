@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from layerloop.pipelines.kfp_api import AwayError, KfpApi, MissingError, experiment, required
-from layerloop.pipelines.packages import Pipeline, typed_parameters
+from layerloop.pipelines.runnable import Pipeline, typed_parameters
 
 SUCCEEDED, FAILED, REFUSED, UNFINISHED, INTERRUPTED = 0, 1, 2, 3, 130
 STATUSES = {"SUCCEEDED": SUCCEEDED, "FAILED": FAILED, "CANCELED": UNFINISHED, "SKIPPED": UNFINISHED}

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
 from layerloop.pipelines.kfp_api import KfpApi, equals, experiment, find_experiment, required
-from layerloop.pipelines.packages import Pipeline, digest, typed_parameters
+from layerloop.pipelines.runnable import Pipeline, digest, typed_parameters
 from layerloop.pipelines.runs import Settings, live_runs, request_fields
 
 CHAIN_MINUTES = 10  # between a run's end and the next, at most; a tick after the target costs a step that ends at once

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.kfp_api import AwayError, KfpApi, MissingError, RefusedError
-from layerloop.pipelines.packages import Pipeline, typed_parameters
+from layerloop.pipelines.runnable import Pipeline, typed_parameters
 from layerloop.pipelines.runs import (
     FAILED,
     INTERRUPTED,

@@ -9,7 +9,7 @@ import yaml
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli import main
 from layerloop.pipelines.kfp_api import RefusedError, connect
-from layerloop.pipelines.packages import read_package
+from layerloop.pipelines.runnable import read_package
 from layerloop.pipelines.schedules import Schedule, apply_schedule, chain_name, check_cron, read_schedules
 
 CAMPAIGN = "s3://bucket/mine"

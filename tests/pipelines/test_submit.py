@@ -14,7 +14,7 @@ import pytest
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli import main
 from layerloop.pipelines.kfp_api import AwayError, RefusedError, connect
-from layerloop.pipelines.packages import read_package
+from layerloop.pipelines.runnable import read_package
 from layerloop.pipelines.runs import LostError, Settings, Waiting, live_runs_of
 from layerloop.pipelines.submit import attach, submit, submit_until
 

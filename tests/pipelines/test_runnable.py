@@ -9,7 +9,7 @@ import pytest
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli import main
 from layerloop.pipelines.kfp_api import connect
-from layerloop.pipelines.packages import find_pipeline, read_package, typed_parameters, upload
+from layerloop.pipelines.runnable import find_pipeline, read_package, typed_parameters, upload
 
 
 def test_text_becomes_what_the_pipeline_declares(package: Path) -> None:
