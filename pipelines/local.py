@@ -25,7 +25,7 @@ from kfp import components, local
 from kfp.local import status, subprocess_task_handler
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.pipelines.compiled import check_parameters, count_tasks, read_spec
+from layerloop.pipelines.packages import check_parameters, count_tasks, read_spec
 
 # The input artifact whose metadata tells a step its iteration, and what to add to it: for titles, as in each step.py.
 ITERATION_OF = {

@@ -14,7 +14,7 @@ import yaml
 from safetensors import safe_open
 
 from layerloop.components.storage.campaign import Campaign
-from layerloop.pipelines.compiled import count_tasks
+from layerloop.pipelines.packages import count_tasks
 
 # The tiny recipe, smaller still: what is tested is that everything fits together, not that it learns.
 SMALL = {

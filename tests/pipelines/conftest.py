@@ -21,7 +21,7 @@ import pytest
 import yaml
 from kfp import dsl, kubernetes
 
-from layerloop.pipelines.compiled import write_pipeline
+from layerloop.pipelines.packages import write_pipeline
 
 FINAL = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED"}
 LISTED = {"page_token", "page_size", "sort_by", "filter", "namespace", "experiment_id"}
