@@ -106,9 +106,9 @@ def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:
 
 def _compile(arguments: argparse.Namespace) -> None:
     from layerloop.pipelines.cluster import Cluster, read_cluster
-    from layerloop.pipelines.packages import write_pipeline
     from layerloop.pipelines.evaluate import evaluate_pipeline
     from layerloop.pipelines.inputs import recipe_text
+    from layerloop.pipelines.packages import write_pipeline
     from layerloop.pipelines.train import container_tasks, train_pipeline
 
     recipe = recipe_text(arguments.recipe, arguments.set)

@@ -31,7 +31,10 @@ def evaluate_pipeline(*, recipe: str, cluster: Cluster | None = None):  # type: 
         """
         shard = place("shard_dataset", shard_dataset(campaign=campaign, recipe=recipe, images=images, designs=designs))
         evaluation = evaluate_adapter(
-            campaign=campaign, sources=shard.outputs["sources"], policy=shard.outputs["policy"]
+            campaign=campaign,
+            sources=shard.outputs["sources"],
+            policy=shard.outputs["policy"],
+            fail_when_worse=True,
         )
         place("evaluate_adapter", evaluation)
 

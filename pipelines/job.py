@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerloop.components.schema.manifest import Manifest
-from layerloop.pipelines.packages import write_pipeline
 from layerloop.pipelines.inputs import absolute
 from layerloop.pipelines.local import LocalRun, run_pipeline
+from layerloop.pipelines.packages import write_pipeline
 from layerloop.pipelines.train import train_pipeline
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.pipelines.packages import check_parameters, parameters_of, read_spec
 from layerloop.pipelines.kfp_api import KfpApi, TakenError, equals, required
+from layerloop.pipelines.packages import check_parameters, parameters_of, read_spec
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from layerloop.components.evaluate_adapter import against
 from layerloop.components.evaluate_adapter.assess import Row, assess, compare_rows
 from layerloop.components.evaluate_adapter.cases import Case, Cases, Kind, read_cases
 from layerloop.components.evaluate_adapter.gallery import Shown
@@ -49,7 +50,7 @@ SHOWN: dict[Kind, int] = {"designs": 7, "pictures": 4}  # samples with contact s
 Chunk = tuple[Case, ...]
 
 
-def run(*, campaign: str, iteration: int | None = None) -> StepResult:
+def run(*, campaign: str, iteration: int | None = None, fail_when_worse: bool = False) -> StepResult:
     """Compare an adapter with its base on held-out designs and pictures, and write the report.
 
     The adapter's weights are those that would be published: the average, where the recipe keeps one. Both sample
@@ -59,6 +60,8 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
     Args:
         campaign: Root URI of the campaign.
         iteration: Whose adapter to evaluate; by default the last committed one.
+        fail_when_worse: Fail where the adapter is worse than the one that was evaluated before it (against.py); the
+            evaluation is committed all the same.
 
     Raises:
         LayerloopError: there is no adapter yet, nothing is held out, or the adapter decodes into NaN.
@@ -75,7 +78,7 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
     if done is not None:
         verify(opened.store, done)
         log(f"the evaluation of iteration {k} is committed already")
-        return _result(opened, done)
+        return _result(opened, done, fail_when_worse)
 
     recipe, sources, adapter = opened.recipe, opened.sources(), opened.policy(k)
     cases = read_cases(opened, sources)
@@ -125,7 +128,7 @@ def run(*, campaign: str, iteration: int | None = None) -> StepResult:
         counts={"designs": report.counts["designs"], "pictures": report.counts["pictures"], "sheets": len(shown)},
         metadata={"base_fingerprint": policy.fingerprint, "adapter_sha256": weights},
     )
-    return _result(opened, commit(opened.store, f"{folder}/{MANIFEST}", manifest))
+    return _result(opened, commit(opened.store, f"{folder}/{MANIFEST}", manifest), fail_when_worse)
 
 
 def _load(opened: Campaign, sources: Manifest, adapter: Manifest, clock: Clock) -> tuple[LayeredPolicy, torch.Tensor]:
@@ -227,7 +230,9 @@ def _sheet_name(choice: Choice) -> str:
     return f"sheets/{choice.case.kind}-{choice.case.name}.png"
 
 
-def _result(opened: Campaign, manifest: Manifest) -> StepResult:
+def _result(opened: Campaign, manifest: Manifest, fail_when_worse: bool) -> StepResult:
+    if fail_when_worse:
+        against.fail_when_worse(opened, manifest)
     document = json.loads(read_file(opened.store, manifest.file("metrics.json")))
     return StepResult(
         manifests={"evaluation": manifest},

@@ -13,8 +13,8 @@ from kfp import components, dsl, local
 from kfp.dsl import Dataset, Input, Metrics, Output
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.pipelines.packages import write_pipeline
 from layerloop.pipelines.local import LocalRun, StepFailed, StepRun, run_pipeline
+from layerloop.pipelines.packages import write_pipeline
 
 MAKE = """
 import time

@@ -12,9 +12,9 @@ import yaml
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cluster import GPU_VERBS, Cluster, Images, Resources, Toleration, read_cluster
-from layerloop.pipelines.packages import count_tasks, write_pipeline
 from layerloop.pipelines.evaluate import evaluate_pipeline
 from layerloop.pipelines.inputs import packaged_recipes
+from layerloop.pipelines.packages import count_tasks, write_pipeline
 from layerloop.pipelines.train import MAX_TASKS, container_tasks, train_pipeline
 
 RECIPE = packaged_recipes()["tiny"]
