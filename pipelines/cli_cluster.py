@@ -55,7 +55,14 @@ It returns at once: KFP goes on with a recurring run, one run at a time, and not
 
 
 def add_cluster_commands(commands: Any, campaign: Any, command: Command) -> None:
-    """Add them to the parsers of `layerloop` and of `layerloop campaign`."""
+    """Add them to the parsers of `layerloop` and of `layerloop campaign`.
+
+    Args:
+        commands: Subparsers of `layerloop`.
+        campaign: Subparsers of `layerloop campaign`.
+        command: Makes a parser of subparsers, a name, a handler, a summary and examples.
+    """
+    command = _with_its_packages(command)
     submit = command(commands, "submit", _submit, "start a run on a cluster, and wait for it", _with(SUBMIT_EXAMPLES))
     submit.add_argument("pipeline", nargs="?", metavar="PIPELINE", help=_PIPELINE)
     _run_options(submit)
@@ -114,6 +121,25 @@ def add_cluster_commands(commands: Any, campaign: Any, command: Command) -> None
 
 
 _PIPELINE = "a compiled pipeline (.yaml), or NAME or NAME@VERSION that is registered with KFP"
+
+
+def _with_its_packages(command: Command) -> Command:
+    """`command`, whose handlers say in one line that the extra is not installed, as in the images of the steps."""
+
+    def make(commands: Any, name: str, handler: Any, *rest: Any) -> argparse.ArgumentParser:
+        def handle(arguments: argparse.Namespace) -> Any:
+            try:
+                return handler(arguments)
+            except ModuleNotFoundError as error:
+                if (error.name or "").partition(".")[0] not in ("kfp", "requests"):
+                    raise
+                raise LayerloopError(
+                    f"layerloop {name} needs {error.name}, which is not here: pip install 'layerloop[pipelines]'"
+                ) from None
+
+        return command(commands, name, handle, *rest)
+
+    return make
 
 
 def _with(examples: str) -> str:

@@ -475,3 +475,14 @@ def test_structured_parameters_travel_as_what_they_are(kfp_api: Any, package: Pa
         "flag": True,
         "share": 1.0,
     }
+
+
+def test_an_image_without_the_extra_says_so_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "kfp.py").write_text("raise ModuleNotFoundError(\"No module named 'kfp'\", name='kfp')\n")
+    command = [sys.executable, "-m", "layerloop.pipelines.cli", "submit", "x.yaml", "--host", "http://127.0.0.1:9"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: layerloop submit needs kfp, which is not here: pip install 'layerloop[pipelines]'\n"
+    )
