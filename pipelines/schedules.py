@@ -26,7 +26,7 @@ CHAIN_MINUTES = 10  # between a run's end and the next, at most; a tick after th
 # Field, lowest, highest, names: what robfig/cron v1 parses, which KFP uses.
 _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _DAYS = ["sun", "mon", "tue", "wed", "thu", "fri", "sat"]
-_FIELDS = (
+_FIELDS: tuple[tuple[str, int, int, dict[str, int]], ...] = (
     ("second", 0, 59, {}),
     ("minute", 0, 59, {}),
     ("hour", 0, 23, {}),
@@ -57,7 +57,9 @@ def _check_field(text: str, value: str, name: str, low: int, high: int, names: M
     chosen: set[int] = set()
     for item in value.split(","):
         match = _ITEM.fullmatch(item)
-        numbers = [_number(part, names) for part in (match[1], match[2] or match[1])] if match else [None]
+        numbers: list[int | None] = [None]
+        if match:
+            numbers = [_number(part, names) for part in (match[1], match[2] or match[1])]
         if match and match[1] in ("*", "?") and not match[2]:
             numbers = [low, high]
         elif match and match[3] and not match[2]:  # 5/10 means from 5 on
@@ -312,8 +314,7 @@ def chain_name(campaign: str) -> str:
 
 
 def _named(api: KfpApi, home: str, name: str) -> list[dict[str, Any]]:
-    query = {"experiment_id": home, "filter": equals("display_name", name)}
-    listed = api.pages("recurringruns", "recurringRuns", **query)
+    listed = api.pages("recurringruns", "recurringRuns", experiment_id=home, filter=equals("display_name", name))
     return [item for item in listed if item.get("display_name") == name]
 
 

@@ -6,6 +6,7 @@ here.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -112,9 +113,8 @@ def submit_until(
                 )
                 return last or FAILED
             given = {**parameters, **_target(pipeline, until, max_failures)}
-            run = _wait_until_told(
-                contact, waiting, lambda given=given: _own_run(api, pipeline, campaign, given, settings, waiting)
-            )
+            ask = functools.partial(_own_run, api, pipeline, campaign, given, settings, waiting)
+            run = _wait_until_told(contact, waiting, ask)
             if run is None:
                 print(f"campaign {campaign} is at iteration {reached} of {until}: the time is up", flush=True)
                 return UNFINISHED
