@@ -102,6 +102,8 @@ def submit_until(
     """
     campaign = str(typed_parameters(pipeline, parameters)["campaign"])
     contact = Contact(waiting.patience, what=f"campaign {campaign}")
+    # Not max_failures: who counts here starts anew, which is how a chain is taken up again after it stopped itself.
+    known = {"until": str(until)} if pipeline.declares("until") else {}
     run_id, fruitless, last = "", 0, SUCCEEDED
     try:
         reached = _first_look(head, campaign)
@@ -112,7 +114,7 @@ def submit_until(
                     f"campaign {campaign}: {fruitless} runs in a row without progress, stopped at iteration {reached}"
                 )
                 return last or FAILED
-            given = {**parameters, **_target(pipeline, until, max_failures)}
+            given = {**parameters, **known}
             ask = functools.partial(_own_run, api, pipeline, campaign, given, settings, waiting)
             run = _wait_until_told(contact, waiting, ask)
             if run is None:
@@ -152,12 +154,6 @@ def _look(head: Callable[[str], int], campaign: str) -> int:
         return head(campaign)
     except LayerloopError as error:
         raise AwayError(str(error)) from None
-
-
-def _target(pipeline: Pipeline, until: int, max_failures: int) -> dict[str, str]:
-    """The parameters by which a run knows the target itself, where the pipeline has them."""
-    wanted = {"until": str(until), "max_failures": str(max_failures)}
-    return {name: value for name, value in wanted.items() if pipeline.declares(name)}
 
 
 def patiently(question: Callable[[], T], waiting: Waiting, *, what: str) -> T:

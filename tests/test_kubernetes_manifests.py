@@ -73,7 +73,7 @@ def test_a_kustomization_renders_to_valid_resources(name: str, tmp_path: Path) -
         validate_custom(resource)
 
 
-@pytest.mark.parametrize("name", [name for name in KUSTOMIZATIONS if name in ("queues", "judge-to-zero", "profile")])
+@pytest.mark.parametrize("name", ["queues", "judge-to-zero", "profile", "overlays/multi-user"])
 def test_a_wrong_field_of_a_custom_resource_would_be_found(name: str) -> None:
     custom = [r for r in rendered(MANIFESTS / name) if f"{r['apiVersion']}/{r['kind']}" in CRD_SCHEMAS]
     assert custom
@@ -133,7 +133,7 @@ def pod_specs() -> list[tuple[str, Any]]:
 def test_an_overlay_starts_nothing(overlay: str) -> None:
     resources = rendered(MANIFESTS / "overlays" / overlay)
     assert {r["kind"] for r in resources} <= {
-        "ConfigMap", "CronJob", "PersistentVolumeClaim", "Role", "RoleBinding", "ServiceAccount",
+        "ConfigMap", "CronJob", "PersistentVolumeClaim", "PodDefault", "Role", "RoleBinding", "ServiceAccount",
     }  # fmt: skip
     jobs = [r for r in resources if r["kind"] == "CronJob"]
     assert {r["metadata"]["name"] for r in jobs} == {"layerloop-weights", "layerloop-schedules"}
@@ -183,6 +183,20 @@ def test_jobs_that_talk_to_kfp_know_their_namespace_and_have_a_token_that_is_ren
             source = token["projected"]["sources"][0]["serviceAccountToken"]
             assert (source["path"], source["audience"]) == ("token", "pipelines.kubeflow.org")
             assert "--namespace" not in str(container["command"])
+
+
+def test_the_step_that_ends_a_chain_can_have_a_token_where_it_looks_for_it() -> None:
+    (default,) = [r for r in rendered(MANIFESTS / "overlays" / "multi-user") if r["kind"] == "PodDefault"]
+    (mount,), (volume,) = default["spec"]["volumeMounts"], default["spec"]["volumes"]
+    (source,) = volume["projected"]["sources"]
+    assert mount["name"] == volume["name"]
+    assert f"{mount['mountPath']}/{source['serviceAccountToken']['path']}" == MOUNTED_TOKEN
+    (label,) = default["spec"]["selector"]["matchLabels"]
+    assert label in (ROOT / "docs" / "cluster.md").read_text()
+    roles = [r for r in rendered(MANIFESTS / "base") if (r["kind"], r["metadata"]["name"]) == ("Role", "layerloop-run")]
+    rights = {resource: rule["verbs"] for role in roles for rule in role["rules"] for resource in rule["resources"]}
+    assert "disable" in rights["jobs"]
+    assert "get" in rights["runs"]
 
 
 def test_no_pod_gets_a_sidecar_of_the_mesh() -> None:

@@ -161,6 +161,59 @@ def test_a_server_that_is_away_is_waited_for_and_both_are_said_once(kfp_api: Any
     assert out.count("KFP answers again") == 1
 
 
+class Clock:
+    """Time that passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    strftime = staticmethod(time.strftime)
+
+
+def test_a_server_that_is_away_for_an_hour_is_waited_for_by_default(
+    kfp_api: Any, package: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("layerloop.pipelines.runs.time", clock)
+
+    def away(handler: Any) -> bool:
+        if 10 < clock.now < 3700 and handler.command == "GET":
+            handler.reply(503, {"message": "away"})
+            return True
+        return False
+
+    kfp_api.before, kfp_api.states = away, ["RUNNING"] * 10 + ["SUCCEEDED"]
+    assert start(kfp_api, package, waiting=Waiting()) == 0
+    assert 3700 < clock.now < 4500
+    assert "KFP answers again" in capsys.readouterr().out
+
+
+def test_a_token_that_is_renewed_while_a_run_is_awaited_is_followed(
+    kfp_api: Any, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("token-0")
+    monkeypatch.setenv("KFP_TOKEN_FILE", str(file))
+    kfp_api.tokens, kfp_api.states = {"token-0"}, ["PENDING", "RUNNING", "RUNNING", "RUNNING", "SUCCEEDED"]
+
+    def renew(handler: Any) -> bool:
+        if "/runs/" in handler.path:
+            number = len(kfp_api.seen)
+            file.write_text(f"token-{number}")
+            kfp_api.tokens = {f"token-{number - 1}", f"token-{number}"}  # the old one is good for a while
+        return False
+
+    kfp_api.before = renew
+    assert start(kfp_api, package) == 0
+    assert len(kfp_api.authorizations) >= 4
+
+
 def test_a_server_that_stays_away_beyond_the_patience_ends_the_wait(kfp_api: Any, package: Path) -> None:
     kfp_api.failing = [503] * 100_000
     with pytest.raises(LostError, match=r"run-0 cannot be watched any more.*503.*submit --attach run-0") as caught:
@@ -286,7 +339,7 @@ def test_runs_are_started_until_the_target_and_each_knows_it(kfp_api: Any, train
     kfp_api.states = ["SUCCEEDED"]
     assert go_on(kfp_api, train_package, Campaign(kfp_api).read) == 0
     assert len(kfp_api.runs) == 3
-    given = {"campaign": CAMPAIGN, "images": "s3://bucket/photos", "until": 5, "max_failures": 3}
+    given = {"campaign": CAMPAIGN, "images": "s3://bucket/photos", "until": 5}
     assert all(run["runtime_config"]["parameters"] == given for run in kfp_api.runs.values())
     assert "has reached iteration 6, the target is 5: done" in capsys.readouterr().out
 
