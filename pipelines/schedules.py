@@ -54,27 +54,27 @@ def check_cron(text: str) -> str:
 
 
 def _check_field(text: str, value: str, name: str, low: int, high: int, names: Mapping[str, int]) -> set[int]:
+    """The numbers that a field stands for: lists of `*`, `?`, `5`, `1-5` and steps; `5/10` means from 5 on."""
     chosen: set[int] = set()
     for item in value.split(","):
         match = _ITEM.fullmatch(item)
-        numbers: list[int | None] = [None]
-        if match:
-            numbers = [_number(part, names) for part in (match[1], match[2] or match[1])]
-        if match and match[1] in ("*", "?") and not match[2]:
-            numbers = [low, high]
-        elif match and match[3] and not match[2]:  # 5/10 means from 5 on
-            numbers = [numbers[0], high]
-        step = int(match[3]) if match and match[3] else 1
-        first, last = numbers[0], numbers[-1]
-        if first is None or last is None or not low <= first <= last <= high or step < 1:
+        start, end, step = match.groups() if match else ("", None, None)
+        if start in ("*", "?") and end is None:
+            first, last = low, high
+        else:
+            first = _number(start, names)
+            last = _number(end, names) if end is not None else high if step else first
+        by = int(step or 1)
+        if not low <= first <= last <= high or by < 1:
             hint = ", or a name" if names else ""
             raise ValueError(f"cron is {text!r}: {item!r} is no {name}: {low} to {high}{hint}")
-        chosen |= set(range(first, last + 1, step))
+        chosen |= set(range(first, last + 1, by))
     return chosen
 
 
-def _number(text: str, names: Mapping[str, int]) -> int | None:
-    return names.get(text.lower(), int(text) if text.isascii() and text.isdigit() else None)
+def _number(text: str, names: Mapping[str, int]) -> int:
+    """-1, which is in no field, for what is neither a number nor a name."""
+    return names.get(text.lower(), int(text) if text.isascii() and text.isdigit() else -1)
 
 
 class Schedule(Record):

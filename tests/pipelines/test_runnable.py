@@ -53,6 +53,7 @@ def test_the_same_content_is_one_version_however_often_it_is_uploaded(
     again.write_text("# another comment\n" + package.read_text())
     assert upload(api, again) == first
     assert len(kfp_api.versions) == 1
+    assert sum("upload_version" in path for _, path, _, _ in kfp_api.seen) == 1  # the second time nothing is sent
     assert "has this content already" in capsys.readouterr().out
     changed = tmp_path / "changed.yaml"
     changed.write_text(package.read_text().replace("image: any", "image: other"))

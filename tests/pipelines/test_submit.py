@@ -364,6 +364,8 @@ def test_a_live_run_of_the_campaign_is_attached_to_whatever_page_it_is_on(
     kfp_api.add_run(**ours(state="FAILED"))
     for _ in range(10):
         kfp_api.add_run(state="SUCCEEDED")
+    alive = live_runs_of(connect(kfp_api.url), CAMPAIGN, "layerloop-train")
+    assert [run["run_id"] for run in alive] == ["run-0"]
     kfp_api.states = ["SUCCEEDED"]
     assert go_on(kfp_api, train_package, Campaign(kfp_api).read, until=2) == 0
     assert len(kfp_api.runs) == 14
