@@ -13,8 +13,11 @@ import pytest
 import yaml
 
 from layerloop.pipelines.cli import build_parser
+from layerloop.pipelines.inputs import recipe_text
+from layerloop.pipelines.packages import parameters_of, read_spec, write_pipeline
 from layerloop.pipelines.schedules import read_schedules
 from layerloop.pipelines.settings import ENVIRONMENT
+from layerloop.pipelines.train import train_pipeline
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "cluster.md").read_text()
@@ -58,6 +61,21 @@ def test_every_kind_of_command_is_shown() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_document_is_a_command(command: str) -> None:
     parse(command)
+
+
+def test_a_training_run_of_the_document_is_given_all_that_it_needs(tmp_path: Path) -> None:
+    """Every run is checked for missing parameters, and one without a judge fails at its first scoring."""
+    pipeline = train_pipeline(iterations=1, workers=1, recipe=recipe_text("tiny", []))
+    spec = read_spec(write_pipeline(pipeline, tmp_path / "train.yaml"))
+    needed = {name for name, parameter in parameters_of(spec).items() if not parameter.get("isOptional")}
+    assert needed == {"campaign", "images"}
+    workflow = yaml.safe_load(fenced("jobs:"))["jobs"]["train"]["steps"][-1]["run"]
+    trained = [c for c in COMMANDS if ("layerloop-train" in c and "submit" in c) or "run-until" in c]
+    assert len(trained) == 4
+    for command in (*trained, workflow):
+        given = {pair.partition("=")[0] for pair in parse(command).parameter}
+        given |= {"campaign"} if "run-until" in command else set()
+        assert given >= needed | {"judge_url"}, command
 
 
 def test_what_kubectl_is_told_to_apply_is_there() -> None:
