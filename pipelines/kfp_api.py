@@ -75,6 +75,7 @@ class KfpApi:
         ui = setting("KF_PIPELINES_UI_ENDPOINT", environment=environment)
         self.ui = _api_url(ui) if ui else self.shown
         self.namespace = ""
+        self.deadline = math.inf  # of time.monotonic(), beyond which no call waits, whatever the server does
         self._token = setting("KFP_TOKEN", "KFP_EXISTING_TOKEN", environment=environment)
         named = setting("KFP_TOKEN_FILE", "KF_PIPELINES_SA_TOKEN_PATH", environment=environment)
         mounted = MOUNTED_TOKEN if os.path.exists(MOUNTED_TOKEN) else None
@@ -92,23 +93,22 @@ class KfpApi:
 
     # ------------------------------------------------------------------------------------------------------- asking
 
-    def get(self, path: str, *, deadline: float = math.inf, **query: Any) -> dict[str, Any]:
+    def get(self, path: str, **query: Any) -> dict[str, Any]:
         """The JSON object at `path` below /apis/v2beta1.
 
         Args:
             path: Such as `runs/ID`.
-            deadline: Of time.monotonic(), after which AwayError is raised whatever the server does.
             query: Parameters; empty ones are left out.
 
         Raises:
             RefusedError: not signed in (401, 403, a redirection, a page), or a wrong request; MissingError for 404.
             AwayError: no answer in time, or a 5xx or 429.
         """
-        return self._ask("GET", path, deadline=deadline, params={k: v for k, v in query.items() if v})
+        return self._ask("GET", path, params={k: v for k, v in query.items() if v})
 
-    def post(self, path: str, body: Any = None, *, deadline: float = math.inf, **query: Any) -> dict[str, Any]:
+    def post(self, path: str, body: Any = None) -> dict[str, Any]:
         """What KFP answers to a JSON body; raises as `get` does, and TakenError for 409."""
-        return self._ask("POST", path, deadline=deadline, json=body, params={k: v for k, v in query.items() if v})
+        return self._ask("POST", path, json=body)
 
     def upload(self, path: str, file: str, data: bytes, **query: Any) -> dict[str, Any]:
         """Send a file as a form does; raises as `post` does."""
@@ -118,11 +118,11 @@ class KfpApi:
         """Remove what is at `path`; raises as `get` does."""
         self._ask("DELETE", path)
 
-    def pages(self, path: str, key: str, *, deadline: float = math.inf, **query: Any) -> Iterator[dict[str, Any]]:
+    def pages(self, path: str, key: str, **query: Any) -> Iterator[dict[str, Any]]:
         """Every item of a listing, page after page."""
         token, seen = "", set()
         while True:
-            answer = self.get(path, deadline=deadline, page_size=PAGE, page_token=token, **query)
+            answer = self.get(path, page_size=PAGE, page_token=token, **query)
             yield from answer.get(key) or []
             token = answer.get("next_page_token") or ""
             if not token or token in seen:
@@ -149,9 +149,9 @@ class KfpApi:
 
     # ------------------------------------------------------------------------------------------------------- inside
 
-    def _ask(self, method: str, path: str, *, deadline: float = math.inf, **options: Any) -> dict[str, Any]:
+    def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         address = f"{self.url}/apis/v2beta1/{path}"
-        seconds = min(CALL_SECONDS, deadline - time.monotonic())
+        seconds = min(CALL_SECONDS, self.deadline - time.monotonic())
         if seconds <= 0:
             raise AwayError(f"KFP at {self.shown} was not asked: the time is up")
         try:
@@ -263,12 +263,16 @@ class KfpApi:
 def connect(host: str | None = None, namespace: str | None = None, *, deadline: float = math.inf) -> KfpApi:
     """The API, after one question that shows whether it answers and whether a namespace is needed.
 
+    Args:
+        deadline: Of time.monotonic(), for all calls.
+
     Raises:
         RefusedError: not signed in, not KFP, or no namespace in multi-user mode.
         AwayError: it cannot be reached.
     """
     api = KfpApi(host)
-    if api.get("healthz", deadline=deadline).get("multi_user"):
+    api.deadline = deadline
+    if api.get("healthz").get("multi_user"):
         api.namespace = namespace or setting("KFP_NAMESPACE") or ""
         if not api.namespace:
             raise RefusedError(
@@ -283,32 +287,31 @@ def equals(key: str, value: str) -> str:
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": key, "stringValue": value}]})
 
 
-def find_experiment(api: KfpApi, name: str, *, deadline: float = math.inf) -> str | None:
+def find_experiment(api: KfpApi, name: str) -> str | None:
     """Id of the experiment `name`, or None."""
     listed = api.pages(
         "experiments",
         "experiments",
         namespace=api.namespace,
         filter=equals("display_name", name),
-        deadline=deadline,
     )
     return next((str(item["experiment_id"]) for item in listed if item.get("display_name") == name), None)
 
 
-def experiment(api: KfpApi, name: str, *, deadline: float = math.inf) -> str:
+def experiment(api: KfpApi, name: str) -> str:
     """Id of the experiment `name`, which is made where there is none.
 
     Raises:
         RefusedError: it may not be made, or the answer is none.
     """
-    found = find_experiment(api, name, deadline=deadline)
+    found = find_experiment(api, name)
     if found:
         return found
     body = {"display_name": name} | ({"namespace": api.namespace} if api.namespace else {})
     try:
-        made = api.post("experiments", body, deadline=deadline)
+        made = api.post("experiments", body)
     except TakenError:  # by another command, a moment ago
-        made = {"experiment_id": find_experiment(api, name, deadline=deadline)}
+        made = {"experiment_id": find_experiment(api, name)}
     return str(required(api, made, "experiment_id", "an experiment"))
 
 

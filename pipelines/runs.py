@@ -37,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Waiting:
-    """How an end is waited for."""
+    """How an end is waited for. The single calls are bounded by the API's own deadline, which `connect` is given."""
 
     deadline: float = math.inf  # of time.monotonic()
     patience: float = PATIENCE  # seconds without an answer
@@ -49,9 +49,7 @@ def run_link(api: KfpApi, run_id: str) -> str:
     return f"{api.ui}/#/runs/details/{run_id}"
 
 
-def start_run(
-    api: KfpApi, pipeline: Pipeline, parameters: Mapping[str, Any], settings: Settings, *, deadline: float = math.inf
-) -> str:
+def start_run(api: KfpApi, pipeline: Pipeline, parameters: Mapping[str, Any], settings: Settings) -> str:
     """Start a run and return its id.
 
     Raises:
@@ -59,10 +57,10 @@ def start_run(
     """
     values = typed_parameters(pipeline, parameters)
     name = settings.run_name or f"{pipeline.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    home = experiment(api, settings.experiment, deadline=deadline)
+    home = experiment(api, settings.experiment)
     body = {"display_name": name, "experiment_id": home, **request_fields(pipeline, values, settings)}
     try:
-        made = api.post("runs", body, deadline=deadline)
+        made = api.post("runs", body)
     except AwayError as error:
         raise LostError(f"{error}; run {name} may have been started: look for it before you start another") from None
     run_id = str(required(api, made, "run_id", "a run"))
@@ -89,7 +87,7 @@ def wait_for(api: KfpApi, run_id: str, waiting: Waiting) -> int:
     began, state = time.monotonic(), None
     contact = Contact(waiting.patience, what=f"run {run_id}")
     while True:
-        run = contact.ask(lambda: api.get(f"runs/{run_id}", deadline=waiting.deadline))
+        run = contact.ask(lambda: api.get(f"runs/{run_id}"))
         if run is not None and run.get("run_id") != run_id:
             required(api, {}, "run_id", f"run {run_id}")
         waited = time.monotonic() - began
@@ -136,14 +134,14 @@ class Contact:
         return answer
 
 
-def live_runs(api: KfpApi, *, deadline: float = math.inf, **query: str) -> Iterator[dict[str, Any]]:
+def live_runs(api: KfpApi, **query: str) -> Iterator[dict[str, Any]]:
     """Runs that have not ended, of the namespace or of what `query` names, newest first, from all pages."""
     where = query or {"namespace": api.namespace}
-    listed = api.pages("runs", "runs", sort_by="created_at desc", deadline=deadline, **where)
+    listed = api.pages("runs", "runs", sort_by="created_at desc", **where)
     return (run for run in listed if run.get("state") not in STATUSES and run.get("storage_state") != "ARCHIVED")
 
 
-def live_runs_of(api: KfpApi, campaign: str, pipeline: str, *, deadline: float = math.inf) -> list[dict[str, Any]]:
+def live_runs_of(api: KfpApi, campaign: str, pipeline: str) -> list[dict[str, Any]]:
     """Runs of a pipeline for a campaign that have not ended, whoever started them, oldest first.
 
     Args:
@@ -151,22 +149,22 @@ def live_runs_of(api: KfpApi, campaign: str, pipeline: str, *, deadline: float =
     """
     names: dict[str, str | None] = {}
     found = []
-    for run in live_runs(api, deadline=deadline):
+    for run in live_runs(api):
         given = ((run.get("runtime_config") or {}).get("parameters") or {}).get("campaign")
         same = isinstance(given, str) and given.rstrip("/") == campaign.rstrip("/")
-        if same and _pipeline_name(api, run, names, deadline) in (pipeline, None):
+        if same and _pipeline_name(api, run, names) in (pipeline, None):
             found.append(run)
     return sorted(found, key=lambda run: (str(run.get("created_at") or ""), str(run["run_id"])))
 
 
-def _pipeline_name(api: KfpApi, run: Mapping[str, Any], names: dict[str, str | None], deadline: float) -> str | None:
+def _pipeline_name(api: KfpApi, run: Mapping[str, Any], names: dict[str, str | None]) -> str | None:
     """The name in the spec that a run was made of, asked for where the run only refers to it; None if nobody knows."""
     spec = run.get("pipeline_spec") or {}
     reference = run.get("pipeline_version_reference") or {}
     path = f"pipelines/{reference.get('pipeline_id')}/versions/{reference.get('pipeline_version_id')}"
     if not spec and reference.get("pipeline_version_id") and path not in names:
         try:
-            version = api.get(path, deadline=deadline)
+            version = api.get(path)
             names[path] = _name_in(version.get("pipeline_spec") or {})
         except MissingError:
             names[path] = None

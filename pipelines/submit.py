@@ -52,7 +52,7 @@ def submit(
         LayerloopError: a wrong package or parameter, or the API server refuses or cannot be reached.
     """
     try:
-        run_id = start_run(api, pipeline, parameters, settings, deadline=waiting.deadline)
+        run_id = start_run(api, pipeline, parameters, settings)
     except KeyboardInterrupt:
         print(f"interrupted: the run may have been started, look before you start another: {api.ui}/#/runs", flush=True)
         return INTERRUPTED
@@ -115,7 +115,7 @@ def submit_until(
                 )
                 return last or FAILED
             given = {**parameters, **known}
-            ask = functools.partial(_own_run, api, pipeline, campaign, given, settings, waiting)
+            ask = functools.partial(_own_run, api, pipeline, campaign, given, settings)
             run = _wait_until_told(contact, waiting, ask)
             if run is None:
                 print(f"campaign {campaign} is at iteration {reached} of {until}: the time is up", flush=True)
@@ -185,19 +185,18 @@ def _own_run(
     campaign: str,
     parameters: Mapping[str, Any],
     settings: Settings,
-    waiting: Waiting,
 ) -> str:
     """Id of the campaign's one live run: found, or started.
 
     Of two commands that start one at the same moment the later withdraws its own, so both wait for the same run.
     """
-    alive = live_runs_of(api, campaign, pipeline.name, deadline=waiting.deadline)
+    alive = live_runs_of(api, campaign, pipeline.name)
     if alive:
         run_id = str(alive[0]["run_id"])
         print(f"campaign {campaign} has a live run, waiting for it: {run_link(api, run_id)}", flush=True)
         return run_id
-    started = start_run(api, pipeline, parameters, settings, deadline=waiting.deadline)
-    alive = live_runs_of(api, campaign, pipeline.name, deadline=waiting.deadline)
+    started = start_run(api, pipeline, parameters, settings)
+    alive = live_runs_of(api, campaign, pipeline.name)
     first = str(alive[0]["run_id"]) if alive else started
     if first != started:
         print(f"run {first} was started at the same moment: run {started} is withdrawn", flush=True)

@@ -102,6 +102,8 @@ def test_the_document_the_help_and_the_code_name_the_same_variables() -> None:
     code = "".join((ROOT / "pipelines" / f).read_text() for f in ("kfp_api.py", "cli_cluster.py"))
     read = set(re.findall(r'"((?:KFP?|KF_PIPELINES|REQUESTS|SSL)_[A-Z_]+)"', code))
     assert said == table == read
+    readme = (ROOT / "README.md").read_text()
+    assert all(name in readme for name in said if name.startswith("KFP_") and name != "KFP_EXISTING_TOKEN")
     for command in ("submit", "schedule apply", "schedule list", "pipeline upload", "campaign run-until"):
         help_ = subprocess.run(
             [sys.executable, "-m", "layerloop.pipelines.cli", *command.split(), "--help"],

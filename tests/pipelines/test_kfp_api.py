@@ -153,7 +153,7 @@ def silent() -> Iterator[str]:
 def test_a_server_that_accepts_and_does_not_answer_holds_nobody_beyond_the_deadline(silent: str) -> None:
     began = time.monotonic()
     with pytest.raises(AwayError, match="did not answer within"):
-        KfpApi(silent, environment={}).get("healthz", deadline=began + 0.5)
+        connect(silent, deadline=began + 0.5)
     assert 0.4 < time.monotonic() - began < 5
 
 
@@ -175,7 +175,7 @@ def test_a_server_that_drips_a_byte_at_a_time_holds_nobody_either() -> None:
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     began = time.monotonic()
     with pytest.raises(AwayError, match="did not answer within"):
-        KfpApi(f"http://127.0.0.1:{server.server_address[1]}", environment={}).get("healthz", deadline=began + 0.5)
+        connect(f"http://127.0.0.1:{server.server_address[1]}", deadline=began + 0.5)
     assert time.monotonic() - began < 5
     server.shutdown()
     server.server_close()

@@ -26,8 +26,9 @@ def quick(**options: Any) -> Waiting:
 
 
 def start(kfp_api: Any, package: Path, *, settings: Settings = Settings(experiment="layers"), **options: Any) -> int:  # noqa: B008
-    options.setdefault("waiting", quick())
-    return submit(connect(kfp_api.url), read_package(package), {"text": "7"}, settings, wait=True, **options)
+    waiting = options.pop("waiting", quick())
+    api = connect(kfp_api.url, deadline=waiting.deadline)
+    return submit(api, read_package(package), {"text": "7"}, settings, waiting, wait=True, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------- one run
@@ -137,6 +138,16 @@ def test_the_timeout_bounds_a_server_that_stops_answering(kfp_api: Any, package:
     began = time.monotonic()
     assert start(kfp_api, package, waiting=quick(deadline=began + 0.5)) == 3
     assert time.monotonic() - began < 2.5
+
+
+def test_the_timeout_bounds_every_call_of_the_command(kfp_api: Any, package: Path, capsys: Any) -> None:
+    for part in ("/healthz", "/pipelines", "/experiments", "/runs"):
+        kfp_api.before = lambda handler, part=part: part in handler.path and (time.sleep(4) or False)
+        began = time.monotonic()
+        pipeline = "work" if part == "/pipelines" else str(package)
+        arguments = ["submit", pipeline, "--wait", "--timeout", "0.7", "-p", "text=a", "--host", kfp_api.url]
+        assert main(arguments) in (2, 3), part
+        assert time.monotonic() - began < 3, part
 
 
 def test_a_run_whose_start_was_not_confirmed_is_not_denied(kfp_api: Any, package: Path) -> None:
@@ -331,7 +342,7 @@ class Campaign:
 def go_on(kfp_api: Any, train_package: Path, head: Any, *, until: int = 5, **options: Any) -> int:
     waiting = options.pop("waiting", quick())
     parameters = {"campaign": CAMPAIGN, "images": "s3://bucket/photos"}
-    api, pipeline = connect(kfp_api.url), read_package(train_package)
+    api, pipeline = connect(kfp_api.url, deadline=waiting.deadline), read_package(train_package)
     return submit_until(api, pipeline, parameters, Settings(), waiting, until=until, head=head, **options)
 
 
