@@ -49,6 +49,11 @@ def run_link(api: KfpApi, run_id: str) -> str:
     return f"{api.ui}/#/runs/details/{run_id}"
 
 
+def options_of(api: KfpApi) -> str:
+    """The options that name this server and namespace again, for commands that are printed."""
+    return f"--host {api.shown}" + (f" --namespace {api.namespace}" if api.namespace else "")
+
+
 def start_run(api: KfpApi, pipeline: Pipeline, parameters: Mapping[str, Any], settings: Settings) -> str:
     """Start a run and return its id.
 
@@ -85,7 +90,7 @@ def wait_for(api: KfpApi, run_id: str, waiting: Waiting) -> int:
         LostError: no answer for longer than the patience.
     """
     began, state = time.monotonic(), None
-    contact = Contact(waiting.patience, what=f"run {run_id}")
+    contact = Contact(waiting, what=f"run {run_id}")
     while True:
         run = contact.ask(lambda: api.get(f"runs/{run_id}"))
         if run is not None and run.get("run_id") != run_id:
@@ -98,18 +103,19 @@ def wait_for(api: KfpApi, run_id: str, waiting: Waiting) -> int:
             for line in failures(api, run):
                 print(line, flush=True)
             return STATUSES[state]
-        left = waiting.deadline - time.monotonic()
-        if left <= 0:
+        pause, left = waiting.poll(waited), waiting.deadline - time.monotonic()
+        time.sleep(max(0.0, min(pause, left)))
+        if left <= pause:
+            waited = time.monotonic() - began
             print(f"run {run_id} is still {_said(state)} after {waited:.0f} s: it goes on", flush=True)
             return UNFINISHED
-        time.sleep(min(waiting.poll(waited), left))
 
 
 class Contact:
     """Questions to a server that may be away for a while. It is said once that it is away, and once that it is back."""
 
-    def __init__(self, patience: float, *, what: str) -> None:
-        self._patience, self._what = patience, what
+    def __init__(self, waiting: Waiting, *, what: str) -> None:
+        self._patience, self._deadline, self._what = waiting.patience, waiting.deadline, what
         self._silent_since: float | None = None
 
     def ask(self, question: Callable[[], T]) -> T | None:
@@ -122,6 +128,8 @@ class Contact:
             answer = question()
         except AwayError as error:
             now = time.monotonic()
+            if now >= self._deadline:  # it was we who had no time left
+                return None
             if self._silent_since is None:
                 self._silent_since = now
                 print(f"{self._what}: {error}; trying on for {self._patience:.0f} s", flush=True)

@@ -19,7 +19,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
 from layerloop.pipelines.kfp_api import KfpApi, equals, experiment, find_experiment, required
 from layerloop.pipelines.runnable import Pipeline, digest, typed_parameters
-from layerloop.pipelines.runs import Settings, live_runs, request_fields
+from layerloop.pipelines.runs import Settings, live_runs, options_of, request_fields
 
 CHAIN_MINUTES = 10  # between a run's end and the next, at most; a tick after the target costs a step that ends at once
 
@@ -293,8 +293,7 @@ def run_until(
         pipeline_root=settings.pipeline_root,
     )
     print(apply_schedule(api, schedule, pipeline, old_run="stop" if replace else "refuse"))
-    flags = f"--experiment {settings.experiment} --host {api.shown}"
-    flags += f" --namespace {api.namespace}" if api.namespace else ""
+    flags = f"--experiment {settings.experiment} {options_of(api)}"
     print(
         f"campaign {campaign} goes on until iteration {until}: a run begins within {every_minutes} minutes of the\n"
         f"last one's end, and {max_failures} in a row without progress end the chain\n"

@@ -24,6 +24,7 @@ from layerloop.pipelines.runs import (
     Settings,
     Waiting,
     live_runs_of,
+    options_of,
     run_link,
     start_run,
     wait_for,
@@ -66,14 +67,14 @@ def attach(api: KfpApi, run_id: str, waiting: Waiting) -> int:
     except KeyboardInterrupt:
         print(
             f"interrupted: run {run_id} goes on: {run_link(api, run_id)}\n"
-            f"attach to it again:  layerloop submit --attach {run_id} --host {api.shown}",
+            f"attach to it again:  layerloop submit --attach {run_id} {options_of(api)}",
             flush=True,
         )
         return INTERRUPTED
     except MissingError:
         raise
     except (AwayError, RefusedError) as error:
-        again = f"attach to it again by `layerloop submit --attach {run_id}`"
+        again = f"attach to it again by `layerloop submit --attach {run_id} {options_of(api)}`"
         raise type(error)(f"{error}; when that is mended, {again}") from None
 
 
@@ -101,7 +102,7 @@ def submit_until(
         Exit status: 0 when the target is reached, else that of the last run.
     """
     campaign = str(typed_parameters(pipeline, parameters)["campaign"])
-    contact = Contact(waiting.patience, what=f"campaign {campaign}")
+    contact = Contact(waiting, what=f"campaign {campaign}")
     # Not max_failures: who counts here starts anew, which is how a chain is taken up again after it stopped itself.
     known = {"until": str(until)} if pipeline.declares("until") else {}
     run_id, fruitless, last = "", 0, SUCCEEDED
@@ -162,7 +163,7 @@ def patiently(question: Callable[[], T], waiting: Waiting, *, what: str) -> T:
     Raises:
         LostError: it stays away for longer than the patience, or until the time is up. RefusedError passes through.
     """
-    answer = _wait_until_told(Contact(waiting.patience, what=what), waiting, question)
+    answer = _wait_until_told(Contact(waiting, what=what), waiting, question)
     if answer is None:
         raise LostError(f"{what}: KFP did not answer in time: check --host")
     return answer
@@ -172,10 +173,10 @@ def _wait_until_told(contact: Contact, waiting: Waiting, question: Callable[[], 
     """The answer, however long the server is away; None when the time is up."""
     began = time.monotonic()
     while (answer := contact.ask(question)) is None:
-        left = waiting.deadline - time.monotonic()
-        if left <= 0:
+        pause, left = waiting.poll(time.monotonic() - began), waiting.deadline - time.monotonic()
+        time.sleep(max(0.0, min(pause, left)))
+        if left <= pause:
             return None
-        time.sleep(min(waiting.poll(time.monotonic() - began), left))
     return answer
 
 
