@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.pipelines.cli_cluster import add_cluster_commands
 
 DESCRIPTION = """\
 Fine-tune an image layer decomposition model by reinforcement learning, as a Kubeflow pipeline or on this machine.
@@ -17,6 +18,7 @@ Fine-tune an image layer decomposition model by reinforcement learning, as a Kub
   layerloop demo                                     everything on embedded defaults, on this machine
   layerloop run --images photos --campaign mine      the same on your own pictures
   layerloop compile -o pipeline.yaml                 the pipeline for a Kubeflow cluster
+  layerloop submit pipeline.yaml --wait              a run of it there
   layerloop campaign show mine                       how far a campaign is, and its rewards
   layerloop judge check http://127.0.0.1:8000/v1     whether an endpoint is fit to be the judge
 """
@@ -37,22 +39,6 @@ examples:
 
 A run covers a fixed number of iterations; a campaign is a chain of runs. cluster.yaml names images by digest, GPUs,
 queues and secrets: see docs/cluster.md.
-"""
-
-SUBMIT_EXAMPLES = """\
-examples:
-  layerloop submit train.yaml --host https://kfp.example.com --wait -p campaign=s3://bucket/mine \\
-      -p images=s3://bucket/photos -p judge_url=http://judge.layerloop.svc/v1
-
-exit status with --wait: 0 when the run succeeded, 1 when it failed, was cancelled or took longer than --timeout.
-"""
-
-SCHEDULE_EXAMPLES = """\
-examples:
-  layerloop schedule apply nightly.yaml --host https://kfp.example.com --name nightly --cron '0 0 2 * * *' \\
-      -p campaign=s3://bucket/mine
-
-The cron expression has six fields, seconds first, in the cluster's time zone. A schedule of the same name is replaced.
 """
 
 
@@ -257,52 +243,6 @@ def _study(arguments: argparse.Namespace) -> int:
     )
 
 
-def _submit(arguments: argparse.Namespace) -> int:
-    from layerloop.pipelines.submit import connect, submit
-
-    parameters = _parameters(arguments.parameter)
-    return submit(
-        connect(arguments.host),
-        Path(arguments.package),
-        parameters,
-        experiment=arguments.experiment,
-        namespace=arguments.namespace,
-        run_name=arguments.run_name,
-        wait=arguments.wait,
-        timeout=arguments.timeout,
-    )
-
-
-def _schedule(arguments: argparse.Namespace) -> None:
-    from layerloop.pipelines.submit import apply_schedule, connect
-
-    apply_schedule(
-        connect(arguments.host),
-        Path(arguments.package),
-        _parameters(arguments.parameter),
-        experiment=arguments.experiment,
-        namespace=arguments.namespace,
-        name=arguments.name,
-        cron=arguments.cron,
-    )
-
-
-def _parameters(pairs: Sequence[str]) -> dict[str, str]:
-    """`key=value` arguments; `key=@file` reads a file, a recipe for instance."""
-    parameters = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator or not key:
-            raise LayerloopError(f"parameter {pair!r} has no value: write it as name=value")
-        if value.startswith("@"):
-            try:
-                value = Path(value[1:]).read_text()
-            except (OSError, UnicodeDecodeError):
-                raise LayerloopError(f"parameter {key} names the file {value[1:]}, which cannot be read") from None
-        parameters[key] = value
-    return parameters
-
-
 # --------------------------------------------------------------------------------------------------------------- parser
 
 
@@ -353,18 +293,6 @@ def build_parser() -> argparse.ArgumentParser:
     _set_option(recipe)
     _command(commands, "runtime", _runtime, "print the runtime's defaults: where and how fast, free at every run")
 
-    submit = _command(commands, "submit", _submit, "start a run on a cluster, and wait for it", SUBMIT_EXAMPLES)
-    _client_options(submit)
-    submit.add_argument("--run-name", default=None, help="(default: made by KFP)")
-    submit.add_argument("--wait", action="store_true", help="wait for the end and let the exit status tell it")
-    submit.add_argument("--timeout", type=float, default=None, metavar="SECONDS", help="with --wait: wait no longer")
-
-    schedule = commands.add_parser("schedule", help="recurring runs on a cluster").add_subparsers(required=True)
-    apply = _command(schedule, "apply", _schedule, "create or replace a recurring run", SCHEDULE_EXAMPLES)
-    _client_options(apply)
-    apply.add_argument("--name", required=True, help="name of the recurring run")
-    apply.add_argument("--cron", required=True, help="six fields, seconds first: '0 0 2 * * *'")
-
     judge = commands.add_parser("judge", help="the reference judge, and a check of any judge").add_subparsers(
         required=True
     )
@@ -398,6 +326,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = _command(campaign, "show", _show, "head, iterations, rewards and sizes as a table")
     show.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
+    add_cluster_commands(commands, campaign, _command)
     return parser
 
 
@@ -447,15 +376,6 @@ def _counts(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pods that share an iteration's rollouts (default: %(default)s)",
     )
-
-
-def _client_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("package", metavar="FILE", help="a pipeline that `layerloop compile` wrote")
-    help_ = "a pipeline parameter (may be repeated); NAME=@FILE reads a file"
-    parser.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help=help_)
-    parser.add_argument("--host", default=None, metavar="URL", help="KFP endpoint (default: KFP's own configuration)")
-    parser.add_argument("--namespace", default=None, help="the Kubeflow profile's namespace, in multi-user mode")
-    parser.add_argument("--experiment", default="layerloop", help="(default: %(default)s)")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,17 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
     # As in train.py: kfp.local takes a condition on another task's output for false.
     @dsl.pipeline(name="evaluation")
     def evaluation(
-        campaign: str, left: str, sources: Input[Dataset], policy: Input[Model], runtime: dict[str, Any]
+        campaign: str,
+        left: str,
+        fail_when_worse: bool,
+        sources: Input[Dataset],
+        policy: Input[Model],
+        runtime: dict[str, Any],
     ) -> None:
         with dsl.If(left != "nothing", name="there is a policy"):
-            task = evaluate_adapter(campaign=campaign, sources=sources, policy=policy, runtime=runtime)
+            task = evaluate_adapter(
+                campaign=campaign, sources=sources, policy=policy, fail_when_worse=fail_when_worse, runtime=runtime
+            )
             place("evaluate_adapter", task)
 
     @dsl.pipeline(
@@ -45,12 +52,15 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
         display_name="layerloop: evaluation of a campaign",
         pipeline_root=cluster.pipeline_root,
     )
-    def evaluate(campaign: str, iteration: int = 0, runtime: dict[str, Any] = free) -> None:
+    def evaluate(
+        campaign: str, iteration: int = 0, fail_when_worse: bool = True, runtime: dict[str, Any] = free
+    ) -> None:
         """Evaluate a policy of a campaign; green, with a word in the log, while the campaign has none.
 
         Args:
             campaign: Root URI of the campaign (s3://bucket/prefix), which a training run has begun.
             iteration: Whose adapter; 0 for the head, as it is when the run starts.
+            fail_when_worse: Fail where an interval says that it is worse than the adapter evaluated before it.
             runtime: As in the training pipeline.
         """
         shard = shard_dataset(campaign=campaign, iteration=iteration, evaluate="only", runtime=runtime)
@@ -60,6 +70,8 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
             left=shard.outputs["left"],
             sources=shard.outputs["sources"],
             policy=shard.outputs["policy"],
+            fail_when_worse=fail_when_worse,
+            runtime=runtime,
         )
 
     return evaluate

@@ -1,224 +1,205 @@
-"""Runs and schedules on a cluster, with exit statuses that tell the truth.
+"""`layerloop submit`: one run, or run after run to a target, told by an exit status.
 
-`kfp run create --wait` ends with 0 for a failed run and never returns for a cancelled one, and `kfp recurring-run
-create` sends every parameter as text and leaves the schedule disabled (kfp 2.17); so both are done here, through the
-SDK's client.
+`kfp run create --wait` ends with 0 for a failed run and never returns for a cancelled one (kfp 2.17), so it is done
+here.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import logging
-import os
+import functools
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.pipelines.packages import check_parameters, parameters_of, read_spec
+from layerloop.pipelines.kfp_api import AwayError, KfpApi, MissingError, RefusedError
+from layerloop.pipelines.runnable import Pipeline, typed_parameters
+from layerloop.pipelines.runs import (
+    FAILED,
+    INTERRUPTED,
+    SUCCEEDED,
+    UNFINISHED,
+    Contact,
+    LostError,
+    Settings,
+    Waiting,
+    live_runs_of,
+    options_of,
+    run_link,
+    start_run,
+    wait_for,
+)
 
-FINAL = {"SUCCEEDED": 0, "SKIPPED": 0, "FAILED": 1, "CANCELED": 1}  # states of a run, and our exit status
-LOST_CONTACT = 20  # polls in a row without an answer, after which waiting ends
-
-
-def connect(host: str | None) -> Any:
-    """A client of the KFP API server: with KFP_TOKEN if that is set, else in a pod with the token that is mounted.
-
-    Raises:
-        LayerloopError: it cannot be reached, or refuses.
-    """
-    import kfp
-    from kfp.client import KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH
-    from kfp.client.set_volume_credentials import ServiceAccountTokenVolumeCredentials
-
-    with _said_in_one_line(f"KFP at {host or 'its configured host'}"), _silent():
-        # Given a host, the client looks for no credentials of its own, not even in a pod.
-        token = os.environ.get("KFP_TOKEN")
-        mounted = os.environ.get(KF_PIPELINES_SA_TOKEN_ENV, KF_PIPELINES_SA_TOKEN_PATH)
-        credentials = ServiceAccountTokenVolumeCredentials() if not token and os.path.exists(mounted) else None
-        return kfp.Client(host=host, existing_token=token, credentials=credentials)
+MAX_FAILURES = 3  # runs in a row without progress
+T = TypeVar("T")
 
 
 def submit(
-    client: Any,
-    package: Path,
-    parameters: dict[str, str],
+    api: KfpApi,
+    pipeline: Pipeline,
+    parameters: Mapping[str, Any],
+    settings: Settings,
+    waiting: Waiting,
     *,
-    experiment: str,
-    run_name: str | None = None,
     wait: bool = False,
-    timeout: float | None = None,
-    poll: Callable[[float], float] = lambda waited: min(30.0, 2.0 + waited / 20),
-    namespace: str | None = None,
 ) -> int:
-    """Start a run of a compiled pipeline; with `wait`, report its state changes until it ends.
-
-    Args:
-        client: What `connect` returned.
-        package: A file that `layerloop compile` wrote.
-        parameters: The pipeline's parameters as text; numbers are made of them where the pipeline wants numbers.
-        experiment: Name of the experiment, created where there is none.
-        run_name: Name shown by KFP; the pipeline's name and the time when None.
-        wait: Whether to wait for the end.
-        timeout: Seconds to wait at most; the run itself goes on.
-        poll: Seconds until the next look, from the seconds waited.
-        namespace: Profile namespace in multi-user mode.
+    """Start a run; with `wait`, report it until it ends.
 
     Returns:
-        Exit status: 0 when it succeeded (or was started, without `wait`), 1 when it failed, was cancelled or timed out.
+        Exit status: 0 when it succeeded (or was started, without `wait`), 1 when it failed, 3 when it was cancelled,
+        skipped or took too long, 130 when the waiting was interrupted.
 
     Raises:
         LayerloopError: a wrong package or parameter, or the API server refuses or cannot be reached.
     """
-    values = typed_parameters(package, parameters)
-    name = run_name or f"{read_spec(package)['pipelineInfo']['name']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    with _said_in_one_line("KFP"), _silent():
-        home = client.create_experiment(experiment, namespace=namespace)
-        run = client.run_pipeline(home.experiment_id, name, pipeline_package_path=str(package), params=values)
-    print(f"run {run.run_id} ({name}) of experiment {experiment} started", flush=True)
-    return _wait(client, run.run_id, timeout, poll) if wait else 0
+    try:
+        run_id = start_run(api, pipeline, parameters, settings)
+    except KeyboardInterrupt:
+        print(f"interrupted: the run may have been started, look before you start another: {api.ui}/#/runs", flush=True)
+        return INTERRUPTED
+    return attach(api, run_id, waiting) if wait else SUCCEEDED
 
 
-def _wait(client: Any, run_id: str, timeout: float | None, poll: Callable[[float], float]) -> int:
-    began, state, silent = time.monotonic(), "", 0
-    while True:
-        try:
-            with _said_in_one_line(f"run {run_id}"):
-                run = client.get_run(run_id)
-            silent = 0
-        except LayerloopError as error:  # an API server restarts within the hours that a run takes
-            silent += 1
-            if silent >= LOST_CONTACT:
-                raise LayerloopError(f"run {run_id} cannot be watched any more, it may go on: {error}") from None
-            run = None
-        waited = time.monotonic() - began
-        if run is not None and run.state != state:
-            state = run.state or ""
-            print(f"run {run_id}: {state.lower() or 'queued'} after {waited:.0f} s", flush=True)
-        if state in FINAL:
-            for line in _failures(run):
-                print(line, flush=True)
-            return FINAL[state]
-        if timeout is not None and waited >= timeout:
-            print(f"run {run_id} is still {state.lower() or 'queued'} after {waited:.0f} s: it goes on", flush=True)
-            return 1
-        time.sleep(poll(waited) if timeout is None else min(poll(waited), max(0.0, timeout - waited)))
-
-
-def _failures(run: Any) -> Iterator[str]:
-    """A line for every task that failed, with what KFP knows of it."""
-    details = getattr(run, "run_details", None)
-    for task in (getattr(details, "task_details", None) or []) if details else []:
-        if task.state == "FAILED":
-            message = " ".join(str(getattr(task.error, "message", "") or "see its log").split())
-            yield f"  {task.display_name}: {message}"
-    if getattr(run, "error", None) and run.error.message:
-        yield f"  {' '.join(run.error.message.split())}"
-
-
-def apply_schedule(
-    client: Any,
-    package: Path,
-    parameters: dict[str, str],
-    *,
-    experiment: str,
-    name: str,
-    cron: str,
-    namespace: str | None = None,
-) -> None:
-    """Create the recurring run `name`, enabled, one at a time, without catching up; one that is there is replaced.
-
-    Raises:
-        LayerloopError: the cron expression has not six fields, a wrong package or parameter, or the API server refuses.
-    """
-    if len(cron.split()) != 6:
-        raise LayerloopError(f"cron is {cron!r}: write six fields, seconds first, such as '0 0 2 * * *'")
-    values = typed_parameters(package, parameters)
-    wanted = {"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]}
-    with _said_in_one_line("KFP"), _silent():
-        home = client.create_experiment(experiment, namespace=namespace)
-        listed = client.list_recurring_runs(
-            experiment_id=home.experiment_id, page_size=100, filter=json.dumps(wanted)
-        ).recurring_runs
-        made = client.create_recurring_run(
-            home.experiment_id,
-            name,
-            cron_expression=cron,
-            max_concurrency=1,
-            no_catchup=True,
-            params=values,
-            pipeline_package_path=str(package),
-            enabled=True,
+def attach(api: KfpApi, run_id: str, waiting: Waiting) -> int:
+    """Report a run that is there until it ends; exit status as of `submit`."""
+    try:
+        return wait_for(api, run_id, waiting)
+    except KeyboardInterrupt:
+        print(
+            f"interrupted: run {run_id} goes on: {run_link(api, run_id)}\n"
+            f"attach to it again:  layerloop submit --attach {run_id} {options_of(api)}",
+            flush=True,
         )
-        replaced = [old for old in listed or [] if old.display_name == name]
-        for old in replaced:  # after the new one is there: a refused schedule leaves the old one as it was
-            client.delete_recurring_run(old.recurring_run_id)
-    print(f"schedule {name} ({cron}) is {made.recurring_run_id}, enabled; replaced {len(replaced)}", flush=True)
+        return INTERRUPTED
+    except MissingError:
+        raise
+    except (AwayError, RefusedError) as error:
+        again = f"attach to it again by `layerloop submit --attach {run_id} {options_of(api)}`"
+        raise type(error)(f"{error}; when that is mended, {again}") from None
 
 
-def typed_parameters(package: Path, parameters: dict[str, str]) -> dict[str, Any]:
-    """Text made into what the pipeline declares: whole numbers, numbers, truth values, JSON for lists and mappings.
+def submit_until(
+    api: KfpApi,
+    pipeline: Pipeline,
+    parameters: Mapping[str, Any],
+    settings: Settings,
+    waiting: Waiting,
+    *,
+    until: int,
+    head: Callable[[str], int],
+    max_failures: int = MAX_FAILURES,
+) -> int:
+    """Run after run, until the campaign's head is at iteration `until`.
+
+    A run of this campaign that is alive is attached to, whoever started it; only when there is none, one is started.
+    How far the campaign is, its store says, which `head` reads: a run's end tells that it ended, not what it reached.
+
+    Args:
+        head: The last committed iteration of a campaign's URI, 0 where there is no campaign yet.
+        max_failures: Runs in a row that end without progress, after which it stops.
+
+    Returns:
+        Exit status: 0 when the target is reached, else that of the last run.
+    """
+    campaign = str(typed_parameters(pipeline, parameters)["campaign"])
+    contact = Contact(waiting, what=f"campaign {campaign}")
+    # Not max_failures: who counts here starts anew, which is how a chain is taken up again after it stopped itself.
+    known = {"until": str(until)} if pipeline.declares("until") else {}
+    run_id, fruitless, last = "", 0, SUCCEEDED
+    try:
+        reached = _first_look(head, campaign)
+        while reached < until:
+            began = time.monotonic()
+            if fruitless >= max_failures:
+                print(
+                    f"campaign {campaign}: {fruitless} runs in a row without progress, stopped at iteration {reached}"
+                )
+                return last or FAILED
+            given = {**parameters, **known}
+            ask = functools.partial(_own_run, api, pipeline, campaign, given, settings)
+            run = _wait_until_told(contact, waiting, ask)
+            if run is None:
+                print(f"campaign {campaign} is at iteration {reached} of {until}: the time is up", flush=True)
+                return UNFINISHED
+            run_id = run
+            last = wait_for(api, run_id, waiting)
+            before, seen = reached, _wait_until_told(contact, waiting, lambda: _look(head, campaign))
+            reached = before if seen is None else seen
+            print(f"campaign {campaign} is at iteration {reached} of {until}", flush=True)
+            if last == UNFINISHED and reached < until:  # cancelled by a person, or out of time
+                return last
+            fruitless = 0 if reached > before else fruitless + 1
+            if fruitless and fruitless < max_failures:
+                pause = min(waiting.poll(time.monotonic() - began), 60.0)
+                time.sleep(max(0.0, min(pause, waiting.deadline - time.monotonic())))
+        print(f"campaign {campaign} has reached iteration {reached}, the target is {until}: done", flush=True)
+        return SUCCEEDED
+    except KeyboardInterrupt:
+        going = f"run {run_id} goes on: {run_link(api, run_id)}\n" if run_id else "no run was being waited for\n"
+        print(f"interrupted: {going}the same command attaches to the campaign's run again, and goes on", flush=True)
+        return INTERRUPTED
+
+
+def _first_look(head: Callable[[str], int], campaign: str) -> int:
+    try:
+        return head(campaign)
+    except LayerloopError as error:
+        raise LayerloopError(
+            f"{error}; --until reads the campaign's store from here, and `layerloop campaign run-until` does not"
+        ) from None
+
+
+def _look(head: Callable[[str], int], campaign: str) -> int:
+    """The head of a store that was readable before: now it is worth other tries."""
+    try:
+        return head(campaign)
+    except LayerloopError as error:
+        raise AwayError(str(error)) from None
+
+
+def patiently(question: Callable[[], T], waiting: Waiting, *, what: str) -> T:
+    """The answer of a server that may be away at first.
 
     Raises:
-        LayerloopError: the package is not a pipeline, a parameter is unknown, missing or of another type.
+        LostError: it stays away for longer than the patience, or until the time is up. RefusedError passes through.
     """
-    spec = read_spec(package)
-    check_parameters(spec, parameters)
-    known, name = parameters_of(spec), spec["pipelineInfo"]["name"]
-    values: dict[str, Any] = {}
-    for key, text in parameters.items():
-        kind = known[key]["parameterType"]
-        try:
-            values[key] = _READERS[kind](text)
-        except ValueError:
-            raise LayerloopError(f"{key} is {text!r}: {name} wants {kind.lower().replace('_', ' ')}") from None
-    return values
+    answer = _wait_until_told(Contact(waiting, what=what), waiting, question)
+    if answer is None:
+        raise LostError(f"{what}: KFP did not answer in time: check --host")
+    return answer
 
 
-def _truth(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else bool(int(text))
+def _wait_until_told(contact: Contact, waiting: Waiting, question: Callable[[], T]) -> T | None:
+    """The answer, however long the server is away; None when the time is up."""
+    began = time.monotonic()
+    while (answer := contact.ask(question)) is None:
+        pause, left = waiting.poll(time.monotonic() - began), waiting.deadline - time.monotonic()
+        time.sleep(max(0.0, min(pause, left)))
+        if left <= pause:
+            return None
+    return answer
 
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    "STRING": str,
-    "NUMBER_INTEGER": int,
-    "NUMBER_DOUBLE": float,
-    "BOOLEAN": _truth,
-    "LIST": json.loads,
-    "STRUCT": json.loads,
-}
+def _own_run(
+    api: KfpApi,
+    pipeline: Pipeline,
+    campaign: str,
+    parameters: Mapping[str, Any],
+    settings: Settings,
+) -> str:
+    """Id of the campaign's one live run: found, or started.
 
-
-@contextlib.contextmanager
-def _said_in_one_line(what: str) -> Iterator[None]:
-    """Turn what the client raises into one line."""
-    import kfp_server_api
-    import urllib3
-
-    try:
-        yield
-    except kfp_server_api.ApiException as error:
-        try:
-            reason = json.loads(error.body).get("message") or error.reason
-        except (ValueError, TypeError, AttributeError):
-            reason = error.reason
-        raise LayerloopError(f"{what} answers {error.status}: {' '.join(str(reason).split())[:300]}") from None
-    except (urllib3.exceptions.HTTPError, TimeoutError) as error:
-        raise LayerloopError(f"{what} cannot be reached ({type(error).__name__}): check --host") from None
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Without the client's own lines on standard output and its warnings about configuration."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+    Of two commands that start one at the same moment the later withdraws its own, so both wait for the same run.
+    """
+    alive = live_runs_of(api, campaign, pipeline.name)
+    if alive:
+        run_id = str(alive[0]["run_id"])
+        print(f"campaign {campaign} has a live run, waiting for it: {run_link(api, run_id)}", flush=True)
+        return run_id
+    started = start_run(api, pipeline, parameters, settings)
+    alive = live_runs_of(api, campaign, pipeline.name)
+    first = str(alive[0]["run_id"]) if alive else started
+    if first != started:
+        print(f"run {first} was started at the same moment: run {started} is withdrawn", flush=True)
+        api.post(f"runs/{started}:terminate")
+    return first

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from layerloop.components.evaluate_adapter import against
 from layerloop.components.evaluate_adapter.assess import Row, assess, compare_rows
 from layerloop.components.evaluate_adapter.cases import Case, Cases, Kind, read_cases
 from layerloop.components.evaluate_adapter.gallery import Shown
@@ -51,7 +52,12 @@ Chunk = tuple[Case, ...]
 
 
 def run(
-    loaded: LoadedPolicy | None = None, *, campaign: str, iteration: int | None = None, runtime: str = ""
+    loaded: LoadedPolicy | None = None,
+    *,
+    campaign: str,
+    iteration: int | None = None,
+    fail_when_worse: bool = False,
+    runtime: str = "",
 ) -> StepResult:
     """Compare an adapter with its base on held-out designs and pictures, and write the report.
 
@@ -63,6 +69,8 @@ def run(
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         iteration: Whose adapter to evaluate; by default the last committed one.
+        fail_when_worse: Fail where the adapter is worse than the one that was evaluated before it (against.py); the
+            evaluation is committed all the same.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
 
@@ -81,7 +89,7 @@ def run(
         )
     folder = place.evaluation_dir(_name(number))
     if (done := already_committed(place.store, f"{folder}/{MANIFEST}", log=log)) is not None:
-        return _result(place, done)
+        return _result(place, done, fail_when_worse)
 
     clock = Clock()
     with process_group() as device:
@@ -96,7 +104,8 @@ def run(
         return StepResult()
     measured = _measure(place, number, cases, sampled, clock)
     facts = provenance(place.recipe, here.policy, place.policy(number), cases, clock)
-    return _result(place, _commit(place, number, cases, here, sampled, measured, facts))
+    manifest = _commit(place, number, cases, here, sampled, measured, facts)
+    return _result(place, manifest, fail_when_worse)
 
 
 def _name(iteration: int) -> str:
@@ -268,7 +277,9 @@ def _sheet_name(choice: Choice) -> str:
     return f"sheets/{choice.case.kind}-{choice.case.name}.png"
 
 
-def _result(place: Campaign, manifest: Manifest) -> StepResult:
+def _result(place: Campaign, manifest: Manifest, fail_when_worse: bool) -> StepResult:
+    if fail_when_worse:
+        against.fail_when_worse(place, manifest)
     document = json.loads(read_file(place.store, manifest.file("metrics.json")))
     return StepResult(
         manifests={"evaluation": manifest},

@@ -23,6 +23,7 @@ from layerloop.components.policy.lora import load_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.sampling import Plan, rollout
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import MANIFEST
 from layerloop.components.storage.manifests import add_file, commit, read_file, verify
 
@@ -250,3 +251,21 @@ def test_the_report_needs_nothing_from_elsewhere(evaluated: Evaluated) -> None:
     assert not re.search(r"<script|<link|@import|url\(|src=\"(?!data:)|href=", evaluated.page)
     assert not re.search(r"\$\{\w+\}", evaluated.page)  # every place of the template is filled
     assert len(evaluated.page) < 1_000_000
+
+
+def test_a_nightly_evaluation_is_compared_with_the_one_before_it(
+    evaluated: Evaluated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab, folder = evaluated.lab, "evaluations/iteration-000001"
+    table = add_file(lab.store, f"{folder}/samples.parquet", evaluated.file("samples.parquet"))
+    manifest = Manifest(kind="evaluation", iteration=1, files=(table,))
+    commit(lab.store, f"{folder}/{MANIFEST}", manifest)
+    try:
+        run(campaign=lab.uri, iteration=2, fail_when_worse=True)
+        said = capsys.readouterr().err
+        assert "since iteration-000001: designs.bad_layers" in said
+        assert "+0 to +0, 5 pairs" in said
+        run(campaign=lab.uri, iteration=2)
+        assert "since iteration" not in capsys.readouterr().err
+    finally:
+        lab.store.delete(f"{folder}/{MANIFEST}")

@@ -20,8 +20,9 @@ from layerloop.pipelines.cli import build_parser, main
 from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_and_runtime, recipe_text
 
 COMMANDS = [
-    ["demo"], ["run"], ["compile"], ["recipe"], ["runtime"], ["submit"], ["schedule", "apply"], ["judge", "serve"],
-    ["judge", "check"], ["campaign", "show"], ["adapter", "merge"], ["study"],
+    ["demo"], ["run"], ["compile"], ["recipe"], ["runtime"], ["submit"], ["schedule", "apply"], ["schedule", "list"],
+    ["schedule", "delete"], ["schedule", "pause"], ["schedule", "resume"], ["pipeline", "upload"], ["judge", "serve"],
+    ["judge", "check"], ["campaign", "show"], ["campaign", "run-until"], ["adapter", "merge"], ["study"],
 ]  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def commands_in(page: Path) -> list[list[str]]:
     return [shlex.split(command, comments=True) for command in commands]
 
 
-@pytest.mark.parametrize("page", ["README.md", "manifests/README.md", "pipelines/cli.py"])
+@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md", "pipelines/cli.py", "pipelines/cli_cluster.py"])
 def test_commands_that_are_written_down_are_accepted(page: str) -> None:
     commands = commands_in(Path(__file__).parents[2] / page)
     assert len(commands) >= 2
