@@ -3,7 +3,7 @@
 Four stages, each resumable from the work folder: the autoencoder learns to carry RGBA frames, the transformer learns to
 decompose on its latents, the decoder alone learns for longer (the latents stay), and the export measures all of it on
 held-out designs and writes the folder that `layerloop.components.policy.tiny.tiny_folder` names. It is not
-a pod of the DAG: it makes what the repository ships.
+a step of the pipeline: it makes the weights that the repository ships.
 """
 
 from __future__ import annotations
