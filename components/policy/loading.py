@@ -127,7 +127,7 @@ def _require_vocabulary(folder: Path) -> None:
     if len(missing) < len(VOCABULARY):
         _require_file(folder / missing[0])
     raise LayerloopError(
-        f"{folder / 'tokenizer.json'} is missing, and so are {' and '.join(VOCABULARY)}, either of which is enough: "
+        f"{folder / 'tokenizer.json'} is missing, and so are {' and '.join(VOCABULARY)}, which would do instead: "
         f"{folder.parent} is not a complete diffusers folder of the model; fetch it again"
     )
 

@@ -133,7 +133,7 @@ def test_a_tokenizer_without_its_vocabulary_is_named(folder: Path) -> None:
     with pytest.raises(LayerloopError) as caught:
         embed_prompt(model)
     assert str(caught.value) == (
-        f"{folder}/tokenizer/tokenizer.json is missing, and so are vocab.json and merges.txt, which would do as well: "
+        f"{folder}/tokenizer/tokenizer.json is missing, and so are vocab.json and merges.txt, which would do instead: "
         f"{folder} is not a complete diffusers folder of the model; fetch it again"
     )
     (folder / "merges.txt").rename(folder / "tokenizer/merges.txt")

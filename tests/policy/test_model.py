@@ -359,7 +359,7 @@ def test_compiled_blocks_take_all_that_a_campaign_asks_of_them_and_change_no_bit
     base_recipe, prompt_embeds, make_image, shake, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
     """Base, rollouts of any L, replay, gradients, the adapter switched off, on a base in float8: more variants than the
-    8 that dynamo expects, each traced as one full graph. Only code generation is left out: it takes minutes on a CPU."""
+    8 that dynamo expects, each traced as one full graph. Code generation is left out: it takes minutes on a CPU."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # pytest would keep megabytes of it
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compiled(block, backend="eager", **how))
