@@ -28,7 +28,7 @@ def metrics_json(
     """`{"designs.bad_layers": {"base", "tuned", "difference", "low", "high", "n", ...}, ...}` and explanations.
 
     In addition to the comparison each measure has `title`, `better` ("lower", "higher" or null), `clear` (its interval
-    excludes 0) and, on designs, `reference`: what the true layers themselves score. The other keys are `definitions`,
+    excludes 0) and, on designs, `reference`: the true layers' own value. The other keys are `definitions`,
     `method` and `provenance`. Numbers that are undefined are null.
     """
     document: dict[str, Any] = {}

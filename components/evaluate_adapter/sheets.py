@@ -42,7 +42,7 @@ def choose(cases: Sequence[Case], base: Sequence[Row], tuned: Sequence[Row], *, 
     """At most `count` cases of one kind: the best, the median and the worst by difference, then a seeded random draw.
 
     Ranked by the difference adapter - base of LayerD's cost without edits (designs) or of the recomposition error
-    (pictures), where lower is better. Nothing is picked by eye.
+    (unlabelled images), where lower is better. Nothing is picked by eye.
     """
     column = RANKED_BY[cases[0].kind] if cases else ""
     ranked = sorted(

@@ -45,7 +45,7 @@ from layerloop.components.storage.stores import open_store
 if TYPE_CHECKING:
     from layerloop.components.layers.stack import Pixels
 
-CASES_PER_SHARD = 32  # per rank: what a killed attempt loses at most, and what is in memory at once
+CASES_PER_SHARD = 32  # per rank: the most that a killed attempt loses, and that is in memory at once
 SHOWN: dict[Kind, int] = {"designs": 7, "pictures": 4}  # samples with contact sheets
 
 Chunk = tuple[Case, ...]

@@ -4,7 +4,7 @@ Source: Suzuki et al., "LayerD", ICCV 2025, and its code (github.com/CyberAgentA
 `src/layerd/evaluation`). Equal to it in every score and in every choice; written around one observation: the protocol
 needs two numbers of a pair of layers, so each pair is measured once, in integers.
 
-What it does not see (measured; facts that make the measures of `measure.py` necessary): blank layers, the order of
+It does not see (measured; the reason for the measures of `measure.py`) blank layers, the order of
 layers that do not overlap, colour under alpha 0, and, nearly, a background that was not inpainted.
 """
 
@@ -54,7 +54,7 @@ class _Layer:
 
 
 class _Pairs:
-    """RGB L1 and alpha IoU of every pair that was asked for, measured once. The reference is the second of a pair."""
+    """RGB L1 and alpha IoU of pairs, each measured once. The reference is the second of a pair."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[float, float]] = {}

@@ -388,7 +388,7 @@ def measure_layers(stack: Pixels, source: Pixels) -> list[dict[str, Any]]:
 
 
 def covered_area(truth: Pixels, *, faint: float = FAINT) -> Flags:
-    """Where any layer above layer 0 has an alpha above `faint`: `(H, W)` bool."""
+    """Area `(H, W)` bool where any layer above layer 0 has an alpha above `faint`."""
     return np.asarray((truth[1:, ..., 3] > faint * 255).any(axis=0))
 
 
@@ -418,7 +418,7 @@ def _laid(*images: Pixels) -> list[Floats]:
 
 
 def _predicted_area(stack: Pixels) -> Flags | None:
-    """Where the joint alpha of all layers above layer 0 exceeds 0.5; None where nowhere."""
+    """Area `(H, W)` bool where the joint alpha of all layers above layer 0 exceeds 0.5; None if empty."""
     if len(stack) < 2:
         return None
     area: Flags = composite(stack[1:])[..., 3] > 127

@@ -136,7 +136,7 @@ class LayeredPolicy:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer is."""
+        """The transformer's device."""
         return next(self.transformer.parameters()).device
 
     @functools.cached_property
@@ -231,7 +231,7 @@ class LayeredPolicy:
         return schedule.sigmas(self.scheduler, steps, condition_tokens=h * w)
 
     def noise(self, seed: int, layers: int, height: int, width: int) -> torch.Tensor:
-        """Initial noise `(1, S, 64)` float32 on the CPU: what the pipeline draws with a CPU generator of this seed."""
+        """Initial noise `(1, S, 64)` float32 on the CPU, as the pipeline draws it with a CPU generator of this seed."""
         h, w = self.tokens(height, width)
         generator = torch.Generator().manual_seed(seed)
         shape = (1, layers + 1, self.latent_channels, 2 * h, 2 * w)

@@ -38,7 +38,7 @@ def preflight(
         start: a local copy of the adapter `recipe.lora.start_from`.
 
     Raises:
-        LayerloopError: naming the recipe's field, its value and what the base has.
+        LayerloopError: naming the recipe's field, its value and the base's.
     """
     model, hub = recipe.model, from_hub(recipe.model)
     if folder is None:

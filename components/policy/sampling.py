@@ -107,7 +107,7 @@ def stochastic_step(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one group is sampled; a `GroupRecord` stores it. `etas` has one noise level per window step."""
+    """Sampling plan of one group, as a `GroupRecord` stores it. `etas` has one noise level per window step."""
 
     sigmas: tuple[float, ...]
     window_start: int = 0
@@ -248,7 +248,7 @@ def _velocity(policy: LayeredPolicy, condition: Condition, rows: list[int]) -> V
     return lambda x, sigma: policy.velocity(x, sigma, condition)
 
 
-# Float32 matrix products of fewer rows than this go through other kernels of MKL, whose sums are ordered differently.
+# Float32 matrix products of fewer rows than this use other kernels of MKL, whose sums are ordered differently.
 STEADY_ROWS = 16
 
 

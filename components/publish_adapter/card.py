@@ -145,7 +145,7 @@ def _reward(manifest: Manifest) -> str:
 
 
 def _judge(scores: Sequence[Manifest]) -> str:
-    """Which judge gave the rewards, explicit where it was rules and not a model."""
+    """Section on the judge that gave the rewards, explicit where it was rules and not a model."""
     judges = list(dict.fromkeys(str(m.metadata.get("judge", "unknown")) for m in scores))
     rubrics = list(
         dict.fromkeys(f"`{m.metadata.get('rubric')}` {m.metadata.get('rubric_version', '')}".strip() for m in scores)
@@ -202,7 +202,7 @@ def _measure_row(comparison: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _limitations(p: Publication) -> str:
     points = [
-        "It is tuned to its judge: what the judge does not see or weigh, it was not trained for.",
+        "It is tuned to its judge: it was not trained for properties that the judge does not see or weigh.",
         f"It was trained at {p.recipe.data.resolution} pixels on the longest side with {_layers(p.recipe)} layers; "
         "outside that it is not tested.",
         "Fewer sampling steps, guidance or another prompt change its behaviour.",

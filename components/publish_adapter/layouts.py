@@ -105,7 +105,7 @@ def _with_campaign_adapter(policy: LayeredPolicy, adapter: Adapter) -> Iterator[
 def _with_peft(policy: LayeredPolicy, folder: Path) -> Iterator[None]:
     from peft import PeftModel
 
-    try:  # puts the adapter into the transformer that it is given; what it returns wraps that one
+    try:  # puts the adapter into the transformer that it is given; the returned model wraps it
         loaded = PeftModel.from_pretrained(policy.transformer, str(folder))
     except Exception as error:  # peft raises many kinds; each means that users could not load it either
         raise LayerloopError(f"peft cannot load the adapter back: {_one_line(error)}: nothing is published") from error

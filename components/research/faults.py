@@ -3,7 +3,7 @@
 The 20 B base has faults that supervised training left in it: by Stable-Layers' count (arXiv 2605.30257) 1.65 blank or
 glazed layers a decomposition, and foreground layers that repeat the complete image. The tiny policy as it ships was
 trained on clean designs and has hardly any of them (0.1), so there is little for reinforcement learning to unlearn. A
-study gives it such faults first. What is spoiled is decided by a hidden coin that the source does not show, so the
+study gives it such faults first. A hidden coin, which the source does not show, decides what is spoiled, so the
 policy learns both, good decompositions and faulty ones, and chance decides between them.
 """
 

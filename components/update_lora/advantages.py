@@ -49,7 +49,7 @@ class GroupAdvantage:
 
 @dataclass(frozen=True)
 class Advantages:
-    """The learning signal of one iteration, and what was left out of it."""
+    """The learning signal of one iteration, and the groups and candidates left out of it."""
 
     groups: tuple[GroupAdvantage, ...]  # in order of group
     zero_std_groups: tuple[int, ...] = ()  # rewards deviate no more than `min_reward_std`

@@ -147,9 +147,7 @@ def test_the_average_is_published_where_one_is_kept(make_campaign: MakeCampaign)
     assert "exponential average of the weights" in result.files["card"].decode()
 
 
-def test_a_base_that_ranks_share_is_published_from_with_the_bytes_of_one_process(
-    make_campaign: MakeCampaign, pipeline_folder: Path
-) -> None:
+def test_a_base_that_ranks_share_is_published_from_with_the_bytes_of_one_process(make_campaign: MakeCampaign) -> None:
     """Two processes, which the step's plain command starts by itself where the base is sharded."""
     campaign = make_campaign()
     expected = run(campaign=campaign.uri, publish_as="alone")
@@ -293,10 +291,10 @@ def test_the_card_names_the_judge(make_campaign: MakeCampaign) -> None:
     assert "is not a vision-language model" not in card
 
 
-def test_an_adapter_that_began_from_another_brings_that_licence(make_campaign: MakeCampaign) -> None:
+def test_an_adapter_that_started_from_another_brings_that_licence(make_campaign: MakeCampaign) -> None:
     card = card_of(make_campaign(lora={"rank": 4, "alpha": 8.0, "start_from": "s3://models/stable-layers"}))
     assert front_matter(card)["license"] == "other"
-    assert "It began from `s3://models/stable-layers`" in card
+    assert "It started from `s3://models/stable-layers`" in card
 
 
 def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCampaign) -> None:
