@@ -111,7 +111,7 @@ def summary(report: Report) -> str:
     counts = [
         f"<strong>{n}</strong> {what}"
         for n, what in (
-            (report.counts.get("designs", 0), "held-out designs whose layers are known"),
+            (report.counts.get("designs", 0), "held-out designs with known layers"),
             (report.counts.get("pictures", 0), "unlabelled images"),
         )
         if n
@@ -230,7 +230,7 @@ def _layerd_section(report: Report) -> str:
     return (
         '<h2>LayerD’s protocol by number of edits</h2><p class="note">Merges allowed before scoring, as in LayerD and '
         "Qwen-Image-Layered. Cost and RGB L1: lower is better; alpha IoU: higher is better. These numbers belong to "
-        "this test set and compare with no paper’s.</p>"
+        "this test set and cannot be compared with a paper’s.</p>"
         + _levels_table(table, "layerd", report.max_edits)
         + "<details><summary>The same after clearing alpha of 2/255 and less</summary>"
         '<p class="small">The protocol takes any alpha above 0 for overlap, so a decoder’s noise of one level regroups '
