@@ -30,6 +30,7 @@ GPU_VERBS = (*PARALLEL_VERBS, "publish_adapter")
 
 # A retried pod may wait for a node or for its queue; Argo counts that in the budget of all attempts.
 QUEUEING_HOURS = 24.0
+CA_FOLDER = "/etc/layerloop/ca"
 PAUSE = 30  # seconds before the first retry, doubled for each further one
 
 # --------------------------------------------------------------------------------------------------- Kubernetes' values
@@ -208,6 +209,7 @@ class Cluster(Record):
     run_as_user: int | None = Field(default=65532, ge=1, le=2**31 - 1)  # None: the namespace's range says (OpenShift)
     secrets: Secrets = Secrets()
     service_urls: dict[Variable, str] = {}  # variables that are no secret: AWS_ENDPOINT_URL_S3, OPENAI_BASE_URL
+    ca_bundle: Name | None = None  # ConfigMap whose key ca.crt holds every certificate that steps are to trust
     kfp_api: str | None = Field(default=None, pattern=r"^https?://[^\s/]+\S*$")  # None: the stock one, inside a cluster
     pipeline_root: str | None = Field(default=None, pattern=r"^(s3|minio|gs)://[^\s/]+\S*$")  # None: the installation's
     weights_claim: Name | None = "layerloop-weights"  # PVC with the base model's files, mounted read-write at /weights
@@ -315,6 +317,10 @@ class Cluster(Record):
     def _environment(self, verb: str, task: dsl.PipelineTask) -> None:
         for name, value in sorted(self.service_urls.items()):
             task.set_env_variable(name, value)
+        if self.ca_bundle:
+            kubernetes.use_config_map_as_volume(task, self.ca_bundle, mount_path=CA_FOLDER)
+            for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
+                task.set_env_variable(name, f"{CA_FOLDER}/ca.crt")
         if self.kfp_api and verb == "shard_dataset":
             task.set_env_variable(KFP_API, self.kfp_api)
         for secret, keys in self.secrets.of(verb).items():

@@ -188,6 +188,16 @@ def test_service_urls_go_to_every_step_and_kfps_own_to_the_first(tmp_path: Path)
     assert placed.spec["defaultPipelineRoot"] == "s3://bucket/kfp"
 
 
+def test_certificates_of_the_place_are_trusted_by_every_client(tmp_path: Path) -> None:
+    placed = Placed(tmp_path, "ca_bundle: company-ca")
+    for verb in VERBS:
+        (mount,) = placed.settings[verb]["configMapAsVolume"]
+        assert (mount["configMapName"], mount["mountPath"]) == ("company-ca", "/etc/layerloop/ca")
+        variables = placed.variables(verb)
+        for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
+            assert variables[name] == "/etc/layerloop/ca/ca.crt"
+
+
 def test_images_are_by_verb(tmp_path: Path) -> None:
     placed = Placed(tmp_path)
     light = {verb for verb, container in placed.containers.items() if container["image"].startswith("r/light@")}
