@@ -192,6 +192,7 @@ def test_the_run_form_reads_like_the_job(tmp_path: Path) -> None:
         ("publish_as", "STRING", ""),
         ("until", "NUMBER_INTEGER", 0),
         ("max_failures", "NUMBER_INTEGER", 0),
+        ("runtime", "STRUCT", {}),
     ]
     assert all(parameter["description"] for parameter in parameters.values())
     assert {name for name, value in parameters.items() if not value.get("isOptional")} == {"campaign", "images"}
