@@ -57,8 +57,8 @@ def save_tiny_base(folder: Path, **sizes: int) -> Path:
     return folder
 
 
-def prompt_embeds(tokens: int = 7) -> torch.Tensor:
-    """An embedding of the tiny base's width, `(T, 16)` float32."""
+def prompt_embeds(tokens: int = 8) -> torch.Tensor:
+    """An embedding of the tiny base's width, `(T, 16)` float32; two rows of a batch of 8 are `sampling.STEADY_ROWS`."""
     import torch
 
     return torch.randn(tokens, 16, generator=torch.Generator().manual_seed(5))
