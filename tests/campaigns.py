@@ -98,7 +98,7 @@ class CampaignBuilder:
         holdout: Sequence[np.ndarray] = (),
         designs: Sequence[tuple[np.ndarray, np.ndarray]] = (),
         per_shard: int = 100,
-        tokens: int = 7,
+        tokens: int = 8,
     ) -> Manifest:
         """Commit images `(H, W, 3 or 4)` uint8 by split, of designs (image, layers `(L, H, W, 4)`), and a prompt."""
         from safetensors.torch import save
