@@ -64,6 +64,7 @@ def _interrupt(*_: Any) -> NoReturn:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    _need_kfp("layerloop demo")
     from layerloop.pipelines.demo import run_demo
 
     folder = Path(arguments.folder)
@@ -74,6 +75,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    _need_kfp("layerloop run")
     import os
 
     from layerloop.components.schema.recipe import parse_recipe
@@ -133,6 +135,13 @@ def _compile(arguments: argparse.Namespace) -> None:
         cost = EvaluationCost.of(parse_recipe(recipe), cluster)
         hours = with_evaluation_deadline(cluster, recipe).hours("evaluate_adapter")
         print(f"evaluation: {cost} (assumed {cluster.forward_seconds:g} s a forward at 640 px); deadline {hours:g} h")
+    each, groups = max(1, cluster.gpus_of("generate_rollouts")), parse_recipe(recipe).rollout.groups
+    idle = arguments.workers * each - groups
+    if arguments.pipeline == "train" and idle > 0:
+        print(
+            f"rollouts: {arguments.workers} workers with processes for {each} GPU each share {groups} groups: {idle} "
+            "processes have nothing to do"
+        )
     if not arguments.cluster:
         print(
             "images are layerloop-policy and layerloop-light, which a cluster looks for at docker.io/library: give "

@@ -20,16 +20,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from layerloop.components.runtime.recurring import VARIABLE as KFP_API
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
+from layerloop.components.schema.steps import STEPS
 
 DIGEST = re.compile(r"^[^\s@]+@sha256:[0-9a-f]{64}$")
-VERBS = (
-    "shard_dataset", "generate_rollouts", "score_rollouts", "update_lora", "evaluate_adapter", "publish_adapter",
-)  # fmt: skip
-PARALLEL_VERBS = ("generate_rollouts", "update_lora", "evaluate_adapter")  # one process per GPU
-GPU_VERBS = (*PARALLEL_VERBS, "publish_adapter")
 
 # A retried pod may wait for a node or for its queue; Argo counts that in the budget of all attempts.
 QUEUEING_HOURS = 24.0
+CA_FOLDER = "/etc/layerloop/ca"
 PAUSE = 30  # seconds before the first retry, doubled for each further one
 
 # --------------------------------------------------------------------------------------------------- Kubernetes' values
@@ -127,8 +124,8 @@ class Secrets(Record):
         """Keys by secret, of those that a step of `verb` uses."""
         wanted = [
             (self.store, ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")),
-            (self.judge if verb == "score_rollouts" else None, ("OPENAI_API_KEY",)),
-            (self.hub if verb != "score_rollouts" else None, ("HF_TOKEN",)),
+            (self.judge if STEPS[verb].asks_judge else None, ("OPENAI_API_KEY",)),
+            (self.hub if STEPS[verb].loads_base else None, ("HF_TOKEN",)),
         ]
         return {secret: keys for secret, keys in wanted if secret}
 
@@ -177,15 +174,6 @@ class Verb(Record):
     annotations: dict[LabelKey, str] = {}
 
 
-# Evaluation is not among them: its deadline follows from the recipe (evaluation_cost.py).
-TIMEOUT_HOURS = {
-    "shard_dataset": 12.0, "generate_rollouts": 12.0, "score_rollouts": 12.0, "update_lora": 12.0,
-    "evaluate_adapter": 24.0, "publish_adapter": 2.0,
-}  # fmt: skip
-# Sharding needs no GPU, but the text encoder (8.3 B parameters, 17 GB in bfloat16) once in a campaign.
-SHARDING = Resources(cpu="4", memory="24Gi")
-
-
 class Cluster(Record):
     """The place. The defaults fit manifests/base; `layerloop compile --cluster FILE` reads other values from YAML."""
 
@@ -208,20 +196,21 @@ class Cluster(Record):
     run_as_user: int | None = Field(default=65532, ge=1, le=2**31 - 1)  # None: the namespace's range says (OpenShift)
     secrets: Secrets = Secrets()
     service_urls: dict[Variable, str] = {}  # variables that are no secret: AWS_ENDPOINT_URL_S3, OPENAI_BASE_URL
+    ca_bundle: Name | None = None  # ConfigMap whose key ca.crt holds every certificate that steps are to trust
     kfp_api: str | None = Field(default=None, pattern=r"^https?://[^\s/]+\S*$")  # None: the stock one, inside a cluster
     pipeline_root: str | None = Field(default=None, pattern=r"^(s3|minio|gs)://[^\s/]+\S*$")  # None: the installation's
     weights_claim: Name | None = "layerloop-weights"  # PVC with the base model's files, mounted read-write at /weights
     retries: int = Field(default=3, ge=0, le=8)  # steps are idempotent, so a retry continues
-    timeout_hours: dict[str, Hours] = {}  # by verb, where it differs from TIMEOUT_HOURS
+    timeout_hours: dict[str, Hours] = {}  # by verb, where it differs from the step table
     forward_seconds: float = Field(default=0.32, gt=0)  # one forward at 640 pixels (public figure: H100), for estimates
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         for field in ("verbs", "timeout_hours"):
             for verb in getattr(self, field):
-                if verb not in VERBS:
-                    raise ValueError(f"cluster.{field}.{verb} is no step: choose of {', '.join(VERBS)}")
-        for verb in VERBS:
+                if verb not in STEPS:
+                    raise ValueError(f"cluster.{field}.{verb} is no step: choose of {', '.join(STEPS)}")
+        for verb in STEPS:
             if self.gpus_of(verb) > self.node_gpus:
                 raise ValueError(self._too_many_gpus(verb))
             needs = self.needs(verb)
@@ -254,21 +243,20 @@ class Cluster(Record):
             return self.update_gpus
         if verb == "evaluate_adapter" and self.evaluate_gpus is not None:
             return self.evaluate_gpus
-        if verb in PARALLEL_VERBS:
-            return self.gpus
-        return min(1, self.gpus) if verb in GPU_VERBS else 0
+        return {"all": self.gpus, "one": min(1, self.gpus), "none": 0}[STEPS[verb].gpus]
 
     def needs(self, verb: str) -> Resources:
         """CPU and memory of a pod of `verb`: its own, else its image's for each of its GPUs."""
-        own, factor = self._verb(verb), max(1, self.gpus_of(verb))
-        kind = {"score_rollouts": self.light, "shard_dataset": SHARDING}.get(verb, self.policy)
+        own, step, factor = self._verb(verb), STEPS[verb], max(1, self.gpus_of(verb))
+        kind = self.light if step.image == "light" else self.policy
         return Resources(
-            cpu=own.cpu or _times(kind.cpu, factor, _CPU), memory=own.memory or _times(kind.memory, factor, _MEMORY)
+            cpu=own.cpu or step.cpu or _times(kind.cpu, factor, _CPU),
+            memory=own.memory or step.memory or _times(kind.memory, factor, _MEMORY),
         )
 
     def hours(self, verb: str) -> float:
         """Deadline of one attempt of a pod of `verb`."""
-        return self.own_hours(verb) or TIMEOUT_HOURS[verb]
+        return self.own_hours(verb) or STEPS[verb].timeout_hours
 
     def own_hours(self, verb: str) -> float | None:
         """The deadline that the file sets for `verb`, if it does."""
@@ -285,7 +273,7 @@ class Cluster(Record):
         """
         task.set_caching_options(enable_caching=False)
         task.set_display_name(verb.replace("_", " "))
-        self._image(task)
+        self._image(verb, task)
         self._environment(verb, task)
         needs = self.needs(verb)
         task.set_cpu_request(needs.cpu).set_memory_request(needs.memory).set_memory_limit(needs.memory)
@@ -305,23 +293,26 @@ class Cluster(Record):
         kubernetes.set_timeout(task, seconds)
         return task
 
-    def _image(self, task: dsl.PipelineTask) -> None:
-        """Replace the name in component.py, which says which of the two images the step needs, by this place's."""
-        name = task.container_spec.image.removeprefix("layerloop-")
-        task.set_container_image(getattr(self.images, name))
+    def _image(self, verb: str, task: dsl.PipelineTask) -> None:
+        """Replace the image's name in component.py by this place's."""
+        task.set_container_image(getattr(self.images, STEPS[verb].image))
         if self.secrets.pull:
             kubernetes.set_image_pull_secrets(task, [self.secrets.pull])
 
     def _environment(self, verb: str, task: dsl.PipelineTask) -> None:
         for name, value in sorted(self.service_urls.items()):
             task.set_env_variable(name, value)
+        if self.ca_bundle:
+            kubernetes.use_config_map_as_volume(task, self.ca_bundle, mount_path=CA_FOLDER)
+            for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
+                task.set_env_variable(name, f"{CA_FOLDER}/ca.crt")
         if self.kfp_api and verb == "shard_dataset":
             task.set_env_variable(KFP_API, self.kfp_api)
         for secret, keys in self.secrets.of(verb).items():
             kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)
-        if verb != "score_rollouts" and self.weights_claim:
+        if STEPS[verb].loads_base and self.weights_claim:
             kubernetes.mount_pvc(task, pvc_name=self.weights_claim, mount_path="/weights")
-        if verb != "score_rollouts":  # without a volume, /tmp is where the image's user may write
+        if STEPS[verb].loads_base:  # without a volume, /tmp is where the image's user may write
             task.set_env_variable("HF_HOME", "/weights/huggingface" if self.weights_claim else "/tmp/huggingface")
 
     def _nodes(self, verb: str, task: dsl.PipelineTask) -> None:

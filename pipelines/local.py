@@ -25,17 +25,8 @@ from kfp import components, local
 from kfp.local import status, subprocess_task_handler
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.steps import STEPS
 from layerloop.pipelines.packages import check_parameters, count_tasks, read_spec
-
-# The input artifact whose metadata tells a step its iteration, and what to add to it: for titles, as in each step.py.
-ITERATION_OF = {
-    "generate_rollouts": ("policy", 1),
-    "score_rollouts": ("rollouts", 0),
-    "update_lora": ("scores", 0),
-    "evaluate_adapter": ("policy", 0),
-    "publish_adapter": ("policy", 0),
-}
-
 
 # Libraries' own bars and advice, which say nothing about the job; images/ sets the same.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -266,11 +257,12 @@ class _Run:
 def _title(verb: str, executor_input: dict[str, Any]) -> str:
     """What a step's header line says, such as `iteration 4: generate rollouts, worker 1 of 2`."""
     words, inputs = verb.replace("_", " "), executor_input.get("inputs", {})
-    artifact, offset = ITERATION_OF.get(verb, ("", 0))
+    step = STEPS.get(verb)
+    artifact = step.iteration_from if step else None
     listed = inputs.get("artifacts", {}).get(artifact, {}).get("artifacts", [])
     iteration = listed[0].get("metadata", {}).get("iteration") if listed else None
-    if iteration is not None:
-        words = f"iteration {int(iteration) + offset}: {words}"
+    if step and iteration is not None:
+        words = f"iteration {int(iteration) + step.iteration_offset}: {words}"
     values = inputs.get("parameterValues", {})
     return f"{words}, worker {values['worker'] + 1} of {values['workers']}" if "workers" in values else words
 

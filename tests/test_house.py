@@ -6,14 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from layerloop.components.schema.steps import STEPS, Step
+
 ROOT = Path(__file__).parents[1]
-VERBS = (
-    "shard_dataset", "generate_rollouts", "score_rollouts", "update_lora", "evaluate_adapter", "publish_adapter",
-)  # fmt: skip
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -93,17 +93,34 @@ def imports_of(path: Path) -> set[str]:
 
 
 def test_pipelines_know_a_verb_only_by_its_declaration() -> None:
-    allowed = re.compile(rf"layerloop\.components\.(?:{'|'.join(VERBS)})\.component(?:\.\w+)?")
+    allowed = re.compile(rf"layerloop\.components\.(?:{'|'.join(STEPS)})\.component(?:\.\w+)?")
     for path in (ROOT / "pipelines").rglob("*.py"):
-        of_verbs = {name for name in imports_of(path) if name.split(".")[2:3] and name.split(".")[2] in VERBS}
+        of_verbs = {name for name in imports_of(path) if name.split(".")[2:3] and name.split(".")[2] in STEPS}
         assert all(allowed.fullmatch(name) for name in of_verbs), f"{path}: {of_verbs}"
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", STEPS)
 def test_a_verbs_declaration_is_nothing_else(verb: str) -> None:
     tree = ast.parse((ROOT / "components" / verb / "component.py").read_text())
     kinds = [type(node).__name__ for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
     assert kinds == ["Expr", "FunctionDef"]  # the docstring and the component
+
+
+def test_the_step_table_the_folders_and_the_arrows_name_the_same_steps() -> None:
+    declared = {path.parent.name for path in (ROOT / "components").glob("*/component.py")}
+    assert declared == set(STEPS)
+    contracts = {
+        c["id"]: c for c in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    }
+    names = {f"layerloop.components.{name}" for name in STEPS}
+    assert set(contracts["verbs"]["modules"]) == names == set(contracts["direction"]["layers"][1].split(" | "))
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_a_declaration_names_the_image_and_the_command_of_the_step_table(step: Step) -> None:
+    text = (ROOT / "components" / step.name / "component.py").read_text()
+    assert f'image="layerloop-{step.image}"' in text
+    assert f'"-m", "layerloop.components.{step.name}"' in text
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from layerloop.components.schema.steps import STEPS
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -161,13 +163,10 @@ def test_nobody_depends_on_torchvision_or_lets_torch_float() -> None:
 
 # What a step may import where it runs: the extras of its image (images/Containerfile.*), and their own requirements.
 EXTRAS_OF_IMAGES = {"light": ("core", "judge", "evaluation"), "policy": ("core", "policy", "judge", "evaluation")}
-STEPS_OF_IMAGES = {
-    "light": ("score_rollouts.step", "reference_judge.server"),
-    "policy": (
-        "shard_dataset.step", "generate_rollouts.step", "update_lora.step", "evaluate_adapter.step",
-        "publish_adapter.step",
-    ),
-}  # fmt: skip
+COMMANDS_OF_IMAGES = {  # modules that are started there
+    image: [f"{step.name}.step" for step in STEPS.values() if step.image == image] for image in EXTRAS_OF_IMAGES
+}
+COMMANDS_OF_IMAGES["light"].append("reference_judge.server")
 # Only to draw designs with photographs in them: the demo and the training of the tiny policy.
 NOT_IN_IMAGES = {"sklearn"}
 
@@ -179,7 +178,7 @@ def test_an_image_installs_all_that_its_steps_import(image: str) -> None:
     )
     installed = closure([r for extra in EXTRAS_OF_IMAGES[image] for r in requirements()[extra]])
     distributions = importlib.metadata.packages_distributions()
-    for step in STEPS_OF_IMAGES[image]:
+    for step in COMMANDS_OF_IMAGES[image]:
         module = f"layerloop.components.{step}"
         needed = {module, *graph.find_upstream_modules(module)}
         outside = {name for name in needed if graph.is_module_squashed(name) if name not in sys.stdlib_module_names}

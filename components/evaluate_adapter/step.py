@@ -37,6 +37,7 @@ from layerloop.components.runtime.distributed import failing_together, process_g
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
+from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.images import encode_png
 from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
@@ -292,7 +293,7 @@ def _result(campaign: Campaign, manifest: Manifest, fail_when_worse: bool) -> St
     )
 
 
-main = functools.partial(step_main, run, iteration_from="policy", spread=ranks.spread, store=open_store)
+main = functools.partial(step_main, run, step=STEPS["evaluate_adapter"], spread=ranks.spread, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

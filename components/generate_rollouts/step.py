@@ -31,6 +31,7 @@ from layerloop.components.runtime.distributed import (
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.steps import STEPS
 from layerloop.components.schema.trajectory import REMEDY, GroupRecord
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.manifests import verify
@@ -267,7 +268,7 @@ def _result(
 
 
 main = functools.partial(
-    step_main, run, iteration_from="policy", iteration_offset=1, beyond=("rollouts", "rollouts"),
+    step_main, run, step=STEPS["generate_rollouts"], beyond=("rollouts", "rollouts"),
     spread=ranks.spread, store=open_store,
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ from layerloop.components.runtime.distributed import failing_together, process_g
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
+from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.delivered import delivered_weights
 from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
@@ -202,7 +203,7 @@ def _spread(module: str, argv: Sequence[str], arguments: Mapping[str, Any]) -> i
     return ranks.spread(module, argv, arguments) if sharded else None
 
 
-main = functools.partial(step_main, run, iteration_from="policy", iteration_offset=0, spread=_spread, store=open_store)
+main = functools.partial(step_main, run, step=STEPS["publish_adapter"], spread=_spread, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

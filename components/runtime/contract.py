@@ -31,6 +31,7 @@ from layerloop.components.runtime.refusals import Objects, Refusals
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Kind, Manifest
 from layerloop.components.schema.record import validate
+from layerloop.components.schema.steps import Step
 
 _IMPORTED = time.monotonic()
 
@@ -53,8 +54,7 @@ class StepResult:
 def step_main(
     run: Callable[..., StepResult],
     *,
-    iteration_from: str | None = None,
-    iteration_offset: int = 0,
+    step: Step | None = None,
     beyond: tuple[str, Kind | str] | None = None,
     store: Callable[[str], Objects] | None = None,
     spread: Callable[[str, Sequence[str], Mapping[str, Any]], int | None] | None = None,
@@ -66,8 +66,8 @@ def step_main(
         run: the step; its keyword-only arguments (str, int, float, bool, dict, or one of these | None) become flags,
             whose help is taken from the `Args:` section of its docstring. A dict is given as JSON. A positional one is
             for callers in Python.
-        iteration_from: the input artifact whose `iteration` metadata gives the argument `iteration` of a Kubeflow task.
-        iteration_offset: what is added to it.
+        step: its row of the step table, which says from which input artifact's `iteration` metadata a Kubeflow task's
+            argument `iteration` follows; None where it does not.
         beyond: of a step that an iteration past the run's target (the task's parameter `until`) leaves undone: its
             output artifact, and what that is then: an empty manifest of a kind, or the input artifact of that name.
         store: opens the campaign's store, where the refusals of a task are remembered; None remembers none.
@@ -89,7 +89,7 @@ def step_main(
         if given is not None:
             task = _parse_executor_input(given)
             until = _until(task) if beyond else 0
-            arguments = _task_arguments(run, task, iteration_from, iteration_offset)
+            arguments = _task_arguments(run, task, step)
             if beyond and 0 < until < int(arguments.get("iteration") or 0):
                 log(f"iteration {arguments['iteration']} is past the run's target {until}: nothing to do")
                 _write_outputs(_passed_through(*beyond, arguments["iteration"], task), task.get("outputs", {}))
@@ -210,9 +210,7 @@ def _parse_executor_input(text: str) -> dict[str, Any]:
     return value
 
 
-def _task_arguments(
-    run: Callable[..., StepResult], task: Mapping[str, Any], iteration_from: str | None, iteration_offset: int
-) -> dict[str, Any]:
+def _task_arguments(run: Callable[..., StepResult], task: Mapping[str, Any], step: Step | None) -> dict[str, Any]:
     """Keyword arguments of `run` for a Kubeflow task."""
     inputs = task.get("inputs") or {}
     known = {p.name: p for p in _parameters(run)}
@@ -227,9 +225,9 @@ def _task_arguments(
         emptied = isinstance(value, str) and not value.strip() and known[name].default is not inspect.Parameter.empty
         if value is not None and not emptied:  # a field of the run form that was emptied means the default
             arguments[name] = _cast(name, value, _kind(run, name))
-    if iteration_from is not None and "iteration" in known and "iteration" not in arguments:
-        artifacts = (inputs.get("artifacts") or {}).get(iteration_from, {}).get("artifacts") or []
-        arguments["iteration"] = _iteration_of(iteration_from, artifacts) + iteration_offset
+    if step and step.iteration_from and "iteration" in known and "iteration" not in arguments:
+        artifacts = (inputs.get("artifacts") or {}).get(step.iteration_from, {}).get("artifacts") or []
+        arguments["iteration"] = _iteration_of(step.iteration_from, artifacts) + step.iteration_offset
     return arguments
 
 

@@ -20,6 +20,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
+from layerloop.components.schema.steps import STEPS
 from layerloop.components.score_rollouts.judging import judge_all
 from layerloop.components.score_rollouts.replies import StoredReplies
 from layerloop.components.score_rollouts.results import (
@@ -163,7 +164,7 @@ def _numbers(value: JsonValue) -> dict[str, float]:
     return {k: float(v) for k, v in value.items() if isinstance(v, int | float)} if isinstance(value, dict) else {}
 
 
-main = functools.partial(step_main, run, iteration_from="rollouts", beyond=("scores", "scores"), store=open_store)
+main = functools.partial(step_main, run, step=STEPS["score_rollouts"], beyond=("scores", "scores"), store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

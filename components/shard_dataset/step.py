@@ -22,6 +22,7 @@ from layerloop.components.schema.recipe import Recipe, parse_recipe_runtime
 from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 from layerloop.components.schema.runtime import Runtime, flat, merged
 from layerloop.components.schema.seeds import seed_for
+from layerloop.components.schema.steps import STEPS
 from layerloop.components.shard_dataset.base import CheckedBase
 from layerloop.components.shard_dataset.duplicates import Gallery
 from layerloop.components.shard_dataset.inputs import Inputs, absolute_uri, find_inputs, read_items
@@ -338,7 +339,7 @@ def _result(place: Campaign, sources: Manifest, stretch: Stretch, *, proceed: bo
     )
 
 
-main = functools.partial(step_main, run, store=open_store)
+main = functools.partial(step_main, run, step=STEPS["shard_dataset"], store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

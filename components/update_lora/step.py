@@ -27,6 +27,7 @@ from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import add_file, already_committed, commit
 from layerloop.components.storage.shards import read_shard
@@ -196,7 +197,7 @@ def _result(manifest: Manifest) -> StepResult:
 
 
 main = functools.partial(
-    step_main, run, iteration_from="scores", iteration_offset=0, beyond=("policy", "previous"),
+    step_main, run, step=STEPS["update_lora"], beyond=("policy", "previous"),
     spread=ranks.spread, store=open_store,
 )  # fmt: skip
 

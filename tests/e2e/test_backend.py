@@ -12,7 +12,7 @@ import pytest
 from kfp_backend import Backend, TaskFailed
 from PIL import Image
 
-from layerloop.components.judge.server import start_in_thread
+from layerloop.components.reference_judge.server import start_in_thread
 from layerloop.components.storage.campaign import Campaign
 from layerloop.pipelines.cluster import Cluster
 from layerloop.pipelines.evaluate import evaluate_pipeline

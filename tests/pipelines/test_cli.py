@@ -195,6 +195,38 @@ def test_compile_writes_a_file_and_says_what_it_is(tmp_path: Path, capsys: pytes
     assert next(yaml.safe_load_all(path.read_text()))["pipelineInfo"]["name"] == "layerloop-train"
 
 
+def test_compile_says_what_the_evaluation_costs_and_who_has_nothing_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["compile", "-o", str(tmp_path / "train.yaml"), "--recipe", "paper", "--iterations", "1"]
+    assert main([*options, "--workers", "20"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == (
+        "evaluation: 480 designs + 64 pictures are 107712 forwards of base and adapter, about 9.6 h on 1 GPU "
+        "(assumed 0.32 s a forward at 640 px); deadline 22 h"
+    )
+    assert printed[2] == (
+        "rollouts: 20 workers with processes for 1 GPU each share 16 groups: 4 processes have nothing to do"
+    )
+    assert printed[3].startswith(
+        "images are layerloop-policy and layerloop-light, which a cluster looks for at docker.io"
+    )
+    assert main([*options, "--evaluate", "never"]) == 0
+    assert "evaluation" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", [["compile", "-o", "x.yaml"], ["demo"], ["run", "--campaign", "c", "--images", "i"]]
+)
+def test_without_kfp_it_is_one_line(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "kfp", None)
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: layerloop {command[0]} needs kfp, which is not here: pip install 'layerloop[pipelines]'"
+
+
 def test_an_adapter_on_s3_is_fetched_to_be_merged(
     s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,8 @@ import yaml
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
-from layerloop.pipelines.cluster import GPU_VERBS, VERBS, Cluster, read_cluster
+from layerloop.components.schema.steps import STEPS
+from layerloop.pipelines.cluster import Cluster, read_cluster
 from layerloop.pipelines.evaluate import evaluate_pipeline
 from layerloop.pipelines.evaluation_cost import EvaluationCost, with_evaluation_deadline
 from layerloop.pipelines.inputs import packaged_recipes, recipe_text
@@ -38,8 +39,8 @@ class Placed:
         tasks |= self.spec["root"]["dag"]["tasks"]
         self.containers = {self._verb(name): executor["container"] for name, executor in executors.items()}
         self.settings = {self._verb(name): value for name, value in settings.items()}
-        self.tasks = {verb: tasks[verb.replace("_", "-")] for verb in VERBS}
-        assert set(self.containers) == set(self.settings) == set(VERBS)
+        self.tasks = {verb: tasks[verb.replace("_", "-")] for verb in STEPS}
+        assert set(self.containers) == set(self.settings) == set(STEPS)
 
     @staticmethod
     def _verb(executor: str) -> str:
@@ -95,7 +96,11 @@ def test_a_secret_can_be_left_out(tmp_path: Path) -> None:
 
 def test_sharding_and_scoring_ask_for_little_and_for_no_gpu(tmp_path: Path) -> None:
     placed = Placed(tmp_path)
-    assert placed.gpus() == {verb: int(verb in GPU_VERBS) for verb in VERBS}
+    without = {"shard_dataset": 0, "score_rollouts": 0}
+    assert (
+        placed.gpus()
+        == {"generate_rollouts": 1, "update_lora": 1, "evaluate_adapter": 1, "publish_adapter": 1} | without
+    )
     assert placed.resources("shard_dataset") == ("4", "24Gi")
     assert placed.resources("score_rollouts") == ("2", "8Gi")
     assert placed.resources("update_lora") == ("8", "96Gi")
@@ -154,7 +159,7 @@ verbs:
 
 def test_gpu_pods_get_shared_memory_tolerations_and_the_queue(tmp_path: Path) -> None:
     placed = Placed(tmp_path)
-    for verb in GPU_VERBS:
+    for verb in (name for name, step in STEPS.items() if step.gpus != "none"):
         settings = placed.settings[verb]
         (shm,) = settings["emptyDirMounts"]
         assert (shm["mountPath"], shm["medium"], shm["sizeLimit"]) == ("/dev/shm", "Memory", "16Gi")
@@ -181,11 +186,21 @@ def test_without_a_volume_of_weights_the_models_go_where_the_user_may_write(tmp_
 def test_service_urls_go_to_every_step_and_kfps_own_to_the_first(tmp_path: Path) -> None:
     text = "service_urls: {AWS_REGION: eu-1}\nkfp_api: https://kfp.example.com\npipeline_root: s3://bucket/kfp"
     placed = Placed(tmp_path, text)
-    for verb in VERBS:
+    for verb in STEPS:
         variables = placed.variables(verb)
         assert variables["AWS_REGION"] == "eu-1"
         assert variables.get("LAYERLOOP_KFP_API") == ("https://kfp.example.com" if verb == "shard_dataset" else None)
     assert placed.spec["defaultPipelineRoot"] == "s3://bucket/kfp"
+
+
+def test_certificates_of_the_place_are_trusted_by_every_client(tmp_path: Path) -> None:
+    placed = Placed(tmp_path, "ca_bundle: company-ca")
+    for verb in STEPS:
+        (mount,) = placed.settings[verb]["configMapAsVolume"]
+        assert (mount["configMapName"], mount["mountPath"]) == ("company-ca", "/etc/layerloop/ca")
+        variables = placed.variables(verb)
+        for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
+            assert variables[name] == "/etc/layerloop/ca/ca.crt"
 
 
 def test_images_are_by_verb(tmp_path: Path) -> None:
@@ -212,7 +227,7 @@ def test_images_are_by_verb(tmp_path: Path) -> None:
 def test_the_budget_of_all_attempts_holds_every_attempt(tmp_path: Path, text: str, recipe: str) -> None:
     """Argo's backoff.maxDuration counts from the first attempt's start, so it holds all of them, pauses included."""
     placed = Placed(tmp_path, text, recipe)
-    for verb in VERBS:
+    for verb in STEPS:
         retry = placed.tasks[verb]["retryPolicy"]
         retries, timeout = retry["maxRetryCount"], int(placed.settings[verb]["activeDeadlineSeconds"])
         pauses = sum(int(retry["backoffDuration"].rstrip("s")) * retry["backoffFactor"] ** n for n in range(retries))

@@ -37,11 +37,12 @@ raise SystemExit(step_main(run))
 
 GATHER = """
 from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.schema.steps import STEPS
 
 def run(*, text: str, iteration: int) -> StepResult:
     return StepResult(metrics={"iteration": iteration, "length": len(text)})
 
-raise SystemExit(step_main(run, iteration_from="rollouts"))
+raise SystemExit(step_main(run, step=STEPS["score_rollouts"]))
 """
 
 

@@ -16,7 +16,7 @@ from layerloop.pipelines.cli import main
 from layerloop.pipelines.cluster import Cluster
 from layerloop.pipelines.evaluate import evaluate_pipeline
 from layerloop.pipelines.inputs import packaged_recipes
-from layerloop.pipelines.packages import count_tasks, write_pipeline
+from layerloop.pipelines.packages import count_tasks, read_spec, write_pipeline
 from layerloop.pipelines.train import EVALUATE, MAX_TASKS, container_tasks, train_pipeline
 
 RECIPE = packaged_recipes()["tiny"]
@@ -192,6 +192,7 @@ def test_the_run_form_reads_like_the_job(tmp_path: Path) -> None:
         ("publish_as", "STRING", ""),
         ("until", "NUMBER_INTEGER", 0),
         ("max_failures", "NUMBER_INTEGER", 0),
+        ("runtime", "STRUCT", {}),
     ]
     assert all(parameter["description"] for parameter in parameters.values())
     assert {name for name, value in parameters.items() if not value.get("isOptional")} == {"campaign", "images"}
@@ -261,6 +262,22 @@ def test_the_committed_packages_are_what_the_code_compiles(name: str, options: l
 
 def _without_versions(text: str) -> str:
     return re.sub(r"^sdkVersion: .*$", "", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_the_guides_way_to_name_your_images_in_a_committed_package_leaves_none_of_the_examples(
+    name: str, tmp_path: Path
+) -> None:
+    guide = (ROOT / "docs" / "cluster.md").read_text()
+    (command,) = re.findall(r"^ +sed -e .*?(?= pipelines/compiled/train.yaml > train.yaml$)", guide, re.M | re.S)
+    images = {"POLICY_IMAGE": f"mine/policy@sha256:{'a' * 64}", "LIGHT_IMAGE": f"mine/light@sha256:{'b' * 64}"}
+    package = ROOT / "pipelines" / "compiled" / f"{name}.yaml"
+    done = subprocess.run(
+        f"{command} {package}", shell=True, env={**os.environ, **images}, capture_output=True, text=True, check=True
+    )
+    (tmp_path / "named.yaml").write_text(done.stdout)
+    used = {e["container"]["image"] for e in read_spec(tmp_path / "named.yaml")["deploymentSpec"]["executors"].values()}
+    assert used == (set(images.values()) if name == "train" else {images["POLICY_IMAGE"]})
 
 
 def test_an_upload_of_the_committed_packages_is_well_within_the_limits() -> None:

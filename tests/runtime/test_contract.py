@@ -12,6 +12,7 @@ import pytest
 from layerloop.components.runtime.contract import StepResult, artifact_metadata, local_path, step_main
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.steps import STEPS
 
 calls: list[dict[str, Any]] = []
 
@@ -84,7 +85,7 @@ def policy(*iterations: Any, uri: str = "/nowhere/policy") -> dict[str, Any]:
 
 
 def start(task: dict[str, Any]) -> int:
-    return step_main(run, iteration_from="policy", iteration_offset=1, argv=["--executor-input", json.dumps(task)])
+    return step_main(run, step=STEPS["generate_rollouts"], argv=["--executor-input", json.dumps(task)])
 
 
 def test_flags_become_arguments_of_their_type() -> None:
@@ -234,7 +235,7 @@ def past_the_target(folder: Path, until: Any, iteration: int = 6) -> tuple[int, 
     beyond = ("rollouts", "rollouts")
     task["outputs"]["parameters"] = {}
     arguments = ["--executor-input", json.dumps(task)]
-    status = step_main(run, iteration_from="policy", iteration_offset=1, beyond=beyond, argv=arguments)
+    status = step_main(run, step=STEPS["generate_rollouts"], beyond=beyond, argv=arguments)
     return status, json.loads((folder / "deep" / "executor_output.json").read_text())
 
 
@@ -261,7 +262,7 @@ def test_an_update_past_the_target_hands_its_policy_on(tmp_path: Path) -> None:
     task["outputs"]["artifacts"]["policy"] = task["outputs"]["artifacts"].pop("rollouts")
     task["outputs"]["parameters"] = {}
     arguments = ["--executor-input", json.dumps(task)]
-    assert step_main(run, iteration_from="scores", beyond=("policy", "previous"), argv=arguments) == 0
+    assert step_main(run, step=STEPS["update_lora"], beyond=("policy", "previous"), argv=arguments) == 0
     assert calls == []
     told = json.loads((tmp_path / "deep" / "executor_output.json").read_text())
     (artifact,) = told["artifacts"]["policy"]["artifacts"]
