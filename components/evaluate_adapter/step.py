@@ -288,7 +288,7 @@ def _result(place: Campaign, manifest: Manifest, fail_when_worse: bool) -> StepR
     )
 
 
-main = functools.partial(step_main, run, iteration_from="policy", spread=ranks.spread, store=open_store)
+main = functools.partial(step_main, run, iteration_from="policy", launch=ranks.launch_per_gpu, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

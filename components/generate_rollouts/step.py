@@ -72,53 +72,53 @@ def run(
             cannot be loaded or does not fit the images, or is not the one that other groups of the iteration were
             sampled with; NaN in latents. Groups that were finished until then stay committed.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     if not 0 <= worker < workers:
         raise LayerloopError(f"worker is {worker} of {workers}: choose workers of at least 1 and a worker below it")
-    place = Campaign.open(campaign, runtime)
-    number = place.head() + 1 if iteration is None else iteration
-    if number < 1:
-        raise LayerloopError(f"iteration is {number}: iterations count from 1")
-    mine = range(place.recipe.rollout.groups)[worker::workers]
-    committed = place.committed_groups(number, mine)
-    earlier = worker_manifest(number, committed, worker=worker, workers=workers)
-    verify(place.store, earlier)
+    opened = Campaign.open(campaign, runtime)
+    current = opened.head() + 1 if iteration is None else iteration
+    if current < 1:
+        raise LayerloopError(f"iteration is {current}: iterations count from 1")
+    mine = range(opened.recipe.rollout.groups)[worker::workers]
+    committed = opened.committed_groups(current, mine)
+    earlier = worker_manifest(current, committed, worker=worker, workers=workers)
+    verify(opened.store, earlier)
     if len(committed) == len(mine):
-        log(f"{place.uri}/{place.rollouts_dir(number)} of worker {worker} of {workers} is committed already")
+        log(f"{opened.uri}/{opened.rollouts_dir(current)} of worker {worker} of {workers} is committed already")
         return _result(earlier)
 
     from layerloop.components.policy.sharding import dummy_forwards
 
     with process_group() as device:
         with failing_together():
-            sources = place.sources()
-            plans = plan_iteration(place.recipe, number, train_images(sources))[worker::workers]
-            sharded = shares_base(place.runtime.model)
-            here = policy_at(place, number - 1, device=device, sharded=sharded, loaded=loaded)
+            sources = opened.sources()
+            plans = plan_iteration(opened.recipe, current, train_images(sources))[worker::workers]
+            sharded = shares_base(opened.runtime.model)
+            here = policy_at(opened, current - 1, device=device, sharded=sharded, loaded=loaded)
             policy, prompt, adapter = here.policy, here.prompt, here.adapter_sha256
-            _check_same_policy(committed, number, policy.fingerprint, adapter)
+            _check_same_policy(committed, current, policy.fingerprint, adapter)
             finished: dict[int, Manifest] = {}
             todo: list[GroupPlan] = []
             for plan in plans[rank() :: world_size()]:
-                done = committed.get(plan.group) or _resumed(place, number, plan.group, policy.fingerprint, adapter)
+                done = committed.get(plan.group) or _resumed(opened, current, plan.group, policy.fingerprint, adapter)
                 finished |= {plan.group: done} if done else {}
                 todo += [] if done else [plan]
         # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
-        behind = _behind(todo, place) if policy.sharded else 0
+        missing_calls = _missing_forward_calls(todo, opened) if policy.sharded else 0
         with nullcontext() if policy.sharded else failing_together():
-            bad_layers = _sample(place, number, sources, todo, finished, policy, prompt, adapter)
-            dummy_forwards(policy, prompt, behind)
-        manifest = worker_manifest(number, _gather(finished), worker=worker, workers=workers)
-    return _result(manifest, seconds=time.monotonic() - begun, sampled=len(todo), bad_layers=bad_layers)
+            bad_layers = _sample(opened, current, sources, todo, finished, policy, prompt, adapter)
+            dummy_forwards(policy, prompt, missing_calls)
+        manifest = worker_manifest(current, _gather(finished), worker=worker, workers=workers)
+    return _result(manifest, seconds=time.monotonic() - started, sampled=len(todo), bad_layers=bad_layers)
 
 
-def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
+def _missing_forward_calls(todo: Sequence[GroupPlan], campaign: Campaign) -> int:
     """How many calls of the model this rank has to do less than the rank that has most."""
     import torch
 
     from layerloop.components.policy.sampling import Plan
 
-    rollout = place.recipe.rollout
+    rollout = campaign.recipe.rollout
     calls = torch.zeros(world_size(), dtype=torch.int64)
     for group in todo:
         plan = Plan(
@@ -130,7 +130,7 @@ def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
             outside="heun" if group.dynamics == "ode" else rollout.outside,
             share_prefix=rollout.share_prefix and group.window_size > 0,
         )
-        batches = -(-rollout.group_size // place.runtime.rollout.batch_size)
+        batches = -(-rollout.group_size // campaign.runtime.rollout.batch_size)
         calls[rank()] += plan.nfe(batches)  # a batch takes one sample's calls
     all_reduce_sum([calls])
     return int(calls.max() - calls[rank()])
@@ -150,26 +150,26 @@ def _check_same_policy(
             )
 
 
-def _resumed(place: Campaign, iteration: int, group: int, fingerprint: str, adapter: str | None) -> Manifest | None:
+def _resumed(campaign: Campaign, iteration: int, group: int, fingerprint: str, adapter: str | None) -> Manifest | None:
     """The manifest of a group whose shard an interrupted attempt left without one."""
-    folder = place.rollouts_dir(iteration)
+    folder = campaign.rollouts_dir(iteration)
     found = resume_group(
-        place.store,
+        campaign.store,
         folder,
         iteration,
         group,
-        group_size=place.recipe.rollout.group_size,
+        group_size=campaign.recipe.rollout.group_size,
         base_fingerprint=fingerprint,
         adapter_sha256=adapter,
     )
     if found is None:
         return None
     shard, record = found
-    return commit_group(place.store, folder, record, shard, model_calls=_model_calls(record))
+    return commit_group(campaign.store, folder, record, shard, model_calls=_model_calls(record))
 
 
 def _sample(
-    place: Campaign,
+    campaign: Campaign,
     iteration: int,
     sources: Manifest,
     todo: Sequence[GroupPlan],
@@ -183,22 +183,24 @@ def _sample(
 
     if not todo:
         return []
-    images = {number: (key, image) for number, key, image in read_images(place.store, sources, [p.image for p in todo])}
-    folder = place.rollouts_dir(iteration)
+    images = {
+        number: (key, image) for number, key, image in read_images(campaign.store, sources, [p.image for p in todo])
+    }
+    folder = campaign.rollouts_dir(iteration)
     bad_layers: list[float] = []
     with ThreadPoolExecutor(max_workers=1) as writer:  # images are encoded and sent while the next group is sampled
         written: dict[int, Future[Manifest]] = {}
         for plan in progress(todo, what="sampling", unit="groups") if rank() == 0 else todo:
             key, image = images[plan.image]
             group = sample_group(
-                policy, place.recipe, iteration, plan, key, image, prompt_embeds, adapter,
-                batch_size=place.runtime.rollout.batch_size,
+                policy, campaign.recipe, iteration, plan, key, image, prompt_embeds, adapter,
+                batch_size=campaign.runtime.rollout.batch_size,
             )  # fmt: skip
             bad_layers.append(mean_bad_layers(group.stacks))
             if written:
                 next(reversed(written.values())).result()  # so that one group at most waits for the store
             calls = _model_calls(group.record)
-            written[plan.group] = writer.submit(write_group, place.store, folder, group, model_calls=calls)
+            written[plan.group] = writer.submit(write_group, campaign.store, folder, group, model_calls=calls)
         finished |= {number: future.result() for number, future in written.items()}
     return bad_layers
 
@@ -268,7 +270,7 @@ def _result(
 
 main = functools.partial(
     step_main, run, iteration_from="policy", iteration_offset=1, beyond=("rollouts", "rollouts"),
-    spread=ranks.spread, store=open_store,
+    launch=ranks.launch_per_gpu, store=open_store,
 )  # fmt: skip
 
 if __name__ == "__main__":

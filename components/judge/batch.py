@@ -102,7 +102,7 @@ class Batches:
             waiting = self._waiting.setdefault(name, {})
             waiting[key] = future
             if len(waiting) == 1:
-                self._start(self._follow(name, waiting))
+                self._start_task(self._resume_batch(name, waiting))
             return await future
         line = b'{"custom_id": "%s", "method": "POST", "url": "%s", "body": %s}\n' % (
             key.encode(),
@@ -111,33 +111,33 @@ class Batches:
         )
         limit = self.runtime.max_megabytes << 20
         if self._gathering.waiting and self._gathering.size + len(line) > limit:
-            self._seal()
+            self._send_gathered()
         gathering = self._gathering
         gathering.file.write(line)
         gathering.size += len(line)
         gathering.last = time.monotonic()
         gathering.waiting[key] = future
         if len(gathering.waiting) >= self.runtime.max_requests:
-            self._seal()
+            self._send_gathered()
         elif self._closer is None or self._closer.done():
-            self._closer = asyncio.create_task(self._seal_when_quiet())
+            self._closer = asyncio.create_task(self._send_when_quiet())
         return await future
 
     # --------------------------------------------------------------------------------------------------------- sending
 
-    async def _seal_when_quiet(self) -> None:
+    async def _send_when_quiet(self) -> None:
         while self._gathering.waiting:
             rest = self._gathering.last + self.runtime.linger_seconds - time.monotonic()
             if rest <= 0:
-                self._seal()
+                self._send_gathered()
                 return
             await asyncio.sleep(rest)
 
-    def _seal(self) -> None:
+    def _send_gathered(self) -> None:
         gathering, self._gathering = self._gathering, _Gathering()
-        self._start(self._run(gathering), gathering.waiting)
+        self._start_task(self._run(gathering), gathering.waiting)
 
-    def _start(self, work: Any, waiting: Mapping[str, asyncio.Future[bytes]] | None = None) -> None:
+    def _start_task(self, work: Any, waiting: Mapping[str, asyncio.Future[bytes]] | None = None) -> None:
         """Run `work`; what goes wrong in it goes wrong for everyone who waits."""
 
         async def guarded() -> None:
@@ -165,8 +165,10 @@ class Batches:
         finally:
             gathering.file.close()
         api = self.connection.openai
-        uploaded = await self._try(lambda: api.files.create(file=("requests.jsonl", data), purpose="batch"))
-        batch = await self._try(
+        uploaded = await self._call_with_retries(
+            lambda: api.files.create(file=("requests.jsonl", data), purpose="batch")
+        )
+        batch = await self._call_with_retries(
             lambda: api.batches.create(
                 input_file_id=uploaded.id,
                 endpoint=ENDPOINT,  # type: ignore[arg-type]
@@ -177,38 +179,38 @@ class Batches:
         self.sent += 1
         entry["batch"] = batch.id
         await asyncio.to_thread(self.ledger.enter, name, entry)
-        await self._collect(name, gathering.waiting)
+        await self._collect_answers(name, gathering.waiting)
 
-    async def _follow(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
+    async def _resume_batch(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
         """Pick up a batch of an earlier run. If it was never made, its requests are free to be sent again."""
         try:
             await asyncio.sleep(self.runtime.linger_seconds)  # let those who ask again gather, then deal out once
             entry = self._entries[name]
             if entry["batch"] is None:
-                entry["batch"] = await self._find(name)
+                entry["batch"] = await self._find_batch(name)
             if entry["batch"] is None:
                 for key in entry["keys"]:
                     self._known.pop(key, None)
-                self._deal({}, waiting, "batch_lost")
+                self._deliver({}, waiting, "batch_lost")
                 return
-            await self._collect(name, waiting)
+            await self._collect_answers(name, waiting)
         except Exception as error:
             for future in waiting.values():
                 if not future.done():
                     future.set_exception(error)
 
-    async def _find(self, name: str) -> str | None:
-        page = await self._try(lambda: self.connection.openai.batches.list(limit=100))
+    async def _find_batch(self, name: str) -> str | None:
+        page = await self._call_with_retries(lambda: self.connection.openai.batches.list(limit=100))
         return next((batch.id for batch in page.data if (batch.metadata or {}).get(LABEL) == name), None)
 
     # ------------------------------------------------------------------------------------------------------ collecting
 
-    async def _collect(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
+    async def _collect_answers(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
         """Wait for a batch to be over and deal out its answers."""
         entry, api = self._entries[name], self.connection.openai
         until = time.monotonic() + self.runtime.max_hours * 3600
         while True:
-            batch = await self._try(lambda: api.batches.retrieve(entry["batch"]))
+            batch = await self._call_with_retries(lambda: api.batches.retrieve(entry["batch"]))
             if batch.status in OVER:
                 break
             if time.monotonic() > until:
@@ -220,7 +222,7 @@ class Batches:
         answers: dict[str, tuple[int, bytes]] = {}
         for file in (batch.output_file_id, batch.error_file_id):
             if file:
-                content = await self._try(lambda file=file: api.files.content(file))
+                content = await self._call_with_retries(lambda file=file: api.files.content(file))
                 answers |= read_output(content.content)
         entry["failed"] = [key for key in entry["keys"] if answers.get(key, (0, b""))[0] != 200]
         await asyncio.to_thread(self.ledger.enter, name, entry)
@@ -229,9 +231,9 @@ class Batches:
         if batch.status == "failed" and not answers:
             errors = [e.message for e in (batch.errors.data or [])] if batch.errors else []
             raise LayerloopError(f"batch {batch.id} failed ({'; '.join(map(str, errors[:3])) or 'no reason given'})")
-        self._deal(answers, waiting, f"batch_{batch.status}")
+        self._deliver(answers, waiting, f"batch_{batch.status}")
 
-    def _deal(
+    def _deliver(
         self, answers: Mapping[str, tuple[int, bytes]], waiting: Mapping[str, asyncio.Future[bytes]], missing: str
     ) -> None:
         for key, future in waiting.items():
@@ -246,11 +248,13 @@ class Batches:
             elif status in FATAL:
                 future.set_exception(LayerloopError(f"judge {self.connection.url} {FATAL[status]} (HTTP {status})"))
             else:
-                problem = UnusableError(f"http_{status}", _said(body), retry=status in TRANSIENT or status >= 500)
+                problem = UnusableError(
+                    f"http_{status}", _error_message(body), retry=status in TRANSIENT or status >= 500
+                )
                 future.set_exception(TransportError(problem, status=status))
         self._early |= {key: body for key, (status, body) in answers.items() if status == 200 and key not in waiting}
 
-    async def _try(self, call: Any) -> Any:
+    async def _call_with_retries(self, call: Any) -> Any:
         """An API call about batches, retried while the judge cannot be reached or is busy."""
         import openai
 
@@ -288,7 +292,7 @@ def read_output(data: bytes) -> dict[str, tuple[int, bytes]]:
     return answers
 
 
-def _said(body: bytes) -> str:
+def _error_message(body: bytes) -> str:
     value = json.loads(body)
     error = value.get("error") if isinstance(value, dict) else None
     return str(error.get("message") if isinstance(error, dict) else error)[:200]

@@ -139,8 +139,8 @@ class Judge:
             LayerloopError: the judge is gone, or it refuses the key.
         """
         last = UnusableError("no_json")
-        for draw in range(self.recipe.redraws + 1):
-            key = self._address(request, sample, draw)
+        for redraw in range(self.recipe.redraws + 1):
+            key = self._address(request, sample, redraw)
             try:
                 if key in self.replies:
                     body = await asyncio.to_thread(self.replies.get, key)
@@ -148,7 +148,7 @@ class Judge:
                     self.statistics.count(body)
                     reply = read_body(body)
                 else:
-                    reply = await self._fetch(request, key, sample, draw, priority)
+                    reply = await self._fetch(request, key, sample, redraw, priority)
                 scores = parse(request, reply)
                 if self.recipe.extraction == "expected":
                     scores, missing = expected_scores(request, reply, scores)
@@ -161,12 +161,12 @@ class Judge:
                 self.statistics.invalid_retries += 1
         raise last
 
-    def _address(self, request: Request, sample: int, draw: int) -> str:
+    def _address(self, request: Request, sample: int, redraw: int) -> str:
         recipe = self.recipe
-        what = [request.digest, recipe.model, repr(recipe.temperature), recipe.extraction, self.seed, sample, draw]
+        what = [request.digest, recipe.model, repr(recipe.temperature), recipe.extraction, self.seed, sample, redraw]
         return hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()
 
-    async def _fetch(self, request: Request, key: str, sample: int, draw: int, priority: int) -> Reply:
+    async def _fetch(self, request: Request, key: str, sample: int, redraw: int, priority: int) -> Reply:
         """One stored reply, over as many attempts as the runtime allows.
 
         A body that is not a completion (HTML of a proxy, half a body) counts as a failure of transport: nothing was
@@ -179,11 +179,11 @@ class Judge:
                 if self.batches is not None:
                     features = self.features
                     self.statistics.sent += 1
-                    body = await self.batches(key, self._payload(request, features, sample, draw))
+                    body = await self.batches(key, self._payload(request, features, sample, redraw))
                 else:
                     async with self.limiter.slot(priority, ticket):
                         features = self.features  # as other requests left them while this one waited
-                        payload = self._payload(request, features, sample, draw)
+                        payload = self._payload(request, features, sample, redraw)
                         body = await self._send(payload, (request.kind, request.rows, request.images), given_up)
                 return await self._accept(key, body)
             except TransportError as error:
@@ -203,9 +203,9 @@ class Judge:
             await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
             delay = min(2 * delay, LONGEST_DELAY)
 
-    def _payload(self, request: Request, features: EndpointFeatures, sample: int, draw: int) -> bytes:
-        seed = seed_for(request.digest, self.seed, sample, draw) & 0x7FFFFFFF
-        temperature = max(self.recipe.temperature, RETRY_TEMPERATURE) if draw else self.recipe.temperature
+    def _payload(self, request: Request, features: EndpointFeatures, sample: int, redraw: int) -> bytes:
+        seed = seed_for(request.digest, self.seed, sample, redraw) & 0x7FFFFFFF
+        temperature = max(self.recipe.temperature, RETRY_TEMPERATURE) if redraw else self.recipe.temperature
         return features.payload(request, self.recipe, seed=seed, temperature=temperature)
 
     async def _send(self, payload: bytes, shape: tuple[str, int, int], given_up: int) -> bytes:

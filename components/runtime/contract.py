@@ -57,7 +57,7 @@ def step_main(
     iteration_offset: int = 0,
     beyond: tuple[str, Kind | str] | None = None,
     store: Callable[[str], Objects] | None = None,
-    spread: Callable[[str, Sequence[str], Mapping[str, Any]], int | None] | None = None,
+    launch: Callable[[str, Sequence[str], Mapping[str, Any]], int | None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run a step from its command line or from `--executor-input`.
@@ -103,8 +103,8 @@ def step_main(
         missing = [_flag(p.name) for p in _parameters(run) if p.name not in arguments and p.default is p.empty]
         if missing:
             parser.error(f"these are required: {', '.join(missing)}")
-        if spread is not None:
-            status = spread(f"layerloop.components.{name}", sys.argv[1:] if argv is None else argv, arguments)
+        if launch is not None:
+            status = launch(f"layerloop.components.{name}", sys.argv[1:] if argv is None else argv, arguments)
             if status is not None:
                 return status
         log(f"started {name} {_seconds_since_process_start():.3f} s after process start")
@@ -335,7 +335,7 @@ def artifact_metadata(manifest: Manifest) -> dict[str, Any]:
 
 def _write_outputs(result: StepResult, outputs: Mapping[str, Any]) -> None:
     """Write what the step made of what the task asks for, and the output file that tells of it."""
-    told: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     for name, listed in (outputs.get("artifacts") or {}).items():
         artifact = listed["artifacts"][0]
         made = _output(result, name)
@@ -343,7 +343,7 @@ def _write_outputs(result: StepResult, outputs: Mapping[str, Any]) -> None:
             continue
         data, metadata = made
         _write(local_path(artifact["uri"]), data)
-        told[name] = {
+        written[name] = {
             "artifacts": [
                 {
                     "name": artifact.get("name", name),
@@ -363,7 +363,7 @@ def _write_outputs(result: StepResult, outputs: Mapping[str, Any]) -> None:
     if outputs.get("outputFile"):
         _write(
             Path(outputs["outputFile"]),
-            json.dumps({"parameterValues": values, "artifacts": told}, allow_nan=False).encode(),
+            json.dumps({"parameterValues": values, "artifacts": written}, allow_nan=False).encode(),
         )
 
 

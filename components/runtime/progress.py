@@ -32,14 +32,14 @@ def progress(iterable: Iterable[T], *, what: str, unit: str, total: int | None =
 
         yield from tqdm(iterable, desc=what, unit=f" {unit}", total=total, dynamic_ncols=True, file=sys.stderr)
         return
-    start = said = time.monotonic()
+    start = logged = time.monotonic()
     count = 0
     for item in iterable:
         yield item
         count += 1
         now = time.monotonic()
-        if now - said >= max(LINE_SECONDS, min(60.0, (now - start) / 50)) and count != total:
-            said = now
+        if now - logged >= max(LINE_SECONDS, min(60.0, (now - start) / 50)) and count != total:
+            logged = now
             log(progress_line(what, unit, count, total, now - start))
     log(f"{what}: {count} {unit} in {_duration(time.monotonic() - start)}")
 

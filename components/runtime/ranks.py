@@ -17,7 +17,7 @@ from layerloop.components.schema.errors import LayerloopError
 VARIABLE = "LAYERLOOP_PROCESSES"
 
 
-def spread(module: str, argv: Sequence[str], arguments: Mapping[str, object]) -> int | None:
+def launch_per_gpu(module: str, argv: Sequence[str], arguments: Mapping[str, object]) -> int | None:
     """Run `python -m module argv` in as many processes as are wanted, where that is more than this one.
 
     `arguments`, those of the step's `run`, make no difference here.
@@ -28,14 +28,14 @@ def spread(module: str, argv: Sequence[str], arguments: Mapping[str, object]) ->
     Raises:
         LayerloopError: $LAYERLOOP_PROCESSES is no number that can be.
     """
-    processes = wanted()
+    processes = num_processes()
     if processes == 1:
         return None
     log(f"running {module} in {processes} processes")
     return launch(module, argv, processes=processes)
 
 
-def wanted() -> int:
+def num_processes() -> int:
     """How many processes the step is to run in: $LAYERLOOP_PROCESSES, else one per visible GPU, at least 1; 1 in a
     process that is a rank already.
 

@@ -44,7 +44,7 @@ def shard_dataset(
         evaluate: When a run evaluates: `end`, `every-run`, `never`; `only` is a run that does nothing else.
         iteration: With `only`, whose adapter; 0 for the head.
         until: The campaign's target; 0 for none.
-        max_failures: Runs in a row without progress after which no further one begins; 0 for no limit.
+        max_failures: Runs in a row without progress after which no further one starts; 0 for no limit.
         run_id: KFP's id of the run.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """

@@ -146,7 +146,7 @@ class LocalStore(Store):
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
                 raise
-            say_once(f"{self.uri}: this file system has no hard links, so create-only writes are check-then-rename")
+            warn_once(f"{self.uri}: this file system has no hard links, so create-only writes are check-then-rename")
             if path.exists():
                 return False
             os.replace(temporary, path)
@@ -165,6 +165,6 @@ def _fsync_folder(path: Path) -> None:
 
 
 @functools.cache
-def say_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """One line in the log of this process, however often the occasion arises."""
     logging.getLogger(__name__).warning(message)

@@ -173,18 +173,18 @@ class S3Store(Store):
 
     def _ignores_conditions(self) -> bool:
         """Whether this bucket overwrites in spite of `If-None-Match: *`; tried once per process on a probe object."""
-        place = f"{self._endpoint}/{self.bucket}"
-        if place not in _ignores_conditions:
+        bucket_uri = f"{self._endpoint}/{self.bucket}"
+        if bucket_uri not in _ignores_conditions:
             name = f".conditional-write-probe-{secrets.token_hex(8)}"
             self.write(name, b"")
-            _ignores_conditions[place] = not self._refuses_to_overwrite(name)
+            _ignores_conditions[bucket_uri] = not self._refuses_to_overwrite(name)
             with contextlib.suppress(LayerloopError):  # credentials that may not delete are fine otherwise
                 self.delete(name)
-            if _ignores_conditions[place]:
+            if _ignores_conditions[bucket_uri]:
                 logging.getLogger(__name__).warning(
                     "s3://%s: no conditional writes here, so create-only writes are check-then-put", self.bucket
                 )
-        return _ignores_conditions[place]
+        return _ignores_conditions[bucket_uri]
 
     def _refuses_to_overwrite(self, name: str) -> bool:
         """Whether a create-only put of an existing object fails for being one, not for having the header."""
