@@ -1,4 +1,4 @@
-"""One group, from an image to its candidates."""
+"""Sampling of one group: from an image to its candidates."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ class GroupPlan:
 def plan_iteration(recipe: Recipe, iteration: int, images: int) -> list[GroupPlan]:
     """All groups of `iteration`, of a train split with `images` images.
 
-    The split is passed over again and again, each epoch in another order; an iteration takes up where the one before
-    it stopped. L is uniform in [min_layers, max_layers].
+    The split is traversed in epochs, each in another order; an iteration continues where the one before it
+    stopped. L is uniform in [min_layers, max_layers].
     """
     rollout, seed = recipe.rollout, recipe.seed
     layer_counts = rollout.max_layers - rollout.min_layers + 1

@@ -59,7 +59,7 @@ def run(
     Every group is committed on its own, so an interrupted iteration is finished by any number of workers.
 
     Args:
-        loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
+        loaded: A policy of this campaign in memory, of any iteration: its base is reused.
         campaign: Root URI of the campaign.
         iteration: Which iteration to sample; by default the one after the last committed policy.
         worker: This worker's number, from 0; it takes the groups g with g % workers == worker.
@@ -69,8 +69,8 @@ def run(
 
     Raises:
         LayerloopError: no such worker; the sources or the policy before this iteration are not committed; the model
-            cannot be loaded or does not fit the images, or is not the one that other groups of the iteration were
-            sampled with; NaN in latents. Groups that were finished until then stay committed.
+            cannot be loaded or does not fit the images, or differs from the one that other groups of the iteration were
+            sampled with; NaN in latents. Groups that were finished before stay committed.
     """
     started = time.monotonic()
     if not 0 <= worker < workers:
@@ -113,7 +113,7 @@ def run(
 
 
 def _missing_forward_calls(todo: Sequence[GroupPlan], campaign: Campaign) -> int:
-    """How many calls of the model this rank has to do less than the rank that has most."""
+    """Number of forward calls by which this rank has less work than the busiest one."""
     import torch
 
     from layerloop.components.policy.sampling import Plan
@@ -146,7 +146,7 @@ def _check_same_policy(
             raise LayerloopError(
                 f"group {group} of iteration {iteration} was sampled from base {theirs[0]!s:.12} with adapter "
                 f"{theirs[1]!s:.12}, the policy is now base {fingerprint:.12} with adapter {adapter!s:.12}: use the "
-                f"model that the campaign began with, or {REMEDY}"
+                f"model that the campaign started with, or {REMEDY}"
             )
 
 
@@ -212,7 +212,7 @@ def _model_calls(record: GroupRecord) -> int:
 
 
 def _gather(finished: Mapping[int, Manifest]) -> dict[int, Manifest]:
-    """What all ranks finished, by group."""
+    """Manifests that all ranks finished, by group."""
     if world_size() == 1:
         return dict(sorted(finished.items()))
     import torch.distributed as dist
@@ -226,7 +226,7 @@ def _gather(finished: Mapping[int, Manifest]) -> dict[int, Manifest]:
 
 
 def worker_manifest(iteration: int, groups: Mapping[int, Manifest], *, worker: int, workers: int) -> Manifest:
-    """What a worker made as one manifest, the artifact that Kubeflow shows. The campaign keeps those of the groups.
+    """One manifest of all groups of a worker: the artifact that Kubeflow shows. The campaign keeps one per group.
 
     Counts are those that all its groups have: earlier versions counted layers and model calls by worker only.
     """
@@ -258,7 +258,7 @@ def worker_manifest(iteration: int, groups: Mapping[int, Manifest], *, worker: i
 def _result(
     manifest: Manifest, *, seconds: float | None = None, sampled: int = 0, bad_layers: Sequence[float] = ()
 ) -> StepResult:
-    """What Kubeflow shows: the manifest's counts, and what this attempt measured of what it sampled itself."""
+    """Outputs for Kubeflow: the manifest's counts, and measurements of the groups that this attempt sampled."""
     metrics = {name: float(count) for name, count in manifest.counts.items()}
     metrics["megabytes"] = sum(shard.bytes for shard in manifest.shards) / 1e6
     if seconds is not None:

@@ -1,8 +1,8 @@
-"""Batch API mode: requests gather in a file, the file is uploaded and polled for, the answers are dealt out.
+"""Batch API mode: requests are gathered in a file, the file is uploaded and polled for, the answers are delivered.
 
-The rest of the judge does not notice: `await batches(key, payload)` takes the place of one HTTP request. A batch is
-sent when nothing has joined it for a while, which is when everybody waits, or when it is full. What is under way is
-entered in a ledger, so a step that was killed finds its batches again and pays for nothing twice.
+For the rest of the judge `await batches(key, payload)` replaces one HTTP request. A batch is sent when no request has
+joined it for a while, which is when everybody waits, or when it is full. Batches in progress are entered in a ledger,
+so a step that was killed finds them again and pays for nothing twice.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ POLL_FAILURES = 20  # in a row, until the judge counts as gone
 
 
 class Ledger(Protocol):
-    """Where batches under way are remembered; the step keeps it in the campaign. Called from worker threads."""
+    """Storage of the batches in progress; the step keeps it in the campaign. Called from worker threads."""
 
-    def entries(self) -> Mapping[str, dict[str, Any]]: ...
+    def entries(self) -> Mapping[str, dict[str, Any]]:
+        """State of every batch, by name."""
 
-    def enter(self, name: str, entry: dict[str, Any]) -> None: ...
+    def enter(self, name: str, entry: dict[str, Any]) -> None:
+        """Store the state of a batch under its name."""
 
 
 class LedgerMemory(dict[str, dict[str, Any]]):
@@ -62,27 +64,30 @@ class _Gathering:
 class Batches:
     """`Post` by batches. Use as `async with Batches(connection, runtime, ledger) as post`.
 
-    A batch that fails as a whole, or takes longer than the runtime allows, ends everything with a LayerloopError.
+    A batch that fails altogether, or takes longer than the runtime allows, ends everything with a LayerloopError.
     """
 
     def __init__(self, connection: Connection, runtime: BatchRuntime, ledger: Ledger) -> None:
         self.connection, self.runtime, self.ledger = connection, runtime, ledger
         self.sent = 0  # batches created
         self._gathering = _Gathering()
-        self._known: dict[str, str] = {}  # request key -> name of the ledger's entry that has it under way
+        self._known: dict[str, str] = {}  # request key -> name of the ledger's entry that has it in progress
         self._entries: dict[str, dict[str, Any]] = {}
-        self._waiting: dict[str, dict[str, asyncio.Future[bytes]]] = {}  # entry -> request key -> who waits
+        self._waiting: dict[
+            str, dict[str, asyncio.Future[bytes]]
+        ] = {}  # entry -> request key -> futures of its callers
         self._early: dict[str, bytes] = {}  # answers of batches of an earlier run that nobody has asked for yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._closer: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Read the ledger; batches of an earlier run are picked up as soon as one of their requests is asked again."""
+        """Read the ledger; batches of an earlier run are resumed as soon as one of their requests is asked again."""
         self._entries = dict(await asyncio.to_thread(self.ledger.entries))
         for name, entry in self._entries.items():
             self._known.update(dict.fromkeys(set(entry["keys"]) - set(entry["failed"]), name))
 
     async def close(self) -> None:
+        """Cancel all waiting; the ledger keeps the batches for the next run."""
         for task in (*self._tasks, *([self._closer] if self._closer else [])):
             task.cancel()
         self._gathering.file.close()
@@ -138,7 +143,7 @@ class Batches:
         self._start_task(self._run(gathering), gathering.waiting)
 
     def _start_task(self, work: Any, waiting: Mapping[str, asyncio.Future[bytes]] | None = None) -> None:
-        """Run `work`; what goes wrong in it goes wrong for everyone who waits."""
+        """Run `work`; its exception is raised in every waiting caller."""
 
         async def guarded() -> None:
             try:
@@ -153,8 +158,8 @@ class Batches:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, gathering: _Gathering) -> None:
-        """Upload, create, remember, follow. The ledger is written before the batch is made: a batch that a killed
-        step made and did not enter is found by the digest in its metadata."""
+        """Upload, create, record, collect. The ledger is written before the batch is created: a batch that a killed
+        step created and did not enter is found by the digest in its metadata."""
         name = gathering.digest
         entry: dict[str, Any] = {"keys": sorted(gathering.waiting), "batch": None, "failed": []}
         await asyncio.to_thread(self.ledger.enter, name, entry)
@@ -182,9 +187,9 @@ class Batches:
         await self._collect_answers(name, gathering.waiting)
 
     async def _resume_batch(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
-        """Pick up a batch of an earlier run. If it was never made, its requests are free to be sent again."""
+        """Resume a batch of an earlier run. If it was never created, its requests may be sent again."""
         try:
-            await asyncio.sleep(self.runtime.linger_seconds)  # let those who ask again gather, then deal out once
+            await asyncio.sleep(self.runtime.linger_seconds)  # let the callers that ask again gather, then deliver once
             entry = self._entries[name]
             if entry["batch"] is None:
                 entry["batch"] = await self._find_batch(name)
@@ -206,7 +211,7 @@ class Batches:
     # ------------------------------------------------------------------------------------------------------ collecting
 
     async def _collect_answers(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
-        """Wait for a batch to be over and deal out its answers."""
+        """Wait for a batch to end and deliver its answers."""
         entry, api = self._entries[name], self.connection.openai
         until = time.monotonic() + self.runtime.max_hours * 3600
         while True:
@@ -293,6 +298,7 @@ def read_output(data: bytes) -> dict[str, tuple[int, bytes]]:
 
 
 def _error_message(body: bytes) -> str:
+    """The message of an error body, at most 200 characters."""
     value = json.loads(body)
     error = value.get("error") if isinstance(value, dict) else None
     return str(error.get("message") if isinstance(error, dict) else error)[:200]

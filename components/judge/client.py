@@ -2,7 +2,7 @@
 
     scores, reply = await judge.ask(request)        or UnusableError with the reason of the mask
 
-Transport failures are retried with jitter, outside their slot. Unusable answers are asked again with another seed.
+Transport failures are retried with jitter, outside their slot. Unusable answers are redrawn with another seed.
 Replies are stored by the hash of what was asked as they come, and looked up before anything is sent.
 """
 
@@ -37,13 +37,15 @@ ABOUT_CONTENT = re.compile(r"image|picture|token|context|length|large|model", re
 
 
 class ReplyStore(Protocol):
-    """Where replies live; the step keeps them in the campaign. `get` and `put` are called from worker threads."""
+    """Storage of replies; the step keeps them in the campaign. `get` and `put` are called from worker threads."""
 
     def __contains__(self, key: str) -> bool: ...
 
-    def get(self, key: str) -> bytes: ...
+    def get(self, key: str) -> bytes:
+        """A stored reply."""
 
-    def put(self, key: str, data: bytes) -> None: ...
+    def put(self, key: str, data: bytes) -> None:
+        """Store a reply."""
 
 
 class ReplyMemory(dict[str, bytes]):
@@ -63,10 +65,10 @@ class Judge:
         url: Base URL of the API, ending in /v1 as a rule.
         recipe: How to judge.
         runtime: How to call the endpoint; by default JudgeRuntime's defaults.
-        replies: Where replies are kept and found again.
+        replies: Storage of replies; in memory by default.
         api_key: The environment's OPENAI_API_KEY by default.
         seed: Of the campaign; the sampling seed of every request follows from it.
-        ledger: Where batches under way are remembered, in batch mode.
+        ledger: Storage of the batches in progress, in batch mode.
     """
 
     def __init__(
@@ -198,7 +200,7 @@ class Judge:
                 continue
             attempts += 1
             if not problem.retry or attempts > self.runtime.retries:
-                problem.retry = False  # there was no answer that could be drawn again
+                problem.retry = False  # without an answer there is nothing to redraw
                 raise problem
             await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
             delay = min(2 * delay, LONGEST_DELAY)
@@ -261,7 +263,7 @@ class Judge:
         return reply
 
     def _downgrade_request(self, used: EndpointFeatures, message: str) -> bool:
-        """Give up the feature that a 4xx names, for all requests; whether the refused one is worth sending again.
+        """Give up the feature that a 4xx names, for all requests; returns whether to send the refused one again.
 
         A 4xx that names neither a parameter nor the content is taken for one about the JSON schema, as long as nothing
         was answered.
@@ -273,4 +275,4 @@ class Judge:
             if simpler is None:
                 return False
             self.features = simpler
-        return True  # another request found out meanwhile
+        return True  # another request has changed the features meanwhile

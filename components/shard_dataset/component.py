@@ -33,7 +33,7 @@ def shard_dataset(
         sources: Manifest of the shards of normalised images.
         policy: Manifest of the campaign's head; its metadata carries the iteration that the run continues from.
         metrics: Images read, rejected, dropped as duplicates, and kept in each split.
-        left: What is left for this run: `nothing`, `iterations`, or `everything`: evaluation and publication too.
+        left: Work left for this run: `nothing`, `iterations`, or `everything`: evaluation and publication too.
         recipe: Name of a packaged recipe, or the URI of a YAML file; empty for `default_recipe`. A campaign made with
             another recipe is refused.
         overrides: Changes of the recipe, section by section.

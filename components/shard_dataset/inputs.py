@@ -1,4 +1,4 @@
-"""Where source images come from: files in a folder, a glob, WebDataset tars or parquet tables, here or on S3.
+"""Sources of images: files in a folder, a glob, WebDataset tars or parquet tables, here or on S3.
 
 Inputs are found by listing only, so that a wrong path is reported at once; then read one by one. An image that cannot
 be read is an item with a problem, never the end of the step.

@@ -54,14 +54,17 @@ class Gathered:
 
     @property
     def rejects(self) -> list[Refused]:
+        """Inputs that cannot be used."""
         return [item for item in self.refused if item.kind == "reject"]
 
     @property
     def duplicates(self) -> int:
+        """Number of duplicates."""
         return len(self.refused) - len(self.rejects)
 
     @property
     def seen(self) -> int:
+        """Number of inputs read."""
         return len(self.keys) + len(self.refused)
 
 

@@ -26,6 +26,7 @@ class Spool:
         self._file.close()
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
+        """Append a sample."""
         positions = {}
         for suffix, data in members.items():
             positions[suffix] = (self._file.seek(0, 2), len(data))

@@ -57,7 +57,7 @@ class Stretch:
         return cls(run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures)
 
     def left(self, head: int) -> str:
-        """What this run has to do: `iterations`, or `everything`: it evaluates and publishes after them, in mode `end`
+        """The work of this run: `iterations`, or `everything`: it evaluates and publishes after them, in mode `end`
         not before the target."""
         finishes = self.evaluate != "end" or not self.until or head + self.iterations >= self.until
         return "everything" if finishes else "iterations"
@@ -100,8 +100,8 @@ class Stretch:
             self._end_chain()
             raise LayerloopError(
                 f"{len(idle)} runs in a row ({', '.join(idle[-5:])}) left campaign {store.uri} without progress "
-                f"({mark}) and max_failures is {self.max_failures}: look at their logs, fix the cause, and start a run with "
-                f"max_failures 0; its progress resets the count (so does deleting {RUNS}/ of the campaign)"
+                f"({mark}) and max_failures is {self.max_failures}: look at their logs, fix the cause, and start a "
+                f"run with max_failures 0; its progress resets the count (so does deleting {RUNS}/ of the campaign)"
             )
         record = {"run": self.run_id, "started": time.time(), "mark": mark}
         store.create(f"{RUNS}/{self.run_id}.json", (json.dumps(record, sort_keys=True) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Which of a policy's weights are the result: what is evaluated, and what is published."""
+"""The weights of a policy that are evaluated and published."""
 
 from __future__ import annotations
 

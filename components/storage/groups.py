@@ -23,8 +23,8 @@ SOURCE, CONDITION, TRAJECTORY = "source.png", "condition.safetensors", "trajecto
 
 @dataclass(frozen=True)
 class SampledGroup:
-    """A group as it was sampled: `image[H, W, 4]` and `stacks[G, L, H, W, 4]` uint8, `condition[h*w, C]`,
-    `window[G, w+1, S, C]` and `final[G, S, C]` float32. `window` is left out of the shard where there is none."""
+    """A sampled group: `image[H, W, 4]` and `stacks[G, L, H, W, 4]` uint8, `condition[h*w, C]`,
+    `window[G, w+1, S, C]` and `final[G, S, C]` float32. A `window` of size 0 is left out of the shard."""
 
     record: GroupRecord
     image: np.ndarray
@@ -74,7 +74,7 @@ class Candidate:
         """Its layers `(L, H, W, 4)` uint8, straight RGBA, bottom first.
 
         Raises:
-            LayerloopError: a layer is not a PNG of ours or not of the group's size.
+            LayerloopError: a layer is not a PNG of this project or not of the group's size.
         """
         return np.stack(
             [
@@ -133,8 +133,8 @@ def read_group(store: Store, shard: Shard, iteration: int, number: int, *, layer
     """
 
     def wanted(suffix: str) -> bool:
-        pictures, tensors = suffix.endswith(".png"), suffix.endswith(".safetensors")
-        return suffix == "json" or (layers and pictures) or (latents and tensors)
+        images, tensors = suffix.endswith(".png"), suffix.endswith(".safetensors")
+        return suffix == "json" or (layers and images) or (latents and tensors)
 
     group: GroupRecord | None = None
     own: Mapping[str, bytes] = {}
@@ -196,7 +196,7 @@ def _png(members: Mapping[str, bytes], name: str, shape: tuple[int, ...], *, whe
 
 
 def _tensor(members: Mapping[str, bytes], member: str, name: str, shape: tuple[int, ...], *, where: str) -> np.ndarray:
-    """One finite float32 tensor of a safetensors member. No other tensor of it is looked at."""
+    """One finite float32 tensor of a safetensors member. Its other tensors are ignored."""
     from safetensors import SafetensorError, deserialize
 
     try:

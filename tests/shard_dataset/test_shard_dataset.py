@@ -378,17 +378,17 @@ def test_other_images_than_the_campaigns_are_refused(
     local_campaign: str, recipe: str, folder: Path, tmp_path: Path
 ) -> None:
     run(campaign=local_campaign, recipe=recipe, images=str(folder))
-    go_on = "leave it empty to go on with the committed sources, or begin another campaign"
+    remedy = "leave it empty to continue with the committed sources, or start another campaign"
     with pytest.raises(LayerloopError) as caught:
         run(campaign=local_campaign, recipe=recipe, images=str(folder / "more"))
-    assert str(caught.value) == f"images is {folder}/more but the campaign's sources were made of {folder}: {go_on}"
+    assert str(caught.value) == f"images is {folder}/more but the campaign's sources were made of {folder}: {remedy}"
     with pytest.raises(LayerloopError) as caught:
         run(campaign=local_campaign, recipe=recipe, images="", designs=str(tmp_path))
-    assert str(caught.value) == f"designs is {tmp_path} but the campaign's sources were made of none: {go_on}"
+    assert str(caught.value) == f"designs is {tmp_path} but the campaign's sources were made of none: {remedy}"
     (folder / "new.png").write_bytes(b"x")
     with pytest.raises(LayerloopError) as caught:
         run(campaign=local_campaign, recipe=recipe, images=str(folder))
-    assert str(caught.value) == f"images {folder} has other files than when the campaign's sources were made: {go_on}"
+    assert str(caught.value) == f"images {folder} has other files than when the campaign's sources were made: {remedy}"
 
 
 def test_another_recipe_is_refused_before_anything_is_read(local_campaign: str, recipe: str, folder: Path) -> None:
@@ -652,7 +652,7 @@ def test_a_recipe_whose_prompt_could_not_be_embedded_can_be_mended_in_the_same_c
 def test_an_embedding_without_a_recipe_beside_it_is_not_believed(
     tmp_path: Path, recipe: str, folder: Path, base: Path
 ) -> None:
-    """Someone deleted recipe.json to begin anew with another model; what is left of the first attempt is of no use."""
+    """Someone deleted recipe.json to start again with another model; the rest of the first attempt is of no use."""
     text = recipe.replace("/no/such/model", str(base))
     run(campaign=f"{tmp_path}/clean", recipe=text, images=str(folder))
     open_store(f"{tmp_path}/c").write("sources/prompt.safetensors", b"of another model")

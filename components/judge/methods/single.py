@@ -1,4 +1,4 @@
-"""What the methods of phase 1 share: one candidate as the judge is shown it."""
+"""Shared by the methods of phase 1: the parts of a request that show one candidate."""
 
 from __future__ import annotations
 
