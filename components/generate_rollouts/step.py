@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
@@ -36,11 +35,6 @@ from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.manifests import verify
 from layerloop.components.storage.rollouts import commit_group, resume_group, write_group
 from layerloop.components.storage.stores import open_store
-
-if TYPE_CHECKING:
-    import torch
-
-    from layerloop.components.policy.model import LayeredPolicy
 
 _COUNTS = ("groups", "candidates", "layers", "model_calls")  # in the manifest of every group
 
@@ -95,19 +89,18 @@ def run(
             plans = plan_iteration(opened.recipe, current, train_images(sources))[worker::workers]
             sharded = shares_base(opened.runtime.model)
             here = policy_at(opened, current - 1, device=device, sharded=sharded, loaded=loaded)
-            policy, prompt, adapter = here.policy, here.prompt, here.adapter_sha256
-            _check_same_policy(committed, current, policy.fingerprint, adapter)
+            _check_same_policy(committed, current, here)
             finished: dict[int, Manifest] = {}
             todo: list[GroupPlan] = []
             for plan in plans[rank() :: world_size()]:
-                done = committed.get(plan.group) or _resumed(opened, current, plan.group, policy.fingerprint, adapter)
+                done = committed.get(plan.group) or _resumed(opened, current, plan.group, here)
                 finished |= {plan.group: done} if done else {}
                 todo += [] if done else [plan]
         # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
-        missing_calls = _missing_forward_calls(todo, opened) if policy.sharded else 0
-        with nullcontext() if policy.sharded else failing_together():
-            bad_layers = _sample(opened, current, sources, todo, finished, policy, prompt, adapter)
-            dummy_forwards(policy, prompt, missing_calls)
+        missing_calls = _missing_forward_calls(todo, opened) if here.policy.sharded else 0
+        with nullcontext() if here.policy.sharded else failing_together():
+            bad_layers = _sample(opened, current, sources, todo, finished, here)
+            dummy_forwards(here.policy, here.prompt, missing_calls)
         manifest = worker_manifest(current, _gather(finished), worker=worker, workers=workers)
     return _result(manifest, seconds=time.monotonic() - started, sampled=len(todo), bad_layers=bad_layers)
 
@@ -136,10 +129,9 @@ def _missing_forward_calls(todo: Sequence[GroupPlan], campaign: Campaign) -> int
     return int(calls.max() - calls[rank()])
 
 
-def _check_same_policy(
-    committed: Mapping[int, Manifest], iteration: int, fingerprint: str, adapter: str | None
-) -> None:
+def _check_same_policy(committed: Mapping[int, Manifest], iteration: int, here: LoadedPolicy) -> None:
     """Refuse to finish an iteration with another policy than its committed groups were sampled with."""
+    fingerprint, adapter = here.base_fingerprint, here.adapter_sha256
     for group, manifest in committed.items():
         theirs = manifest.metadata.get("base_fingerprint"), manifest.metadata.get("adapter_sha256")
         if theirs != (fingerprint, adapter):
@@ -150,7 +142,7 @@ def _check_same_policy(
             )
 
 
-def _resumed(campaign: Campaign, iteration: int, group: int, fingerprint: str, adapter: str | None) -> Manifest | None:
+def _resumed(campaign: Campaign, iteration: int, group: int, here: LoadedPolicy) -> Manifest | None:
     """The manifest of a group whose shard an interrupted attempt left without one."""
     folder = campaign.rollouts_dir(iteration)
     found = resume_group(
@@ -159,8 +151,8 @@ def _resumed(campaign: Campaign, iteration: int, group: int, fingerprint: str, a
         iteration,
         group,
         group_size=campaign.recipe.rollout.group_size,
-        base_fingerprint=fingerprint,
-        adapter_sha256=adapter,
+        base_fingerprint=here.base_fingerprint,
+        adapter_sha256=here.adapter_sha256,
     )
     if found is None:
         return None
@@ -174,9 +166,7 @@ def _sample(
     sources: Manifest,
     todo: Sequence[GroupPlan],
     finished: dict[int, Manifest],
-    policy: LayeredPolicy,
-    prompt_embeds: torch.Tensor,
-    adapter: str | None,
+    here: LoadedPolicy,
 ) -> list[float]:
     """Sample and commit the groups of `todo`; `finished` is filled in. Returns the bad layers of each, on average."""
     from layerloop.components.generate_rollouts.candidates import mean_bad_layers, sample_group
@@ -192,10 +182,8 @@ def _sample(
         written: dict[int, Future[Manifest]] = {}
         for plan in progress(todo, what="sampling", unit="groups") if rank() == 0 else todo:
             key, image = images[plan.image]
-            group = sample_group(
-                policy, campaign.recipe, iteration, plan, key, image, prompt_embeds, adapter,
-                batch_size=campaign.runtime.rollout.batch_size,
-            )  # fmt: skip
+            batch_size = campaign.runtime.rollout.batch_size
+            group = sample_group(here, campaign.recipe, iteration, plan, key, image, batch_size=batch_size)
             bad_layers.append(mean_bad_layers(group.stacks))
             if written:
                 next(reversed(written.values())).result()  # so that one group at most waits for the store

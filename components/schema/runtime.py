@@ -79,7 +79,7 @@ class JudgeRuntime(Record):
 
 
 class Runtime(Record):
-    """Where and how fast a campaign runs. Every value is optional; defaults fit the 20 B base at 640 pixels on one GPU."""
+    """Where and how fast a campaign runs. All values are optional and fit the 20 B base at 640 pixels and one GPU."""
 
     model: ModelRuntime = ModelRuntime()
     rollout: RolloutRuntime = RolloutRuntime()

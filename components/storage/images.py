@@ -37,7 +37,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
-        raise LayerloopError(f"image starts with {data[:12]!r}, which is not a known format: give a {_KINDS}") from None
+        raise LayerloopError(f"image starts with {data[:12]!r}, not a known format: give a {_KINDS}") from None
     except Image.DecompressionBombError:
         raise LayerloopError(
             f"image is more than twice over {max_pixels / 1e6:g} megapixels: make it smaller"

@@ -324,11 +324,11 @@ def test_parameters_arrive_in_their_declared_type(tmp_path: Path, name: str, giv
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("iteration", 3.5, "input parameter iteration is 3.5: give a whole number"),
-        ("iteration", "three", "input parameter iteration is 'three': give a whole number"),
-        ("iteration", True, "input parameter iteration is True: give a whole number"),
-        ("iteration", [3], "input parameter iteration is [3]: give a whole number"),
-        ("iteration", "inf", "input parameter iteration is 'inf': give a whole number"),
+        ("iteration", 3.5, "input parameter iteration is 3.5: give an integer"),
+        ("iteration", "three", "input parameter iteration is 'three': give an integer"),
+        ("iteration", True, "input parameter iteration is True: give an integer"),
+        ("iteration", [3], "input parameter iteration is [3]: give an integer"),
+        ("iteration", "inf", "input parameter iteration is 'inf': give an integer"),
         ("fast", "maybe", "input parameter fast is 'maybe': give true or false"),
         ("speed", 1, "input parameter speed is not one of campaign, iteration, worker, rate, fast, judge_url: "),
     ],
@@ -362,7 +362,7 @@ def test_a_list_of_artifacts_of_one_iteration_gives_that_iteration(tmp_path: Pat
         (policy(4, 5), "input artifact policy is of iterations 4, 5: give artifacts of one iteration"),
         ({}, "input artifact policy is not there: give artifacts of one iteration"),
         (policy(None), "input artifact policy (/nowhere/policy) has no iteration: give a step's manifest"),
-        (policy("x"), "input parameter policy.iteration is 'x': give a whole number"),
+        (policy("x"), "input parameter policy.iteration is 'x': give an integer"),
     ],
 )
 def test_an_iteration_that_cannot_be_told_is_one_line(
@@ -459,7 +459,7 @@ def test_a_mapping_arrives_as_one_or_as_text(tmp_path: Path, given: Any, expecte
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("update.steps=1", "input parameter overrides is no JSON"),
+        ("update.steps=1", "input parameter overrides is not JSON"),
         ("[1]", "input parameter overrides is [1]: give a JSON object"),
         (3, "input parameter overrides is 3: give a JSON object"),
     ],
@@ -478,7 +478,7 @@ def test_a_mapping_is_json_on_the_command_line(capsys: pytest.CaptureFixture[str
     assert step_main(merge, argv=["--overrides", '{"seed": 3}']) == 0
     assert merged == [{"seed": 3}]
     assert step_main(merge, argv=["--overrides", "seed=3"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --overrides is no JSON")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --overrides is not JSON")
 
 
 def test_an_argument_of_another_type_is_a_defect_of_the_step() -> None:

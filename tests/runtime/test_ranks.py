@@ -45,5 +45,5 @@ def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_number_that_cannot_be_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 8)
     monkeypatch.setenv("LAYERLOOP_PROCESSES", value)
-    with pytest.raises(LayerloopError, match=rf"LAYERLOOP_PROCESSES is '{value}': give a number from 1 to 8"):
+    with pytest.raises(LayerloopError, match=rf"LAYERLOOP_PROCESSES is '{value}': give an integer from 1 to 8"):
         ranks.num_processes()

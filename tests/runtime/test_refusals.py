@@ -1,4 +1,4 @@
-"""A refused task is not tried again as if it had crashed, and nothing else is held up by its refusal."""
+"""A refused task is not retried like a crashed one, and its refusal affects nothing else."""
 
 import json
 import time
@@ -76,7 +76,7 @@ def test_a_run_that_a_person_retries_is_tried_again(attempt: Attempts) -> None:
     attempt("wf-impl-1")
     errors.append(None)
     assert attempt("wf-impl-0")[0] == 0
-    assert attempt("wf-impl-1")[0] == 0  # an eviction after that is no refusal
+    assert attempt("wf-impl-1")[0] == 0  # an eviction after that is not a refusal
     assert len(calls) == 3
 
 

@@ -166,12 +166,12 @@ def test_what_cannot_be_read_is_listed_with_the_reason_and_counted(
     table = refused(campaign_uri)
     assert set(table) == set(spoiled)
     reasons = {origin: reason for origin, (kind, reason) in table.items() if kind == "reject"}
-    assert reasons["text.png"].startswith("image begins with b'I am no imag', as no known format does")
+    assert reasons["text.png"].startswith("image starts with b'I am no imag', not a known format")
     assert reasons["empty.jpg"].startswith("image is empty (0 bytes)")
     assert reasons["cut.png"].startswith("image is truncated or damaged")
     assert reasons["bomb.png"].startswith("image is more than twice over 100 megapixels")
     assert reasons["strip.png"].startswith("image is 3000 x 2, at most 0.0 pixels on its short side")
-    assert "as no known format does" in reasons["phone.heic"]
+    assert "which is not a known format" in reasons["phone.heic"]
     log = capsys.readouterr().err
     assert "rejected bomb.png: image is more than twice over 100 megapixels: make it smaller" in log
     assert "rejected 1 more images, listed in rejects.parquet" in log
@@ -184,7 +184,7 @@ def test_too_many_rejects_fail_the_step_with_nothing_committed(store_uri: str, r
         run(campaign=f"{store_uri}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=str(folder))
     assert str(caught.value) == (
         "8 of 15 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input or allow more; "
-        "the first is bad-0.png: image begins with b'text', as no known format does: give a PNG, JPEG, WebP, GIF, BMP, "
+        "the first is bad-0.png: image starts with b'text', not a known format: give a PNG, JPEG, WebP, GIF, BMP, "
         "TIFF, JPEG 2000 or AVIF"
     )
     assert open_store(store_uri).list() == []
@@ -448,7 +448,7 @@ def test_a_killed_run_leaves_nothing_committed_and_the_next_one_finishes(
         ("{tmp}/nowhere", f"images {{tmp}}/nowhere does not exist: {REMEDY}"),
         ("{tmp}/hollow", f"images {{tmp}}/hollow is empty: {REMEDY}"),
         ("{tmp}/text.png", "1 of 1 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input or "
-         f"allow more; the first is text.png: image begins with b'text', as no known format does: give a {KINDS}"),
+         f"allow more; the first is text.png: image starts with b'text', not a known format: give a {KINDS}"),
         ("{tmp}", "campaign {campaign} lies inside images {tmp}: choose a folder outside"),
     ],
 )  # fmt: skip

@@ -239,7 +239,7 @@ def test_a_new_campaign_without_a_recipe_lists_the_names(store_uri: str) -> None
     ("recipe", "line"),
     [
         ("# a recipe name: x seed: 1 model: base: tiny", "recipe is '# a recipe name: x seed: 1 model: base: '..., "),
-        ("papre", "recipe is papre, which is none of paper, study, tiny, and "),
+        ("papre", "recipe is papre, which is not one of paper, study, tiny, and "),
     ],
 )
 def test_what_a_form_makes_of_a_recipe_is_refused_with_the_way_to_say_it(recipe: str, line: str) -> None:

@@ -89,7 +89,7 @@ def test_an_empty_file_is_one_line() -> None:
 def test_text_and_formats_that_are_not_taken_are_told_by_their_first_bytes(data: bytes) -> None:
     with pytest.raises(LayerloopError) as caught:
         decode_image(data)
-    assert str(caught.value).startswith(f"image begins with {data[:12]!r}, as no known format does: give a PNG, JPEG")
+    assert str(caught.value).startswith(f"image starts with {data[:12]!r}, not a known format: give a PNG, JPEG")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
