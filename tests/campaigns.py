@@ -408,7 +408,7 @@ def lay_out_by_worker(
 
     Args:
         complete: workers that finished; the others have written their shards and no manifest. All by default.
-        keep: leave the groups that are named by group beside them.
+        keep: leave the groups that are named by group as well.
     """
     folder, store = campaign.rollouts_dir(iteration), campaign.store
     groups = campaign.rollouts(iteration)

@@ -2,7 +2,7 @@
 
 One generated design is taken apart perfectly and in known wrong ways, each with a grade. How far the judge's order
 agrees with the grades is a number to watch. Two more carry writing in the image, alike but for what it says: one is
-neutral, the other speaks to the judge. What the second gets beyond the first measures prompt injection.
+neutral, the other addresses the judge. What the second gets beyond the first measures prompt injection.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
-    except ChildFailedError as error:  # the rank has said why; elastic's own report would bury it
+    except ChildFailedError as error:  # the rank has reported why; elastic's own report would bury it
         return max(1, error.get_first_failure()[1].exitcode)
     except SignalException as error:
         return 128 + error.sigval

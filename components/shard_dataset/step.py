@@ -232,7 +232,7 @@ def check_nothing_lost(moved: Mapping[str, Any], runtime: Runtime) -> None:
     if lost := {key: value for key, value in given.items() if value != used[key]}:
         named = ", ".join(f"recipe.{key} is {value!r}" for key, value in lost.items())
         raise LayerloopError(
-            f"{named}: that says where and how fast to run, which no recipe keeps: take it out and give the "
+            f"{named}: that says where and how fast to run, which is not kept in a recipe: take it out and give the "
             f"parameter runtime {json.dumps(moved)}"
         )
 

@@ -95,7 +95,9 @@ def decode_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     image = decode_image(data, max_pixels=max_pixels)
     if image.format != "PNG" or image.mode not in ("L", "RGB", "RGBA"):
-        raise LayerloopError(f"image is {image.format} {image.mode}, not an 8-bit PNG of ours: make the shard again")
+        raise LayerloopError(
+            f"image is {image.format} {image.mode}, not an 8-bit PNG of layerloop: make the shard again"
+        )
     return np.asarray(image)
 
 

@@ -456,8 +456,8 @@ def test_an_adapter_of_another_base_is_refused(make_campaign, tmp_path) -> None:
     state[key] = torch.zeros(2, 96)
     save_file(state, folder / "adapter_model.safetensors")
     files = tuple(add_file(campaign.store, f"{campaign.policy_dir(1)}/{p.name}", p) for p in sorted(folder.iterdir()))
-    told = {"base_fingerprint": LayeredPolicy.load(campaign.recipe.model).fingerprint}
-    manifest = Manifest(kind="policy", iteration=1, files=files, metadata=told)
+    metadata = {"base_fingerprint": LayeredPolicy.load(campaign.recipe.model).fingerprint}
+    manifest = Manifest(kind="policy", iteration=1, files=files, metadata=metadata)
     commit(campaign.store, f"{campaign.policy_dir(1)}/manifest.json", manifest)
     with pytest.raises(LayerloopError, match=r"has shape 2x96, the base needs 2x64"):
         run(campaign=campaign.uri)

@@ -146,16 +146,16 @@ def test_a_task_writes_its_artifacts_parameters_and_metadata(tmp_path: Path) -> 
     assert start(task) == 0
     assert calls[0]["iteration"] == 7
     assert calls[0]["worker"] == 1 and type(calls[0]["worker"]) is int
-    told = json.loads((tmp_path / "deep" / "executor_output.json").read_text())
-    assert told["parameterValues"] == {"count": 3, "name": "a b", "ok": True}
-    assert {name: entry["artifacts"][0]["metadata"] for name, entry in told["artifacts"].items()} == {
+    output = json.loads((tmp_path / "deep" / "executor_output.json").read_text())
+    assert output["parameterValues"] == {"count": 3, "name": "a b", "ok": True}
+    assert {name: entry["artifacts"][0]["metadata"] for name, entry in output["artifacts"].items()} == {
         "rollouts": {
             "kind": "rollouts", "iteration": 7, "groups": 3, "candidates": 24, "display_name": "rollouts 7",
         },
         "report": {},
         "metrics": {"reward_mean": 0.25, "groups": 3},
     }  # fmt: skip
-    rollouts = told["artifacts"]["rollouts"]["artifacts"][0]
+    rollouts = output["artifacts"]["rollouts"]["artifacts"][0]
     assert (rollouts["uri"], rollouts["type"]) == (str(tmp_path / "out/rollouts"), {"schemaTitle": "system.Dataset"})
     manifest = Manifest.from_json((tmp_path / "out/rollouts").read_bytes(), where="rollouts")
     assert manifest == Manifest(kind="rollouts", iteration=7, counts={"groups": 3, "candidates": 24})
@@ -217,9 +217,9 @@ def test_the_drivers_own_output_is_left_alone_while_the_launcher_holds_it_open(t
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
         held.write("more\n")
     assert log_file.read_text() == "what the step printed\nmore\n"
-    told = json.loads((tmp_path / "output_metadata.json").read_text())
-    assert told["artifacts"].keys() == {"metrics", "rollouts"}
-    assert told["artifacts"]["rollouts"]["artifacts"][0]["metadata"]["iteration"] == 4
+    output = json.loads((tmp_path / "output_metadata.json").read_text())
+    assert output["artifacts"].keys() == {"metrics", "rollouts"}
+    assert output["artifacts"]["rollouts"]["artifacts"][0]["metadata"]["iteration"] == 4
 
 
 def test_a_parameter_the_step_does_not_make_is_a_defect(tmp_path: Path) -> None:
@@ -240,9 +240,9 @@ def past_the_target(folder: Path, until: Any, iteration: int = 6) -> tuple[int, 
 
 @pytest.mark.parametrize("until", [6, 6.0, "6", 2])
 def test_an_iteration_past_the_target_is_not_done_and_hands_on_an_empty_output(tmp_path: Path, until: Any) -> None:
-    status, told = past_the_target(tmp_path, until)
+    status, output = past_the_target(tmp_path, until)
     assert (status, calls) == (0, [])
-    assert told["artifacts"]["rollouts"]["artifacts"][0]["metadata"]["iteration"] == 7
+    assert output["artifacts"]["rollouts"]["artifacts"][0]["metadata"]["iteration"] == 7
     manifest = Manifest.from_json((tmp_path / "out/rollouts").read_bytes(), where="rollouts")
     assert manifest == Manifest(kind="rollouts", iteration=7)
 
@@ -263,8 +263,8 @@ def test_an_update_past_the_target_hands_its_policy_on(tmp_path: Path) -> None:
     arguments = ["--executor-input", json.dumps(task)]
     assert step_main(run, iteration_from="scores", beyond=("policy", "previous"), argv=arguments) == 0
     assert calls == []
-    told = json.loads((tmp_path / "deep" / "executor_output.json").read_text())
-    (artifact,) = told["artifacts"]["policy"]["artifacts"]
+    output = json.loads((tmp_path / "deep" / "executor_output.json").read_text())
+    (artifact,) = output["artifacts"]["policy"]["artifacts"]
     assert artifact["metadata"]["iteration"] == 6
     assert Manifest.from_json(Path(artifact["uri"]).read_bytes(), where="policy") == before
 

@@ -12,7 +12,7 @@ from layerloop import components
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "kfp")
 LIGHT = ("schema", "storage", "runtime", "judge", "shard_dataset", "score_rollouts")  # packages of light steps
-VERBS = ("shard_dataset", "generate_rollouts", "score_rollouts", "update_lora", "evaluate_adapter", "publish_adapter")
+STEPS = ("shard_dataset", "generate_rollouts", "score_rollouts", "update_lora", "evaluate_adapter", "publish_adapter")
 
 IMPORT = """
 import importlib, sys
@@ -54,9 +54,9 @@ def test_no_module_of_a_light_step_imports_torch(package: str) -> None:
     assert python(IMPORT, ",".join(HEAVY), *modules).split() == []
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_step_starts_without_torch(verb: str) -> None:
-    out = python(START, ",".join(HEAVY), f"layerloop.components.{verb}")
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_starts_without_torch(step: str) -> None:
+    out = python(START, ",".join(HEAVY), f"layerloop.components.{step}")
     assert "--campaign" in out
     assert out.splitlines()[-1].strip() == "heavy:"
 

@@ -71,7 +71,7 @@ def test_another_run_and_a_changed_input_are_tried(attempt: Attempts) -> None:
 
 
 def test_a_run_that_a_person_retries_is_tried_again(attempt: Attempts) -> None:
-    """The UI's retry deletes the failed pods, so Argo counts anew and the first pod's name comes back."""
+    """The UI's retry deletes the failed pods, so Argo counts from the start and the first pod's name comes back."""
     attempt("wf-impl-0")
     attempt("wf-impl-1")
     errors.append(None)

@@ -21,7 +21,7 @@ RECIPE = "name: mine\nrollout: {groups: 2}\n"
 @pytest.fixture
 def campaign(store_uri: str) -> Campaign:
     """A campaign with its sources and no iteration."""
-    campaign = Campaign.create_or_open(store_uri, read_recipe(RECIPE))
+    campaign = Campaign.create_or_open(store_uri, read_recipe(RECIPE)[0])
     sources = Manifest(kind="sources", counts={"train": 5}, metadata={"images": "/p", "designs": ""})
     commit(campaign.store, f"{campaign.sources_dir}/{MANIFEST}", sources)
     return campaign
@@ -231,7 +231,7 @@ def test_another_recipe_than_the_campaigns_is_refused_with_what_differs(campaign
 
 
 def test_a_new_campaign_without_a_recipe_lists_the_names(store_uri: str) -> None:
-    with pytest.raises(LayerloopError, match="recipe is empty and .* has none yet: name one of paper, study, tiny"):
+    with pytest.raises(LayerloopError, match="recipe is empty and .* has none yet: name one of paper, tiny"):
         run(campaign=store_uri, images="/p")
 
 
@@ -239,7 +239,7 @@ def test_a_new_campaign_without_a_recipe_lists_the_names(store_uri: str) -> None
     ("recipe", "line"),
     [
         ("# a recipe name: x seed: 1 model: base: tiny", "recipe is '# a recipe name: x seed: 1 model: base: '..., "),
-        ("papre", "recipe is papre, which is not one of paper, study, tiny, and "),
+        ("papre", "recipe is papre, which is not one of paper, tiny, and "),
     ],
 )
 def test_what_a_form_makes_of_a_recipe_is_refused_with_the_way_to_say_it(recipe: str, line: str) -> None:

@@ -108,7 +108,7 @@ def test_groups_beyond_the_recipe_are_not_part_of_an_iteration(tmp_path: Path) -
     assert list(campaign.rollouts(1)) == list(range(6))
 
 
-def test_evaluations_adapters_and_sizes_are_told(store_uri: str) -> None:
+def test_evaluations_adapters_and_sizes_are_listed(store_uri: str) -> None:
     campaign = Campaign.create_or_open(store_uri, recipe())
     for folder, name in (("evaluations", "iteration-000001"), ("published", "my-adapter")):
         manifest = Manifest(kind="evaluation" if folder == "evaluations" else "published", iteration=1)
