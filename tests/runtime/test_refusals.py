@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.refusals import BELIEVED
+from layerloop.components.runtime.refusals import KEPT_SECONDS
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.storage.stores import open_store
 
@@ -92,7 +92,7 @@ def test_an_old_refusal_is_not_believed(attempt: Attempts) -> None:
     store = open_store(attempt.campaign)
     (name,) = store.list("refusals/")
     record = json.loads(store.read(name))
-    store.write(name, json.dumps(record | {"at": time.time() - BELIEVED - 1}).encode())
+    store.write(name, json.dumps(record | {"at": time.time() - KEPT_SECONDS - 1}).encode())
     assert "same refusal" not in attempt("wf-impl-1")[1]
     assert len(calls) == 2
 

@@ -8,7 +8,7 @@ import pytest
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
-from layerloop.components.schema.recipe import Recipe
+from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.components.shard_dataset.step import choose_recipe, read_recipe, run
 from layerloop.components.shard_dataset.stretch import Stretch, refuse_ephemeral_folder
 from layerloop.components.storage.campaign import MANIFEST, Campaign
@@ -21,7 +21,7 @@ RECIPE = "name: mine\nrollout: {groups: 2}\n"
 @pytest.fixture
 def campaign(store_uri: str) -> Campaign:
     """A campaign with its sources and no iteration."""
-    campaign = Campaign.create_or_open(store_uri, read_recipe(RECIPE)[0])
+    campaign = Campaign.create_or_open(store_uri, parse_recipe(RECIPE))
     sources = Manifest(kind="sources", counts={"train": 5}, metadata={"images": "/p", "designs": ""})
     commit(campaign.store, f"{campaign.sources_dir}/{MANIFEST}", sources)
     return campaign
@@ -214,12 +214,12 @@ def test_without_a_policy_there_is_nothing_to_evaluate_and_that_is_no_failure(
 
 def test_a_run_that_says_nothing_takes_what_was_compiled_in_and_then_the_campaigns(campaign: Campaign) -> None:
     def chosen(recipe: str = "", default: str = "", **overrides: Any) -> Recipe:
-        return choose_recipe(recipe, overrides, default=default, store=campaign.store)
+        return choose_recipe(recipe, overrides, default=default, store=campaign.store)[0]
 
     assert chosen(default="name: compiled").name == "compiled"
     assert chosen() == campaign.recipe
     assert chosen("  tiny\n", default="name: compiled").name == "tiny"
-    assert chosen(default=RECIPE, rollout={"groups": 3.0}, update={"learning_rate": 1e-3}) == read_recipe(
+    assert chosen(default=RECIPE, rollout={"groups": 3.0}, update={"learning_rate": 1e-3}) == parse_recipe(
         "name: mine\nrollout: {groups: 3}\nupdate: {learning_rate: 0.001}"
     )
 
