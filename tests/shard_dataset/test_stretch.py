@@ -15,6 +15,8 @@ from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import commit
 from layerloop.components.storage.stores import open_store
 
+from ..campaigns import CampaignBuilder, drawn_group
+
 RECIPE = "name: mine\nrollout: {groups: 2}\n"
 
 
@@ -115,9 +117,7 @@ def test_any_committed_output_is_progress(campaign: Campaign, progress: str) -> 
     trained(campaign, 1)
     steps: dict[str, Callable[[], Any]] = {
         "policy": lambda: trained(campaign, 2),
-        "rollouts": lambda: commit(
-            campaign.store, f"{campaign.rollouts_dir(2)}/w00of01.json", Manifest(kind="rollouts", iteration=2)
-        ),
+        "rollouts": lambda: CampaignBuilder(campaign).put([drawn_group(0, iteration=2)]),
         "scores": lambda: commit(
             campaign.store, f"{campaign.scores_dir(2)}/{MANIFEST}", Manifest(kind="scores", iteration=2)
         ),
