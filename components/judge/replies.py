@@ -25,7 +25,7 @@ class UnusableError(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
-        self.retry = retry  # whether a redraw or a retry may help
+        self.retry = retry  # whether asking again may help
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class JudgeRecipe(Record):
     uncertainty_weighting: bool = False  # weigh a group's update by how far the judge's repeats agree
     artifact_penalty: float = Field(default=0.0, ge=0, le=1)  # reward lost by a stack whose layers are all bad, by rule
     canaries: bool = True  # score the known good and bad decompositions every iteration
-    redraws: int = Field(default=4, ge=0)  # retries after an unusable answer, before the candidate is masked
+    redraws: int = Field(default=4, ge=0)  # times that an unusable answer is asked for again, before a mask
     min_valid: int = Field(default=2, ge=2)  # valid candidates a group needs
     max_dropped_fraction: float = Field(default=0.25, ge=0, le=1)  # of groups; more fails the step
     phase2: PhaseTwoRecipe = PhaseTwoRecipe()
