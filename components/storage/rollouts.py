@@ -5,7 +5,7 @@
 
 Neither names nor bytes depend on which worker sampled the group or on how many workers there were, so every attempt at
 an iteration may have another number of them. Campaigns sampled by earlier versions have `w00of02-000000.tar` and one
-manifest per worker, `w00of02.json`, with its groups in the order of its shards: these are still read, but no longer written.
+manifest per worker, `w00of02.json`, with its groups in the order of its shards: these are read, but no longer written.
 """
 
 from __future__ import annotations
