@@ -289,7 +289,7 @@ def _result(place: Campaign, manifest: Manifest, fail_when_worse: bool) -> StepR
     )
 
 
-main = functools.partial(step_main, run, step=STEPS["evaluate_adapter"], spread=ranks.spread, store=open_store)
+main = functools.partial(step_main, run, step=STEPS["evaluate_adapter"], launch=ranks.launch_per_gpu, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())
