@@ -187,10 +187,6 @@ BANNED = {
 BANNED_ALLOWED = {  # file: names
     "components/layers/columns.py": {"place"},  # where a measure is quoted
     **{f"pipelines/{name}.py": {"place"} for name in ("cluster", "evaluate", "inputs", "train")},
-    "components/evaluate_adapter/decompose.py": {"told"},
-    "components/evaluate_adapter/step.py": {"place", "told"},
-    "components/publish_adapter/step.py": {"place"},
-    "components/update_lora/step.py": {"place"},
 }
 
 

@@ -286,7 +286,7 @@ def test_the_policy_of_the_iteration_before_samples(make_campaign, tmp_path) -> 
     assert record.adapter_sha256 == manifest.metadata["adapter_sha256"]
 
     policy = LayeredPolicy.load(campaign.recipe.model)
-    lora.load_adapter(policy, tmp_path / "adapter")
+    lora.put_adapter(policy.transformer, lora.read_adapter(tmp_path / "adapter"))
     found = samples(campaign, 2)
     latents = load(found["i000002-g000000-c00"]["trajectory.safetensors"])["window"]
     prompt = load(campaign.store.read("sources/prompt.safetensors"))["prompt_embeds"]
@@ -343,7 +343,9 @@ def test_the_adapter_that_a_campaign_starts_from_samples_and_is_what_the_learner
 
     alone = LayeredPolicy.load(campaign.recipe.model)
     assert not torch.equal(replayed(alone, campaign, 1)[1:], window_of(campaign, 1)[1:])
-    lora.load_adapter(alone, tmp_path / "adapter")  # the adapter itself, not by way of the recipe
+    lora.put_adapter(
+        alone.transformer, lora.read_adapter(tmp_path / "adapter")
+    )  # the adapter itself, not by way of the recipe
     assert torch.equal(replayed(alone, campaign, 1), window_of(campaign, 1))
 
     bare = make_campaign(rollout={"groups": 1})

@@ -541,17 +541,16 @@ def test_a_campaign_that_cannot_be_written_is_told_before_the_work(tmp_path: Pat
 def test_the_prompt_is_embedded_once_by_the_recipes_model(
     tmp_path: Path, recipe: str, folder: Path, base: Path
 ) -> None:
+    import torch
+    from diffusers import QwenImageLayeredPipeline
     from safetensors.numpy import load
-
-    from layerloop.components.policy.model import LayeredPolicy
 
     text = recipe.replace("/no/such/model", str(base)) + "lora: {rank: 2}\n"
     run(campaign=f"{tmp_path}/c", recipe=text, images=str(folder))
     opened = Campaign.open(f"{tmp_path}/c")
     embeds = load(read_file(opened.store, opened.sources().file("prompt.safetensors")))
-    expected = LayeredPolicy.load(parse_recipe(text).model, text_encoder=True).embed_prompt(
-        parse_recipe(text).model.prompt
-    )
+    pipeline = QwenImageLayeredPipeline.from_pretrained(base, processor=None, dtype=torch.float32)
+    expected = pipeline.encode_prompt(parse_recipe(text).model.prompt)[0][0]
     assert list(embeds) == ["prompt_embeds"]
     assert embeds["prompt_embeds"].dtype == np.float32
     assert np.array_equal(embeds["prompt_embeds"], expected.numpy())
@@ -606,8 +605,8 @@ def test_a_base_and_an_adapter_at_a_uri_are_checked_and_named_by_it(
         ),
         (
             {"lora": {"targets": ["to_k", "to_qq"]}},
-            "recipe.lora.targets has 'to_qq', which is no linear layer of the model: layers of a block are img_mod.1, "
-            "attn.to_q, attn.to_k, attn.to_v,",
+            "recipe.lora.targets has 'to_qq', which is not a linear layer of the model: layers of a block are "
+            "img_mod.1, attn.to_q, attn.to_k, attn.to_v,",
         ),
         (
             {"lora": {"targets": ["txt_mlp.net.2", "to_add_out"]}},
