@@ -24,7 +24,7 @@ from layerloop.components.schema.record import Record
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.schema.trajectory import GroupRecord, group_key
 from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.delivered import AVERAGE, SAMPLING
+from layerloop.components.storage.final_weights import AVERAGE, SAMPLING
 from layerloop.components.storage.groups import SampledGroup, samples_of
 from layerloop.components.storage.images import encode_png
 from layerloop.components.storage.manifests import add_file, commit
@@ -408,7 +408,7 @@ def lay_out_by_worker(
 
     Args:
         complete: workers that finished; the others have written their shards and no manifest. All by default.
-        keep: leave the groups that are named by group beside them.
+        keep: leave the groups that are named by group as well.
     """
     folder, store = campaign.rollouts_dir(iteration), campaign.store
     groups = campaign.rollouts(iteration)

@@ -13,7 +13,7 @@ from layerloop.components.evaluate_adapter.cases import Cases
 from layerloop.components.runtime.distributed import world_size
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
-from layerloop.components.storage.delivered import delivered_weights
+from layerloop.components.storage.final_weights import final_weights
 
 if TYPE_CHECKING:
     from layerloop.components.policy.model import LayeredPolicy
@@ -69,7 +69,7 @@ def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: 
     return {
         "campaign": recipe.name,
         "iteration": adapter.iteration,
-        "adapter_sha256": delivered_weights(adapter).sha256,
+        "adapter_sha256": final_weights(adapter).sha256,
         "lora": f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}",
         "base": model_name(recipe),
         "base_fingerprint": policy.fingerprint,

@@ -293,7 +293,7 @@ def _result(campaign: Campaign, manifest: Manifest, fail_when_worse: bool) -> St
     )
 
 
-main = functools.partial(step_main, run, step=STEPS["evaluate_adapter"], spread=ranks.spread, store=open_store)
+main = functools.partial(step_main, run, step=STEPS["evaluate_adapter"], launch=ranks.launch_per_gpu, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

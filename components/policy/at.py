@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.delivered import SAMPLING, delivered_weights
+from layerloop.components.storage.final_weights import SAMPLING, final_weights
 from layerloop.components.storage.folders import local_folder
 from layerloop.components.storage.manifests import read_file
 
@@ -124,7 +124,7 @@ def _apply_committed_adapter(campaign: Campaign, manifest: Manifest, policy: Lay
     from layerloop.components.policy.adapters import PEFT_CONFIG, PEFT_WEIGHTS, read_adapter
     from layerloop.components.policy.lora import replace_adapter
 
-    weights = delivered_weights(manifest) if delivered else manifest.file(SAMPLING)
+    weights = final_weights(manifest) if delivered else manifest.file(SAMPLING)
     where = f"{campaign.uri}/{weights.name}"
     with tempfile.TemporaryDirectory() as folder:
         for name, file in ((PEFT_WEIGHTS, weights), (PEFT_CONFIG, manifest.file(PEFT_CONFIG))):

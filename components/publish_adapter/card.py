@@ -13,7 +13,7 @@ from layerloop.components.reference_judge.identity import NAME as REFERENCE_JUDG
 from layerloop.components.schema.learning import ALGORITHMS, Algorithm
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
-from layerloop.components.storage.delivered import delivered_weights
+from layerloop.components.storage.final_weights import final_weights
 
 PAPER = "2605.30257"  # Stable-Layers
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -179,7 +179,7 @@ def _evaluation(p: Publication) -> str:
             text += _table(header, (_measure_row(document[f"{kind}.{name}"]) for name in rows)) + "\n\n"
     text += "↓ lower is better, ↑ higher is better; bold where the interval excludes 0."
     measured = (document.get("provenance") or {}).get("adapter_sha256")
-    if measured is not None and measured != delivered_weights(p.policy).sha256:
+    if measured is not None and measured != final_weights(p.policy).sha256:
         text += f" These numbers are of other weights (sha256 `{str(measured)[:16]}…`)."
     return text
 

@@ -22,7 +22,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.delivered import delivered_weights
+from layerloop.components.storage.final_weights import final_weights
 from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
 from layerloop.components.storage.stores import open_store
 
@@ -129,7 +129,7 @@ def _commit(campaign: Campaign, name: str, iteration: int, loaded: LoadedPolicy,
         metadata={
             "name": name,
             "source_sha256": loaded.adapter_sha256,
-            "averaged": _averaged(delivered_weights(policy)),
+            "averaged": _averaged(final_weights(policy)),
             "base": campaign.recipe.model.base,
             "base_fingerprint": loaded.base_fingerprint,
             "adapter_effect": layouts.round_trip.effect,
@@ -146,7 +146,7 @@ def _averaged(weights: File) -> bool:
 
 def _check_same(campaign: Campaign, done: Manifest, iteration: int) -> None:
     """Raises LayerloopError where the publication does not hold the weights of this iteration."""
-    source = delivered_weights(campaign.policy(iteration))
+    source = final_weights(campaign.policy(iteration))
     if (done.iteration, done.metadata.get("source_sha256")) != (iteration, source.sha256):
         raise LayerloopError(
             f"{campaign.uri}/{campaign.published_dir(str(done.metadata.get('name')))} already holds the adapter of "
@@ -176,7 +176,7 @@ def _card(
         iteration=iteration,
         policy=policy,
         first=campaign.policy(1),
-        averaged=_averaged(delivered_weights(policy)),
+        averaged=_averaged(final_weights(policy)),
         parameters=adapter.parameters,
         sha256=weights_sha256(root / "peft"),
         scores=[manifest for manifest in scores if manifest is not None],
@@ -197,13 +197,13 @@ def _result(campaign: Campaign, manifest: Manifest) -> StepResult:
     )
 
 
-def _spread(module: str, argv: Sequence[str], arguments: Mapping[str, Any]) -> int | None:
+def _launch_if_shared(module: str, argv: Sequence[str], arguments: Mapping[str, Any]) -> int | None:
     """Several processes only where they share a base that one GPU cannot hold: there is no other work to share."""
     sharded = Campaign.open(arguments["campaign"], arguments.get("runtime") or "").runtime.model.fsdp
-    return ranks.spread(module, argv, arguments) if sharded else None
+    return ranks.launch_per_gpu(module, argv, arguments) if sharded else None
 
 
-main = functools.partial(step_main, run, step=STEPS["publish_adapter"], spread=_spread, store=open_store)
+main = functools.partial(step_main, run, step=STEPS["publish_adapter"], launch=_launch_if_shared, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

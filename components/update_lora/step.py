@@ -198,7 +198,7 @@ def _result(manifest: Manifest) -> StepResult:
 
 main = functools.partial(
     step_main, run, step=STEPS["update_lora"], beyond=("policy", "previous"),
-    spread=ranks.spread, store=open_store,
+    launch=ranks.launch_per_gpu, store=open_store,
 )  # fmt: skip
 
 if __name__ == "__main__":
