@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from layerloop.components.runtime.recurring import VARIABLE as KFP_API
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
+from layerloop.components.schema.yaml_text import load_yaml
 
 DIGEST = re.compile(r"^[^\s@]+@sha256:[0-9a-f]{64}$")
 VERBS = (
@@ -34,11 +35,15 @@ PAUSE = 30  # seconds before the first retry, doubled for each further one
 
 # --------------------------------------------------------------------------------------------------- Kubernetes' values
 
-_CPU = re.compile(r"(?P<number>\d+|\d*\.\d+)(?P<unit>m?)")
-_MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>Ki|Mi|Gi|Ti|k|M|G|T|)")
+_CPU = re.compile(r"(?P<number>[0-9]+|[0-9]*\.[0-9]{1,3}(?!m))(?P<unit>m?)")  # in steps of 1m
+_MEMORY = re.compile(r"(?P<number>[0-9]+)(?P<unit>Ki|Mi|Gi|Ti|k|M|G|T|)")
 _BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-_LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"  # of a domain name
+_NAME = re.compile(rf"(?=.{{1,253}}$){_PART}(?:\.{_PART})*")
+_LABEL_KEY = re.compile(
+    rf"(?:(?=[^/]{{1,253}}/){_PART}(?:\.{_PART})*/)?[A-Za-z0-9](?:[-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?"
+)
+_RESOURCE = re.compile(rf"{_PART}(?:\.{_PART})*/[A-Za-z0-9](?:[-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
 _LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -74,8 +79,14 @@ def _matching(pattern: re.Pattern[str], remedy: str) -> Callable[[Any], Any]:
 Cpu = Annotated[str, BeforeValidator(_cpu)]
 Memory = Annotated[str, BeforeValidator(_memory)]  # bytes, as kfp takes them: whole numbers
 Name = Annotated[str, BeforeValidator(_matching(_NAME, "names no Kubernetes object: use a-z, 0-9 and -, or null"))]
+Queue = Annotated[Name, AfterValidator(_matching(_LABEL, "is longer than a label's value: 63 characters at most"))]
 LabelKey = Annotated[str, AfterValidator(_matching(_LABEL_KEY, "is no key of a label: write name or domain/name"))]
 Label = Annotated[str, AfterValidator(_matching(_LABEL, "is no value of a label: at most 63 of A-Za-z0-9-_."))]
+Gpu = Annotated[str, AfterValidator(_matching(_RESOURCE, "is no extended resource: write it as nvidia.com/gpu"))]
+Api = Annotated[str, AfterValidator(_matching(re.compile(r"https?://[^\s/]+\S*"), "is no URL: write http://host:8888"))]
+Root = Annotated[
+    str, AfterValidator(_matching(re.compile(r"(s3|minio|gs)://[^\s/]+\S*"), "is no bucket: write s3://bucket/prefix"))
+]
 Variable = Annotated[str, AfterValidator(_matching(_VARIABLE, "is no name of a variable: use A-Z, 0-9 and _"))]
 Hours = Annotated[float, Field(ge=1 / 60, le=8760)]
 Gpus = Annotated[int, Field(ge=0)]
@@ -136,10 +147,16 @@ class Secrets(Record):
 class Toleration(Record):
     """A taint that pods tolerate."""
 
-    key: str = Field(min_length=1)
+    key: LabelKey
     operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = None
+    value: Label | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = "NoSchedule"
+
+    @model_validator(mode="after")
+    def _value_where_it_is_compared(self) -> Self:
+        if self.operator == "Exists" and self.value:
+            raise ValueError(f"operator Exists of {self.key} takes no value: leave it out, or choose Equal")
+        return self
 
 
 class Affinity(Record):
@@ -156,6 +173,8 @@ class Affinity(Record):
         if compared != bool(self.values):
             what = "needs values" if compared else "takes no values"
             raise ValueError(f"operator {self.operator} of {self.key} {what}: change one of the two")
+        if self.operator in ("Gt", "Lt") and not (len(self.values) == 1 and re.fullmatch("[0-9]+", self.values[0])):
+            raise ValueError(f"operator {self.operator} of {self.key} has {list(self.values)}: give one whole number")
         return self
 
     def expression(self) -> dict[str, Any]:
@@ -186,13 +205,23 @@ TIMEOUT_HOURS = {
 SHARDING = Resources(cpu="4", memory="24Gi")
 
 
+# Variables of a step that are not for `service_urls`, and what they come from.
+_OWNERS = {
+    "AWS_ACCESS_KEY_ID": "the secret of cluster.secrets.store",
+    "AWS_SECRET_ACCESS_KEY": "the secret of cluster.secrets.store",
+    "AWS_SESSION_TOKEN": "the secret of cluster.secrets.store",
+    "OPENAI_API_KEY": "the secret of cluster.secrets.judge", "HF_TOKEN": "the secret of cluster.secrets.hub",
+    "HF_HOME": "cluster.weights_claim", KFP_API: "cluster.kfp_api", "HOME": "the image", "PATH": "the image",
+}  # fmt: skip
+
+
 class Cluster(Record):
     """The place. The defaults fit manifests/base; `layerloop compile --cluster FILE` reads other values from YAML."""
 
     images: Images = Images()
     light: Resources = Resources()
     policy: Resources = Resources(cpu="8", memory="96Gi")  # for each GPU of a pod
-    gpu_resource: str = Field(default="nvidia.com/gpu", min_length=1)
+    gpu_resource: Gpu = "nvidia.com/gpu"
     node_gpus: int = Field(default=8, ge=1)  # GPUs of one node, which a pod cannot exceed
     gpus: Gpus = 1  # of each pod of rollouts, updates and evaluation: one process each; 0: on CPUs
     update_gpus: Gpus | None = None  # of update_lora, where it differs
@@ -202,14 +231,14 @@ class Cluster(Record):
     tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)  # of GPU pods, as the next three
     node_selector: Labels = {}
     node_affinity: tuple[Affinity, ...] = ()
-    queue: Name | None = "layerloop"  # Kueue LocalQueue of GPU pods; None where Kueue is not installed
+    queue: Queue | None = "layerloop"  # Kueue LocalQueue of GPU pods; None where Kueue is not installed
     labels: Labels = {}  # of every pod
     annotations: dict[LabelKey, str] = {}
     run_as_user: int | None = Field(default=65532, ge=1, le=2**31 - 1)  # None: the namespace's range says (OpenShift)
     secrets: Secrets = Secrets()
     service_urls: dict[Variable, str] = {}  # variables that are no secret: AWS_ENDPOINT_URL_S3, OPENAI_BASE_URL
-    kfp_api: str | None = Field(default=None, pattern=r"^https?://[^\s/]+\S*$")  # None: the stock one, inside a cluster
-    pipeline_root: str | None = Field(default=None, pattern=r"^(s3|minio|gs)://[^\s/]+\S*$")  # None: the installation's
+    kfp_api: Api | None = None  # None: the stock one, inside a cluster
+    pipeline_root: Root | None = None  # None: the installation's
     weights_claim: Name | None = "layerloop-weights"  # PVC with the base model's files, mounted read-write at /weights
     retries: int = Field(default=3, ge=0, le=8)  # steps are idempotent, so a retry continues
     timeout_hours: dict[str, Hours] = {}  # by verb, where it differs from TIMEOUT_HOURS
@@ -217,6 +246,9 @@ class Cluster(Record):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        for variable in self.service_urls:
+            if owner := _OWNERS.get(variable) or ("Kubeflow" if variable.startswith("KFP_") else None):
+                raise ValueError(f"cluster.service_urls.{variable} is set by {owner}: leave it out")
         for field in ("verbs", "timeout_hours"):
             for verb in getattr(self, field):
                 if verb not in VERBS:
@@ -356,14 +388,10 @@ def read_cluster(path: str | Path) -> Cluster:
     Raises:
         LayerloopError: no such file, not YAML, an unknown key, an impossible value, or an image that is not pinned.
     """
-    import yaml
-
     try:
-        value: Any = yaml.safe_load(Path(path).read_text())
+        value: Any = load_yaml(Path(path).read_bytes(), where=f"cluster file {path}")
     except OSError as error:
         raise LayerloopError(f"cluster file {path} cannot be read ({error.strerror}): name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LayerloopError(f"cluster file {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value or {}, dict):
         raise LayerloopError(f"cluster file {path} is no mapping: start from manifests/cluster.example.yaml")
     cluster = validate(Cluster, value or {}, where="cluster")
