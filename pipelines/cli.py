@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -47,10 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return int(arguments.handler(arguments) or 0)
+        status = int(arguments.handler(arguments) or 0)
+        sys.stdout.flush()
+        return status
     except LayerloopError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(getattr(error, "status", 2))
+    except BrokenPipeError:  # `layerloop ... | head`: nobody reads on, which is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("interrupted: what was done is kept, run the same command to go on", file=sys.stderr)
         return 130
@@ -74,8 +80,6 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    import os
-
     from layerloop.components.schema.recipe import parse_recipe
     from layerloop.components.storage.runtime import read_runtime
     from layerloop.pipelines.inputs import check_judge

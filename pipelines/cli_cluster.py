@@ -183,7 +183,8 @@ def _submit(arguments: argparse.Namespace) -> int:
     if arguments.attach:
         if arguments.pipeline or arguments.until or arguments.parameter:
             raise LayerloopError("--attach waits for a run that is there: give it no pipeline, parameter or --until")
-        return attach(connect(arguments.host, arguments.namespace, deadline=deadline), arguments.attach, waiting)
+        run_id = arguments.attach.strip().rstrip("/").rpartition("/")[2]  # a run's link is as good
+        return attach(connect(arguments.host, arguments.namespace, deadline=deadline), run_id, waiting)
     if not arguments.pipeline:
         raise LayerloopError("no pipeline is given: name a compiled file or a registered pipeline, or --attach RUN_ID")
     parameters = parameters_given(arguments.parameter)

@@ -13,7 +13,7 @@ import yaml
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.kfp_api import KfpApi, TakenError, equals, required
-from layerloop.pipelines.packages import check_parameters, parameters_of, read_spec
+from layerloop.pipelines.packages import check_parameters, is_spec, parameters_of, read_spec
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def find_pipeline(api: KfpApi, text: str) -> Pipeline:
             stored = required(api, whole, "pipeline_spec", "a pipeline version")
             spec = stored.get("pipeline_spec") or stored  # with a platform spec beside it, or alone
             reference = {"pipeline_id": found, "pipeline_version_id": version["pipeline_version_id"]}
+            if not is_spec(spec):
+                raise LayerloopError(f"{name}@{known[-1]} is no pipeline of KFP's version 2: name another")
             return Pipeline(
                 str(spec["pipelineInfo"]["name"]),
                 spec,

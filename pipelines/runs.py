@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from layerloop.pipelines.kfp_api import AwayError, KfpApi, MissingError, experiment, required
 from layerloop.pipelines.runnable import Pipeline, typed_parameters
@@ -92,7 +93,7 @@ def wait_for(api: KfpApi, run_id: str, waiting: Waiting) -> int:
     began, state = time.monotonic(), None
     contact = Contact(waiting, what=f"run {run_id}")
     while True:
-        run = contact.ask(lambda: api.get(f"runs/{run_id}"))
+        run = contact.ask(lambda: api.get(f"runs/{quote(run_id, safe='')}"))
         if run is not None and run.get("run_id") != run_id:
             required(api, {}, "run_id", f"run {run_id}")
         waited = time.monotonic() - began

@@ -303,6 +303,11 @@ def test_an_interrupted_wait_says_how_to_attach_and_attaching_ends_with_the_run(
     assert len(kfp_api.runs) == 1
 
 
+def test_a_runs_link_is_as_good_as_its_id(kfp_api: Any, package: Path) -> None:
+    assert start(kfp_api, package) == 0
+    assert main(["submit", "--attach", f"{kfp_api.url}/#/runs/details/run-0", "--host", kfp_api.url]) == 0
+
+
 def test_attaching_to_a_run_that_is_not_there_is_one_line(kfp_api: Any, capsys: Any) -> None:
     assert main(["submit", "--attach", "run-9", "--host", kfp_api.url]) == 2
     assert "answers 404: Run run-9 not found" in capsys.readouterr().err
