@@ -113,8 +113,8 @@ def train_pipeline(  # type: ignore[no-untyped-def]
 
     # A sub-pipeline of its own because kfp.local 2.17 finds what a condition compares among a pipeline's parameters
     # and not among the outputs of its tasks: it would take such a condition for false.
-    @dsl.pipeline(name="stretch")
-    def stretch(
+    @dsl.pipeline(name="remaining-work")
+    def remaining_work(
         campaign: str,
         judge_url: str,
         publish_as: str,
@@ -192,11 +192,12 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             evaluate=evaluate,
             until=until,
             max_failures=max_failures,
+            publish_as=publish_as,
             run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
             runtime=runtime,
         )
         place("shard_dataset", shard)
-        work = stretch(
+        work = remaining_work(
             campaign=campaign,
             judge_url=judge_url,
             publish_as=publish_as,
@@ -206,7 +207,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             policy=shard.outputs["policy"],
             runtime=runtime,
         )
-        work.set_display_name("what is left to do")
+        work.set_display_name("remaining work")
 
     return train
 

@@ -23,6 +23,7 @@ def shard_dataset(
     iteration: int = 0,
     until: int = 0,
     max_failures: int = 0,
+    publish_as: str = "",
     run_id: str = "",
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
@@ -45,6 +46,7 @@ def shard_dataset(
         iteration: With `only`, whose adapter; 0 for the head.
         until: The campaign's target; 0 for none.
         max_failures: Runs in a row without progress after which no further one begins; 0 for no limit.
+        publish_as: Folder under `published/` in which the run will publish; checked before hours of work.
         run_id: KFP's id of the run.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """

@@ -35,8 +35,8 @@ from layerloop.components.shard_dataset.pictures import (
     prepare_design,
     prepare_picture,
 )
+from layerloop.components.shard_dataset.run_target import RunTarget, refuse_fleeting
 from layerloop.components.shard_dataset.spool import Spool
-from layerloop.components.shard_dataset.stretch import Stretch, refuse_fleeting
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.manifests import add_file, already_committed, commit, describe_file
 from layerloop.components.storage.runtime import read_runtime
@@ -59,6 +59,7 @@ def run(
     iteration: int = 0,
     until: int = 0,
     max_failures: int = 0,
+    publish_as: str = "",
     run_id: str = "",
     runtime: str = "",
 ) -> StepResult:
@@ -84,6 +85,7 @@ def run(
         iteration: With `only`, whose adapter; 0 for the head.
         until: The campaign's target: a run that finds its head there has nothing left to do. 0 for none.
         max_failures: After so many runs in a row without progress no further one begins. 0 for no limit.
+        publish_as: Folder under `published/` in which the run will publish; empty for a name of its own.
         run_id: KFP's id of this run.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults. Of the recipe's, what later steps would not get is refused.
@@ -94,24 +96,27 @@ def run(
             nowhere. Nothing is committed then.
     """
     refuse_fleeting(campaign)
-    stretch = Stretch.of(
-        run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures
-    )
+    target = RunTarget.of(
+        run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures,
+        publish_as=publish_as,
+    )  # fmt: skip
     if evaluate == "only":
         return _to_evaluate(Campaign.open(campaign, runtime), iteration)
     store = open_store(campaign)
+    if (reached := _at_its_target(store, target)) is not None:
+        return reached
+    target.begin(store)  # before anything can be refused: a run that is refused counts among those that got nowhere
     chosen, moved = choose_recipe(recipe, overrides or {}, default=default_recipe, store=store)
     begun = Campaign.create_or_open(campaign, chosen, runtime) if store.exists(RECIPE) else None
     place = begun or Campaign(store, chosen, read_runtime(runtime, chosen))  # not kept yet
     check_nothing_lost(moved, place.runtime)
     done = already_committed(store, f"{begun.sources_dir}/{MANIFEST}", log=log) if begun else None
-    if begun and done and stretch.is_done(begun):
-        return _result(begun, done, stretch, proceed=False)
-    stretch.begin(store)
+    if begun:
+        target.check_publication(begun)
     if begun and done:
         check_same_inputs(done, images=images, designs=designs)
-        return _result(begun, done, stretch)
-    return _result(place, shard_sources(place, images=images, designs=designs, runtime=runtime), stretch)
+        return _result(begun, done, target)
+    return _result(place, shard_sources(place, images=images, designs=designs, runtime=runtime), target)
 
 
 def shard_sources(place: Campaign, *, images: str, designs: str, runtime: str = "") -> Manifest:
@@ -329,12 +334,21 @@ def _to_evaluate(place: Campaign, iteration: int) -> StepResult:
     )
 
 
-def _result(place: Campaign, sources: Manifest, stretch: Stretch, *, proceed: bool = True) -> StepResult:
+def _at_its_target(store: Store, target: RunTarget) -> StepResult | None:
+    """What a run hands on of a campaign that has reached its target; None where there is something to do."""
+    place = Campaign.open(store.uri) if target.until and store.exists(RECIPE) else None
+    sources = place.find(place.sources_dir) if place else None
+    if place is None or sources is None or not target.is_done(place):
+        return None
+    return _result(place, sources, target, proceed=False)
+
+
+def _result(place: Campaign, sources: Manifest, target: RunTarget, *, proceed: bool = True) -> StepResult:
     megabytes, head = sum(shard.bytes for shard in sources.shards) / 1e6, place.head()
     return StepResult(
         manifests={"sources": sources, "policy": place.policy(head)},
         metrics={**sources.counts, "megabytes": megabytes, "iteration": head},
-        parameters={"left": stretch.left(head) if proceed else "nothing"},
+        parameters={"left": target.left(head) if proceed else "nothing"},
     )
 
 

@@ -9,8 +9,8 @@ import pytest
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
+from layerloop.components.shard_dataset.run_target import RunTarget, refuse_fleeting
 from layerloop.components.shard_dataset.step import choose_recipe, read_recipe, run
-from layerloop.components.shard_dataset.stretch import Stretch, refuse_fleeting
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import commit
 from layerloop.components.storage.stores import open_store
@@ -21,8 +21,10 @@ RECIPE = "name: mine\nrollout: {groups: 2}\n"
 @pytest.fixture
 def place(store_uri: str) -> Campaign:
     """A campaign with its sources and no iteration."""
-    campaign = Campaign.create_or_open(store_uri, read_recipe(RECIPE))
-    sources = Manifest(kind="sources", counts={"train": 5}, metadata={"images": "/p", "designs": ""})
+    campaign = Campaign.create_or_open(store_uri, read_recipe(RECIPE)[0])
+    sources = Manifest(
+        kind="sources", counts={"train": 5}, metadata={"images": "/p", "images_sha256": "", "designs": ""}
+    )
     commit(campaign.store, f"{campaign.sources_dir}/{MANIFEST}", sources)
     return campaign
 
@@ -116,7 +118,7 @@ def test_any_committed_output_is_progress(place: Campaign, progress: str) -> Non
     steps: dict[str, Callable[[], Any]] = {
         "policy": lambda: trained(place, 2),
         "rollouts": lambda: commit(
-            place.store, f"{place.rollouts_dir(2)}/w00of01.json", Manifest(kind="rollouts", iteration=2)
+            place.store, f"{place.rollouts_dir(2)}/g000000.json", Manifest(kind="rollouts", iteration=2)
         ),
         "scores": lambda: commit(
             place.store, f"{place.scores_dir(2)}/{MANIFEST}", Manifest(kind="scores", iteration=2)
@@ -157,6 +159,52 @@ def test_a_first_run_that_fails_before_there_is_a_campaign_counts(store_uri: str
         run(campaign=store_uri, recipe="tiny", run_id="run-3", max_failures=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"overrides": {"seed": 99}}, "seed"),
+        ({"overrides": {"sead": 1}}, "did you mean 'seed'"),
+        ({"recipe": "none"}, "none, which is none of"),
+        ({"runtime": "{judge: {concurency: 1}}"}, "did you mean 'concurrency'"),
+        ({"images": "/elsewhere"}, "images is /elsewhere but"),
+    ],
+)
+def test_a_run_that_is_refused_for_whatever_it_is_given_counts(
+    place: Campaign, options: dict[str, Any], line: str
+) -> None:
+    trained(place, 1)
+    for number in (1, 2):
+        with pytest.raises(LayerloopError, match=line):
+            start(place, f"run-{number}", max_failures=2, **options)
+    with pytest.raises(LayerloopError, match=r"2 runs in a row \(run-1, run-2\)"):
+        start(place, "run-3", max_failures=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("my best", {}, "publish_as is 'my best': give 1 to 96 letters"),
+        ("v2", {}, "already holds the adapter of iteration 2, and this run ends with iteration 4: choose another"),
+        ("v2", {"until": 3}, "already holds the adapter of iteration 2, and this run ends with iteration 3"),
+    ],
+)
+def test_a_name_that_cannot_be_published_under_is_refused_before_the_work(
+    place: Campaign, name: str, options: dict[str, Any], line: str
+) -> None:
+    trained(place, 2)
+    published(place, 2)
+    with pytest.raises(LayerloopError, match=line):
+        start(place, publish_as=name, **options)
+
+
+def test_a_name_that_the_run_would_publish_under_again_or_not_at_all_is_taken(place: Campaign) -> None:
+    trained(place, 2)
+    published(place, 2)
+    assert start(place, publish_as="best") == ("everything", 2)
+    assert start(place, publish_as="v2", until=9) == ("iterations", 2)  # a later run of the chain will refuse it
+    assert start(place, publish_as="v2", until=2) == ("everything", 2)  # its evaluation is missing
+
+
 def test_without_a_limit_nothing_is_written(place: Campaign) -> None:
     start(place, until=9)
     assert place.store.list("runs/") == []
@@ -165,7 +213,7 @@ def test_without_a_limit_nothing_is_written(place: Campaign) -> None:
 @pytest.mark.parametrize("run_id", ["", "{{$.pipeline_job_uuid}}", "../../x"])
 def test_a_run_without_an_id_of_kfp_gets_one_of_its_own(run_id: str) -> None:
     options = {"iterations": 1, "evaluate": "end", "until": 0, "max_failures": 0}
-    ids = {Stretch.of(run_id=run_id, **options).run_id for _ in range(2)}  # type: ignore[arg-type]
+    ids = {RunTarget.of(run_id=run_id, **options).run_id for _ in range(2)}  # type: ignore[arg-type]
     assert len(ids) == 2
     assert all(made.startswith("local-") for made in ids)
 
@@ -214,13 +262,14 @@ def test_without_a_policy_there_is_nothing_to_evaluate_and_that_is_no_failure(
 
 def test_a_run_that_says_nothing_takes_what_was_compiled_in_and_then_the_campaigns(place: Campaign) -> None:
     def chosen(recipe: str = "", default: str = "", **overrides: Any) -> Recipe:
-        return choose_recipe(recipe, overrides, default=default, store=place.store)
+        return choose_recipe(recipe, overrides, default=default, store=place.store)[0]
 
     assert chosen(default="name: compiled").name == "compiled"
     assert chosen() == place.recipe
     assert chosen("  tiny\n", default="name: compiled").name == "tiny"
-    assert chosen(default=RECIPE, rollout={"groups": 3.0}, update={"learning_rate": 1e-3}) == read_recipe(
-        "name: mine\nrollout: {groups: 3}\nupdate: {learning_rate: 0.001}"
+    assert (
+        chosen(default=RECIPE, rollout={"groups": 3.0}, update={"learning_rate": 1e-3})
+        == read_recipe("name: mine\nrollout: {groups: 3}\nupdate: {learning_rate: 0.001}")[0]
     )
 
 
@@ -231,7 +280,7 @@ def test_another_recipe_than_the_campaigns_is_refused_with_what_differs(place: C
 
 
 def test_a_new_campaign_without_a_recipe_is_told_the_names(store_uri: str) -> None:
-    with pytest.raises(LayerloopError, match="recipe is empty and .* has none yet: name one of paper, study, tiny"):
+    with pytest.raises(LayerloopError, match="recipe is empty and .* has none yet: name one of paper, tiny"):
         run(campaign=store_uri, images="/p")
 
 
@@ -239,7 +288,7 @@ def test_a_new_campaign_without_a_recipe_is_told_the_names(store_uri: str) -> No
     ("recipe", "line"),
     [
         ("# a recipe name: x seed: 1 model: base: tiny", "recipe is '# a recipe name: x seed: 1 model: base: '..., "),
-        ("papre", "recipe is papre, which is none of paper, study, tiny, and "),
+        ("papre", "recipe is papre, which is none of paper, tiny, and "),
     ],
 )
 def test_what_a_form_makes_of_a_recipe_is_refused_with_the_way_to_say_it(recipe: str, line: str) -> None:
