@@ -17,7 +17,7 @@ DESCRIPTION = """\
 Fine-tune an image layer decomposition model by reinforcement learning, as a Kubeflow pipeline or on this machine.
 
   layerloop demo                                     everything on embedded defaults, on this machine
-  layerloop run --images photos --campaign mine      the same on your own pictures
+  layerloop run --images photos --campaign mine      the same on your own images
   layerloop compile -o pipeline.yaml                 the pipeline for a Kubeflow cluster
   layerloop submit pipeline.yaml --wait              a run of it there
   layerloop campaign show mine                       how far a campaign is, and its rewards
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print("interrupted: what was done is kept, run the same command to go on", file=sys.stderr)
+        print("interrupted: what was done is kept, run the same command to continue", file=sys.stderr)
         return 130
 
 
@@ -74,7 +74,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.folder)
     if arguments.images and not arguments.campaign:
-        raise LayerloopError("--campaign is not given: other pictures need another campaign than the demo's, name it")
+        raise LayerloopError("--campaign is not given: other images need another campaign than the demo's, name it")
     job = _job(arguments, campaign=arguments.campaign or str(folder / "campaign"))
     run_demo(job, folder=folder, fresh=arguments.fresh)
 
@@ -258,19 +258,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     demo = _command(commands, "demo", _demo, "run everything on this machine with embedded defaults, and make a report")
-    demo.add_argument("--fresh", action="store_true", help="remove the demo's campaign and start anew")
+    demo.add_argument("--fresh", action="store_true", help="remove the demo's campaign and start again")
     demo.add_argument("--folder", default="demo", metavar="DIR", help="where everything goes (default: %(default)s)")
     demo.add_argument("--campaign", default="", metavar="DIR", help="the campaign (default: DIR/campaign of --folder)")
-    demo.add_argument("--images", default="", metavar="URI", help="your own pictures in place of the demo's")
+    demo.add_argument("--images", default="", metavar="URI", help="your own images in place of the demo's")
     _job_options(demo, recipe="tiny")
 
-    run = _command(
-        commands, "run", _run, "run the training pipeline on this machine on your own pictures", RUN_EXAMPLES
-    )
+    run = _command(commands, "run", _run, "run the training pipeline on this machine on your own images", RUN_EXAMPLES)
     run.add_argument(
         "--campaign", required=True, metavar="URI", help="folder or s3://bucket/prefix that holds the state"
     )
-    run.add_argument("--images", required=True, metavar="URI", help="folder, glob, WebDataset or parquet of pictures")
+    run.add_argument("--images", required=True, metavar="URI", help="folder, glob, WebDataset or parquet of images")
     run.add_argument("--runs", default="layerloop-runs", metavar="DIR", help="logs of this run (default: %(default)s)")
     _job_options(run, recipe="tiny")
 

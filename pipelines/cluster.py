@@ -181,8 +181,8 @@ class Affinity(Record):
         return {"key": self.key, "operator": self.operator} | ({"values": list(self.values)} if self.values else {})
 
 
-class Verb(Record):
-    """What the pods of one verb need, where it differs from the rest. cpu and memory are the whole pod's."""
+class StepPods(Record):
+    """What the pods of one step need, where it differs. cpu and memory are of the pod, not of each GPU."""
 
     cpu: Cpu | None = None
     memory: Memory | None = None
@@ -216,7 +216,7 @@ _OWNERS = {
 
 
 class Cluster(Record):
-    """The place. The defaults fit manifests/base; `layerloop compile --cluster FILE` reads other values from YAML."""
+    """Where steps run. The defaults fit manifests/base; `layerloop compile --cluster FILE` reads other values."""
 
     images: Images = Images()
     light: Resources = Resources()
@@ -227,7 +227,7 @@ class Cluster(Record):
     update_gpus: Gpus | None = None  # of update_lora, where it differs
     evaluate_gpus: Gpus | None = None  # of evaluate_adapter, where it differs
     shared_memory: Memory = "16Gi"  # /dev/shm of GPU pods, out of their memory; the container default is 64 MiB
-    verbs: dict[str, Verb] = {}  # what single verbs need
+    steps: dict[str, StepPods] = {}  # what single steps need
     tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)  # of GPU pods, as the next three
     node_selector: Labels = {}
     node_affinity: tuple[Affinity, ...] = ()
@@ -241,7 +241,7 @@ class Cluster(Record):
     pipeline_root: Root | None = None  # None: the installation's
     weights_claim: Name | None = "layerloop-weights"  # PVC with the base model's files, mounted read-write at /weights
     retries: int = Field(default=3, ge=0, le=8)  # steps are idempotent, so a retry continues
-    timeout_hours: dict[str, Hours] = {}  # by verb, where it differs from TIMEOUT_HOURS
+    timeout_hours: dict[str, Hours] = {}  # by step, where it differs from TIMEOUT_HOURS
     forward_seconds: float = Field(default=0.32, gt=0)  # one forward at 640 pixels (public figure: H100), for estimates
 
     @model_validator(mode="after")
@@ -249,46 +249,46 @@ class Cluster(Record):
         for variable in self.service_urls:
             if owner := _OWNERS.get(variable) or ("Kubeflow" if variable.startswith("KFP_") else None):
                 raise ValueError(f"cluster.service_urls.{variable} is set by {owner}: leave it out")
-        for field in ("verbs", "timeout_hours"):
-            for verb in getattr(self, field):
-                if verb not in VERBS:
-                    raise ValueError(f"cluster.{field}.{verb} is no step: choose of {', '.join(VERBS)}")
-        for verb in VERBS:
-            if self.gpus_of(verb) > self.node_gpus:
-                raise ValueError(self._too_many_gpus(verb))
-            needs = self.needs(verb)
-            if self.gpus_of(verb) and _bytes(self.shared_memory) >= _bytes(needs.memory):
+        for field in ("steps", "timeout_hours"):
+            for step in getattr(self, field):
+                if step not in VERBS:
+                    raise ValueError(f"cluster.{field}.{step} is no step: choose of {', '.join(VERBS)}")
+        for step in VERBS:
+            if self.gpus_of(step) > self.node_gpus:
+                raise ValueError(self._too_many_gpus(step))
+            needs = self.needs(step)
+            if self.gpus_of(step) and _bytes(self.shared_memory) >= _bytes(needs.memory):
                 raise ValueError(
-                    f"cluster.shared_memory is {self.shared_memory} but {verb} has {needs.memory} of memory, out of "
+                    f"cluster.shared_memory is {self.shared_memory} but {step} has {needs.memory} of memory, out of "
                     "which it is taken: choose less"
                 )
         return self
 
-    def _too_many_gpus(self, verb: str) -> str:
-        short = {"update_lora": "update_gpus", "evaluate_adapter": "evaluate_gpus"}.get(verb, "gpus")
-        own = self.verbs[verb].gpus if verb in self.verbs else None
-        name = f"verbs.{verb}.gpus" if own is not None else short if getattr(self, short) is not None else "gpus"
+    def _too_many_gpus(self, step: str) -> str:
+        short = {"update_lora": "update_gpus", "evaluate_adapter": "evaluate_gpus"}.get(step, "gpus")
+        own = self.steps[step].gpus if step in self.steps else None
+        name = f"steps.{step}.gpus" if own is not None else short if getattr(self, short) is not None else "gpus"
         several = {
             "generate_rollouts": "rollouts spread over nodes by more workers (layerloop compile --workers)",
             "update_lora": "an update over several nodes is a TrainJob, which no pod of this pipeline is",
-        }.get(verb, "one pod is on one node")
+        }.get(step, "one pod is on one node")
         return (
-            f"cluster.{name} is {self.gpus_of(verb)} but a node has {self.node_gpus} (cluster.node_gpus): choose at "
+            f"cluster.{name} is {self.gpus_of(step)} but a node has {self.node_gpus} (cluster.node_gpus): choose at "
             f"most {self.node_gpus}; {several}"
         )
 
-    def gpus_of(self, verb: str) -> int:
-        """GPUs of a pod of `verb`. Publishing is a single process, which one GPU serves."""
-        own = self._verb(verb).gpus
+    def gpus_of(self, step: str) -> int:
+        """GPUs of a pod of `step`. Publishing is a single process, which one GPU serves."""
+        own = self._verb(step).gpus
         if own is not None:
             return own
-        if verb == "update_lora" and self.update_gpus is not None:
+        if step == "update_lora" and self.update_gpus is not None:
             return self.update_gpus
-        if verb == "evaluate_adapter" and self.evaluate_gpus is not None:
+        if step == "evaluate_adapter" and self.evaluate_gpus is not None:
             return self.evaluate_gpus
-        if verb in PARALLEL_VERBS:
+        if step in PARALLEL_VERBS:
             return self.gpus
-        return min(1, self.gpus) if verb in GPU_VERBS else 0
+        return min(1, self.gpus) if step in GPU_VERBS else 0
 
     def needs(self, verb: str) -> Resources:
         """CPU and memory of a pod of `verb`: its own, else its image's for each of its GPUs."""
@@ -298,36 +298,36 @@ class Cluster(Record):
             cpu=own.cpu or _times(kind.cpu, factor, _CPU), memory=own.memory or _times(kind.memory, factor, _MEMORY)
         )
 
-    def hours(self, verb: str) -> float:
-        """Deadline of one attempt of a pod of `verb`."""
-        return self.own_hours(verb) or TIMEOUT_HOURS[verb]
+    def hours(self, step: str) -> float:
+        """Deadline of one attempt of a pod of `step`."""
+        return self.own_hours(step) or TIMEOUT_HOURS[step]
 
-    def own_hours(self, verb: str) -> float | None:
-        """The deadline that the file sets for `verb`, if it does."""
-        return self._verb(verb).timeout_hours or self.timeout_hours.get(verb)
+    def own_hours(self, step: str) -> float | None:
+        """The deadline that the file sets for `step`, if it does."""
+        return self._verb(step).timeout_hours or self.timeout_hours.get(step)
 
-    def _verb(self, verb: str) -> Verb:
-        return self.verbs.get(verb, Verb())
+    def _verb(self, step: str) -> StepPods:
+        return self.steps.get(step, StepPods())
 
-    def place(self, verb: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """Give a task of `verb` its image, resources, secrets, queue, retry and timeout, and return it.
+    def apply(self, step: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """Give a task of `step` its image, resources, secrets, queue, retry and timeout, and return it.
 
         KFP's caching is off: a step that is done finds its manifest and returns, whatever run it belongs to, while a
         cached task would skip a campaign that was removed or moved on.
         """
         task.set_caching_options(enable_caching=False)
-        task.set_display_name(verb.replace("_", " "))
+        task.set_display_name(step.replace("_", " "))
         self._image(task)
-        self._environment(verb, task)
-        needs = self.needs(verb)
+        self._environment(step, task)
+        needs = self.needs(step)
         task.set_cpu_request(needs.cpu).set_memory_request(needs.memory).set_memory_limit(needs.memory)
-        self._nodes(verb, task)
-        self._metadata(verb, task)
-        if scratch := self._verb(verb).ephemeral_storage:
+        self._nodes(step, task)
+        self._metadata(step, task)
+        if scratch := self._verb(step).ephemeral_storage:
             kubernetes.empty_dir_mount(task, "scratch", "/tmp", size_limit=scratch)
         # Pod Security `restricted` wants it said; the rest (no capabilities, seccomp) KFP sets itself.
         kubernetes.set_security_context(task, run_as_user=self.run_as_user, run_as_non_root=True)
-        seconds = math.ceil(self.hours(verb) * 3600)
+        seconds = math.ceil(self.hours(step) * 3600)
         if self.retries:
             # Argo counts this from the first attempt's start, so it is the budget of all attempts and not a pause.
             budget = (self.retries + 1) * (seconds + math.ceil(QUEUEING_HOURS * 3600))
@@ -338,26 +338,26 @@ class Cluster(Record):
         return task
 
     def _image(self, task: dsl.PipelineTask) -> None:
-        """Replace the name in component.py, which says which of the two images the step needs, by this place's."""
+        """Replace the name in component.py, which says which of the two images the step needs, by this cluster's."""
         name = task.container_spec.image.removeprefix("layerloop-")
         task.set_container_image(getattr(self.images, name))
         if self.secrets.pull:
             kubernetes.set_image_pull_secrets(task, [self.secrets.pull])
 
-    def _environment(self, verb: str, task: dsl.PipelineTask) -> None:
+    def _environment(self, step: str, task: dsl.PipelineTask) -> None:
         for name, value in sorted(self.service_urls.items()):
             task.set_env_variable(name, value)
-        if self.kfp_api and verb == "shard_dataset":
+        if self.kfp_api and step == "shard_dataset":
             task.set_env_variable(KFP_API, self.kfp_api)
-        for secret, keys in self.secrets.of(verb).items():
+        for secret, keys in self.secrets.of(step).items():
             kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)
-        if verb != "score_rollouts" and self.weights_claim:
+        if step != "score_rollouts" and self.weights_claim:
             kubernetes.mount_pvc(task, pvc_name=self.weights_claim, mount_path="/weights")
-        if verb != "score_rollouts":  # without a volume, /tmp is where the image's user may write
+        if step != "score_rollouts":  # without a volume, /tmp is where the image's user may write
             task.set_env_variable("HF_HOME", "/weights/huggingface" if self.weights_claim else "/tmp/huggingface")
 
-    def _nodes(self, verb: str, task: dsl.PipelineTask) -> None:
-        gpus, own = self.gpus_of(verb), self._verb(verb)
+    def _nodes(self, step: str, task: dsl.PipelineTask) -> None:
+        gpus, own = self.gpus_of(step), self._verb(step)
         if gpus:
             task.set_accelerator_type(self.gpu_resource).set_accelerator_limit(gpus)
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=self.shared_memory)
@@ -374,16 +374,16 @@ class Cluster(Record):
             if wish.weight is not None:
                 kubernetes.add_node_affinity(task, match_expressions=[wish.expression()], weight=wish.weight)
 
-    def _metadata(self, verb: str, task: dsl.PipelineTask) -> None:
-        queue = {"kueue.x-k8s.io/queue-name": self.queue} if self.queue and self.gpus_of(verb) else {}
-        for key, value in sorted((queue | self.labels | self._verb(verb).labels).items()):
+    def _metadata(self, step: str, task: dsl.PipelineTask) -> None:
+        queue = {"kueue.x-k8s.io/queue-name": self.queue} if self.queue and self.gpus_of(step) else {}
+        for key, value in sorted((queue | self.labels | self._verb(step).labels).items()):
             kubernetes.add_pod_label(task, key, value)
-        for key, value in sorted((self.annotations | self._verb(verb).annotations).items()):
+        for key, value in sorted((self.annotations | self._verb(step).annotations).items()):
             kubernetes.add_pod_annotation(task, key, value)
 
 
 def read_cluster(path: str | Path) -> Cluster:
-    """The place described by a YAML file.
+    """The cluster described by a YAML file.
 
     Raises:
         LayerloopError: no such file, not YAML, an unknown key, an impossible value, or an image that is not pinned.

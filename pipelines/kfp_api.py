@@ -29,7 +29,7 @@ from layerloop.pipelines.settings import setting
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0  # of silence
 CALL_SECONDS = 120.0  # of one call in all, however slowly it drips
-PAGE = 50  # of a listing: runs carry their whole pipeline
+PAGE = 50  # of a listing: runs carry their pipeline's spec
 MOUNTED_TOKEN = "/var/run/secrets/kubeflow/pipelines/token"  # where KFP's documentation mounts it in a pod
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
 

@@ -27,7 +27,7 @@ from kfp.local import status, subprocess_task_handler
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.packages import check_parameters, count_tasks, read_spec
 
-# The input artifact whose metadata tells a step its iteration, and what to add to it: for titles, as in each step.py.
+# The input artifact whose metadata gives a step its iteration, and what to add to it: for titles, as in each step.py.
 ITERATION_OF = {
     "generate_rollouts": ("policy", 1),
     "score_rollouts": ("rollouts", 0),
@@ -54,11 +54,11 @@ class StepFailed(LayerloopError):
 class StepRun:
     """One step that succeeded."""
 
-    verb: str
+    step: str
     title: str
     began: float  # seconds after the run's begin
     start: float  # seconds from its process's start to its first work
-    seconds: float  # of its whole process
+    seconds: float  # of its process
     executor_input: dict[str, Any]
 
     def output(self, artifact: str) -> bytes:
@@ -74,9 +74,9 @@ class LocalRun:
     seconds: float
     steps: tuple[StepRun, ...]
 
-    def last(self, verb: str) -> StepRun:
-        """The last step of a verb."""
-        return next(step for step in reversed(self.steps) if step.verb == verb)
+    def last(self, name: str) -> StepRun:
+        """The last run of a step."""
+        return next(run for run in reversed(self.steps) if run.step == name)
 
     def overhead(self) -> float:
         """Share of the run's time in which no step was at its own work: KFP, process starts, imports."""
@@ -121,7 +121,7 @@ def run_pipeline(package: Path, arguments: dict[str, Any], *, folder: Path, cons
     return LocalRun(run.folder, time.monotonic() - began, tuple(run.steps[number] for number in sorted(run.steps)))
 
 
-# --------------------------------------------------------------------------------------- the one place that changes KFP
+# --------------------------------------------------------------------------------------- the one thing that changes KFP
 
 
 @contextlib.contextmanager
@@ -194,22 +194,22 @@ class _Run:
             StepFailed: it failed, or another step of the run had failed before.
         """
         executor_input = json.loads(argv[argv.index("--executor-input") + 1])
-        verb = argv[2].rpartition(".")[2]
+        step = argv[2].rpartition(".")[2]
         with self.lock:
             if self.failure is not None:
                 raise self.failure
             self.started += 1
             number = self.started
-            title = _title(verb, executor_input)
+            title = _title(step, executor_input)
             self._say(f"[{number:2}/{self.total}] {title}")
-        log, label = self.folder / f"{number:02}-{verb}.log", _label(executor_input)
+        log, label = self.folder / f"{number:02}-{step}.log", _label(executor_input)
         began = time.monotonic()
         exit_status, last, start = self._process(number, argv, environment, log, label)
         seconds = time.monotonic() - began
         with self.lock:
             if exit_status == 0:
                 self._say(f"        {label}done in {seconds:.1f} s")
-                self.steps[number] = StepRun(verb, title, began - self.began, start, seconds, executor_input)
+                self.steps[number] = StepRun(step, title, began - self.began, start, seconds, executor_input)
                 return
             if self.failure is None:
                 self.failure = _failure(title, exit_status, last, log)
@@ -263,10 +263,10 @@ class _Run:
         self.console.flush()
 
 
-def _title(verb: str, executor_input: dict[str, Any]) -> str:
+def _title(step: str, executor_input: dict[str, Any]) -> str:
     """What a step's header line says, such as `iteration 4: generate rollouts, worker 1 of 2`."""
-    words, inputs = verb.replace("_", " "), executor_input.get("inputs", {})
-    artifact, offset = ITERATION_OF.get(verb, ("", 0))
+    words, inputs = step.replace("_", " "), executor_input.get("inputs", {})
+    artifact, offset = ITERATION_OF.get(step, ("", 0))
     listed = inputs.get("artifacts", {}).get(artifact, {}).get("artifacts", [])
     iteration = listed[0].get("metadata", {}).get("iteration") if listed else None
     if iteration is not None:
@@ -276,7 +276,7 @@ def _title(verb: str, executor_input: dict[str, Any]) -> str:
 
 
 def _label(executor_input: dict[str, Any]) -> str:
-    """What tells the lines of simultaneous workers apart."""
+    """What distinguishes the lines of simultaneous workers."""
     values = executor_input.get("inputs", {}).get("parameterValues", {})
     return f"worker {values['worker'] + 1} | " if values.get("workers", 1) > 1 else ""
 

@@ -38,7 +38,7 @@ def test_a_token_is_sent_as_a_bearer_token_whatever_a_netrc_says(
     assert kfp_api.authorizations == {"Bearer given"}
 
 
-def test_a_token_file_is_read_anew_so_a_renewed_token_is_used(kfp_api: Any, tmp_path: Path) -> None:
+def test_a_token_file_is_read_again_so_a_renewed_token_is_used(kfp_api: Any, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("first")
     kfp_api.tokens = {"first"}

@@ -1,4 +1,4 @@
-"""The compiled DAGs: their shape, their size and their parameters. Where steps are placed: test_cluster.py."""
+"""The compiled DAGs: their shape, their size and their parameters. Where steps run: test_cluster.py."""
 
 import hashlib
 import os
