@@ -187,6 +187,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             overrides=overrides,
             images=images,
             designs=designs,
+            judge_url=judge_url,
             default_recipe=recipe_text,
             iterations=iterations,
             evaluate=evaluate,

@@ -17,6 +17,7 @@ def shard_dataset(
     overrides: dict[str, Any] = {},  # noqa: B006
     images: str = "",
     designs: str = "",
+    judge_url: str = "",
     default_recipe: str = "",
     iterations: int = 1,
     evaluate: str = "end",
@@ -40,6 +41,7 @@ def shard_dataset(
         overrides: Changes of the recipe, section by section.
         images: Unlabelled images: a folder, glob, WebDataset or parquet with an image column.
         designs: Held-out designs with ground-truth layers (parquet in Crello's columns); empty for none.
+        judge_url: Base URL of the judge that the run will ask; checked before hours of work.
         default_recipe: YAML text of the recipe that the pipeline was compiled with.
         iterations: Iterations of this run.
         evaluate: When a run evaluates: `end`, `every-run`, `never`; `only` is a run that does nothing else.

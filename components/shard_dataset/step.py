@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerloop.components.judge.address import judge_address
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
@@ -53,6 +54,7 @@ def run(
     overrides: Mapping[str, Any] | None = None,
     images: str = "",
     designs: str = "",
+    judge_url: str = "",
     default_recipe: str = "",
     iterations: int = 1,
     evaluate: str = "end",
@@ -78,6 +80,8 @@ def run(
             or s3://.
         designs: Designs with their true layers, to evaluate on: parquet in Crello's columns, or a folder with a
             subfolder of numbered PNG layers for each. Optional.
+        judge_url: Of the judge that a pipeline's run (one with a `run_id`) will ask: refused here, before hours of
+            sampling, where it is no URL. By default the environment's OPENAI_BASE_URL.
         default_recipe: YAML text, of the recipe that a pipeline was compiled with.
         iterations: How many iterations the run has.
         evaluate: When a run evaluates: `end` (where it reaches `until`, or has no target), `every-run`, `never`; `only`
@@ -91,9 +95,9 @@ def run(
             and the defaults. Of the recipe's, what later steps would not get is refused.
 
     Raises:
-        LayerloopError: nothing at `images`, too many that cannot be read, a base that the recipe does not fit, another
-            recipe or other images than the campaign's, a store that cannot be written to, or too many runs that got
-            nowhere. Nothing is committed then.
+        LayerloopError: no judge's URL, nothing at `images`, too many that cannot be read, a base that the recipe does
+            not fit, another recipe or other images than the campaign's, a store that cannot be written to, or too
+            many runs that got nowhere. Nothing is committed then.
     """
     refuse_fleeting(campaign)
     target = RunTarget.of(
@@ -106,6 +110,8 @@ def run(
     if (reached := _at_its_target(store, target)) is not None:
         return reached
     target.begin(store)  # before anything can be refused: a run that is refused counts among those that got nowhere
+    if run_id:
+        judge_address(judge_url)
     chosen, moved = choose_recipe(recipe, overrides or {}, default=default_recipe, store=store)
     begun = Campaign.create_or_open(campaign, chosen, runtime) if store.exists(RECIPE) else None
     place = begun or Campaign(store, chosen, read_runtime(runtime, chosen))  # not kept yet

@@ -45,7 +45,8 @@ def published(place: Campaign, iteration: int) -> None:
 
 def start(place: Campaign, run_id: str = "run", **options: Any) -> Any:
     """The first step of a run of two iterations; what is left and the policy it hands on."""
-    result = run(campaign=place.uri, default_recipe=RECIPE, iterations=2, run_id=run_id, **options)
+    options = {"judge_url": "http://judge:8000/v1", "iterations": 2} | options
+    result = run(campaign=place.uri, default_recipe=RECIPE, run_id=run_id, **options)
     return result.parameters["left"], result.manifests["policy"].iteration
 
 
@@ -154,9 +155,9 @@ def test_a_campaign_that_was_put_back_is_not_held_to_what_was_before(place: Camp
 def test_a_first_run_that_fails_before_there_is_a_campaign_counts(store_uri: str) -> None:
     for number in (1, 2):
         with pytest.raises(LayerloopError, match="images is empty"):
-            run(campaign=store_uri, recipe="tiny", run_id=f"run-{number}", max_failures=2)
+            run(campaign=store_uri, recipe="tiny", run_id=f"run-{number}", max_failures=2, judge_url="http://judge/v1")
     with pytest.raises(LayerloopError, match=r"2 runs in a row \(run-1, run-2\).*not begun"):
-        run(campaign=store_uri, recipe="tiny", run_id="run-3", max_failures=2)
+        run(campaign=store_uri, recipe="tiny", run_id="run-3", max_failures=2, judge_url="http://judge/v1")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,7 @@ def test_a_first_run_that_fails_before_there_is_a_campaign_counts(store_uri: str
         ({"recipe": "none"}, "none, which is none of"),
         ({"runtime": "{judge: {concurency: 1}}"}, "did you mean 'concurrency'"),
         ({"images": "/elsewhere"}, "images is /elsewhere but"),
+        ({"judge_url": "judge:8000/v1"}, "judge_url is 'judge:8000/v1': give a base URL"),
     ],
 )
 def test_a_run_that_is_refused_for_whatever_it_is_given_counts(
