@@ -114,7 +114,7 @@ def test_the_step_table_the_folders_and_the_arrows_name_the_same_steps() -> None
         c["id"]: c for c in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     }
     names = {f"layerloop.components.{name}" for name in STEPS}
-    assert set(contracts["verbs"]["modules"]) == names == set(contracts["direction"]["layers"][1].split(" | "))
+    assert set(contracts["steps"]["modules"]) == names == set(contracts["direction"]["layers"][1].split(" | "))
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
