@@ -146,7 +146,7 @@ def _progress_mark(campaign: Campaign | None) -> str:
         return "not started"
     head = campaign.head()
     following = head + 1
-    committed = len(campaign.sampled_groups(following)) + (campaign.find(campaign.scores_dir(following)) is not None)
+    committed = len(campaign.committed_groups(following)) + (campaign.find(campaign.scores_dir(following)) is not None)
     after = (campaign.find(_evaluation(campaign, head)) is not None) + len(campaign.published())
     sources = "with" if campaign.find(campaign.sources_dir) else "without"
     return f"iteration {head}, {committed} outputs of the next, {after} evaluated or published, {sources} sources"
