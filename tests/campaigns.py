@@ -213,24 +213,32 @@ class CampaignBuilder:
     # ---- update_lora
 
     def adapter(
-        self, iteration: int, *, scale: float = 0.3, average: float | None = None, folder: Path | None = None
+        self,
+        iteration: int,
+        *,
+        scale: float = 0.3,
+        average: float | None = None,
+        rank: int | None = None,
+        folder: Path | None = None,
     ) -> Manifest:
         """Commit a policy whose adapter moves the base by `scale` (1e20 and more: one that has diverged).
 
         Args:
             average: keep an average too, of `average` times the weights.
-            folder: where a copy of the adapter is put.
+            rank: of the adapter; the recipe's by default.
+            folder: where a copy of the files is put.
         """
         from safetensors.torch import load, save
 
-        data, fingerprint = _adapter_files(_reduced(self.recipe, lora=self.recipe.lora), iteration, scale)
+        lora = self.recipe.lora if rank is None else self.recipe.lora.model_copy(update={"rank": rank})
+        data, fingerprint = _adapter_files(_reduced(self.recipe, lora=lora), iteration, scale)
+        if average is not None:
+            weights = load(data[SAMPLING])
+            data = data | {AVERAGE: save({key: average * value for key, value in weights.items()})}
         if folder is not None:
             folder.mkdir(parents=True)
             for name, content in data.items():
                 (folder / name).write_bytes(content)
-        if average is not None:
-            weights = load(data[SAMPLING])
-            data = data | {AVERAGE: save({key: average * value for key, value in weights.items()})}
         where = self.campaign.policy_dir(iteration)
         files = tuple(add_file(self.store, f"{where}/{name}", content) for name, content in data.items())
         manifest = Manifest(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_the_step_table_the_folders_and_the_arrows_name_the_same_steps() -> None
         c["id"]: c for c in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     }
     names = {f"layerloop.components.{name}" for name in STEPS}
-    assert set(contracts["verbs"]["modules"]) == names == set(contracts["direction"]["layers"][1].split(" | "))
+    assert set(contracts["steps"]["modules"]) == names == set(contracts["direction"]["layers"][1].split(" | "))
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
@@ -173,6 +174,79 @@ def test_the_size_of_a_function_is_counted_without_docstring_and_self() -> None:
     (function,) = ast.parse(code).body
     assert isinstance(function, ast.FunctionDef)
     assert size_of(function) == (4, 3)
+
+
+# What only tests or users call: a function here needs a reason.
+UNCALLED = {
+    "components/layers/export.py": {"write_psd", "write_png_zip"},  # for users, who have layers and want files
+    "pipelines/local.py": {"overhead"},  # for the benchmark of that name
+}
+CALLED_BY_LIBRARIES = {"do_GET", "do_POST", "handle_error", "ignore_aliases", "log_message", "send_error"}
+
+
+def definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Functions and classes of a module, and the public methods of its classes."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node
+        for method in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef) and not method.name.startswith("_"):
+                yield method
+
+
+def uses(tree: ast.AST) -> Counter[str]:
+    """How often each name is read, imported by name, or read as an attribute."""
+    found: Counter[str] = Counter()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            found[node.id] += 1
+        elif isinstance(node, ast.Attribute):
+            found[node.attr] += 1
+        elif isinstance(node, ast.ImportFrom):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def test_nothing_is_kept_that_only_tests_call() -> None:
+    trees = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in python_files()}
+    everywhere = sum((uses(tree) for tree in trees.values()), Counter())
+    found = {
+        (file, node.name)
+        for file, tree in trees.items()
+        for node in definitions(tree)
+        if everywhere[node.name] == uses(node)[node.name]  # at most by itself
+        and node.name not in CALLED_BY_LIBRARIES
+    }
+    known = {(file, name) for file, names in UNCALLED.items() for name in names}
+    assert found <= known, f"delete it, or say in UNCALLED what it is for: {sorted(found - known)}"
+    assert known <= found, f"gone or called, so no longer of UNCALLED: {sorted(known - found)}"
+
+
+def test_a_function_that_calls_only_itself_is_not_called() -> None:
+    tree = ast.parse("def f():\n    return f()\n\nclass A:\n    def g(self): ...\n\nA().h()\n")
+    names = [node.name for node in definitions(tree) if uses(tree)[node.name] == uses(node)[node.name]]
+    assert names == ["f", "g"]
+
+
+def test_benchmarks_import_what_is_there() -> None:
+    """They are not run with the tests, which would notice."""
+    imports = [
+        (path.name, node.module, alias.name)
+        for path in (ROOT / "tests" / "benchmarks").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("layerloop.")
+        for alias in node.names
+    ]
+    assert len(imports) > 30
+    for file, module, name in imports:
+        path = ROOT / str(module).removeprefix("layerloop.").replace(".", "/")
+        if path.is_dir() and ((path / f"{name}.py").exists() or (path / name).is_dir()):
+            continue
+        source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        assert source.exists(), f"{file}: there is no {module}"
+        defined = {getattr(node, "name", "") for node in ast.parse(source.read_text()).body}
+        stored = {n.id for n in ast.walk(ast.parse(source.read_text())) if isinstance(n, ast.Name)}
+        assert name in defined | stored, f"{file}: {module} has no {name}"
 
 
 # Identifiers that docs/glossary.md replaces by another word.

@@ -1,5 +1,5 @@
-"""Sample candidate decompositions: for each of this worker's groups one image, one layer count, G candidates, of which
-the latents in the stochastic window and the decoded layers are kept.
+"""The step `generate_rollouts`: for each of this worker's groups one image, one layer count and G sampled candidates,
+of which the latents in the stochastic window and the decoded layers are kept.
 
 Under torchrun every rank samples its share of the worker's groups, and commits them one by one.
 """
@@ -54,7 +54,7 @@ def run(
     Every group is committed on its own, so an interrupted iteration is finished by any number of workers.
 
     Args:
-        loaded: A policy of this campaign in memory, of any iteration: its base is reused.
+        loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         iteration: Which iteration to sample; by default the one after the last committed policy.
         worker: This worker's number, from 0; it takes the groups g with g % workers == worker.
@@ -71,9 +71,7 @@ def run(
     if not 0 <= worker < workers:
         raise LayerloopError(f"worker is {worker} of {workers}: choose workers of at least 1 and a worker below it")
     opened = Campaign.open(campaign, runtime)
-    current = opened.head() + 1 if iteration is None else iteration
-    if current < 1:
-        raise LayerloopError(f"iteration is {current}: iterations count from 1")
+    current = opened.open_iteration(iteration)
     mine = range(opened.recipe.rollout.groups)[worker::workers]
     committed = opened.committed_groups(current, mine)
     earlier = worker_manifest(current, committed, worker=worker, workers=workers)
@@ -89,19 +87,19 @@ def run(
             sources = opened.sources()
             plans = plan_iteration(opened.recipe, current, train_images(sources))[worker::workers]
             sharded = shares_base(opened.runtime.model)
-            here = policy_at(opened, current - 1, device=device, sharded=sharded, loaded=loaded)
-            _check_same_policy(committed, current, here)
+            loaded = policy_at(opened, current - 1, device=device, sharded=sharded, loaded=loaded)
+            _check_same_policy(committed, current, loaded)
             finished: dict[int, Manifest] = {}
             todo: list[GroupPlan] = []
             for plan in plans[rank() :: world_size()]:
-                done = committed.get(plan.group) or _resumed(opened, current, plan.group, here)
+                done = committed.get(plan.group) or _resumed(opened, current, plan.group, loaded)
                 finished |= {plan.group: done} if done else {}
                 todo += [] if done else [plan]
         # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
-        missing_calls = _missing_forward_calls(todo, opened) if here.policy.sharded else 0
-        with nullcontext() if here.policy.sharded else failing_together():
-            bad_layers = _sample(opened, current, sources, todo, finished, here)
-            dummy_forwards(here.policy, here.prompt, missing_calls)
+        missing_calls = _missing_forward_calls(todo, opened) if loaded.policy.sharded else 0
+        with nullcontext() if loaded.policy.sharded else failing_together():
+            bad_layers = _sample(opened, current, sources, todo, finished, loaded)
+            dummy_forwards(loaded.policy, loaded.prompt, missing_calls)
         manifest = worker_manifest(current, _gather(finished), worker=worker, workers=workers)
     return _result(manifest, seconds=time.monotonic() - started, sampled=len(todo), bad_layers=bad_layers)
 
@@ -130,9 +128,9 @@ def _missing_forward_calls(todo: Sequence[GroupPlan], campaign: Campaign) -> int
     return int(calls.max() - calls[rank()])
 
 
-def _check_same_policy(committed: Mapping[int, Manifest], iteration: int, here: LoadedPolicy) -> None:
+def _check_same_policy(committed: Mapping[int, Manifest], iteration: int, loaded: LoadedPolicy) -> None:
     """Refuse to finish an iteration with another policy than its committed groups were sampled with."""
-    fingerprint, adapter = here.base_fingerprint, here.adapter_sha256
+    fingerprint, adapter = loaded.base_fingerprint, loaded.adapter_sha256
     for group, manifest in committed.items():
         theirs = manifest.metadata.get("base_fingerprint"), manifest.metadata.get("adapter_sha256")
         if theirs != (fingerprint, adapter):
@@ -143,7 +141,7 @@ def _check_same_policy(committed: Mapping[int, Manifest], iteration: int, here: 
             )
 
 
-def _resumed(campaign: Campaign, iteration: int, group: int, here: LoadedPolicy) -> Manifest | None:
+def _resumed(campaign: Campaign, iteration: int, group: int, loaded: LoadedPolicy) -> Manifest | None:
     """The manifest of a group whose shard an interrupted attempt left without one."""
     folder = campaign.rollouts_dir(iteration)
     found = resume_group(
@@ -152,8 +150,8 @@ def _resumed(campaign: Campaign, iteration: int, group: int, here: LoadedPolicy)
         iteration,
         group,
         group_size=campaign.recipe.rollout.group_size,
-        base_fingerprint=here.base_fingerprint,
-        adapter_sha256=here.adapter_sha256,
+        base_fingerprint=loaded.base_fingerprint,
+        adapter_sha256=loaded.adapter_sha256,
     )
     if found is None:
         return None
@@ -167,7 +165,7 @@ def _sample(
     sources: Manifest,
     todo: Sequence[GroupPlan],
     finished: dict[int, Manifest],
-    here: LoadedPolicy,
+    loaded: LoadedPolicy,
 ) -> list[float]:
     """Sample and commit the groups of `todo`; `finished` is filled in. Returns the bad layers of each, on average."""
     from layerloop.components.generate_rollouts.candidates import mean_bad_layers, sample_group
@@ -184,7 +182,7 @@ def _sample(
         for plan in progress(todo, what="sampling", unit="groups") if rank() == 0 else todo:
             key, image = images[plan.image]
             batch_size = campaign.runtime.rollout.batch_size
-            group = sample_group(here, campaign.recipe, iteration, plan, key, image, batch_size=batch_size)
+            group = sample_group(loaded, campaign.recipe, iteration, plan, key, image, batch_size=batch_size)
             bad_layers.append(mean_bad_layers(group.stacks))
             if written:
                 next(reversed(written.values())).result()  # so that one group at most waits for the store

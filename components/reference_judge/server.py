@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -107,20 +107,6 @@ def serve(host: str = "127.0.0.1", port: int = 8788, *, model: str = NAME, max_b
         pass
     finally:
         server.server_close()
-
-
-@contextlib.contextmanager
-def start_in_thread(host: str = "127.0.0.1", port: int = 0, *, model: str = NAME) -> Iterator[str]:
-    """A judge in this process, on a free port; yields its base URL."""
-    server = JudgeServer(host, port, model=model)
-    thread = threading.Thread(target=server.serve_forever, name="judge", daemon=True)
-    thread.start()
-    try:
-        yield server.url
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 class _Handler(BaseHTTPRequestHandler):

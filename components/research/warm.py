@@ -3,7 +3,7 @@
 On the tiny policy a step's own work takes a second or two, less than importing torch, so a study of hundreds of
 iterations would spend its hours on imports. This process reads one request per line on standard input,
 
-    {"verb": "update_lora", "arguments": {"campaign": "...", "iteration": 3}}
+    {"step": "update_lora", "arguments": {"campaign": "...", "iteration": 3}}
 
 runs that step as its own command would, and answers one line on standard output,
 
@@ -17,14 +17,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import re
 import sys
 import traceback
 from typing import Any, TextIO
 
 from layerloop.components.schema.errors import LayerloopError
-
-_STEP_NAME = re.compile(r"[a-z]+(_[a-z]+)*")
+from layerloop.components.schema.steps import STEPS
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
@@ -39,17 +37,15 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 def _answer(line: str) -> dict[str, Any]:
     try:
         request = json.loads(line)
-        name, arguments = request["verb"], request.get("arguments", {})
-        if not isinstance(name, str) or not _STEP_NAME.fullmatch(name) or not isinstance(arguments, dict):
+        name, arguments = request["step"], request.get("arguments", {})
+        if not isinstance(name, str) or not isinstance(arguments, dict):
             raise TypeError
     except (ValueError, KeyError, TypeError):
-        return {"error": f"request {line.strip()[:200]!r} is not {{verb, arguments}}", "status": 2}
+        return {"error": f"request {line.strip()[:200]!r} is not {{step, arguments}}", "status": 2}
+    if name not in STEPS:
+        return {"error": f"step is {name!r}: choose one of {', '.join(STEPS)}", "status": 2}
     try:
-        step = importlib.import_module(f"layerloop.components.{name}.step")
-    except ModuleNotFoundError as error:
-        return {"error": f"step {name} cannot be imported ({error}): choose a folder of components/", "status": 2}
-    try:
-        result = step.run(**arguments)
+        result = importlib.import_module(f"layerloop.components.{name}.step").run(**arguments)
     except LayerloopError as error:
         return {"error": str(error), "status": 2}
     except Exception as error:

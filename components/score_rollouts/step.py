@@ -48,15 +48,20 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
 
     Args:
         campaign: Root URI of the campaign.
-        iteration: Which iteration to score; by default the open one, after the head.
+        iteration: Which iteration to score; by default the one after the last committed policy.
         judge_url: Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8788/v1; by default the
             environment's OPENAI_BASE_URL. The key is the environment's OPENAI_API_KEY, if there is one.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
+
+    Raises:
+        LayerloopError: rollouts are missing or damaged; no judge's URL; a rubric that lacks a text; a judge that does
+            not answer, refuses the key or does not serve the model; too many groups with too few valid candidates.
+            Nothing is committed then.
     """
     opened = Campaign.open(campaign, runtime)
     recipe = opened.recipe
-    current = opened.head() + 1 if iteration is None else iteration
+    current = opened.open_iteration(iteration)
     folder = opened.scores_dir(current)
     if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
         return _result(done)

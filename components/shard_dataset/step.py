@@ -1,5 +1,5 @@
-"""Turn images into a campaign's sources: decode, normalise, drop duplicates and unreadable images, set some images
-aside for evaluation, embed the prompt, write shards, and commit.
+"""The step `shard_dataset`: images become a campaign's sources. They are decoded and normalised, duplicates and
+unreadable ones are dropped, some are set aside for evaluation, the prompt is embedded, and shards are committed.
 
 Nothing is written before the recipe was checked: a campaign freezes it with the first file.
 

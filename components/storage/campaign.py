@@ -96,6 +96,17 @@ class Campaign:
         committed = (n for n in reversed(self.iterations()) if self.store.exists(f"{self.policy_dir(n)}/{MANIFEST}"))
         return next(committed, 0)
 
+    def open_iteration(self, iteration: int | None) -> int:
+        """The iteration that a step of the training loop works on: `iteration`, by default the one after the head.
+
+        Raises:
+            LayerloopError: it is below 1.
+        """
+        current = self.head() + 1 if iteration is None else iteration
+        if current < 1:
+            raise LayerloopError(f"iteration is {current}: iterations count from 1")
+        return current
+
     def find(self, folder: str) -> Manifest | None:
         """The manifest committed in a folder such as `scores_dir(3)`, or None."""
         return load(self.store, f"{folder}/{MANIFEST}")

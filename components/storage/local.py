@@ -102,9 +102,6 @@ class LocalStore(Store):
                 f"{self.uri} cannot be written ({error.strerror}): give a folder that can be"
             ) from None
 
-    def child(self, prefix: str) -> LocalStore:
-        return LocalStore(self._path(prefix.rstrip("/")))
-
     def _path(self, name: str) -> Path:
         return self.root / checked_name(name)
 

@@ -120,9 +120,6 @@ class S3Store(Store):
     def check_writable(self) -> None:
         self._ignores_conditions()  # writes an object and deletes it
 
-    def child(self, prefix: str) -> S3Store:
-        return S3Store(self.bucket, self._key(prefix.rstrip("/")), self._client)
-
     @property
     def _endpoint(self) -> str:
         """Scheme and host that requests go to, without credentials of the URL."""

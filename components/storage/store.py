@@ -83,10 +83,6 @@ class Store(ABC):
             LayerloopError: why not.
         """
 
-    @abstractmethod
-    def child(self, prefix: str) -> Store:
-        """The same store, seen from a folder inside it."""
-
     def _missing(self, name: str) -> MissingObjectError:
         return MissingObjectError(f"{self.uri}/{name} does not exist: was it moved or deleted, or is the URI misspelt?")
 

@@ -24,7 +24,6 @@ from layerloop.components.runtime.distributed import (
     world_size,
 )
 from layerloop.components.runtime.progress import log
-from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.steps import STEPS
@@ -60,9 +59,7 @@ def run(
     started = time.monotonic()
     opened = Campaign.open(campaign, runtime)
     recipe = opened.recipe
-    current = opened.head() + 1 if iteration is None else iteration
-    if current < 1:
-        raise LayerloopError(f"iteration is {current}: iterations count from 1")
+    current = opened.open_iteration(iteration)
     folder = opened.policy_dir(current)
     if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
         return _result(done)

@@ -69,7 +69,7 @@ class WarmSteps:
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self.process, self.log = process, log
 
-    def __call__(self, verb: str, **arguments: Any) -> dict[str, Any]:
+    def __call__(self, step: str, **arguments: Any) -> dict[str, Any]:
         """Run one step; returns its metrics.
 
         Raises:
@@ -77,14 +77,14 @@ class WarmSteps:
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"verb": verb, "arguments": arguments}) + "\n")
+        self.process.stdin.write(json.dumps({"step": step, "arguments": arguments}) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise LayerloopError(f"the process of {verb} ended with status {self.process.wait()}: see {self.log}")
+            raise LayerloopError(f"the process of {step} ended with status {self.process.wait()}: see {self.log}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise LayerloopError(f"{verb} of {arguments.get('campaign')}: {answer['error']} (log: {self.log})")
+            raise LayerloopError(f"{step} of {arguments.get('campaign')}: {answer['error']} (log: {self.log})")
         return dict(answer["metrics"])
 
 

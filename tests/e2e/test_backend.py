@@ -12,13 +12,14 @@ import pytest
 from kfp_backend import Backend, TaskFailed
 from PIL import Image
 
-from layerloop.components.reference_judge.server import start_in_thread
 from layerloop.components.storage.campaign import Campaign
 from layerloop.pipelines.cluster import Cluster
 from layerloop.pipelines.evaluate import evaluate_pipeline
 from layerloop.pipelines.inputs import recipe_text
 from layerloop.pipelines.packages import write_pipeline
 from layerloop.pipelines.train import train_pipeline
+
+from ..judge_server import start_in_thread
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from layerloop.components.reference_judge.server import start_in_thread
 from layerloop.pipelines.inputs import packaged_recipes
+
+from ..judge_server import start_in_thread
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Pa
     done = own_ranks(together, fsdp)
     assert done.returncode == 0, done.stderr[-3000:]
     log = done.stderr
-    assert "in 2 processes" in log and "loaded whole" not in log
+    assert "in 2 processes" in log and "loaded completely" not in log
     assert len(kept(alone)) > 8 and kept(together) == kept(alone)
     metrics = json.loads(together.store.read("evaluations/iteration-000002/metrics.json"))
     assert metrics["provenance"]["machine"].startswith("2 x ")

@@ -19,8 +19,9 @@ from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
-from layerloop.components.reference_judge.server import start_in_thread
 from layerloop.components.schema.judging import JudgeRecipe
+
+from ..judge_server import start_in_thread
 
 Answer = bytes | Callable[[dict[str, Any], int], bytes]
 

@@ -4,7 +4,6 @@ what the campaign says."""
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import subprocess
@@ -13,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load, load_file, save
@@ -26,22 +23,18 @@ from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.publish_adapter import step as publish_adapter
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.manifest import Manifest
-from layerloop.components.schema.recipe import Recipe
-from layerloop.components.schema.seeds import seed_for
-from layerloop.components.schema.trajectory import candidate_key
 from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.images import encode_png
-from layerloop.components.storage.manifests import add_file, commit
-from layerloop.components.storage.shards import write_shard
+from layerloop.components.storage.manifests import add_file
 from layerloop.components.update_lora import step as update_lora
 
+from ..campaigns import CampaignBuilder, prompt_embeds
+
 MakeCampaign = Callable[..., Campaign]
-VERBS = (generate_rollouts, update_lora, evaluate_adapter, publish_adapter)
+STEPS = (generate_rollouts, update_lora, evaluate_adapter, publish_adapter)
 
 
 @pytest.fixture
-def make_campaign(random_folder: Path, prompt_embeds: torch.Tensor, tmp_path: Path) -> MakeCampaign:
+def make_campaign(random_folder: Path, tmp_path: Path) -> MakeCampaign:
     """`make_campaign(name, lora={...}, ...)`: a campaign with sources, before its first iteration."""
 
     def make(name: str = "campaign", **sections: dict[str, object]) -> Campaign:
@@ -57,42 +50,19 @@ def make_campaign(random_folder: Path, prompt_embeds: torch.Tensor, tmp_path: Pa
             "evaluation": {"steps": 2, "layers": [2], "designs": 0, "pictures": 2},
             **sections,
         }  # fmt: skip
-        campaign = Campaign.create_or_open(str(tmp_path / name), Recipe.model_validate(recipe))
+        lab = CampaignBuilder.begin(tmp_path / name, recipe)
         rng = np.random.default_rng(0)
-        images = [(f"{n:016x}", {"png": encode_png(rng.integers(0, 256, (32, 48, 3), np.uint8))}) for n in range(4)]
-        shards = tuple(
-            write_shard(campaign.store, f"sources/{split}-000000.tar", part)
-            for split, part in (("train", images[:2]), ("holdout", images[2:]))
-        )
-        prompt = add_file(campaign.store, "sources/prompt.safetensors", save({"prompt_embeds": prompt_embeds}))
-        commit(campaign.store, f"sources/{MANIFEST}", Manifest(kind="sources", shards=shards, files=(prompt,)))
-        return campaign
+        images = [rng.integers(0, 256, (32, 48, 3), np.uint8) for _ in range(4)]
+        lab.sources(train=images[:2], holdout=images[2:])
+        return lab.campaign
 
     return make
 
 
 def commit_policy(campaign: Campaign, iteration: int, folder: Path, *, rank: int = 2, ema: bool = False) -> Path:
     """An adapter as `update_lora` commits one; returns the folder with its files."""
-    policy = LayeredPolicy.load(campaign.recipe.model)
-    recipe = campaign.recipe.lora.model_copy(update={"rank": rank})
-    adapter = lora.new_adapter(policy.transformer, recipe, seed=iteration)
-    generator = torch.Generator().manual_seed(iteration)
-    state = {
-        key: torch.randn(value.shape, generator=generator) * 0.1 if "lora_B" in key else value
-        for key, value in adapter.state.items()
-    }
     folder = folder / f"{iteration}"
-    lora.write_peft(lora.Adapter(state, rank, recipe.alpha), folder, transformer=policy.transformer)
-    if ema:
-        tensors = load_file(folder / "adapter_model.safetensors")
-        (folder / "ema.safetensors").write_bytes(save({key: value / 2 for key, value in tensors.items()}))
-    files = tuple(
-        add_file(campaign.store, f"{campaign.policy_dir(iteration)}/{path.name}", path)
-        for path in sorted(folder.iterdir())
-    )
-    metadata = {"base_fingerprint": policy.fingerprint}
-    manifest = Manifest(kind="policy", iteration=iteration, files=files, metadata=metadata)
-    commit(campaign.store, f"{campaign.policy_dir(iteration)}/{MANIFEST}", manifest)
+    CampaignBuilder(campaign).adapter(iteration, scale=0.1, rank=rank, average=0.5 if ema else None, folder=folder)
     return folder
 
 
@@ -125,13 +95,13 @@ def same(one: LoadedPolicy, other: LoadedPolicy) -> bool:
 
 
 def test_iteration_0_is_the_base_and_for_learning_has_a_new_adapter_that_changes_nothing(
-    make_campaign: MakeCampaign, prompt_embeds: torch.Tensor
+    make_campaign: MakeCampaign,
 ) -> None:
     campaign = make_campaign()
     frozen = policy_at(campaign, 0, device="cpu")
     assert frozen.adapter_sha256 is None and not lora.has_adapter(frozen.policy.transformer)
     assert frozen.base_fingerprint == LayeredPolicy.load(campaign.recipe.model).fingerprint
-    assert torch.equal(frozen.prompt, prompt_embeds)
+    assert torch.equal(frozen.prompt, prompt_embeds())
     learning = policy_at(campaign, 0, device="cpu", trainable=True)
     assert learning.adapter_sha256 is None and learning.policy.trainable_parameters()
     assert torch.equal(velocity(learning), velocity(frozen))
@@ -222,7 +192,7 @@ def test_a_campaign_is_the_same_byte_for_byte_with_the_base_loaded_once(make_cam
     def iterate(campaign: Campaign, loaded: LoadedPolicy | None) -> dict[str, bytes]:
         for iteration in (1, 2):
             generate_rollouts.run(loaded, campaign=campaign.uri)
-            commit_scores(campaign, iteration)
+            CampaignBuilder(campaign).scores(iteration)
             update_lora.run(loaded, campaign=campaign.uri)
             evaluate_adapter.run(loaded, campaign=campaign.uri)
             publish_adapter.run(loaded, campaign=campaign.uri)
@@ -244,28 +214,6 @@ def kept(campaign: Campaign) -> dict[str, bytes]:
     """Everything in a campaign that does not say when and where it was made."""
     names = [name for name in campaign.store.list() if name.endswith((".tar", ".safetensors", "config.json"))]
     return {name: campaign.store.read(name) for name in names}
-
-
-def commit_scores(campaign: Campaign, iteration: int) -> None:
-    """Rewards that differ within every group."""
-    rows = [
-        {
-            "iteration": iteration, "group": group, "candidate": candidate, "image_key": f"image{group}", "layers": 2,
-            "reward": seed_for(iteration, group, candidate) % 1000 / 1000, "reason": None, "phase1": None,
-            "phase2": None, "judge": "made up", "rubric": "default", "rubric_sha256": "0" * 64,
-        }
-        for group in range(campaign.recipe.rollout.groups)
-        for candidate in range(campaign.recipe.rollout.group_size)
-    ]  # fmt: skip
-    folder, buffer = campaign.scores_dir(iteration), io.BytesIO()
-    samples = [
-        (candidate_key(iteration, row["group"], row["candidate"]), {"json": json.dumps(row).encode()}) for row in rows
-    ]
-    shard = write_shard(campaign.store, f"{folder}/000000.tar", samples)
-    pq.write_table(pa.table({"reward": [row["reward"] for row in rows]}), buffer)
-    table = add_file(campaign.store, f"{folder}/scores.parquet", buffer.getvalue())
-    manifest = Manifest(kind="scores", iteration=iteration, shards=(shard,), files=(table,))
-    commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
 
 
 @pytest.mark.timeout(300)
@@ -353,13 +301,13 @@ def test_weights_that_are_not_numbers_are_refused_by_their_place_in_the_campaign
     assert "NaN or infinite" in str(raised.value) and "/tmp/tmp" not in str(raised.value).replace(where, "")
 
 
-@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.__name__.split(".")[-2])
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__.split(".")[-2])
 def test_a_loaded_policy_is_an_argument_of_the_step_and_no_flag_of_its_command(
-    verb: object, capsys: pytest.CaptureFixture[str]
+    step: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        verb.main(argv=["--help"])  # type: ignore[attr-defined]
+        step.main(argv=["--help"])  # type: ignore[attr-defined]
     assert "--campaign" in (printed := capsys.readouterr().out) and "loaded" not in printed
     with pytest.raises(SystemExit):
-        verb.main(argv=["--campaign", "c", "--loaded", "x"])  # type: ignore[attr-defined]
+        step.main(argv=["--campaign", "c", "--loaded", "x"])  # type: ignore[attr-defined]
     assert "unrecognized arguments: --loaded x" in capsys.readouterr().err

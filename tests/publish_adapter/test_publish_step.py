@@ -164,7 +164,7 @@ def test_a_base_that_ranks_share_is_published_from_with_the_bytes_of_one_process
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "in 2 processes" in done.stderr and "loaded whole" not in done.stderr
+    assert "in 2 processes" in done.stderr and "loaded completely" not in done.stderr
     found, folders = campaign.find("published/ranks"), (published(campaign, "alone"), published(campaign, "ranks"))
     assert found is not None and found.metadata["difference_peft"] == found.metadata["difference_diffusers"] == 0.0
     assert found.metadata["adapter_effect"] == expected.metrics["adapter_effect"] > 1e-3

@@ -25,8 +25,9 @@ from layerloop.components.reference_judge.answers import QualityCache
 from layerloop.components.reference_judge.identity import FINE, FINGERPRINT, NAME
 from layerloop.components.reference_judge.request_images import parse_images, recover_candidates
 from layerloop.components.reference_judge.rules import CRITERIA, RecoveredLayers, qualities
-from layerloop.components.reference_judge.server import start_in_thread
 from layerloop.components.schema.judging import BackdropName, JudgeRecipe
+
+from ..judge_server import start_in_thread
 
 RUBRIC = load_rubric("default")
 

@@ -21,7 +21,7 @@ def ask(*requests: str) -> list[dict[str, object]]:
 
 
 def test_a_failing_step_is_one_line_of_error_and_the_next_request_is_still_answered(tmp_path: Path) -> None:
-    request = json.dumps({"verb": "score_rollouts", "arguments": {"campaign": str(tmp_path / "none")}})
+    request = json.dumps({"step": "score_rollouts", "arguments": {"campaign": str(tmp_path / "none")}})
     answers = ask(request, request)
     assert len(answers) == 2
     for answer in answers:
@@ -29,13 +29,13 @@ def test_a_failing_step_is_one_line_of_error_and_the_next_request_is_still_answe
         assert "has no recipe.json" in str(answer["error"])
 
 
-def test_requests_that_are_none_are_refused() -> None:
-    answers = ask("not json", "[]", '{"verb": 3}', '{"verb": "../../etc"}', '{"verb": "no_such_verb"}', "")
+def test_requests_for_no_step_are_refused() -> None:
+    answers = ask("not json", "[]", '{"step": 3}', '{"step": "../../etc"}', '{"step": "no_such_step"}', "")
     assert [answer["status"] for answer in answers] == [2, 2, 2, 2, 2]
-    assert "step no_such_verb cannot be imported" in str(answers[-1]["error"])
+    assert "step is 'no_such_step': choose one of shard_dataset, " in str(answers[-1]["error"])
 
 
 def test_a_defect_keeps_its_name_and_status_1() -> None:
-    (answer,) = ask('{"verb": "score_rollouts", "arguments": {"no_such_argument": 1}}')
+    (answer,) = ask('{"step": "score_rollouts", "arguments": {"no_such_argument": 1}}')
     assert answer["status"] == 1
     assert "TypeError" in str(answer["error"])

@@ -12,12 +12,12 @@ import pytest
 
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
-from layerloop.components.reference_judge.server import start_in_thread
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.runtime import split_runtime
 from layerloop.components.storage.campaign import Campaign
 
 from ..campaigns import CampaignBuilder, drawn_group, lay_out_by_worker
+from ..judge_server import start_in_thread
 
 Stack = np.ndarray
 SIZE = 32

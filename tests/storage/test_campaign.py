@@ -59,6 +59,15 @@ def test_a_damaged_recipe_is_one_line(store_uri: str) -> None:
         Campaign.open(store_uri)
 
 
+def test_a_step_works_on_the_iteration_it_is_given_or_on_the_one_after_the_head(store_uri: str) -> None:
+    campaign = Campaign.create_or_open(store_uri, recipe())
+    assert campaign.open_iteration(None) == 1
+    commit_policy(campaign, 1)
+    assert (campaign.open_iteration(None), campaign.open_iteration(1)) == (2, 1)
+    with pytest.raises(LayerloopError, match=r"^iteration is 0: iterations count from 1$"):
+        campaign.open_iteration(0)
+
+
 def test_the_head_is_the_highest_committed_policy(store_uri: str) -> None:
     campaign = Campaign.create_or_open(store_uri, recipe())
     assert campaign.head() == 0

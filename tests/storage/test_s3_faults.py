@@ -106,7 +106,7 @@ def test_a_server_that_overlooks_conditions_is_noticed_once_and_still_creates_on
     faulty.spoil = overlook
     assert store.create("a", b"1")
     assert not store.create("a", b"2")
-    assert store.child("c").create("b", b"3")
+    assert store.create("c/b", b"3")
     assert store.read("a") == b"1"
     assert store.list() == ["a", "c/b"]  # the probe is gone
     assert [record.getMessage().split(": ")[1] for record in caplog.records] == [NO_CONDITIONS]
@@ -135,7 +135,7 @@ def test_a_server_with_conditions_is_probed_once_in_silence(
 ) -> None:
     assert store.create("a", b"1")
     assert not store.create("a", b"2")
-    assert store.child("c").create("b", b"3")
+    assert store.create("c/b", b"3")
     assert len([line for line in faulty.seen if line.startswith("PUT") and "probe" in line]) == 2
     assert caplog.records == []
 

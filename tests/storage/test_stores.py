@@ -44,18 +44,6 @@ def test_folders_names_the_subfolders_only(store_uri: str) -> None:
     assert store.folders("nothing") == []
 
 
-def test_a_child_sees_its_own_folder_and_nothing_else(store_uri: str) -> None:
-    store = open_store(store_uri)
-    store.write("inner/a", b"in")
-    store.write("inner-too/b", b"out")
-    child = store.child("inner")
-    assert child.list() == ["a"]
-    assert child.read("a") == b"in"
-    assert child.uri == f"{store_uri}/inner"
-    child.write("deep/c", b"c")
-    assert store.read("inner/deep/c") == b"c"
-
-
 def test_a_missing_object_is_one_line_that_names_its_uri(store_uri: str, tmp_path: Path) -> None:
     store = open_store(store_uri)
     store.write("there", b"1")
