@@ -182,7 +182,7 @@ class Runner:
             self.copies.put(copy)
         # 1: a test failed. 2..5: interrupted, internal error, usage, nothing collected: that says nothing of the fault.
         state = {0: "survived", 1: "caught", HUNG: "caught"}.get(status, "broken")
-        if state == "broken" and re.search(r"^ERROR collecting|errors? during collection", output, re.MULTILINE):
+        if state == "broken" and re.search(r"ERROR collecting |errors? during collection", output):
             state = "caught"  # the patched module cannot even be imported
         return Outcome(state, output)
 
