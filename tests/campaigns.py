@@ -57,8 +57,8 @@ def save_tiny_base(folder: Path, **sizes: int) -> Path:
     return folder
 
 
-def prompt_embeds(tokens: int = 7) -> torch.Tensor:
-    """An embedding of the tiny base's width, `(T, 16)` float32."""
+def prompt_embeds(tokens: int = 8) -> torch.Tensor:
+    """An embedding of the tiny base's width, `(T, 16)` float32; two rows of a batch of 8 are `sampling.STEADY_ROWS`."""
     import torch
 
     return torch.randn(tokens, 16, generator=torch.Generator().manual_seed(5))
@@ -98,7 +98,7 @@ class CampaignBuilder:
         holdout: Sequence[np.ndarray] = (),
         designs: Sequence[tuple[np.ndarray, np.ndarray]] = (),
         per_shard: int = 100,
-        tokens: int = 7,
+        tokens: int = 8,
     ) -> Manifest:
         """Commit images `(H, W, 3 or 4)` uint8 by split, of designs (image, layers `(L, H, W, 4)`), and a prompt."""
         from safetensors.torch import save

@@ -8,7 +8,8 @@ from typing import Any
 
 from layerloop.components.evaluate_adapter.assess import Row
 from layerloop.components.evaluate_adapter.statistics import LEVEL, Comparison, compare
-from layerloop.components.layers.columns import better_of, title_of
+from layerloop.components.layers.columns import better_of, quoted, title_of
+from layerloop.components.layers.measure import MEASURES
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
@@ -17,12 +18,11 @@ from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.manifests import read_file
 
 # Few, so that an alarm means something: with every measure at 95 %, one would ring on most nights.
-WATCHED = (
-    ("designs", "bad_layers"),
-    ("designs", "slot_l1"),
-    ("designs", "recomposition_error"),
-    ("pictures", "bad_layers"),
-    ("pictures", "recomposition_error"),
+WATCHED = tuple(
+    (kind, column)
+    for kind in ("designs", "pictures")
+    for column in quoted("nightly")
+    if kind == "designs" or MEASURES[column].needs != "truth"
 )
 
 

@@ -147,9 +147,7 @@ def test_the_average_is_published_where_one_is_kept(make_campaign: MakeCampaign)
     assert "exponential average of the weights" in result.files["card"].decode()
 
 
-def test_a_base_that_ranks_share_is_published_from_with_the_bytes_of_one_process(
-    make_campaign: MakeCampaign, pipeline_folder: Path
-) -> None:
+def test_a_base_that_ranks_share_is_published_from_with_the_bytes_of_one_process(make_campaign: MakeCampaign) -> None:
     """Two processes, which the step's plain command starts by itself where the base is sharded."""
     place = make_campaign()
     expected = run(campaign=place.uri, name="alone")
