@@ -147,6 +147,7 @@ class Runner:
             self.copies.put(copy_checkout(root, folder / str(number)))
         # One thread a process: jobs share the processors, and a library's threads would not survive a fork.
         os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of semaphores that tqdm makes in the server
         self.context = multiprocessing.get_context("forkserver")
         wanted = imported(root) | {"pytest"}
         self.context.set_forkserver_preload([name for name in PRELOADED if name.partition(".")[0] in wanted])
@@ -256,8 +257,8 @@ def _digest(root: Path, paths: Iterable[Path]) -> str:
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def check_unchanged(runner: Runner, results: Results, pool: ThreadPoolExecutor, faults: Sequence[Fault]) -> bool:
-    """Whether the faults' tests pass without any fault, room by room; says what fails."""
+def failing_rooms(runner: Runner, results: Results, pool: ThreadPoolExecutor, faults: Sequence[Fault]) -> set[str]:
+    """Folders of whose tests one fails without any fault; says which."""
     rooms: dict[str, set[str]] = defaultdict(set)
     for fault in faults:
         for test in fault.tests:
@@ -265,14 +266,14 @@ def check_unchanged(runner: Runner, results: Results, pool: ThreadPoolExecutor, 
     todo = {name: sorted(tests) for name, tests in rooms.items()}
     keys = {name: results.key(tests) for name, tests in todo.items()}
     todo = {name: tests for name, tests in todo.items() if results.get(f"unchanged {name}", keys[name]) != "passed"}
-    good = True
+    failing = set()
     for name, outcome in finished(pool, runner.unchanged, todo):
         results.put(f"unchanged {name}", keys[name], outcome.state)
         print(f"{name}, unchanged: {len(todo[name])} files or tests {outcome.state}", flush=True)
         if outcome.state != "passed":
             print(outcome.output, flush=True)
-            good = False
-    return good
+            failing.add(name)
+    return failing
 
 
 def finished(
@@ -301,9 +302,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         runner = Runner(root, Path(folder), arguments.jobs)
-        if not check_unchanged(runner, results, pool, list(todo.values())):
-            print("error: these tests fail without any fault, so they can catch none: repair them first")
-            return 1
+        if failing := failing_rooms(runner, results, pool, list(todo.values())):
+            print(
+                f"error: tests of {', '.join(sorted(failing))} fail without any fault, so they catch none: repair them"
+            )
+        for name in [name for name, fault in todo.items() if failing & set(map(room, fault.tests))]:
+            states[name] = "no verdict"
+            del todo[name]
         for count, (name, outcome) in enumerate(finished(pool, runner.outcome, todo), 1):
             states[name] = outcome.state
             results.put(name, keys[name], outcome.state)

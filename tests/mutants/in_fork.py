@@ -33,6 +33,7 @@ def run_pytest(root: str, arguments: Sequence[str], temporary: str, output: str)
     os.dup2(file, 2)
     os.chdir(root)
     os.environ["PYTHONPATH"] = root  # of the processes that tests start
+    os.environ.pop("PYTHONWARNINGS", None)
     own = str(Path(__file__).parent)
     sys.path[:] = [root, *(path for path in sys.path if path not in (own, root))]
     sys.argv = ["pytest"]
