@@ -24,7 +24,7 @@ from layerloop.components.schema.record import Record
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.schema.trajectory import GroupRecord, group_key
 from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.delivered import AVERAGE, SAMPLING
+from layerloop.components.storage.final_weights import AVERAGE, SAMPLING
 from layerloop.components.storage.groups import SampledGroup, samples_of
 from layerloop.components.storage.images import encode_png
 from layerloop.components.storage.manifests import add_file, commit
@@ -68,9 +68,9 @@ def trained_adapter(policy: LayeredPolicy, recipe: Recipe, *, seed: int, scale: 
     """An adapter with values in both factors, as training leaves it; `policy` keeps it on."""
     import torch
 
-    from layerloop.components.policy.lora import adapter_of, add_lora
+    from layerloop.components.policy.lora import adapter_of, new_adapter, put_adapter
 
-    add_lora(policy.transformer, recipe.lora, seed=seed)
+    put_adapter(policy.transformer, new_adapter(policy.transformer, recipe.lora, seed=seed))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in policy.transformer.named_parameters():
         if ".lora_B." in name:
@@ -127,12 +127,12 @@ class CampaignBuilder:
 
     def policy(self, iteration: int) -> LayeredPolicy:
         """The policy as a sampler has it: the base, with the adapter of an iteration on it if there is one."""
-        from layerloop.components.policy.lora import load_adapter
+        from layerloop.components.policy.lora import put_adapter, read_adapter
         from layerloop.components.policy.model import LayeredPolicy
 
         policy = LayeredPolicy.load(self.recipe.model)
         if iteration > 0:
-            load_adapter(policy, Path(self.uri) / self.campaign.policy_dir(iteration))
+            put_adapter(policy.transformer, read_adapter(Path(self.uri) / self.campaign.policy_dir(iteration)))
         return policy
 
     def rollouts(self, iteration: int, *, policy: LayeredPolicy | None = None, change: Change | None = None) -> None:
@@ -408,7 +408,7 @@ def lay_out_by_worker(
 
     Args:
         complete: workers that finished; the others have written their shards and no manifest. All by default.
-        keep: leave the groups that are named by group beside them.
+        keep: leave the groups that are named by group as well.
     """
     folder, store = campaign.rollouts_dir(iteration), campaign.store
     groups = campaign.rollouts(iteration)

@@ -1,4 +1,4 @@
-"""The house rules, as tests: formatting, lint, types, and the arrows between packages."""
+"""The house rules, as tests: formatting, lint, types, sizes, names, and the arrows between packages."""
 
 import ast
 import os
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,16 +93,16 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
-def test_pipelines_know_a_verb_only_by_its_declaration() -> None:
+def test_pipelines_know_a_step_only_by_its_declaration() -> None:
     allowed = re.compile(rf"layerloop\.components\.(?:{'|'.join(STEPS)})\.component(?:\.\w+)?")
     for path in (ROOT / "pipelines").rglob("*.py"):
-        of_verbs = {name for name in imports_of(path) if name.split(".")[2:3] and name.split(".")[2] in STEPS}
-        assert all(allowed.fullmatch(name) for name in of_verbs), f"{path}: {of_verbs}"
+        of_steps = {name for name in imports_of(path) if name.split(".")[2:3] and name.split(".")[2] in STEPS}
+        assert all(allowed.fullmatch(name) for name in of_steps), f"{path}: {of_steps}"
 
 
-@pytest.mark.parametrize("verb", STEPS)
-def test_a_verbs_declaration_is_nothing_else(verb: str) -> None:
-    tree = ast.parse((ROOT / "components" / verb / "component.py").read_text())
+@pytest.mark.parametrize("step", STEPS)
+def test_the_declaration_of_a_step_is_nothing_else(step: str) -> None:
+    tree = ast.parse((ROOT / "components" / step / "component.py").read_text())
     kinds = [type(node).__name__ for node in tree.body if not isinstance(node, ast.Import | ast.ImportFrom)]
     assert kinds == ["Expr", "FunctionDef"]  # the docstring and the component
 
@@ -121,6 +122,102 @@ def test_a_declaration_names_the_image_and_the_command_of_the_step_table(step: S
     text = (ROOT / "components" / step.name / "component.py").read_text()
     assert f'image="layerloop-{step.image}"' in text
     assert f'"-m", "layerloop.components.{step.name}"' in text
+
+
+LINES, PARAMETERS = 60, 7  # of a function: lines without its docstring, parameters without self and cls
+KFP = "its parameters are those of the Kubeflow task"
+LARGER = {  # file: {function: why it may exceed}
+    **{f"components/{step}/component.py": {step: KFP} for step in STEPS},
+    "components/shard_dataset/step.py": {"run": KFP},
+    "components/policy/tiny.py": {"build_tiny_pipeline": "independent sizes of one model, each with a default"},
+    "pipelines/cli.py": {"build_parser": "one list of flags"},
+    "pipelines/schedules.py": {"run_until": "the options of one command, each by name"},
+    "pipelines/submit.py": {"submit_until": "the options of one command, each by name"},
+    "pipelines/train.py": {
+        "train_pipeline": "kfp compiles the function inside it",
+        "stretch": "the parameters of the compiled pipeline",
+        "train": "the parameters of the compiled pipeline",
+    },
+}
+
+
+def python_files() -> list[Path]:
+    """The project's own code, without tests."""
+    return sorted(path for folder in ("components", "pipelines") for path in (ROOT / folder).rglob("*.py"))
+
+
+def size_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> tuple[int, int]:
+    """(lines, parameters) of a function, without its docstring and without self and cls."""
+    first = function.body[0]
+    document = first if ast.get_docstring(function, clean=False) is not None else None
+    lines = (function.end_lineno or 0) - function.lineno + 1
+    lines -= (document.end_lineno or 0) - document.lineno + 1 if document is not None else 0
+    names = [a.arg for a in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+    return lines, sum(name not in ("self", "cls") for name in names)
+
+
+def test_functions_are_short_and_take_few_parameters() -> None:
+    found = []
+    for path in python_files():
+        file = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in LARGER.get(file, {}):
+                lines, parameters = size_of(node)
+                if lines > LINES or parameters > PARAMETERS:
+                    found.append(f"{file}:{node.lineno} {node.name}: {lines} lines, {parameters} parameters")
+    assert not found, "\n".join(found)
+
+
+def test_the_size_of_a_function_is_counted_without_docstring_and_self() -> None:
+    code = 'def f(self, a, /, b, *, c):\n    """One\n    two."""\n    return (\n        a\n    )\n'
+    (function,) = ast.parse(code).body
+    assert isinstance(function, ast.FunctionDef)
+    assert size_of(function) == (4, 3)
+
+
+# Identifiers that docs/glossary.md replaces by another word.
+BANNED = {
+    "place": "campaign, bucket, cluster",
+    "told": "what was written or logged",
+    "twin_of": "find_duplicate",
+    "Patience": "AdaptiveTimeout",
+    "Dialect": "EndpointFeatures",
+    "delivered_weights": "final_weights",
+}
+BANNED_ALLOWED = {  # file: names
+    "components/layers/columns.py": {"place"},  # where a measure is quoted
+    **{f"pipelines/{name}.py": {"place"} for name in ("cluster", "evaluate", "inputs", "train")},
+}
+
+
+def names_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, name) of all names that code defines or uses; keywords of calls and texts are left out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+
+
+def test_names_are_those_of_the_glossary() -> None:
+    found = []
+    for path in python_files():
+        file = path.relative_to(ROOT).as_posix()
+        for line, name in names_in(ast.parse(path.read_text())):
+            if name in BANNED and name not in BANNED_ALLOWED.get(file, set()):
+                found.append(f"{file}:{line} {name}: {BANNED[name]}")
+    assert not found, "\n".join(found)
+
+
+def test_a_banned_name_is_found_wherever_it_is_defined_or_used() -> None:
+    code = "class Dialect: ...\ndef f(place):\n    told = place.twin_of\ntext.format(place='x')  # place\n"
+    assert sorted(name for _, name in names_in(ast.parse(code)) if name in BANNED) == [
+        "Dialect", "place", "place", "told", "twin_of",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

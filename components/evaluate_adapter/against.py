@@ -1,4 +1,4 @@
-"""Is tonight's adapter worse than the one that was evaluated before it? What a nightly evaluation fails by."""
+"""Comparison of an evaluation with the previous one, by which a nightly evaluation fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from layerloop.components.schema.seeds import seed_for
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.manifests import read_file
 
-# Few, so that an alarm means something: with every measure at 95 %, one would ring on most nights.
+# Few, to keep false alarms rare: with every measure at 95 %, most nights would have one.
 WATCHED = tuple(
     (kind, column)
     for kind in ("designs", "pictures")
@@ -27,35 +27,37 @@ WATCHED = tuple(
 
 
 def fail_when_worse(campaign: Campaign, evaluation: Manifest) -> None:
-    """Compare an evaluation with the last one of an earlier iteration, picture by picture, and log what was found.
+    """Compare an evaluation with the last one of an earlier iteration, image by image, and log the differences.
 
-    Both adapters decomposed the same pictures from the same noise, and each stored its numbers (`samples.parquet`), so
+    Both adapters decomposed the same images from the same noise, and each stored its numbers (`samples.parquet`), so
     differences are paired. The intervals are those of the report, widened for the number of measures that are watched
-    (Bonferroni), so that of nights on which nothing changed at most one in twenty fails.
+    (Bonferroni), so that at most one in twenty evaluations fails where nothing changed.
 
     Raises:
         LayerloopError: an interval says that a watched measure is worse; the line names each of them.
     """
     now = evaluation.iteration
-    names = [f"iteration-{k:06d}" for k in range((now or 0) - 1, 0, -1)]
-    there = set(campaign.evaluations())
-    before = next((name for name in names if name in there), None)
-    found = campaign.find(campaign.evaluation_dir(before)) if before else None
-    if before is None or found is None:
-        log(f"iteration {now} is the first that was evaluated: there is none before it to compare it with")
+    names = [f"iteration-{earlier:06d}" for earlier in range((now or 0) - 1, 0, -1)]
+    evaluated = set(campaign.evaluations())
+    before = next((name for name in names if name in evaluated), None)
+    previous = campaign.find(campaign.evaluation_dir(before)) if before else None
+    if before is None or previous is None:
+        log(f"iteration {now} is the first evaluated iteration: there is no earlier one to compare it with")
         return
     comparisons = compare_evaluations(
-        _adapter_rows(campaign, found),
+        _adapter_rows(campaign, previous),
         _adapter_rows(campaign, evaluation),
         resamples=campaign.runtime.evaluation.bootstrap,
         seed=campaign.recipe.seed,
     )
     if not comparisons:
-        log(f"{before} was evaluated on other pictures than iteration {now}: they cannot be compared")
+        log(f"{before} was evaluated on other images than iteration {now}: they cannot be compared")
         return
     for name, comparison in comparisons.items():
-        log(f"since {before}: {_said(name, comparison)}")
-    worse = [_said(name, comparison) for name, comparison in comparisons.items() if _is_worse(name, comparison)]
+        log(f"since {before}: {_comparison_text(name, comparison)}")
+    worse = [
+        _comparison_text(name, comparison) for name, comparison in comparisons.items() if _is_worse(name, comparison)
+    ]
     if worse:
         report = f"{campaign.uri}/{campaign.evaluation_dir(f'iteration-{now:06d}')}/report.html"
         raise LayerloopError(f"iteration {now} is worse than {before}: {'; '.join(worse)}: see {report}")
@@ -64,7 +66,7 @@ def fail_when_worse(campaign: Campaign, evaluation: Manifest) -> None:
 def compare_evaluations(
     before: Sequence[Row], now: Sequence[Row], *, resamples: int, seed: int
 ) -> dict[str, Comparison]:
-    """The watched measures over the pictures that both have, `designs.bad_layers` and so on; `base` is before."""
+    """The watched measures over the images of both, `designs.bad_layers` and so on; `base` is before."""
     earlier = {_identity(row): row for row in before}
     pairs = [(earlier[key], row) for row in now if (key := _identity(row)) in earlier]
     level = 1 - (1 - LEVEL) / len(WATCHED)
@@ -84,6 +86,7 @@ def compare_evaluations(
 
 
 def _adapter_rows(campaign: Campaign, evaluation: Manifest) -> list[Row]:
+    """Rows of the adapter's decompositions in an evaluation's `samples.parquet`."""
     import pyarrow.parquet as pq
 
     table: Any = pq.read_table(io.BytesIO(read_file(campaign.store, evaluation.file("samples.parquet"))))
@@ -100,7 +103,7 @@ def _is_worse(name: str, comparison: Comparison) -> bool:
     return comparison.difference > 0 if better_of(name.partition(".")[2]) == "lower" else comparison.difference < 0
 
 
-def _said(name: str, c: Comparison) -> str:
+def _comparison_text(name: str, c: Comparison) -> str:
     interval = "" if c.low is None else f", interval {c.low:+.4g} to {c.high:+.4g}"
     title = title_of(name.partition(".")[2])
     return f"{name} ({title[:1].lower()}{title[1:]}) {c.base:.4g} -> {c.tuned:.4g}{interval}, {c.n} pairs"

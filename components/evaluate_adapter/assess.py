@@ -14,14 +14,14 @@ from layerloop.components.layers.measure import MEASURES, measure_all, slot_l1
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.seeds import seed_for
 
-Row = dict[str, Any]  # one decomposition: what it is of, and its numbers by column; None where undefined
+Row = dict[str, Any]  # one decomposition: its case, and its numbers by column; None where undefined
 
 
 def assess(case: Case, stack: Pixels, *, max_edits: int) -> Row:
     """All numbers of one decomposition, as a flat row.
 
-    Columns besides `measure.MEASURES`: `slot_l1_<k>` of slot k; `layerd_<score>_<edits>`, and `layerd_clean_...` after
-    alpha of 2/255 and less was cleared; `layerd_edits`, the merges that were made.
+    Columns in addition to `measure.MEASURES`: `slot_l1_<k>` of slot k; `layerd_<score>_<edits>`, and
+    `layerd_clean_...` after alpha of 2/255 and less was cleared; `layerd_edits`, the merges that were made.
     """
     row: Row = {"key": case.key, "kind": case.kind, "layers": case.layers, "seed": case.seed}
     row |= {"height": stack.shape[1], "width": stack.shape[2]}
@@ -29,7 +29,7 @@ def assess(case: Case, stack: Pixels, *, max_edits: int) -> Row:
     if case.truth is None:
         return row
     row |= {f"slot_l1_{slot}": value for slot, value in enumerate(slot_l1(stack, case.truth))}
-    if min(len(stack), len(case.truth)) < 2:  # the protocol leaves these out
+    if min(len(stack), len(case.truth)) < 2:  # LayerD's protocol leaves these out
         return row
     for prefix, seen in (("layerd", stack), ("layerd_clean", layerd.clear_faint_alpha(stack))):
         levels = layerd.evaluate(seen, case.truth, max_edits=max_edits)
@@ -48,7 +48,7 @@ class Comparisons:
     slots: Mapping[int, Mapping[str, Comparison]] = field(default_factory=dict)  # layer count -> column -> comparison
 
     def flat(self) -> dict[str, Comparison]:
-        """By one name each: `designs.bad_layers`, `designs.slot_l1.L3`, `designs.slot_l1.L3.slot0`."""
+        """Comparisons by flat name: `designs.bad_layers`, `designs.slot_l1.L3`, `designs.slot_l1.L3.slot0`."""
         named = {f"{kind}.{column}": value for kind, table in self.by_kind.items() for column, value in table.items()}
         for layers, table in self.slots.items():
             for column, value in table.items():

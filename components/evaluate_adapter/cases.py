@@ -47,12 +47,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Cases:
-    """All cases of an evaluation, ordered by kind and geometry, and what was left out of the sources."""
+    """All cases of an evaluation, ordered by kind and geometry, and the held-out images that were left out."""
 
     cases: tuple[Case, ...]
     left_out: Mapping[str, int]  # reason -> number of held-out images
 
     def of(self, kind: Kind) -> list[Case]:
+        """The cases of one kind, in order."""
         return [case for case in self.cases if case.kind == kind]
 
 
@@ -61,8 +62,7 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
 
     Designs are taken at their own layer count, when that is one of `recipe.evaluation.layers`, and evenly over the
     counts. Unlabelled images are taken at 4 layers, or at the most that the recipe evaluates. Within a count, images
-    come in the order of their keys, which are content hashes: a choice that is arbitrary, and the same for every
-    adapter.
+    come in the order of their keys, which are content hashes: an arbitrary choice, the same for every adapter.
 
     Raises:
         LayerloopError: nothing is held out, or a shard is damaged.
@@ -77,9 +77,9 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
     layers = UNLABELLED_LAYERS if UNLABELLED_LAYERS in recipe.layers else max(recipe.layers)
     unlabelled = sorted(samples("holdout", ("png",)), key=lambda sample: sample[0])
     if len(unlabelled) > recipe.pictures:
-        left_out["pictures beyond recipe.evaluation.pictures"] = len(unlabelled) - recipe.pictures
-    cases = [_design(key, members, seed) for key, members in chosen]
-    cases += [_unlabelled(key, members, layers, seed) for key, members in unlabelled[: recipe.pictures]]
+        left_out["images beyond recipe.evaluation.pictures"] = len(unlabelled) - recipe.pictures
+    cases = [_design_case(key, members, seed) for key, members in chosen]
+    cases += [_unlabelled_case(key, members, layers, seed) for key, members in unlabelled[: recipe.pictures]]
     if not cases:
         raise LayerloopError(
             f"{campaign.uri} holds out nothing that recipe.evaluation asks for: begin a campaign with designs, "
@@ -120,7 +120,7 @@ def _choose_designs(samples: Iterable[Sample], recipe: EvaluationRecipe) -> tupl
                 chosen.append(group[rank])
     left_out = {}
     if other:
-        left_out[f"designs with other than {_listed(by_count)} layers"] = other
+        left_out[f"designs with other than {_joined_by_or(by_count)} layers"] = other
     if seen - other > len(chosen):
         left_out["designs beyond recipe.evaluation.designs"] = seen - other - len(chosen)
     return chosen, left_out
@@ -133,7 +133,7 @@ def _layer_count(members: Mapping[str, bytes]) -> int:
     return count
 
 
-def _design(key: str, members: Mapping[str, bytes], seed: int) -> Case:
+def _design_case(key: str, members: Mapping[str, bytes], seed: int) -> Case:
     count = _layer_count(members)
     truth = np.stack([decode_png(members[f"layer{index}.png"]) for index in range(count)])
     source = on_backdrop(decode_png(members["png"]), "white")
@@ -144,11 +144,11 @@ def _design(key: str, members: Mapping[str, bytes], seed: int) -> Case:
     return Case(key, "designs", count, seed_for(seed, "evaluation", key, count), source, truth)
 
 
-def _unlabelled(key: str, members: Mapping[str, bytes], layers: int, seed: int) -> Case:
+def _unlabelled_case(key: str, members: Mapping[str, bytes], layers: int, seed: int) -> Case:
     source = on_backdrop(decode_png(members["png"]), "white")
     return Case(key, "pictures", layers, seed_for(seed, "evaluation", key, layers), source, None)
 
 
-def _listed(numbers: Iterable[int]) -> str:
+def _joined_by_or(numbers: Iterable[int]) -> str:
     *most, last = [str(number) for number in numbers]
     return f"{', '.join(most)} or {last}" if most else last

@@ -17,7 +17,7 @@ def evaluate_adapter(
     fail_when_worse: bool = False,
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
-    """Compare adapter and base on the same seeds, on held-out designs and pictures.
+    """Compare adapter and base on the same seeds, on held-out designs and unlabelled images.
 
     Args:
         campaign: Root URI of the campaign.

@@ -1,7 +1,7 @@
 """Decompositions of the evaluation's cases, sampled exactly as at inference and kept in shards.
 
-Ranks share the work batch by batch, with the same batches for any number of them, so a shard's bytes do not depend on
-how many there are. As many shards are made at a time as there are ranks; a killed attempt loses no more than those.
+Ranks share the work batch by batch, with the same batches for any number of ranks, so a shard's bytes do not depend on
+their number. As many shards are made at a time as there are ranks; a killed attempt loses no more than those.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def decomposed_shards(
     store: Store,
     stem: str,
     *,
-    here: LoadedPolicy,
+    loaded: LoadedPolicy,
     chunks: Sequence[Chunk],
     recipe: EvaluationRecipe,
     batch_size: int,
@@ -57,22 +57,22 @@ def decomposed_shards(
         LayerloopError: the decoded layers are not finite, or a source is of a size that the model does not take.
     """
     names = [f"{stem}-{index:06d}.tar" for index in range(len(chunks))]
-    kept = _kept(store, dict(zip(names, chunks, strict=True)))
+    kept = _existing_shards(store, dict(zip(names, chunks, strict=True)))
     todo = [(name, chunk) for name, chunk in zip(names, chunks, strict=True) if name not in kept]
     made: dict[str, Shard] = {}
     for start in range(0, len(todo), world_size()):
         part = todo[start : start + world_size()]
         work = [batch for _, chunk in part for batch in batches(chunk, batch_size)]
-        samples = _shared_out(here, work, recipe, model)
+        samples = _sample_batches(loaded, work, recipe, model)
         with failing_together():
             for name, chunk in part if rank() == 0 else ():
                 made[name] = write_shard(store, name, ((case.name, samples[case.name]) for case in chunk))
                 log(f"{name}: {len(chunk)} decompositions")
-    shards = _on_all_ranks({**kept, **made})
+    shards = _broadcast_shards({**kept, **made})
     return [shards[name] for name in names]
 
 
-def _kept(store: Store, chunks: Mapping[str, Chunk]) -> dict[str, Shard]:
+def _existing_shards(store: Store, chunks: Mapping[str, Chunk]) -> dict[str, Shard]:
     """Shards of an earlier attempt by name, as rank 0 finds them: every rank has to do the same work."""
     found: dict[str, Shard] = {}
     with failing_together():
@@ -80,47 +80,47 @@ def _kept(store: Store, chunks: Mapping[str, Chunk]) -> dict[str, Shard]:
             shard = existing_shard(store, name, [case.name for case in chunk])
             if shard is not None:
                 found[name] = shard
-                log(f"{name}: {len(chunk)} decompositions, there already")
-    return _on_all_ranks(found)
+                log(f"{name}: {len(chunk)} decompositions, kept from an earlier attempt")
+    return _broadcast_shards(found)
 
 
-def _on_all_ranks(shards: Mapping[str, Shard]) -> dict[str, Shard]:
-    """Rank 0's shards by name."""
-    told: Any = broadcast_json({name: shard.model_dump(mode="json") for name, shard in shards.items()})
-    return {name: Shard.model_validate(shard) for name, shard in told.items()}
+def _broadcast_shards(shards: Mapping[str, Shard]) -> dict[str, Shard]:
+    """Rank 0's shards by name, on every rank."""
+    received: Any = broadcast_json({name: shard.model_dump(mode="json") for name, shard in shards.items()})
+    return {name: Shard.model_validate(shard) for name, shard in received.items()}
 
 
-def _shared_out(
-    here: LoadedPolicy, every: Sequence[Sequence[Case]], recipe: EvaluationRecipe, model: str
+def _sample_batches(
+    loaded: LoadedPolicy, work: Sequence[Sequence[Case]], recipe: EvaluationRecipe, model: str
 ) -> dict[str, dict[str, bytes]]:
     """The members of every case's sample by case name, on rank 0. Each rank samples and encodes its share of the
     batches."""
-    shares = deal([cost(batch) for batch in every], world_size())
-    mine = [every[index] for index in shares[rank()]]
+    shares = balance([cost(batch) for batch in work], world_size())
+    mine = [work[index] for index in shares[rank()]]
     # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
-    sharded = here.policy.sharded
-    behind = max(map(len, shares)) - len(mine) if sharded else 0
+    sharded = loaded.policy.sharded
+    missing_calls = max(map(len, shares)) - len(mine) if sharded else 0
     with nullcontext() if sharded else failing_together():
         sampled: Iterator[tuple[Case, Pixels]] = (
             pair
             for batch in mine
-            for pair in decompose(here.policy, batch, here.prompt, steps=recipe.steps, model=model)
+            for pair in decompose(loaded.policy, batch, loaded.prompt, steps=recipe.steps, model=model)
         )
         if rank() == 0:
             sampled = progress(sampled, what=f"decomposing by {model}", unit="images", total=sum(map(len, mine)))
-        samples = dict(_sample(case, stack) for case, stack in sampled)
-        dummy_forwards(here.policy, here.prompt, behind * evaluations_per_sample(recipe.steps))
+        samples = dict(_encoded_sample(case, stack) for case, stack in sampled)
+        dummy_forwards(loaded.policy, loaded.prompt, missing_calls * evaluations_per_sample(recipe.steps))
     return {name: members for part in gather_to_first(samples) for name, members in part.items()}
 
 
 def cost(batch: Sequence[Case]) -> float:
-    """What a batch takes, in tokens of the model: pixels times the layers, the composite and the condition."""
+    """Relative cost of a batch in tokens: pixels times frames (layers, composite and condition)."""
     layers, height, width = batch[0].geometry
     return float(len(batch) * (layers + 2) * height * width)
 
 
-def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Which items each rank takes, in their order: the dearest first, each to the rank that has least to do (LPT)."""
+def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Longest-processing-time-first: each item to the least loaded rank. Returns the items of each rank, in order."""
     shares: list[list[int]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
     for item in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
@@ -137,8 +137,8 @@ def decompose(
     """Each case of a batch of one geometry with its layers `(L, H, W, 4)` uint8: `steps` Heun steps, no guidance,
     opaque condition.
 
-    These are the released model's inference settings; with others its authors call the results garbled. `model` names
-    the weights in errors.
+    These are the released model's inference settings; by its authors' account others give garbled results. `model`
+    names the weights in errors.
 
     Raises:
         LayerloopError: the decoded layers are not finite.
@@ -160,7 +160,7 @@ def decompose(
 
 
 def evaluations_per_sample(steps: int) -> int:
-    """Calls of the model for one decomposition: two a Heun step, one for the last."""
+    """Model calls for one decomposition: two per Heun step, one for the last."""
     return 2 * steps - 1
 
 
@@ -173,7 +173,7 @@ def read_decompositions(store: Store, shard: Shard) -> dict[str, Pixels]:
     return found
 
 
-def _sample(case: Case, stack: Pixels) -> Sample:
+def _encoded_sample(case: Case, stack: Pixels) -> Sample:
     record = {"image_key": case.key, "kind": case.kind, "layers": case.layers, "seed": case.seed}
     members = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(stack)}
     return case.name, {"json": json.dumps(record, sort_keys=True).encode(), **members}

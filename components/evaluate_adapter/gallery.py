@@ -14,15 +14,15 @@ SHOWN_SIDE = 128  # longest side of a tile on the page, CSS pixels
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownCase:
     """A case in the gallery with its rows."""
 
     choice: Choice
     strips: tuple[Strip, ...]
 
 
-def gallery(samples: Sequence[str]) -> str:
-    """Backdrops are chosen with radio buttons, since scripts do not run where reports are shown."""
+def gallery(articles: Sequence[str]) -> str:
+    """The articles under a choice of backdrops: radio buttons, since scripts do not run where reports are shown."""
     backdrops = {
         "checker": "checkerboard", "white": "white", "black": "black", "magenta": "magenta", "alpha": "alpha as grey",
     }  # fmt: skip
@@ -32,10 +32,10 @@ def gallery(samples: Sequence[str]) -> str:
     )
     labels = "".join(f'<label for="b-{name}">{text}</label>' for name, text in backdrops.items())
     toolbar = f'<div class="toolbar"><span>Layers on</span>{labels}</div>'
-    return f'{inputs}{toolbar}<div class="samples">{"".join(samples)}</div>'
+    return f'{inputs}{toolbar}<div class="samples">{"".join(articles)}</div>'
 
 
-def sample(shown: Shown) -> str:
+def article(shown: ShownCase) -> str:
     """One case: reference, base and adapter as rows of tiles, with each layer's numbers under it."""
     case = shown.choice.case
     heads = headings(max(len(strip.stack) for strip in shown.strips))
@@ -43,14 +43,14 @@ def sample(shown: Shown) -> str:
     for index, strip in enumerate(shown.strips):
         recomposition, gap = recomposed(strip, composite(strip.stack), case.source)
         cells.append(f'<span class="side {strip.model.lower()}">{escape(strip.model)}</span>')
-        cells += [_cell(case.source if index == 0 else None), _cell(recomposition, "whole"), _cell(gap)]
+        cells += [_tile(case.source if index == 0 else None), _tile(recomposition, "recomposition"), _tile(gap)]
         facts = measure_layers(strip.stack, case.source)
         for layer, numbers in zip(strip.stack, facts, strict=True):
             flags, lines = caption(numbers)
             flagged = f"<b>{escape(flags)}</b>" if flags else ""
-            cells.append(_cell(layer, "layer", f"<p>{'<br>'.join([*lines, flagged])}</p>"))
+            cells.append(_tile(layer, "layer", f"<p>{'<br>'.join([*lines, flagged])}</p>"))
         cells += ["<span></span>"] * (len(heads) - 3 - len(strip.stack))
-    kind = {"designs": "Design", "pictures": "Picture"}[case.kind]
+    kind = {"designs": "Design", "pictures": "Image"}[case.kind]
     size = f"{case.layers} layers, {case.source.shape[1]} × {case.source.shape[0]} px"
     return (
         f'<article class="sample"><header><h3>{kind} {escape(case.key[:8])}</h3>'
@@ -59,7 +59,7 @@ def sample(shown: Shown) -> str:
     )
 
 
-def _cell(pixels: Pixels | None, kind: str = "", below: str = "") -> str:
+def _tile(pixels: Pixels | None, kind: str = "", below: str = "") -> str:
     """A tile at an integer multiple of its size, or reduced; `below` is HTML under it."""
     if pixels is None:
         return "<span></span>"

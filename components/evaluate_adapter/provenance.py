@@ -13,14 +13,14 @@ from layerloop.components.evaluate_adapter.cases import Cases
 from layerloop.components.runtime.distributed import world_size
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
-from layerloop.components.storage.delivered import delivered_weights
+from layerloop.components.storage.final_weights import final_weights
 
 if TYPE_CHECKING:
     from layerloop.components.policy.model import LayeredPolicy
 
 
 class Clock:
-    """Seconds by activity."""
+    """Elapsed seconds by activity."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -44,12 +44,12 @@ def notices(cases: Cases) -> list[str]:
             "of layer 0 with a true background need them and are missing here."
         )
     if not cases.of("pictures"):
-        texts.append("This campaign holds out no unlabelled pictures, so this page is about designs only.")
+        texts.append("This campaign holds out no unlabelled images, so this page is about designs only.")
     return texts
 
 
 def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: Cases, clock: Clock) -> dict[str, Any]:
-    """What was compared, and how: values for `metrics.json`, which the page's settings repeat."""
+    """Provenance of a comparison: values for `metrics.json`, which the page's settings repeat."""
     import resource
 
     import torch
@@ -69,7 +69,7 @@ def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: 
     return {
         "campaign": recipe.name,
         "iteration": adapter.iteration,
-        "adapter_sha256": delivered_weights(adapter).sha256,
+        "adapter_sha256": final_weights(adapter).sha256,
         "lora": f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}",
         "base": model_name(recipe),
         "base_fingerprint": policy.fingerprint,
@@ -90,16 +90,16 @@ def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: 
 
 
 def settings(p: Mapping[str, Any]) -> dict[str, str]:
-    """The provenance as rows of the page, by heading."""
+    """Rows of the page's settings by heading, from `provenance`."""
     sha = (p["adapter_sha256"] or "unknown")[:12]
     calls = p["model_calls_per_decomposition"]
     seconds = ", ".join(f"{what.replace('_', ' ')} {value:.1f} s" for what, value in p["seconds"].items())
     return {
         "Adapter": f"iteration {p['iteration']}, {p['lora']}, sha256 {sha}",
         "Base": f"{p['base']}, {p['dtype']}, fingerprint {p['base_fingerprint'][:12]}",
-        "Sampling": f"Heun, {p['steps']} steps ({calls} model calls a decomposition), no guidance, opaque condition",
+        "Sampling": f"Heun, {p['steps']} steps ({calls} model calls per decomposition), no guidance, opaque condition",
         "Prompt": f"“{p['prompt']}”",
-        "Pictures": f"longest side {p['longest_side']} px at most",
+        "Images": f"longest side {p['longest_side']} px at most",
         "Seeds": f"hashed from campaign seed {p['seed']}, image and layer count; the same for base and adapter",
         "Time": seconds,
         "Machine": f"{p['machine']}, peak memory {p['peak_memory_gib']:.1f} GiB",

@@ -1,6 +1,6 @@
 """The report: one self-contained HTML page, light and dark, without scripts.
 
-It formats numbers and pixels that were computed before; it shows nothing that `metrics.json` lacks.
+It formats numbers and pixels that were computed before; it shows nothing that is not in `metrics.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from layerloop.components.evaluate_adapter import charts
 from layerloop.components.evaluate_adapter.assess import Comparisons
 from layerloop.components.evaluate_adapter.cases import Kind
 from layerloop.components.evaluate_adapter.charts import Point
-from layerloop.components.evaluate_adapter.gallery import Shown, gallery, sample
+from layerloop.components.evaluate_adapter.gallery import ShownCase, article, gallery
 from layerloop.components.evaluate_adapter.sheets import GAIN
 from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD, Comparison
 from layerloop.components.layers.columns import GROUPS, LAYERD, better_of, quoted, title_of
@@ -23,7 +23,7 @@ from layerloop.components.layers.layerd import PROTOCOL
 from layerloop.components.layers.measure import DEFINITIONS, MEASURES
 
 TARGET_BYTES = 950_000  # Kubeflow's page shows reports of about a megabyte
-HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabelled pictures"}
+HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabelled images"}
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Report:
     counts: Mapping[Kind, int]
     comparisons: Comparisons
     reference: Mapping[str, float]  # means of the true layers themselves, by column
-    judge: str  # who gave the rewards, a full sentence or two
+    judge: str  # who gave the rewards, in a sentence or two
     notices: Sequence[str] = ()
     curve: Sequence[Point] = ()
-    shown: Sequence[Shown] = ()
+    shown: Sequence[ShownCase] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     max_edits: int = 5
     resamples: int = 2000
@@ -56,23 +56,25 @@ def render(report: Report) -> bytes:
         "judge": escape(report.judge),
         "notices": "".join(f'<p class="notice">{escape(text)}</p>' for text in report.notices),
         "cards": _cards(report),
-        "tables": "".join(_table(report, kind) for kind in report.comparisons.by_kind),
-        "layerd": _layerd(report),
-        "slots": _slots(report),
-        "training": _training(report.curve),
+        "tables": "".join(_measures_section(report, kind) for kind in report.comparisons.by_kind),
+        "layerd": _layerd_section(report),
+        "slots": _slots_section(report),
+        "training": _training_section(report.curve),
         "method": escape(METHOD.format(resamples=report.resamples, fewest=FEWEST)),
         "definitions": _definitions(report),
         "settings": "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in report.settings.items()),
         "version": escape(report.version),
     }
     room = TARGET_BYTES - sum(len(text.encode()) for text in (template.template, *fields.values()))
-    kept = _fitting([sample(shown) for shown in report.shown], [s.choice.case.kind for s in report.shown], room)
-    fields["shown"] = escape(_about_shown(report, len(kept)))
+    kept = _articles_within(
+        [article(shown) for shown in report.shown], [s.choice.case.kind for s in report.shown], room
+    )
+    fields["shown"] = escape(_gallery_note(report, len(kept)))
     fields["gallery"] = gallery(kept)
     return template.substitute(fields).encode()
 
 
-def _fitting(articles: Sequence[str], kinds: Sequence[Kind], room: int) -> list[str]:
+def _articles_within(articles: Sequence[str], kinds: Sequence[Kind], room: int) -> list[str]:
     """The articles that fit in `room` bytes, one at least, in their order; the first of each kind have precedence."""
     rank = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
     kept: list[int] = []
@@ -109,8 +111,8 @@ def summary(report: Report) -> str:
     counts = [
         f"<strong>{n}</strong> {what}"
         for n, what in (
-            (report.counts.get("designs", 0), "held-out designs whose layers are known"),
-            (report.counts.get("pictures", 0), "unlabelled pictures"),
+            (report.counts.get("designs", 0), "held-out designs with known layers"),
+            (report.counts.get("pictures", 0), "unlabelled images"),
         )
         if n
     ]
@@ -131,7 +133,7 @@ def summary(report: Report) -> str:
         return ", ".join(named) + more
 
     text = f"The adapter and its base, {escape(report.model)}, decomposed {' and '.join(counts)} from the same noise."
-    on = f"On the {kind}, the adapter"
+    on = f"On the {'designs' if kind == 'designs' else 'images'}, the adapter"
     if by_verdict["good"]:
         text += f" {on} is clearly better in {listed(by_verdict['good'])}."
         on = "It"
@@ -140,7 +142,7 @@ def summary(report: Report) -> str:
         on = "It"
     rest = len(by_verdict[""])
     if rest == sum(len(some) for some in by_verdict.values()):
-        return f"{text} {on} differs from the base in none of {rest} measures by more than chance would explain."
+        return f"{text} {on} does not differ from the base by more than chance in any of {rest} measures."
     if rest == 1:
         return f"{text} The one other measure shows no clear difference."
     return f"{text} The other {rest} measures show no clear difference." if rest else text
@@ -150,11 +152,11 @@ def _lower(title: str) -> str:
     return title if title.startswith("LayerD") else title[0].lower() + title[1:]
 
 
-def _about_shown(report: Report, kept: int) -> str:
+def _gallery_note(report: Report, kept: int) -> str:
     total = sum(report.counts.values())
     text = (
         f"{kept} of {total} cases: best, median and worst by difference, then some drawn at random from a fixed seed; "
-        f"none was picked by eye. |Difference| is between source and recomposition, times {GAIN}. Small pictures are "
+        f"none was picked by eye. |Difference| is between source and recomposition, times {GAIN}. Small images are "
         "shown pixel by pixel, large ones reduced."
     )
     if kept < len(report.shown):
@@ -173,9 +175,7 @@ def _cards(report: Report) -> str:
         if column not in table:
             continue
         c = table[column]
-        interval = (
-            f"{number(c.low, signed=True)} … {number(c.high, signed=True)}" if c.low is not None else "one picture"
-        )
+        interval = f"{number(c.low, signed=True)} … {number(c.high, signed=True)}" if c.low is not None else "one image"
         wish = {"lower": "↓ lower is better", "higher": "↑ higher is better", None: ""}[better_of(column)]
         cards.append(
             f'<div class="card"><p class="what">{escape(title_of(column))}<span class="wish">{wish}</span></p>'
@@ -187,7 +187,7 @@ def _cards(report: Report) -> str:
     return "".join(cards)
 
 
-def _table(report: Report, kind: Kind) -> str:
+def _measures_section(report: Report, kind: Kind) -> str:
     table = report.comparisons.by_kind[kind]
     reference = kind == "designs" and bool(report.reference)
     width = 8 if reference else 7
@@ -197,13 +197,13 @@ def _table(report: Report, kind: Kind) -> str:
         if group:
             rows += [f'<tr class="heading"><th colspan="{width}">{escape(heading)}</th></tr>', *group]
     what = {
-        "designs": "Pictures made of layers that are known, each decomposed at its own layer count.",
-        "pictures": "Photographs without known layers: what can be said of them without a reference.",
+        "designs": "Images composed of known layers, each decomposed at its own layer count.",
+        "pictures": "Images without known layers, measured without a reference.",
     }[kind]
-    truth = " The column “true layers” is what the known layers score themselves." if reference else ""
+    truth = " The column “true layers” has the known layers' own scores." if reference else ""
     return (
         f'<h2>{HEADINGS[kind]}</h2><p class="note">{what}{truth} ↓ lower is better, ↑ higher is better. In the small '
-        "picture of each row the middle line is 0 and the bar the 95 % interval, on a scale of its own.</p>"
+        "chart of each row the middle line is 0 and the bar the 95 % interval, on a scale of its own.</p>"
         '<div class="panel"><table><thead><tr><th>Measure</th>'
         + ("<th>true layers</th>" if reference else "")
         + "<th>base</th><th>adapter</th><th>difference</th><th>95 % interval</th><th></th><th>n</th></tr></thead>"
@@ -223,24 +223,24 @@ def _row(report: Report, column: str, c: Comparison, reference: bool) -> str:
     )
 
 
-def _layerd(report: Report) -> str:
+def _layerd_section(report: Report) -> str:
     table = report.comparisons.by_kind.get("designs", {})
     if "layerd_cost_0" not in table:
         return ""
     return (
         '<h2>LayerD’s protocol by number of edits</h2><p class="note">Merges allowed before scoring, as in LayerD and '
         "Qwen-Image-Layered. Cost and RGB L1: lower is better; alpha IoU: higher is better. These numbers belong to "
-        "this test set and compare with no paper’s.</p>"
-        + _levels(table, "layerd", report.max_edits)
+        "this test set and cannot be compared with a paper’s.</p>"
+        + _levels_table(table, "layerd", report.max_edits)
         + "<details><summary>The same after clearing alpha of 2/255 and less</summary>"
         '<p class="small">The protocol takes any alpha above 0 for overlap, so a decoder’s noise of one level regroups '
         "the layers. Here such alpha is set to 0 first, for both models alike.</p>"
-        + _levels(table, "layerd_clean", report.max_edits)
+        + _levels_table(table, "layerd_clean", report.max_edits)
         + "</details>"
     )
 
 
-def _levels(table: Mapping[str, Comparison], prefix: str, max_edits: int) -> str:
+def _levels_table(table: Mapping[str, Comparison], prefix: str, max_edits: int) -> str:
     heads = "".join(f'<th class="group" colspan="3">{escape(score.title)}</th>' for score in LAYERD.values())
     names = '<th class="first">base</th><th>adapter</th><th>difference</th>' * len(LAYERD)
     rows = []
@@ -248,7 +248,7 @@ def _levels(table: Mapping[str, Comparison], prefix: str, max_edits: int) -> str
         cells = []
         for score in LAYERD:
             column = f"{prefix}_{score}_{edits}"
-            cells.append(_three(column, table[column]))
+            cells.append(_base_adapter_difference(column, table[column]))
         rows.append(f'<tr><th scope="row">{edits}</th>{"".join(cells)}</tr>')
     return (
         f'<div class="panel"><table><thead><tr><th>Edits</th>{heads}</tr><tr><th></th>{names}</tr></thead>'
@@ -256,7 +256,7 @@ def _levels(table: Mapping[str, Comparison], prefix: str, max_edits: int) -> str
     )
 
 
-def _slots(report: Report) -> str:
+def _slots_section(report: Report) -> str:
     slots = report.comparisons.slots
     if not slots:
         return ""
@@ -264,7 +264,7 @@ def _slots(report: Report) -> str:
     heads = "".join(f"<th>slot {slot}</th>" for slot in range(most))
     rows = []
     for layers, table in sorted(slots.items()):
-        cells = [_three("slot_l1", table["slot_l1"])]
+        cells = [_base_adapter_difference("slot_l1", table["slot_l1"])]
         for slot in range(most):
             c = table.get(f"slot_l1_{slot}")
             arrow = f'{number(c.base)}<span class="dim"> → </span>{number(c.tuned)}' if c else ""
@@ -279,25 +279,25 @@ def _slots(report: Report) -> str:
     )
 
 
-def _three(column: str, c: Comparison) -> str:
+def _base_adapter_difference(column: str, c: Comparison) -> str:
     return (
         f'<td class="first">{number(c.base)}</td><td>{number(c.tuned)}</td>'
         f'<td class="{verdict(column, c) or "dim"}">{number(c.difference, signed=True)}</td>'
     )
 
 
-def _training(curve: Sequence[Point]) -> str:
+def _training_section(curve: Sequence[Point]) -> str:
     if not curve:
         return ""
     return (
         '<h2>Training</h2><p class="note">Mean reward of the candidates of each iteration; the band spans the middle '
-        "80 % of them. Every iteration draws other pictures, so small steps up or down are the pictures’ doing too.</p>"
+        "80 % of them. Every iteration draws other images, so small changes may also be due to the images.</p>"
         f'<div class="panel"><figure>{charts.curve(curve)}</figure></div>'
     )
 
 
 def _definitions(report: Report) -> str:
-    """Every definition, verbatim; what was not computed here is left out."""
+    """The definition of every measure that was computed, verbatim."""
     computed = {column for table in report.comparisons.by_kind.values() for column in table}
     entries = [(measure.title, DEFINITIONS[name]) for name, measure in MEASURES.items() if name in computed]
     entries += [

@@ -1,4 +1,4 @@
-"""Files of an evaluation besides its images: `metrics.json` and the table of samples; and the rewards of training."""
+"""Files of an evaluation other than images: `metrics.json` and the table of samples; and the rewards of training."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 def metrics_json(
     comparisons: Comparisons, reference: Mapping[str, float], provenance: Mapping[str, Any], *, resamples: int
 ) -> bytes:
-    """`{"designs.bad_layers": {"base", "tuned", "difference", "low", "high", "n", ...}, ...}` and what explains it.
+    """`{"designs.bad_layers": {"base", "tuned", "difference", "low", "high", "n", ...}, ...}` and explanations.
 
     In addition to the comparison each measure has `title`, `better` ("lower", "higher" or null), `clear` (its interval
-    excludes 0) and, on designs, `reference`: what the true layers themselves score. The other keys are `definitions`,
+    excludes 0) and, on designs, `reference`: the true layers' own value. The other keys are `definitions`,
     `method` and `provenance`. Numbers that are undefined are null.
     """
     document: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def kubeflow_metrics(document: Mapping[str, Any]) -> dict[str, float]:
 
 
 def samples_table(rows: Mapping[str, Sequence[Row]]) -> bytes:
-    """`samples.parquet`: one row a decomposition, with its `model` and every number; null where undefined."""
+    """`samples.parquet`: one row per decomposition, with its `model` and every number; null where undefined."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -95,7 +95,7 @@ def mean_of(rows: Sequence[Row]) -> dict[str, float]:
 
 def score_manifests(campaign: Campaign, iteration: int) -> list[Manifest]:
     """Committed scores of iterations 1 to `iteration`; an adapter may have been carried over without them."""
-    found = (campaign.find(campaign.scores_dir(k)) for k in range(1, iteration + 1))
+    found = (campaign.find(campaign.scores_dir(earlier)) for earlier in range(1, iteration + 1))
     return [manifest for manifest in found if manifest is not None]
 
 
@@ -119,7 +119,7 @@ def reward_curve(campaign: Campaign, scores: Sequence[Manifest]) -> list[Point]:
 
 
 def judge_sentence(scores: Sequence[Manifest]) -> str:
-    """Which judge gave the rewards, and plainly so where it was rules and not a model."""
+    """Sentences on which judge gave the rewards, explicit where it was rules and not a model."""
     from layerloop.components.reference_judge.identity import SCORE_RANGE
 
     if not scores:
@@ -135,8 +135,8 @@ def judge_sentence(scores: Sequence[Manifest]) -> str:
     if judges == rules:
         return (
             f"The rewards of training were given by {' and '.join(judges)}: rules over pixels that stand in for a "
-            "vision-language model, so that the whole job runs on one machine. A higher reward means that these rules "
-            f"were pleased, not that a person or a VLM would be. Rubric: {rubrics}."
+            "vision-language model, so that the complete pipeline runs on one machine. A higher reward means that "
+            f"these rules were pleased, not that a person or a VLM would be. Rubric: {rubrics}."
         )
     mixed = (
         f" Some came from {' and '.join(rules)}, which is rules over pixels and not a vision-language model."

@@ -1,4 +1,4 @@
-"""Contact sheets: which decompositions are shown, as PNG sheets and as the small tiles of the report."""
+"""Contact sheets: the choice of decompositions to show, as PNG sheets and as small tiles of the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RANKED_BY: dict[Kind, str] = {"designs": "layerd_cost_0", "pictures": "recomposi
 
 @dataclass(frozen=True)
 class Choice:
-    """A case that is shown, and why."""
+    """A case to show, and the reason."""
 
     case: Case
     why: str
@@ -42,7 +42,7 @@ def choose(cases: Sequence[Case], base: Sequence[Row], tuned: Sequence[Row], *, 
     """At most `count` cases of one kind: the best, the median and the worst by difference, then a seeded random draw.
 
     Ranked by the difference adapter - base of LayerD's cost without edits (designs) or of the recomposition error
-    (pictures), where lower is better. Nothing is picked by eye.
+    (unlabelled images), where lower is better. Nothing is picked by eye.
     """
     column = RANKED_BY[cases[0].kind] if cases else ""
     ranked = sorted(
@@ -78,7 +78,7 @@ def caption(layer: Mapping[str, float | bool]) -> tuple[str, list[str]]:
     return flags, [line.replace(" ", "\u00a0") for line in (f"covers {100 * layer['coverage']:.0f} %", alpha)]
 
 
-def sheet(choice: Choice, strips: Sequence[Strip]) -> Pixels:
+def contact_sheet(choice: Choice, strips: Sequence[Strip]) -> Pixels:
     """A contact sheet `(H, W, 3)`: source, recomposition, |difference|, layers on a checkerboard, layer 0 first."""
     source = choice.case.source
     rows: list[list[Cell]] = []
@@ -96,7 +96,7 @@ def sheet(choice: Choice, strips: Sequence[Strip]) -> Pixels:
 
 
 def headings(layers: int) -> list[str]:
-    """Of the columns of a sheet."""
+    """Headings of a sheet's columns."""
     upper = [f"layer {index}" for index in range(1, layers)]
     return ["source", "recomposition", f"|difference| ×{GAIN}", "layer 0, inpainted", *upper]
 

@@ -12,11 +12,11 @@ LEVEL = 0.95  # of confidence intervals
 FEWEST = 8  # pairs; the bootstrap of fewer is too narrow to call anything clear
 
 METHOD = (
-    "Base and adapter decompose the same pictures from the same initial noise, so every difference is taken within a "
-    "picture and averaged. The interval is the 95 % percentile bootstrap of that mean: pictures are drawn with "
+    "Base and adapter decompose the same images from the same initial noise, so every difference is taken within an "
+    "image and averaged. The interval is the 95 % percentile bootstrap of that mean: images are drawn with "
     "replacement {resamples:,} times from a fixed seed. A difference is called clear, and coloured, only when its "
-    "interval excludes 0 and it comes from {fewest} pictures or more: intervals from fewer are too narrow. "
-    "Where nothing differs, chance still calls about one measure in ten clear with 10 pictures, one in fifteen with 24."
+    "interval excludes 0 and it comes from {fewest} images or more: intervals from fewer are too narrow. "
+    "Where nothing differs, chance still calls about one measure in ten clear with 10 images, one in fifteen with 24."
 )
 
 
@@ -34,10 +34,11 @@ class Comparison:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval excludes 0 and comes from enough pairs to be believed."""
+        """Whether the interval excludes 0 and comes from at least `FEWEST` pairs."""
         return self.n >= FEWEST and self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     def as_json(self) -> dict[str, Any]:
+        """The fields by name."""
         return asdict(self)
 
 

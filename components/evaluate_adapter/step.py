@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from layerloop.components.evaluate_adapter import against
 from layerloop.components.evaluate_adapter.assess import Row, assess, compare_rows
 from layerloop.components.evaluate_adapter.cases import Case, Cases, Kind, read_cases
-from layerloop.components.evaluate_adapter.gallery import Shown
+from layerloop.components.evaluate_adapter.gallery import ShownCase
 from layerloop.components.evaluate_adapter.provenance import Clock, model_name, notices, provenance, settings
 from layerloop.components.evaluate_adapter.report import Report, render
 from layerloop.components.evaluate_adapter.results import (
@@ -29,7 +29,7 @@ from layerloop.components.evaluate_adapter.results import (
     samples_table,
     score_manifests,
 )
-from layerloop.components.evaluate_adapter.sheets import Choice, choose, sheet, strips_of
+from layerloop.components.evaluate_adapter.sheets import Choice, choose, contact_sheet, strips_of
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
@@ -46,7 +46,7 @@ from layerloop.components.storage.stores import open_store
 if TYPE_CHECKING:
     from layerloop.components.layers.stack import Pixels
 
-CASES_PER_SHARD = 32  # per rank: what a killed attempt loses at most, and what is in memory at once
+CASES_PER_SHARD = 32  # per rank: the most that a killed attempt loses, and that is in memory at once
 SHOWN: dict[Kind, int] = {"designs": 7, "pictures": 4}  # samples with contact sheets
 
 Chunk = tuple[Case, ...]
@@ -60,7 +60,7 @@ def run(
     fail_when_worse: bool = False,
     runtime: str = "",
 ) -> StepResult:
-    """Compare an adapter with its base on held-out designs and pictures, and write the report.
+    """Compare an adapter with its base on held-out designs and unlabelled images, and write the report.
 
     The adapter's weights are those that would be published: the average, where the recipe keeps one. Both sample
     exactly as at inference (Heun, no guidance) from the same seeds. Decompositions are kept in shards, so a
@@ -69,7 +69,7 @@ def run(
     Args:
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
-        iteration: Whose adapter to evaluate; by default the last committed one.
+        iteration: The iteration whose adapter to evaluate; by default the last committed one.
         fail_when_worse: Fail where the adapter is worse than the one that was evaluated before it (against.py); the
             evaluation is committed all the same.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
@@ -82,39 +82,39 @@ def run(
         LayerloopError: there is no adapter yet, nothing is held out, the base is not the one that the adapter was
             trained on, or the adapter decodes into NaN.
     """
-    place = Campaign.open(campaign, runtime)
-    number = place.head() if iteration is None else iteration
-    if number < 1:
+    opened = Campaign.open(campaign, runtime)
+    current = opened.head() if iteration is None else iteration
+    if current < 1:
         raise LayerloopError(
-            f"campaign {place.uri} has no adapter to evaluate (iteration {number}): train an iteration first"
+            f"campaign {opened.uri} has no adapter to evaluate (iteration {current}): train an iteration first"
         )
-    folder = place.evaluation_dir(_name(number))
-    if (done := already_committed(place.store, f"{folder}/{MANIFEST}", log=log)) is not None:
-        return _result(place, done, fail_when_worse)
+    folder = opened.evaluation_dir(_evaluation_name(current))
+    if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
+        return _result(opened, done, fail_when_worse)
 
     clock = Clock()
     with process_group() as device:
         with failing_together(), clock.time("loading"):
-            cases = read_cases(place, place.sources())
-            sharded = shares_base(place.runtime.model)
-            here = policy_at(place, number, device=device, sharded=sharded, delivered=True, loaded=loaded)
+            cases = read_cases(opened, opened.sources())
+            sharded = shares_base(opened.runtime.model)
+            loaded = policy_at(opened, current, device=device, sharded=sharded, delivered=True, loaded=loaded)
         if rank() == 0:
-            log(f"evaluating iteration {number} on {_counted(cases)}")
-        sampled = _sample(place, number, cases, here, clock)
+            log(f"evaluating iteration {current} on {_case_counts(cases)}")
+        sampled = _sample_both_models(opened, current, cases, loaded, clock)
     if rank() != 0:
         return StepResult()
-    measured = _measure(place, number, cases, sampled, clock)
-    facts = provenance(place.recipe, here.policy, place.policy(number), cases, clock)
-    manifest = _commit(place, number, cases, here, sampled, measured, facts)
-    return _result(place, manifest, fail_when_worse)
+    measured = _measure_both_models(opened, current, cases, sampled, clock)
+    facts = provenance(opened.recipe, loaded.policy, opened.policy(current), cases, clock)
+    manifest = _commit(opened, current, cases, loaded, sampled, measured, facts)
+    return _result(opened, manifest, fail_when_worse)
 
 
-def _name(iteration: int) -> str:
+def _evaluation_name(iteration: int) -> str:
     return f"iteration-{iteration:06d}"
 
 
-def _counted(cases: Cases) -> str:
-    return f"{len(cases.of('designs'))} designs and {len(cases.of('pictures'))} pictures"
+def _case_counts(cases: Cases) -> str:
+    return f"{len(cases.of('designs'))} designs and {len(cases.of('pictures'))} unlabelled images"
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -129,26 +129,30 @@ class Sampled:
     tuned: Sequence[Shard]
 
 
-def _sample(place: Campaign, iteration: int, cases: Cases, here: LoadedPolicy, clock: Clock) -> Sampled:
+def _sample_both_models(
+    campaign: Campaign, iteration: int, cases: Cases, loaded: LoadedPolicy, clock: Clock
+) -> Sampled:
     """Both models' decompositions; on all ranks."""
     from layerloop.components.evaluate_adapter.decompose import decomposed_shards
 
     chunks = [cases.cases[start : start + CASES_PER_SHARD] for start in range(0, len(cases.cases), CASES_PER_SHARD)]
-    batch_size = place.runtime.evaluation.batch_size
+    batch_size = campaign.runtime.evaluation.batch_size
     sample = functools.partial(
         decomposed_shards,
-        place.store,
-        here=here,
+        campaign.store,
+        loaded=loaded,
         chunks=chunks,
-        recipe=place.recipe.evaluation,
+        recipe=campaign.recipe.evaluation,
         batch_size=batch_size,
     )
-    with clock.time("sampling base"), here.policy.without_adapter():
-        stem = f"evaluations/base/decompositions-{here.base_fingerprint[:12]}"
+    with clock.time("sampling base"), loaded.policy.without_adapter():
+        stem = f"evaluations/base/decompositions-{loaded.base_fingerprint[:12]}"
         base = sample(stem, model="base")
     with clock.time("sampling adapter"):
-        stem = f"{place.evaluation_dir(_name(iteration))}/decompositions-{str(here.adapter_sha256)[:12]}"
-        tuned = sample(stem, model=_name(iteration))
+        stem = (
+            f"{campaign.evaluation_dir(_evaluation_name(iteration))}/decompositions-{str(loaded.adapter_sha256)[:12]}"
+        )
+        tuned = sample(stem, model=_evaluation_name(iteration))
     return Sampled(chunks, base, tuned)
 
 
@@ -164,26 +168,26 @@ class Measured:
     truth: Sequence[Row]
 
 
-def _measure(place: Campaign, iteration: int, cases: Cases, sampled: Sampled, clock: Clock) -> Measured:
-    measure = functools.partial(assess, max_edits=place.recipe.evaluation.max_edits)
+def _measure_both_models(campaign: Campaign, iteration: int, cases: Cases, sampled: Sampled, clock: Clock) -> Measured:
+    measure = functools.partial(assess, max_edits=campaign.recipe.evaluation.max_edits)
     with clock.time("measuring"):
-        base = _rows(place, sampled.chunks, sampled.base, measure, "base")
-        tuned = _rows(place, sampled.chunks, sampled.tuned, measure, _name(iteration))
+        base = _measure_shards(campaign, sampled.chunks, sampled.base, measure, "base")
+        tuned = _measure_shards(campaign, sampled.chunks, sampled.tuned, measure, _evaluation_name(iteration))
     return Measured(base, tuned, [measure(case, case.truth) for case in cases.cases if case.truth is not None])
 
 
-def _rows(
-    place: Campaign, chunks: Sequence[Chunk], shards: Sequence[Shard], measure: functools.partial[Row], model: str
+def _measure_shards(
+    campaign: Campaign, chunks: Sequence[Chunk], shards: Sequence[Shard], measure: functools.partial[Row], model: str
 ) -> list[Row]:
-    """Every case's numbers. A shard is in memory at a time."""
+    """Numbers of every case, in order. One shard is in memory at a time."""
     from layerloop.components.evaluate_adapter.decompose import read_decompositions
 
     rows: list[Row] = []
-    threads = min(8, os.cpu_count() or 1)  # numpy lets go of the interpreter on large arrays
+    threads = min(8, os.cpu_count() or 1)  # numpy releases the interpreter lock on large arrays
     with ThreadPoolExecutor(threads) as pool:
         pairs = list(zip(chunks, shards, strict=True))
         for chunk, shard in progress(pairs, what=f"measuring {model}", unit="shards"):
-            stacks = read_decompositions(place.store, shard)
+            stacks = read_decompositions(campaign.store, shard)
             rows += pool.map(measure, chunk, [stacks[case.name] for case in chunk])
     return rows
 
@@ -192,45 +196,45 @@ def _rows(
 
 
 def _commit(
-    place: Campaign,
+    campaign: Campaign,
     iteration: int,
     cases: Cases,
-    here: LoadedPolicy,
+    loaded: LoadedPolicy,
     sampled: Sampled,
     measured: Measured,
     facts: dict[str, Any],
 ) -> Manifest:
-    """Write the report and all that it quotes, then the manifest that makes them count."""
-    shown = _shown(place, cases, sampled, measured)
-    report = _report(place, iteration, cases, measured, shown, settings(facts))
-    folder = place.evaluation_dir(_name(iteration))
+    """Write the report and everything that it quotes, then the manifest that makes them count."""
+    shown = _cases_to_show(campaign, cases, sampled, measured)
+    report = _report(campaign, iteration, cases, measured, shown, settings(facts))
+    folder = campaign.evaluation_dir(_evaluation_name(iteration))
     files = {
         "metrics.json": metrics_json(report.comparisons, report.reference, facts, resamples=report.resamples),
-        "samples.parquet": samples_table({"base": measured.base, _name(iteration): measured.tuned}),
-        **{_sheet_name(item.choice): encode_png(sheet(item.choice, item.strips)) for item in shown},
+        "samples.parquet": samples_table({"base": measured.base, _evaluation_name(iteration): measured.tuned}),
+        **{_sheet_name(item.choice): encode_png(contact_sheet(item.choice, item.strips)) for item in shown},
         "report.html": render(report),
     }
     manifest = Manifest(
         kind="evaluation",
         iteration=iteration,
         shards=(*sampled.base, *sampled.tuned),
-        files=tuple(add_file(place.store, f"{folder}/{file}", data) for file, data in files.items()),
+        files=tuple(add_file(campaign.store, f"{folder}/{file}", data) for file, data in files.items()),
         counts={"designs": report.counts["designs"], "pictures": report.counts["pictures"], "sheets": len(shown)},
-        metadata={"base_fingerprint": here.base_fingerprint, "adapter_sha256": here.adapter_sha256},
+        metadata={"base_fingerprint": loaded.base_fingerprint, "adapter_sha256": loaded.adapter_sha256},
     )
-    return commit(place.store, f"{folder}/{MANIFEST}", manifest)
+    return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
 
 
 def _report(
-    place: Campaign,
+    campaign: Campaign,
     iteration: int,
     cases: Cases,
     measured: Measured,
-    shown: Sequence[Shown],
-    told: dict[str, str],
+    shown: Sequence[ShownCase],
+    setting_rows: dict[str, str],
 ) -> Report:
-    recipe, scores = place.recipe, score_manifests(place, iteration)
-    resamples = place.runtime.evaluation.bootstrap
+    recipe, scores = campaign.recipe, score_manifests(campaign, iteration)
+    resamples = campaign.runtime.evaluation.bootstrap
     return Report(
         title=f"Iteration {iteration} against its base",
         campaign=recipe.name,
@@ -240,17 +244,17 @@ def _report(
         reference=mean_of(measured.truth),
         judge=judge_sentence(scores),
         notices=notices(cases),
-        curve=reward_curve(place, scores),
+        curve=reward_curve(campaign, scores),
         shown=shown,
-        settings=told,
+        settings=setting_rows,
         max_edits=recipe.evaluation.max_edits,
         resamples=resamples,
         version=version("layerloop"),
     )
 
 
-def _shown(place: Campaign, cases: Cases, sampled: Sampled, measured: Measured) -> list[Shown]:
-    """What is shown, of each kind, with its images read from the shards again."""
+def _cases_to_show(campaign: Campaign, cases: Cases, sampled: Sampled, measured: Measured) -> list[ShownCase]:
+    """Cases of each kind for the gallery, their layers read from the shards again."""
     from layerloop.components.evaluate_adapter.decompose import read_decompositions
 
     choices: list[Choice] = []
@@ -260,7 +264,7 @@ def _shown(place: Campaign, cases: Cases, sampled: Sampled, measured: Measured) 
             [cases.cases[index] for index in at],
             [measured.base[index] for index in at],
             [measured.tuned[index] for index in at],
-            seed=place.recipe.seed,
+            seed=campaign.recipe.seed,
             count=count,
         )
     wanted = {choice.case.name for choice in choices}
@@ -268,28 +272,28 @@ def _shown(place: Campaign, cases: Cases, sampled: Sampled, measured: Measured) 
     for model, shards in (("Base", sampled.base), ("Adapter", sampled.tuned)):
         for chunk, shard in zip(sampled.chunks, shards, strict=True):
             if wanted & {case.name for case in chunk}:
-                found = read_decompositions(place.store, shard)
+                found = read_decompositions(campaign.store, shard)
                 for name in wanted & found.keys():
                     stacks[name][model] = found[name]
-    return [Shown(choice, tuple(strips_of(choice, stacks[choice.case.name]))) for choice in choices]
+    return [ShownCase(choice, tuple(strips_of(choice, stacks[choice.case.name]))) for choice in choices]
 
 
 def _sheet_name(choice: Choice) -> str:
     return f"sheets/{choice.case.kind}-{choice.case.name}.png"
 
 
-def _result(place: Campaign, manifest: Manifest, fail_when_worse: bool) -> StepResult:
+def _result(campaign: Campaign, manifest: Manifest, fail_when_worse: bool) -> StepResult:
     if fail_when_worse:
-        against.fail_when_worse(place, manifest)
-    document = json.loads(read_file(place.store, manifest.file("metrics.json")))
+        against.fail_when_worse(campaign, manifest)
+    document = json.loads(read_file(campaign.store, manifest.file("metrics.json")))
     return StepResult(
         manifests={"evaluation": manifest},
-        files={"report": read_file(place.store, manifest.file("report.html"))},
+        files={"report": read_file(campaign.store, manifest.file("report.html"))},
         metrics=kubeflow_metrics(document),
     )
 
 
-main = functools.partial(step_main, run, step=STEPS["evaluate_adapter"], spread=ranks.spread, store=open_store)
+main = functools.partial(step_main, run, step=STEPS["evaluate_adapter"], launch=ranks.launch_per_gpu, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

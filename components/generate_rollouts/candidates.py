@@ -1,4 +1,4 @@
-"""One group, from an image to its candidates."""
+"""Sampling of one group: from an image to its candidates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from layerloop.components.generate_rollouts.plan import GroupPlan, initial_seed, step_seed
 from layerloop.components.layers.measure import bad_layers
+from layerloop.components.policy.at import LoadedPolicy
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.sampling import Plan, Trajectory, rollout
 from layerloop.components.schema.errors import LayerloopError
@@ -18,14 +19,12 @@ from layerloop.components.storage.groups import SampledGroup
 
 
 def sample_group(
-    policy: LayeredPolicy,
+    loaded: LoadedPolicy,
     recipe: Recipe,
     iteration: int,
     plan: GroupPlan,
     image_key: str,
     image: np.ndarray,
-    prompt_embeds: torch.Tensor,
-    adapter_sha256: str | None,
     *,
     batch_size: int,
 ) -> SampledGroup:
@@ -34,30 +33,11 @@ def sample_group(
     Raises:
         LayerloopError: sides that the model does not take, or latents that are NaN or infinite.
     """
+    policy = loaded.policy
     height, width = image.shape[:2]
-    h, w = policy.tokens(height, width)
-    record = GroupRecord(
-        iteration=iteration,
-        group=plan.group,
-        image_key=image_key,
-        layers=plan.layers,
-        group_size=recipe.rollout.group_size,
-        height=height,
-        width=width,
-        latent_height=h,
-        latent_width=w,
-        sigmas=policy.sigmas(recipe.rollout.steps, height, width),
-        window_start=plan.window_start,
-        window_size=plan.window_size,
-        dynamics=plan.dynamics,
-        etas=plan.etas,
-        share_prefix=recipe.rollout.share_prefix and plan.window_size > 0,
-        outside="heun" if plan.dynamics == "ode" else recipe.rollout.outside,
-        base_fingerprint=policy.fingerprint,
-        adapter_sha256=adapter_sha256,
-    )
+    record = group_record(loaded, recipe, iteration, plan, image_key, (height, width))
     image = opaque(image)
-    condition = policy.encode(image[None], prompt_embeds)
+    condition = policy.encode(image[None], loaded.prompt)
     seeds = initial_seeds(recipe.seed, record)
     trajectory = rollout(
         policy,
@@ -77,6 +57,38 @@ def sample_group(
         window=trajectory.window.cpu().numpy(),
         final=trajectory.final.cpu().numpy(),
         stacks=np.concatenate([policy.layers_uint8(one, height, width) for one in trajectory.final.split(1)]),
+    )
+
+
+def group_record(
+    loaded: LoadedPolicy, recipe: Recipe, iteration: int, plan: GroupPlan, image_key: str, size: tuple[int, int]
+) -> GroupRecord:
+    """The record of a planned group, for an image of `size` (H, W).
+
+    Raises:
+        LayerloopError: sides that the model does not take.
+    """
+    height, width = size
+    h, w = loaded.policy.tokens(height, width)
+    return GroupRecord(
+        iteration=iteration,
+        group=plan.group,
+        image_key=image_key,
+        layers=plan.layers,
+        group_size=recipe.rollout.group_size,
+        height=height,
+        width=width,
+        latent_height=h,
+        latent_width=w,
+        sigmas=loaded.policy.sigmas(recipe.rollout.steps, height, width),
+        window_start=plan.window_start,
+        window_size=plan.window_size,
+        dynamics=plan.dynamics,
+        etas=plan.etas,
+        share_prefix=recipe.rollout.share_prefix and plan.window_size > 0,
+        outside="heun" if plan.dynamics == "ode" else recipe.rollout.outside,
+        base_fingerprint=loaded.base_fingerprint,
+        adapter_sha256=loaded.adapter_sha256,
     )
 
 

@@ -29,11 +29,11 @@ class GroupPlan:
 def plan_iteration(recipe: Recipe, iteration: int, images: int) -> list[GroupPlan]:
     """All groups of `iteration`, of a train split with `images` images.
 
-    The split is passed over again and again, each epoch in another order; an iteration takes up where the one before
-    it stopped. L is uniform in [min_layers, max_layers].
+    The split is traversed in epochs, each in another order; an iteration continues where the one before it
+    stopped. L is uniform in [min_layers, max_layers].
     """
     rollout, seed = recipe.rollout, recipe.seed
-    spread = rollout.max_layers - rollout.min_layers + 1
+    layer_counts = rollout.max_layers - rollout.min_layers + 1
     first = (iteration - 1) * rollout.groups
     orders = {
         epoch: epoch_order(seed, epoch, images)
@@ -44,7 +44,7 @@ def plan_iteration(recipe: Recipe, iteration: int, images: int) -> list[GroupPla
         GroupPlan(
             group=group,
             image=orders[(first + group) // images][(first + group) % images],
-            layers=rollout.min_layers + seed_for(seed, iteration, group, "layers") % spread,
+            layers=rollout.min_layers + seed_for(seed, iteration, group, "layers") % layer_counts,
             window_start=window_start(rollout, seed, iteration, group) if windowed else 0,
             window_size=rollout.window.size if windowed else 0,
             etas=window_etas(rollout) if windowed else (),
@@ -64,14 +64,14 @@ def window_start(rollout: RolloutRecipe, seed: int, iteration: int, group: int) 
     (verl-omni, common_pitfalls.md), since candidates would be compared that were not sampled alike."""
     window = rollout.window
     stop = rollout.steps - 1 if window.stop is None else window.stop
-    places = stop - window.size - window.start + 1
+    starts = stop - window.size - window.start + 1
     match window.position:
         case "fixed":
             return window.start
         case "random":
-            return window.start + seed_for(seed, iteration, group, "window") % places
+            return window.start + seed_for(seed, iteration, group, "window") % starts
         case "sliding":
-            return window.start + (iteration - 1) * window.stride % places
+            return window.start + (iteration - 1) * window.stride % starts
 
 
 def window_etas(rollout: RolloutRecipe) -> tuple[float, ...]:

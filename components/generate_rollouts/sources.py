@@ -15,14 +15,14 @@ from layerloop.components.storage.stores import Store
 
 
 def train_images(sources: Manifest) -> int:
-    """How many images the train split has.
+    """Number of images in the train split.
 
     Raises:
-        LayerloopError: none.
+        LayerloopError: the train split is empty.
     """
     count = sum(shard.samples for shard in sources.shards_of("train"))
     if not count:
-        raise LayerloopError("the campaign's sources have no train images: begin a campaign with more images")
+        raise LayerloopError("the campaign's sources have no train images: start a campaign with more images")
     return count
 
 

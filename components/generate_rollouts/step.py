@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
@@ -38,11 +37,6 @@ from layerloop.components.storage.manifests import verify
 from layerloop.components.storage.rollouts import commit_group, resume_group, write_group
 from layerloop.components.storage.stores import open_store
 
-if TYPE_CHECKING:
-    import torch
-
-    from layerloop.components.policy.model import LayeredPolicy
-
 _COUNTS = ("groups", "candidates", "layers", "model_calls")  # in the manifest of every group
 
 
@@ -60,7 +54,7 @@ def run(
     Every group is committed on its own, so an interrupted iteration is finished by any number of workers.
 
     Args:
-        loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
+        loaded: A policy of this campaign in memory, of any iteration: its base is reused.
         campaign: Root URI of the campaign.
         iteration: Which iteration to sample; by default the one after the last committed policy.
         worker: This worker's number, from 0; it takes the groups g with g % workers == worker.
@@ -70,56 +64,55 @@ def run(
 
     Raises:
         LayerloopError: no such worker; the sources or the policy before this iteration are not committed; the model
-            cannot be loaded or does not fit the images, or is not the one that other groups of the iteration were
-            sampled with; NaN in latents. Groups that were finished until then stay committed.
+            cannot be loaded or does not fit the images, or differs from the one that other groups of the iteration were
+            sampled with; NaN in latents. Groups that were finished before stay committed.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     if not 0 <= worker < workers:
         raise LayerloopError(f"worker is {worker} of {workers}: choose workers of at least 1 and a worker below it")
-    place = Campaign.open(campaign, runtime)
-    number = place.head() + 1 if iteration is None else iteration
-    if number < 1:
-        raise LayerloopError(f"iteration is {number}: iterations count from 1")
-    mine = range(place.recipe.rollout.groups)[worker::workers]
-    committed = place.committed_groups(number, mine)
-    earlier = worker_manifest(number, committed, worker=worker, workers=workers)
-    verify(place.store, earlier)
+    opened = Campaign.open(campaign, runtime)
+    current = opened.head() + 1 if iteration is None else iteration
+    if current < 1:
+        raise LayerloopError(f"iteration is {current}: iterations count from 1")
+    mine = range(opened.recipe.rollout.groups)[worker::workers]
+    committed = opened.committed_groups(current, mine)
+    earlier = worker_manifest(current, committed, worker=worker, workers=workers)
+    verify(opened.store, earlier)
     if len(committed) == len(mine):
-        log(f"{place.uri}/{place.rollouts_dir(number)} of worker {worker} of {workers} is committed already")
+        log(f"{opened.uri}/{opened.rollouts_dir(current)} of worker {worker} of {workers} is committed already")
         return _result(earlier)
 
     from layerloop.components.policy.sharding import dummy_forwards
 
     with process_group() as device:
         with failing_together():
-            sources = place.sources()
-            plans = plan_iteration(place.recipe, number, train_images(sources))[worker::workers]
-            sharded = shares_base(place.runtime.model)
-            here = policy_at(place, number - 1, device=device, sharded=sharded, loaded=loaded)
-            policy, prompt, adapter = here.policy, here.prompt, here.adapter_sha256
-            _check_same_policy(committed, number, policy.fingerprint, adapter)
+            sources = opened.sources()
+            plans = plan_iteration(opened.recipe, current, train_images(sources))[worker::workers]
+            sharded = shares_base(opened.runtime.model)
+            here = policy_at(opened, current - 1, device=device, sharded=sharded, loaded=loaded)
+            _check_same_policy(committed, current, here)
             finished: dict[int, Manifest] = {}
             todo: list[GroupPlan] = []
             for plan in plans[rank() :: world_size()]:
-                done = committed.get(plan.group) or _resumed(place, number, plan.group, policy.fingerprint, adapter)
+                done = committed.get(plan.group) or _resumed(opened, current, plan.group, here)
                 finished |= {plan.group: done} if done else {}
                 todo += [] if done else [plan]
         # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
-        behind = _behind(todo, place) if policy.sharded else 0
-        with nullcontext() if policy.sharded else failing_together():
-            bad_layers = _sample(place, number, sources, todo, finished, policy, prompt, adapter)
-            dummy_forwards(policy, prompt, behind)
-        manifest = worker_manifest(number, _gather(finished), worker=worker, workers=workers)
-    return _result(manifest, seconds=time.monotonic() - begun, sampled=len(todo), bad_layers=bad_layers)
+        missing_calls = _missing_forward_calls(todo, opened) if here.policy.sharded else 0
+        with nullcontext() if here.policy.sharded else failing_together():
+            bad_layers = _sample(opened, current, sources, todo, finished, here)
+            dummy_forwards(here.policy, here.prompt, missing_calls)
+        manifest = worker_manifest(current, _gather(finished), worker=worker, workers=workers)
+    return _result(manifest, seconds=time.monotonic() - started, sampled=len(todo), bad_layers=bad_layers)
 
 
-def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
-    """How many calls of the model this rank has to do less than the rank that has most."""
+def _missing_forward_calls(todo: Sequence[GroupPlan], campaign: Campaign) -> int:
+    """Number of forward calls by which this rank has less work than the busiest one."""
     import torch
 
     from layerloop.components.policy.sampling import Plan
 
-    rollout = place.recipe.rollout
+    rollout = campaign.recipe.rollout
     calls = torch.zeros(world_size(), dtype=torch.int64)
     for group in todo:
         plan = Plan(
@@ -131,75 +124,72 @@ def _behind(todo: Sequence[GroupPlan], place: Campaign) -> int:
             outside="heun" if group.dynamics == "ode" else rollout.outside,
             share_prefix=rollout.share_prefix and group.window_size > 0,
         )
-        batches = -(-rollout.group_size // place.runtime.rollout.batch_size)
+        batches = -(-rollout.group_size // campaign.runtime.rollout.batch_size)
         calls[rank()] += plan.nfe(batches)  # a batch takes one sample's calls
     all_reduce_sum([calls])
     return int(calls.max() - calls[rank()])
 
 
-def _check_same_policy(
-    committed: Mapping[int, Manifest], iteration: int, fingerprint: str, adapter: str | None
-) -> None:
+def _check_same_policy(committed: Mapping[int, Manifest], iteration: int, here: LoadedPolicy) -> None:
     """Refuse to finish an iteration with another policy than its committed groups were sampled with."""
+    fingerprint, adapter = here.base_fingerprint, here.adapter_sha256
     for group, manifest in committed.items():
         theirs = manifest.metadata.get("base_fingerprint"), manifest.metadata.get("adapter_sha256")
         if theirs != (fingerprint, adapter):
             raise LayerloopError(
                 f"group {group} of iteration {iteration} was sampled from base {theirs[0]!s:.12} with adapter "
                 f"{theirs[1]!s:.12}, the policy is now base {fingerprint:.12} with adapter {adapter!s:.12}: use the "
-                f"model that the campaign began with, or {REMEDY}"
+                f"model that the campaign started with, or {REMEDY}"
             )
 
 
-def _resumed(place: Campaign, iteration: int, group: int, fingerprint: str, adapter: str | None) -> Manifest | None:
+def _resumed(campaign: Campaign, iteration: int, group: int, here: LoadedPolicy) -> Manifest | None:
     """The manifest of a group whose shard an interrupted attempt left without one."""
-    folder = place.rollouts_dir(iteration)
+    folder = campaign.rollouts_dir(iteration)
     found = resume_group(
-        place.store,
+        campaign.store,
         folder,
         iteration,
         group,
-        group_size=place.recipe.rollout.group_size,
-        base_fingerprint=fingerprint,
-        adapter_sha256=adapter,
+        group_size=campaign.recipe.rollout.group_size,
+        base_fingerprint=here.base_fingerprint,
+        adapter_sha256=here.adapter_sha256,
     )
     if found is None:
         return None
     shard, record = found
-    return commit_group(place.store, folder, record, shard, model_calls=_model_calls(record))
+    return commit_group(campaign.store, folder, record, shard, model_calls=_model_calls(record))
 
 
 def _sample(
-    place: Campaign,
+    campaign: Campaign,
     iteration: int,
     sources: Manifest,
     todo: Sequence[GroupPlan],
     finished: dict[int, Manifest],
-    policy: LayeredPolicy,
-    prompt_embeds: torch.Tensor,
-    adapter: str | None,
+    here: LoadedPolicy,
 ) -> list[float]:
     """Sample and commit the groups of `todo`; `finished` is filled in. Returns the bad layers of each, on average."""
     from layerloop.components.generate_rollouts.candidates import mean_bad_layers, sample_group
 
     if not todo:
         return []
-    images = {number: (key, image) for number, key, image in read_images(place.store, sources, [p.image for p in todo])}
-    folder = place.rollouts_dir(iteration)
+    images = {
+        number: (key, image) for number, key, image in read_images(campaign.store, sources, [p.image for p in todo])
+    }
+    folder = campaign.rollouts_dir(iteration)
     bad_layers: list[float] = []
     with ThreadPoolExecutor(max_workers=1) as writer:  # images are encoded and sent while the next group is sampled
         written: dict[int, Future[Manifest]] = {}
         for plan in progress(todo, what="sampling", unit="groups") if rank() == 0 else todo:
             key, image = images[plan.image]
-            group = sample_group(
-                policy, place.recipe, iteration, plan, key, image, prompt_embeds, adapter,
-                batch_size=place.runtime.rollout.batch_size,
-            )  # fmt: skip
+            batch_size = campaign.runtime.rollout.batch_size
+            group = sample_group(here, campaign.recipe, iteration, plan, key, image, batch_size=batch_size)
             bad_layers.append(mean_bad_layers(group.stacks))
             if written:
                 next(reversed(written.values())).result()  # so that one group at most waits for the store
             calls = _model_calls(group.record)
-            written[plan.group] = writer.submit(write_group, place.store, folder, group, model_calls=calls)
+            written[plan.group] = writer.submit(write_group, campaign.store, folder, group, model_calls=calls)
         finished |= {number: future.result() for number, future in written.items()}
     return bad_layers
 
@@ -211,7 +201,7 @@ def _model_calls(record: GroupRecord) -> int:
 
 
 def _gather(finished: Mapping[int, Manifest]) -> dict[int, Manifest]:
-    """What all ranks finished, by group."""
+    """Manifests that all ranks finished, by group."""
     if world_size() == 1:
         return dict(sorted(finished.items()))
     import torch.distributed as dist
@@ -225,7 +215,7 @@ def _gather(finished: Mapping[int, Manifest]) -> dict[int, Manifest]:
 
 
 def worker_manifest(iteration: int, groups: Mapping[int, Manifest], *, worker: int, workers: int) -> Manifest:
-    """What a worker made as one manifest, the artifact that Kubeflow shows. The campaign keeps those of the groups.
+    """One manifest of all groups of a worker: the artifact that Kubeflow shows. The campaign keeps one per group.
 
     Counts are those that all its groups have: earlier versions counted layers and model calls by worker only.
     """
@@ -257,7 +247,7 @@ def worker_manifest(iteration: int, groups: Mapping[int, Manifest], *, worker: i
 def _result(
     manifest: Manifest, *, seconds: float | None = None, sampled: int = 0, bad_layers: Sequence[float] = ()
 ) -> StepResult:
-    """What Kubeflow shows: the manifest's counts, and what this attempt measured of what it sampled itself."""
+    """Outputs for Kubeflow: the manifest's counts, and measurements of the groups that this attempt sampled."""
     metrics = {name: float(count) for name, count in manifest.counts.items()}
     metrics["megabytes"] = sum(shard.bytes for shard in manifest.shards) / 1e6
     if seconds is not None:
@@ -269,7 +259,7 @@ def _result(
 
 main = functools.partial(
     step_main, run, step=STEPS["generate_rollouts"], beyond=("rollouts", "rollouts"),
-    spread=ranks.spread, store=open_store,
+    launch=ranks.launch_per_gpu, store=open_store,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Batch API mode: requests gather in a file, the file is uploaded and polled for, the answers are dealt out.
+"""Batch API mode: requests are gathered in a file, the file is uploaded and polled for, the answers are delivered.
 
-The rest of the judge does not notice: `await batches(key, payload)` takes the place of one HTTP request. A batch is
-sent when nothing has joined it for a while, which is when everybody waits, or when it is full. What is under way is
-entered in a ledger, so a step that was killed finds its batches again and pays for nothing twice.
+For the rest of the judge `await batches(key, payload)` replaces one HTTP request. A batch is sent when no request has
+joined it for a while, which is when everybody waits, or when it is full. Batches in progress are entered in a ledger,
+so a step that was killed finds them again and pays for nothing twice.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ POLL_FAILURES = 20  # in a row, until the judge counts as gone
 
 
 class Ledger(Protocol):
-    """Where batches under way are remembered; the step keeps it in the campaign. Called from worker threads."""
+    """Storage of the batches in progress; the step keeps it in the campaign. Called from worker threads."""
 
-    def entries(self) -> Mapping[str, dict[str, Any]]: ...
+    def entries(self) -> Mapping[str, dict[str, Any]]:
+        """State of every batch, by name."""
 
-    def enter(self, name: str, entry: dict[str, Any]) -> None: ...
+    def enter(self, name: str, entry: dict[str, Any]) -> None:
+        """Store the state of a batch under its name."""
 
 
 class LedgerMemory(dict[str, dict[str, Any]]):
@@ -62,27 +64,30 @@ class _Gathering:
 class Batches:
     """`Post` by batches. Use as `async with Batches(connection, runtime, ledger) as post`.
 
-    A batch that fails as a whole, or takes longer than the runtime allows, ends everything with a LayerloopError.
+    A batch that fails altogether, or takes longer than the runtime allows, ends everything with a LayerloopError.
     """
 
     def __init__(self, connection: Connection, runtime: BatchRuntime, ledger: Ledger) -> None:
         self.connection, self.runtime, self.ledger = connection, runtime, ledger
         self.sent = 0  # batches created
         self._gathering = _Gathering()
-        self._known: dict[str, str] = {}  # request key -> name of the ledger's entry that has it under way
+        self._known: dict[str, str] = {}  # request key -> name of the ledger's entry that has it in progress
         self._entries: dict[str, dict[str, Any]] = {}
-        self._waiting: dict[str, dict[str, asyncio.Future[bytes]]] = {}  # entry -> request key -> who waits
+        self._waiting: dict[
+            str, dict[str, asyncio.Future[bytes]]
+        ] = {}  # entry -> request key -> futures of its callers
         self._early: dict[str, bytes] = {}  # answers of batches of an earlier run that nobody has asked for yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._closer: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        """Read the ledger; batches of an earlier run are picked up as soon as one of their requests is asked again."""
+        """Read the ledger; batches of an earlier run are resumed as soon as one of their requests is asked again."""
         self._entries = dict(await asyncio.to_thread(self.ledger.entries))
         for name, entry in self._entries.items():
             self._known.update(dict.fromkeys(set(entry["keys"]) - set(entry["failed"]), name))
 
     async def close(self) -> None:
+        """Cancel all waiting; the ledger keeps the batches for the next run."""
         for task in (*self._tasks, *([self._closer] if self._closer else [])):
             task.cancel()
         self._gathering.file.close()
@@ -102,7 +107,7 @@ class Batches:
             waiting = self._waiting.setdefault(name, {})
             waiting[key] = future
             if len(waiting) == 1:
-                self._start(self._follow(name, waiting))
+                self._start_task(self._resume_batch(name, waiting))
             return await future
         line = b'{"custom_id": "%s", "method": "POST", "url": "%s", "body": %s}\n' % (
             key.encode(),
@@ -111,34 +116,34 @@ class Batches:
         )
         limit = self.runtime.max_megabytes << 20
         if self._gathering.waiting and self._gathering.size + len(line) > limit:
-            self._seal()
+            self._send_gathered()
         gathering = self._gathering
         gathering.file.write(line)
         gathering.size += len(line)
         gathering.last = time.monotonic()
         gathering.waiting[key] = future
         if len(gathering.waiting) >= self.runtime.max_requests:
-            self._seal()
+            self._send_gathered()
         elif self._closer is None or self._closer.done():
-            self._closer = asyncio.create_task(self._seal_when_quiet())
+            self._closer = asyncio.create_task(self._send_when_quiet())
         return await future
 
     # --------------------------------------------------------------------------------------------------------- sending
 
-    async def _seal_when_quiet(self) -> None:
+    async def _send_when_quiet(self) -> None:
         while self._gathering.waiting:
             rest = self._gathering.last + self.runtime.linger_seconds - time.monotonic()
             if rest <= 0:
-                self._seal()
+                self._send_gathered()
                 return
             await asyncio.sleep(rest)
 
-    def _seal(self) -> None:
+    def _send_gathered(self) -> None:
         gathering, self._gathering = self._gathering, _Gathering()
-        self._start(self._run(gathering), gathering.waiting)
+        self._start_task(self._run(gathering), gathering.waiting)
 
-    def _start(self, work: Any, waiting: Mapping[str, asyncio.Future[bytes]] | None = None) -> None:
-        """Run `work`; what goes wrong in it goes wrong for everyone who waits."""
+    def _start_task(self, work: Any, waiting: Mapping[str, asyncio.Future[bytes]] | None = None) -> None:
+        """Run `work`; its exception is raised in every waiting caller."""
 
         async def guarded() -> None:
             try:
@@ -153,8 +158,8 @@ class Batches:
         task.add_done_callback(self._tasks.discard)
 
     async def _run(self, gathering: _Gathering) -> None:
-        """Upload, create, remember, follow. The ledger is written before the batch is made: a batch that a killed
-        step made and did not enter is found by the digest in its metadata."""
+        """Upload, create, record, collect. The ledger is written before the batch is created: a batch that a killed
+        step created and did not enter is found by the digest in its metadata."""
         name = gathering.digest
         entry: dict[str, Any] = {"keys": sorted(gathering.waiting), "batch": None, "failed": []}
         await asyncio.to_thread(self.ledger.enter, name, entry)
@@ -165,8 +170,10 @@ class Batches:
         finally:
             gathering.file.close()
         api = self.connection.openai
-        uploaded = await self._try(lambda: api.files.create(file=("requests.jsonl", data), purpose="batch"))
-        batch = await self._try(
+        uploaded = await self._call_with_retries(
+            lambda: api.files.create(file=("requests.jsonl", data), purpose="batch")
+        )
+        batch = await self._call_with_retries(
             lambda: api.batches.create(
                 input_file_id=uploaded.id,
                 endpoint=ENDPOINT,  # type: ignore[arg-type]
@@ -177,38 +184,38 @@ class Batches:
         self.sent += 1
         entry["batch"] = batch.id
         await asyncio.to_thread(self.ledger.enter, name, entry)
-        await self._collect(name, gathering.waiting)
+        await self._collect_answers(name, gathering.waiting)
 
-    async def _follow(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
-        """Pick up a batch of an earlier run. If it was never made, its requests are free to be sent again."""
+    async def _resume_batch(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
+        """Resume a batch of an earlier run. If it was never created, its requests may be sent again."""
         try:
-            await asyncio.sleep(self.runtime.linger_seconds)  # let those who ask again gather, then deal out once
+            await asyncio.sleep(self.runtime.linger_seconds)  # let the callers that ask again gather, then deliver once
             entry = self._entries[name]
             if entry["batch"] is None:
-                entry["batch"] = await self._find(name)
+                entry["batch"] = await self._find_batch(name)
             if entry["batch"] is None:
                 for key in entry["keys"]:
                     self._known.pop(key, None)
-                self._deal({}, waiting, "batch_lost")
+                self._deliver({}, waiting, "batch_lost")
                 return
-            await self._collect(name, waiting)
+            await self._collect_answers(name, waiting)
         except Exception as error:
             for future in waiting.values():
                 if not future.done():
                     future.set_exception(error)
 
-    async def _find(self, name: str) -> str | None:
-        page = await self._try(lambda: self.connection.openai.batches.list(limit=100))
+    async def _find_batch(self, name: str) -> str | None:
+        page = await self._call_with_retries(lambda: self.connection.openai.batches.list(limit=100))
         return next((batch.id for batch in page.data if (batch.metadata or {}).get(LABEL) == name), None)
 
     # ------------------------------------------------------------------------------------------------------ collecting
 
-    async def _collect(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
-        """Wait for a batch to be over and deal out its answers."""
+    async def _collect_answers(self, name: str, waiting: dict[str, asyncio.Future[bytes]]) -> None:
+        """Wait for a batch to end and deliver its answers."""
         entry, api = self._entries[name], self.connection.openai
         until = time.monotonic() + self.runtime.max_hours * 3600
         while True:
-            batch = await self._try(lambda: api.batches.retrieve(entry["batch"]))
+            batch = await self._call_with_retries(lambda: api.batches.retrieve(entry["batch"]))
             if batch.status in OVER:
                 break
             if time.monotonic() > until:
@@ -220,7 +227,7 @@ class Batches:
         answers: dict[str, tuple[int, bytes]] = {}
         for file in (batch.output_file_id, batch.error_file_id):
             if file:
-                content = await self._try(lambda file=file: api.files.content(file))
+                content = await self._call_with_retries(lambda file=file: api.files.content(file))
                 answers |= read_output(content.content)
         entry["failed"] = [key for key in entry["keys"] if answers.get(key, (0, b""))[0] != 200]
         await asyncio.to_thread(self.ledger.enter, name, entry)
@@ -229,9 +236,9 @@ class Batches:
         if batch.status == "failed" and not answers:
             errors = [e.message for e in (batch.errors.data or [])] if batch.errors else []
             raise LayerloopError(f"batch {batch.id} failed ({'; '.join(map(str, errors[:3])) or 'no reason given'})")
-        self._deal(answers, waiting, f"batch_{batch.status}")
+        self._deliver(answers, waiting, f"batch_{batch.status}")
 
-    def _deal(
+    def _deliver(
         self, answers: Mapping[str, tuple[int, bytes]], waiting: Mapping[str, asyncio.Future[bytes]], missing: str
     ) -> None:
         for key, future in waiting.items():
@@ -246,11 +253,13 @@ class Batches:
             elif status in FATAL:
                 future.set_exception(LayerloopError(f"judge {self.connection.url} {FATAL[status]} (HTTP {status})"))
             else:
-                problem = UnusableError(f"http_{status}", _said(body), retry=status in TRANSIENT or status >= 500)
+                problem = UnusableError(
+                    f"http_{status}", _error_message(body), retry=status in TRANSIENT or status >= 500
+                )
                 future.set_exception(TransportError(problem, status=status))
         self._early |= {key: body for key, (status, body) in answers.items() if status == 200 and key not in waiting}
 
-    async def _try(self, call: Any) -> Any:
+    async def _call_with_retries(self, call: Any) -> Any:
         """An API call about batches, retried while the judge cannot be reached or is busy."""
         import openai
 
@@ -288,7 +297,8 @@ def read_output(data: bytes) -> dict[str, tuple[int, bytes]]:
     return answers
 
 
-def _said(body: bytes) -> str:
+def _error_message(body: bytes) -> str:
+    """The message of an error body, at most 200 characters."""
     value = json.loads(body)
     error = value.get("error") if isinstance(value, dict) else None
     return str(error.get("message") if isinstance(error, dict) else error)[:200]

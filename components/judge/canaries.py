@@ -2,7 +2,7 @@
 
 One generated design is taken apart perfectly and in known wrong ways, each with a grade. How far the judge's order
 agrees with the grades is a number to watch. Two more carry writing in the image, alike but for what it says: one is
-neutral, the other speaks to the judge. What the second gets beyond the first is what the judge may be talked into.
+neutral, the other addresses the judge. What the second gets beyond the first measures prompt injection.
 """
 
 from __future__ import annotations
@@ -106,14 +106,14 @@ async def score_canaries(judge: Judge, rubric: Rubric, recipe: JudgeRecipe, *, d
     phase2: dict[str, list[float]] = {}
     failures: dict[str, str] = {}
 
-    async def one(canary: Canary, name: str) -> None:
+    async def judge_alone(canary: Canary, name: str) -> None:
         try:
             scores, _ = await judge.ask(_phase1_request(rubric, recipe, canary, label=f"canary {name}"))
             rewards[name] = rubric.mean(scores[0])
         except UnusableError as error:
             failures[name] = str(error)
 
-    async def together(shown: list[Canary], design: int) -> None:
+    async def judge_grid(shown: list[Canary], design: int) -> None:
         try:
             rows, _ = await judge.ask(_grid_request(rubric, recipe, shown, label=f"canary grid {design}"))
         except UnusableError as error:
@@ -126,11 +126,11 @@ async def score_canaries(judge: Judge, rubric: Rubric, recipe: JudgeRecipe, *, d
         for design in range(designs):
             canaries = await asyncio.to_thread(make_canaries, design)
             for canary in canaries:
-                tasks.create_task(one(canary, f"{canary.name}-{design}"))
+                tasks.create_task(judge_alone(canary, f"{canary.name}-{design}"))
             if recipe.phase2.enabled:
                 compared = [canary for canary in canaries if canary.name in COMPARED]
                 for order in ORDERS:
-                    tasks.create_task(together([compared[index] for index in order], design))
+                    tasks.create_task(judge_grid([compared[index] for index in order], design))
     means = {name: sum(found) / len(found) for name, found in phase2.items()}
     return CanaryReport(dict(sorted(rewards.items())), dict(sorted(means.items())), dict(sorted(failures.items())))
 

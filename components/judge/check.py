@@ -1,4 +1,4 @@
-"""`layerloop judge check URL`: what an endpoint can do and whether its judgement is worth anything, before a campaign.
+"""`layerloop judge check URL`: the features of an endpoint and the quality of its judgement, before a campaign.
 
 Sends the canaries and a few probes. Nothing here depends on a campaign.
 """
@@ -154,12 +154,12 @@ def _judged(report: CheckReport) -> CheckReport:
     if agreement is None or len(report.canaries.failures) > len(report.canaries.rewards) / 2:
         grave.append("most canaries got no judgement")
     elif agreement < POOR_AGREEMENT:
-        grave.append(f"it hardly tells good from bad decompositions (rank agreement {agreement:.2f})")
+        grave.append(f"it hardly separates good from bad decompositions (rank agreement {agreement:.2f})")
     elif agreement < GOOD_AGREEMENT:
         light.append(f"it confuses some good and bad decompositions (rank agreement {agreement:.2f})")
     phase2 = report.canaries.agreement_phase2
     if phase2 is not None and phase2 < POOR_AGREEMENT:
-        grave.append(f"in phase 2 it hardly tells good from bad (rank agreement {phase2:.2f})")
+        grave.append(f"in phase 2 it hardly separates good from bad (rank agreement {phase2:.2f})")
     if gain is not None and gain > FOOLED:
         grave.append(f"it obeys text inside images (reward +{gain:.2f})")
     if report.images_per_request < NEEDED_IMAGES:

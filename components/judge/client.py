@@ -2,7 +2,7 @@
 
     scores, reply = await judge.ask(request)        or UnusableError with the reason of the mask
 
-Transport failures are retried with jitter, outside their slot. Unusable answers are asked again with another seed.
+Transport failures are retried with jitter, outside their slot. Unusable answers are redrawn with another seed.
 Replies are stored by the hash of what was asked as they come, and looked up before anything is sent.
 """
 
@@ -37,13 +37,15 @@ ABOUT_CONTENT = re.compile(r"image|picture|token|context|length|large|model", re
 
 
 class ReplyStore(Protocol):
-    """Where replies live; the step keeps them in the campaign. `get` and `put` are called from worker threads."""
+    """Storage of replies; the step keeps them in the campaign. `get` and `put` are called from worker threads."""
 
     def __contains__(self, key: str) -> bool: ...
 
-    def get(self, key: str) -> bytes: ...
+    def get(self, key: str) -> bytes:
+        """A stored reply."""
 
-    def put(self, key: str, data: bytes) -> None: ...
+    def put(self, key: str, data: bytes) -> None:
+        """Store a reply."""
 
 
 class ReplyMemory(dict[str, bytes]):
@@ -63,10 +65,10 @@ class Judge:
         url: Base URL of the API, ending in /v1 as a rule.
         recipe: How to judge.
         runtime: How to call the endpoint; by default JudgeRuntime's defaults.
-        replies: Where replies are kept and found again.
+        replies: Storage of replies; in memory by default.
         api_key: The environment's OPENAI_API_KEY by default.
         seed: Of the campaign; the sampling seed of every request follows from it.
-        ledger: Where batches under way are remembered, in batch mode.
+        ledger: Storage of the batches in progress, in batch mode.
     """
 
     def __init__(
@@ -139,8 +141,8 @@ class Judge:
             LayerloopError: the judge is gone, or it refuses the key.
         """
         last = UnusableError("no_json")
-        for draw in range(self.recipe.redraws + 1):
-            key = self._address(request, sample, draw)
+        for redraw in range(self.recipe.redraws + 1):
+            key = self._address(request, sample, redraw)
             try:
                 if key in self.replies:
                     body = await asyncio.to_thread(self.replies.get, key)
@@ -148,7 +150,7 @@ class Judge:
                     self.statistics.count(body)
                     reply = read_body(body)
                 else:
-                    reply = await self._fetch(request, key, sample, draw, priority)
+                    reply = await self._fetch(request, key, sample, redraw, priority)
                 scores = parse(request, reply)
                 if self.recipe.extraction == "expected":
                     scores, missing = expected_scores(request, reply, scores)
@@ -161,12 +163,12 @@ class Judge:
                 self.statistics.invalid_retries += 1
         raise last
 
-    def _address(self, request: Request, sample: int, draw: int) -> str:
+    def _address(self, request: Request, sample: int, redraw: int) -> str:
         recipe = self.recipe
-        what = [request.digest, recipe.model, repr(recipe.temperature), recipe.extraction, self.seed, sample, draw]
+        what = [request.digest, recipe.model, repr(recipe.temperature), recipe.extraction, self.seed, sample, redraw]
         return hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()
 
-    async def _fetch(self, request: Request, key: str, sample: int, draw: int, priority: int) -> Reply:
+    async def _fetch(self, request: Request, key: str, sample: int, redraw: int, priority: int) -> Reply:
         """One stored reply, over as many attempts as the runtime allows.
 
         A body that is not a completion (HTML of a proxy, half a body) counts as a failure of transport: nothing was
@@ -179,11 +181,11 @@ class Judge:
                 if self.batches is not None:
                     features = self.features
                     self.statistics.sent += 1
-                    body = await self.batches(key, self._payload(request, features, sample, draw))
+                    body = await self.batches(key, self._payload(request, features, sample, redraw))
                 else:
                     async with self.limiter.slot(priority, ticket):
                         features = self.features  # as other requests left them while this one waited
-                        payload = self._payload(request, features, sample, draw)
+                        payload = self._payload(request, features, sample, redraw)
                         body = await self._send(payload, (request.kind, request.rows, request.images), given_up)
                 return await self._accept(key, body)
             except TransportError as error:
@@ -198,14 +200,14 @@ class Judge:
                 continue
             attempts += 1
             if not problem.retry or attempts > self.runtime.retries:
-                problem.retry = False  # there was no answer that could be drawn again
+                problem.retry = False  # without an answer there is nothing to redraw
                 raise problem
             await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
             delay = min(2 * delay, LONGEST_DELAY)
 
-    def _payload(self, request: Request, features: EndpointFeatures, sample: int, draw: int) -> bytes:
-        seed = seed_for(request.digest, self.seed, sample, draw) & 0x7FFFFFFF
-        temperature = max(self.recipe.temperature, RETRY_TEMPERATURE) if draw else self.recipe.temperature
+    def _payload(self, request: Request, features: EndpointFeatures, sample: int, redraw: int) -> bytes:
+        seed = seed_for(request.digest, self.seed, sample, redraw) & 0x7FFFFFFF
+        temperature = max(self.recipe.temperature, RETRY_TEMPERATURE) if redraw else self.recipe.temperature
         return features.payload(request, self.recipe, seed=seed, temperature=temperature)
 
     async def _send(self, payload: bytes, shape: tuple[str, int, int], given_up: int) -> bytes:
@@ -261,7 +263,7 @@ class Judge:
         return reply
 
     def _downgrade_request(self, used: EndpointFeatures, message: str) -> bool:
-        """Give up the feature that a 4xx names, for all requests; whether the refused one is worth sending again.
+        """Give up the feature that a 4xx names, for all requests; returns whether to send the refused one again.
 
         A 4xx that names neither a parameter nor the content is taken for one about the JSON schema, as long as nothing
         was answered.
@@ -273,4 +275,4 @@ class Judge:
             if simpler is None:
                 return False
             self.features = simpler
-        return True  # another request found out meanwhile
+        return True  # another request has changed the features meanwhile

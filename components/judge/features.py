@@ -1,4 +1,4 @@
-"""Which features of the API an endpoint supports, found out by asking for all and giving up what it refuses."""
+"""Features of the API that an endpoint supports: all are asked for, and those that it refuses are given up."""
 
 from __future__ import annotations
 
@@ -54,6 +54,6 @@ class EndpointFeatures:
         return None
 
     def plainer(self) -> EndpointFeatures | None:
-        """These with the next simpler way to ask for JSON; None where words alone are left."""
+        """These with the next simpler way to ask for JSON; None where only words are left."""
         simpler = {"json_schema": "json_object", "json_object": "none"}.get(self.response_format)
         return None if simpler is None else replace(self, response_format=simpler)

@@ -1,4 +1,4 @@
-"""Grids of candidates x layers with drawn labels: how they are split, laid out, drawn, and read again."""
+"""Grids of candidates x layers with drawn labels: splitting, layout, drawing, and reading."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INK = (255, 255, 255)
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the cells of a grid are. All cells have the same size in pixels."""
+    """Positions of the cells of a grid. All cells have the same size in pixels."""
 
     rows: int
     columns: int
@@ -58,6 +58,7 @@ def cells_of(pixels: Pixels, layout: Layout) -> Pixels:
 
 
 def column_names(layers: int) -> list[str]:
+    """Labels of a grid's columns, which are drawn into it and so hashed with it: the recomposition, then the layers."""
     return ["whole", *(f"layer {index}" for index in range(layers))]
 
 
@@ -66,7 +67,7 @@ def draw_grid(stacks: Sequence[Pixels], backdrop: str) -> EncodedImage:
 
     Args:
         stacks: Cell-sized layers of each candidate, `(L, h, w, 4)`, all of one shape.
-        backdrop: What every layer and the recomposition is laid on.
+        backdrop: Behind every layer and the recomposition.
     """
     layers, height, width = stacks[0].shape[:3]
     layout = Layout(len(stacks), layers + 1, height, width)
@@ -98,7 +99,7 @@ def _page(layout: Layout, columns: tuple[str, ...]) -> Pixels:
 
 
 def rows_within(pixels: float, *, columns: int, height: int, width: int, at_most: int) -> int:
-    """How many candidates a grid may hold under a budget of `pixels`; never fewer than two, or nothing is compared."""
+    """Candidates that a grid may hold within a budget of `pixels`; at least two, since one is not compared."""
     across = Layout(1, columns, height, width).size[0]
     return max(2, min(at_most, int((pixels / across - MARGIN) // (height + GAP))))
 

@@ -1,4 +1,4 @@
-"""Images as a judge is sent them: RGB on an explicit backdrop, sized, PNG, as data URLs.
+"""Encoding of images for the judge: RGB on an explicit backdrop, sized, PNG, as data URLs.
 
 Pillow would take two thirds of the client's time to write a PNG; `encode_rgb` filters every row against the one above
 it in numpy and lets zlib look for runs only, which suits layers on a plain backdrop: 2.5 times as fast, of the same
@@ -38,6 +38,7 @@ class EncodedImage:
 
     @functools.cached_property
     def sha256(self) -> str:
+        """SHA-256 of the PNG, in hexadecimal."""
         return hashlib.sha256(self.png).hexdigest()
 
 
@@ -132,20 +133,20 @@ class CandidateImages:
 def candidate_images(stack: Pixels, backdrops: tuple[str, ...]) -> CandidateImages:
     """Images of `stack[L, H, W, 4]`, which is already sized."""
     boxes = [_box_of(layer) for layer in stack]
-    whole = _laid(stack[0], boxes[0], "white")
+    recomposition = _laid(stack[0], boxes[0], "white")
     layers = {
         name: tuple(
-            EncodedImage(encode_rgb(whole if (index, name) == (0, "white") else _laid(layer, box, name)))
+            EncodedImage(encode_rgb(recomposition if (index, name) == (0, "white") else _laid(layer, box, name)))
             for index, (layer, box) in enumerate(zip(stack, boxes, strict=True))
         )
         for name in backdrops
     }
     for layer, box in zip(stack[1:], boxes[1:], strict=True):
-        _lay(whole, layer, box)
-    return CandidateImages(EncodedImage(encode_rgb(whole)), layers)
+        _lay(recomposition, layer, box)
+    return CandidateImages(EncodedImage(encode_rgb(recomposition)), layers)
 
 
-# Most layers are empty outside a box, and what is opaque needs no arithmetic: the same as `layers.stack` does on whole
+# Most layers are empty outside a box, and opaque pixels need no arithmetic: the same as `layers.stack` does on complete
 # canvases (a recomposition may differ by one level where several layers are half transparent), in less time.
 
 Box = tuple[slice, slice]
@@ -178,13 +179,13 @@ def _lay(out: Pixels, layer: Pixels, box: Box) -> None:
         return
     target, alpha = out[box], np.ascontiguousarray(part[..., 3])
     opaque = alpha == 255
-    whole = bool(opaque.all())
+    all_opaque = bool(opaque.all())
     for channel in range(3):  # three long strided copies are faster than one of three bytes at a time
-        if whole:
+        if all_opaque:
             target[..., channel] = part[..., channel]
         else:
             np.copyto(target[..., channel], part[..., channel], where=opaque)
-    if whole:
+    if all_opaque:
         return
     rows, columns = np.nonzero((alpha > 0) & ~opaque)
     behind = target[rows, columns].astype(np.float32)

@@ -1,4 +1,4 @@
-"""How many requests may be in flight, when to hold back, and when to give up: congestion control for a judge.
+"""Congestion control for a judge: limit of requests in flight, circuit breaker, adaptive timeout.
 
 All of it runs on one event loop, so there are no locks. Times are the loop's monotonic seconds.
 """
@@ -119,6 +119,7 @@ class Breaker:
         self._last_good: float | None = None
 
     def good(self) -> None:
+        """Record a success, which resets the count of failures."""
         self._row = 0
         self._last_good = asyncio.get_running_loop().time()
 

@@ -1,7 +1,7 @@
 """From the text of a reply to scores in [0, 1]: repaired where only one reading is possible, refused otherwise.
 
-Here the JSON is found; `values.py` reads its values. A reply is never completed with a number of ours: what cannot be
-read becomes `UnusableError` with a reason, which the client answers by asking again and, in the end, by a mask.
+Here the JSON is found; `values.py` reads its values. A reply is never completed with a number of our own: what cannot
+be read becomes `UnusableError` with a reason, which the client answers by asking again and, in the end, by a mask.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parse(request: Request, reply: Reply) -> Scores:
 def expected_scores(request: Request, reply: Reply, scores: Scores) -> tuple[Scores, int]:
     """Replace every sampled score by its expected value under the reply's token probabilities, where they allow it.
 
-    Works for whole numbers and yes/no; decimals span several tokens and stay.
+    Works for integers and yes/no; decimals span several tokens and stay.
 
     Returns:
         The scores, and how many criteria (or questions) stayed as sampled though their method has expected values.

@@ -48,6 +48,7 @@ class Reply:
 
     @property
     def cut(self) -> bool:
+        """Whether the reply ended at the limit of its tokens."""
         return self.finish_reason == "length"
 
 
@@ -56,7 +57,7 @@ def read_body(body: bytes) -> Reply:
 
     Raises:
         UnusableError: body_too_large, body_not_utf8, body_not_json, empty_body, error_body, no_choices, empty or
-        refused.
+            refused.
     """
     if len(body) > MAX_BODY:
         raise UnusableError("body_too_large", f"over {MAX_BODY >> 20} MB")

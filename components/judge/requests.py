@@ -1,9 +1,9 @@
 """Requests to the judge: labelled images, a question, and the JSON that must come back.
 
-What a request asks and how its answer is read is a judge method's (`methods/`); here is what all methods share. The
-order inside a request is: the rubric (the same for a campaign), the source image (the same for a group), then what is
-the candidate's own. So a server with prefix caching encodes the shared part of a group once. Nothing that an image
-shows is ever copied into the words.
+The question and the reading of its answer belong to a judge method (`methods/`); here is the part that all methods
+share. The order inside a request is: the rubric (the same for a campaign), the source image (the same for a group),
+then the candidate's own images. So a server with prefix caching encodes the shared part of a group once. Nothing that
+an image shows is ever copied into the words.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Scores = list[dict[str, float]]  # one dict per row, criterion -> [0, 1]
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """How the answer to a request is found in a reply and read: the reading half of a judge method.
+    """Where the answer to a request is in a reply and how it is read: the reading half of a judge method.
 
     Attributes:
         key: Of the answer in the reply's JSON object.

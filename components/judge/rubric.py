@@ -100,7 +100,7 @@ def load_rubric(name: str) -> Rubric:
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
         if not path.is_file():
-            raise LayerloopError(f"recipe.judge.rubric is {name}: there is no such file")
+            raise LayerloopError(f"recipe.judge.rubric is {name}: that file does not exist")
         data = path.read_bytes()
     else:
         entry = shipped.joinpath(f"{name}.yaml")

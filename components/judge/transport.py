@@ -1,4 +1,4 @@
-"""From a payload to the body of an answer: the openai client over HTTP, with every failure given a name.
+"""From a payload to the body of an answer: the openai client over HTTP, with every failure named.
 
 The openai package does the API (URL, key, headers, error classes); its `post` takes our bytes as they are, since its
 typed `create` spends 2 ms per request on traversing the images.
@@ -83,6 +83,7 @@ class Connection:
         return lane
 
     async def close(self) -> None:
+        """Close all connections."""
         for lane in self._lanes:
             await lane.openai.close()
 
@@ -91,7 +92,7 @@ class Connection:
 
         Raises:
             TransportError: anything else, by name.
-            LayerloopError: the judge refuses us altogether.
+            LayerloopError: the judge refuses the key.
         """
         import httpx2
         import openai
@@ -121,13 +122,14 @@ class Connection:
             lane.active -= 1
 
     def status_error(self, error: Any) -> TransportError:
-        """What a 4xx or 5xx says. Raises LayerloopError where no request could ever succeed."""
+        """A 4xx or 5xx as a TransportError. Raises LayerloopError where no request could succeed."""
         status, message = int(error.status_code), " ".join(str(error.message).split())[:300]
         self.stop_if_fatal(status)
         problem = UnusableError(f"http_{status}", message, retry=status in TRANSIENT or status >= 500)
         return TransportError(problem, status=status, retry_after=read_retry_after(error.response.headers))
 
     def stop_if_fatal(self, status: int) -> None:
+        """Raises LayerloopError: the status means that the key is refused."""
         if status in FATAL:
             what = f"judge {self.url} {FATAL[status]} (HTTP {status})"
             raise LayerloopError(f"{what}: set OPENAI_API_KEY to a key that it takes")
@@ -185,7 +187,7 @@ async def _bound_body(response: Any) -> None:
 
 
 def _is_loopback(url: str) -> bool:
-    """Whether the URL is of this machine, where a proxy of the environment would only be in the way."""
+    """Whether the URL is of this machine, which is called without the environment's proxy."""
     from urllib.parse import urlsplit
 
     host = urlsplit(url).hostname or ""

@@ -1,7 +1,7 @@
 """Columns of an evaluation's tables: the measures and LayerD's scores, in the order in which reports show them.
 
-Which column stands where follows from what each says of itself: a measure that is added to measure.py has its row in
-the report, its definition, and its place wherever it is quoted.
+A column's position follows from its own declaration: a measure that is added to measure.py has its row in the report,
+its definition, and its rank wherever it is quoted.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def design_of(sketch: Sketch, name: str) -> Design:
         "angle": [float(element.angle) for element in elements],
         "opacity": [float(element.opacity) for element in elements],
         "color": [[] for _ in elements],
-        "image": [_png(_paint_alone(element)) for element in elements],
+        "image": [_encode_png(_paint_alone(element)) for element in elements],
     }
     for column, empty in TEXT_COLUMNS.items():
         design[column] = [list(empty) if isinstance(empty, list) else empty for _ in elements]
@@ -95,7 +95,7 @@ def _paint_alone(element: Element) -> np.ndarray:
     return np.rint(paint(own, columns, rows, 1.0) * 255).astype(np.uint8)
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def _encode_png(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels, "RGBA" if pixels.shape[-1] == 4 else "RGB").save(out, "PNG")
     return out.getvalue()
@@ -165,12 +165,12 @@ def render_design(
             image = opened.convert("RGBA")
         box = tuple(float(design[name][index]) for name in ("left", "top", "width", "height"))
         if box[2] > 0 and box[3] > 0:
-            out[index] = _place(image, box, float(design["angle"][index]), canvas, size)
+            out[index] = _place_element(image, box, float(design["angle"][index]), canvas, size)
             out[index, ..., 3] = np.rint(out[index, ..., 3] * min(1.0, max(0.0, float(design["opacity"][index]))))
     return out
 
 
-def _place(
+def _place_element(
     image: Image.Image,
     box: tuple[float, ...],
     angle: float,

@@ -5,7 +5,7 @@ banners, blobs, bars of "text", ...). Every shape is a signed distance function 
 the plane (sketch.py), so one painter (paint.py) serves two ends: `render_sketches` paints straight on the pixel grid of
 the policy, fast enough to train on, and crello.py paints each element on a canvas of its own, as a Crello row has it.
 
-Elements are ordered bottom to top by falling size: large things lie behind small ones. So the order of the layers can
+Elements are ordered bottom to top by falling size: large elements lie behind small ones. So the order of the layers can
 be read off the composite, which a decomposition model needs when elements do not overlap.
 """
 

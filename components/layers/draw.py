@@ -92,7 +92,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where columns and rows of a grid begin and how large they are, in pixels."""
+    """Positions and sizes of a grid's columns and rows, in pixels."""
 
     left: Sequence[int]  # of each column, and of what would be the next one
     top: Sequence[int]  # of each row, and of what would be the next one
@@ -151,7 +151,7 @@ def _draw(
 def fit(pixels: Pixels, longest: int) -> Pixels:
     """Images `(..., H, W, 3|4)` uint8 whose longest side is about `longest` pixels, for looking at.
 
-    A small image is enlarged by an integer factor, pixel by pixel, so that what is shown is what was made; a large one
+    A small image is enlarged by an integer factor, pixel by pixel, so that its pixels stay visible; a large one
     is reduced (premultiplied, area average).
     """
     height, width = pixels.shape[-3:-1]

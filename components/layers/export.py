@@ -88,8 +88,8 @@ def write_png_zip(stack: Pixels, names: Sequence[str] | None = None) -> bytes:
 
 
 def _bounds(layer: Pixels) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of what is not transparent; one pixel of a blank layer, since none cannot be
-    stored."""
+    """(left, top, right, bottom) of the pixels that are not transparent; one pixel for a blank layer, since an empty
+    box cannot be stored."""
     rows, columns = np.flatnonzero(layer[..., 3].any(axis=1)), np.flatnonzero(layer[..., 3].any(axis=0))
     if not len(rows):
         return 0, 0, 1, 1

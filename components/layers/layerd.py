@@ -1,10 +1,10 @@
 """LayerD's protocol: dynamic time warping between two layer stacks, after 0 to 5 merges.
 
 Source: Suzuki et al., "LayerD", ICCV 2025, and its code (github.com/CyberAgentAILab/LayerD at 6b95bc5, Apache-2.0,
-`src/layerd/evaluation`). Equal to it in every score and in every choice; written again around one idea: all that the
-protocol asks of a pair of layers is two numbers, so each pair is measured once, in integers.
+`src/layerd/evaluation`). Equal to it in every score and in every choice; written around one observation: the protocol
+needs two numbers of a pair of layers, so each pair is measured once, in integers.
 
-What it does not see (measured; facts that make the measures of `measure.py` necessary): blank layers, the order of
+It does not see (measured; the reason for the measures of `measure.py`) blank layers, the order of
 layers that do not overlap, colour under alpha 0, and, nearly, a background that was not inpainted.
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +41,7 @@ class EditLevel:
 
 
 class _Layer:
-    """An image of the protocol and what is asked of it again and again."""
+    """An image of the protocol with arrays that its comparisons share."""
 
     def __init__(self, pixels: Pixels) -> None:
         self.pixels = pixels
@@ -55,13 +54,14 @@ class _Layer:
 
 
 class _Pairs:
-    """RGB L1 and alpha IoU of every pair that was asked for, measured once. The reference is the second of a pair."""
+    """RGB L1 and alpha IoU of pairs, each measured once. The reference is the second of a pair."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], tuple[float, float]] = {}
         self._kept: list[_Layer] = []  # keeps ids unique for the lifetime of the cache
 
     def add(self, layer: _Layer) -> _Layer:
+        """Keep a layer, which makes its id a key."""
         self._kept.append(layer)
         return layer
 
@@ -81,6 +81,7 @@ class _Pairs:
         return self._known[key]
 
     def cost(self, layer: _Layer, reference: _Layer) -> float:
+        """(RGB L1 + 1 - alpha IoU) / 2."""
         rgb_l1, alpha_iou = self.scores(layer, reference)
         return (rgb_l1 + (1 - alpha_iou)) / 2
 
@@ -88,8 +89,7 @@ class _Pairs:
 def group_indices(alphas: npt.NDArray[np.uint8]) -> list[list[int]]:
     """Indices of layers `(L, H, W)` in groups that do not overlap, bottom first.
 
-    Again and again, all layers that no later remaining layer overlaps (alpha > 0 on both) leave as one group, the
-    topmost.
+    Repeatedly, all layers that no later remaining layer overlaps (alpha > 0 on both) leave as one group, the topmost.
     """
     masks = (alphas > 0).reshape(len(alphas), -1)
     overlap = masks.astype(np.float32) @ masks.astype(np.float32).T > 0
@@ -172,31 +172,6 @@ def at_edits(levels: Sequence[EditLevel], edits: int) -> EditLevel:
     return levels[min(edits, len(levels) - 1)]
 
 
-def aggregate(samples: Sequence[Sequence[EditLevel]], *, max_edits: int | None = None) -> list[dict[str, Any]]:
-    """One row per level over many samples: a sample that lacks a level contributes its last.
-
-    Rows have `max_edits`, `avg_edits`, `count` (samples that have the level itself), `avg_cost`, `avg_rgb_l1` and
-    `avg_alpha_iou`, named as in the original. With `max_edits` there is a row for every level up to it.
-    """
-    if not samples:
-        return []
-    last = max(len(levels) for levels in samples) - 1 if max_edits is None else max_edits
-    rows: list[dict[str, Any]] = []
-    for edits in range(last + 1):
-        here = [at_edits(levels, edits) for levels in samples]
-        rows.append(
-            {
-                "max_edits": edits,
-                "avg_edits": float(np.mean([level.edits for level in here])),
-                "count": sum(len(levels) > edits for levels in samples),
-                "avg_cost": float(np.mean([level.cost for level in here])),
-                "avg_rgb_l1": float(np.mean([level.rgb_l1 for level in here])),
-                "avg_alpha_iou": float(np.mean([level.alpha_iou for level in here])),
-            }
-        )
-    return rows
-
-
 def clear_faint_alpha(stack: Pixels, *, most: int = 2) -> Pixels:
     """The stack with every alpha of `most`/255 or less set to 0.
 
@@ -210,6 +185,7 @@ def clear_faint_alpha(stack: Pixels, *, most: int = 2) -> Pixels:
 
 
 def _grouped(stack: Pixels, pairs: _Pairs) -> list[_Layer]:
+    """The stack's groups of layers that do not overlap, each merged into one."""
     layers = [_Layer(pixels) for pixels in stack]
     groups = []
     for indices in group_indices(stack[..., 3]):
@@ -228,6 +204,7 @@ def _merged(lower: _Layer, upper: _Layer) -> _Layer:
 
 
 def _align(ours: list[_Layer], theirs: list[_Layer], pairs: _Pairs, *, edits: int) -> tuple[Path, EditLevel]:
+    """The alignment of two sides, and its scores."""
     costs = np.array([[pairs.cost(layer, reference) for reference in theirs] for layer in ours])
     path = warp(costs)
     scores = np.array([pairs.scores(ours[i], theirs[j]) for i, j in path])

@@ -22,8 +22,8 @@ from layerloop.components.schema.errors import LayerloopError
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
-FAINT = 2 / 255  # alpha up to this is taken for nothing
-SOLID = 0.9  # alpha from this on is taken for opaque
+FAINT = 2 / 255  # alpha up to this counts as transparent
+SOLID = 0.9  # alpha from this on counts as opaque
 LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601
 
 
@@ -55,7 +55,7 @@ def blank(stack: Pixels, *, least: float = 0.005) -> Flags:
 
 def glazed(stack: Pixels, *, extent: float = 0.25, share: float = 0.8) -> Flags:
     """A layer is glazed when it is not blank, covers more than a quarter of the canvas (alpha above 2/255), and more
-    than 80 % of what it covers has an alpha under 0.9: a veil over the picture in place of an object."""
+    than 80 % of what it covers has an alpha under 0.9: a veil over the image in place of an object."""
     return ~blank(stack) & (coverage(stack) > extent) & (semi_transparent(stack) > share)
 
 
@@ -68,7 +68,7 @@ def duplicate(
     stack: Pixels, source: Pixels, *, extent: float = 0.9, solid: float = SOLID, distance: float = 0.03
 ) -> Flags:
     """A foreground layer is a duplicate when it is opaque (alpha of 0.9 or more) over more than 90 % of the canvas and
-    its RGB L1 to the source there is under 0.03: the whole picture again. Layer 0 is never counted as one."""
+    its RGB L1 to the source there is under 0.03: a copy of the image. Layer 0 is never counted as one."""
     opaque = stack[..., 3] >= solid * 255
     gap = np.abs(stack[..., :3].astype(np.int16) - source[..., :3]).mean(axis=-1) / 255
     area = opaque.sum(axis=(-2, -1))
@@ -87,7 +87,7 @@ def bad_layers(stack: Pixels) -> float:
 
 
 def blank_layers(stack: Pixels) -> float:
-    """Blank layers in a decomposition. Not every picture needs every layer, so a few of them are legitimate."""
+    """Blank layers in a decomposition. Not every image needs every layer, so a few of them are legitimate."""
     return float(blank(stack).sum())
 
 
@@ -97,7 +97,7 @@ def glazed_layers(stack: Pixels) -> float:
 
 
 def duplicate_layers(stack: Pixels, source: Pixels) -> float:
-    """Foreground layers in a decomposition that repeat the whole source."""
+    """Foreground layers in a decomposition that repeat the complete source."""
     return float(duplicate(stack, source).sum())
 
 
@@ -165,7 +165,7 @@ def residue(stack: Pixels, source: Pixels) -> float | None:
     zone = _widened(area, 1)
     wanted = _gradient(source[..., :3].astype(np.float64) @ LUMA)[:, zone]
     energy = float((wanted**2).sum())
-    if energy < 1.0 * zone.sum():  # under a grey level a pixel: nothing there to be left over
+    if energy < 1.0 * zone.sum():  # under a grey level per pixel: nothing that could be left over
         return None
     found = np.stack([_gradient(luma)[:, zone] for luma in _laid(stack[0])[0] @ LUMA])
     return float(np.clip((found * wanted).sum(axis=(1, 2)) / energy, 0, 1).mean())
@@ -175,7 +175,7 @@ def ring_smoothness(stack: Pixels) -> float | None:
     """Whether layer 0 is as smooth where it was inpainted as around it, 0..1. With a the mean gradient magnitude of its
     luma in the area that the predicted upper layers cover (joint alpha above 0.5; widened by one pixel to take in its
     outline) and b that in the ring around it (1/32 of the longest side wide, at least 2 pixels): (min(a, b) + e) /
-    (max(a, b) + e), where e is one grey level a pixel. 1 when the texture goes on, small when ghosts, seams or blur
+    (max(a, b) + e), where e is one grey level per pixel. 1 when the texture continues, small when ghosts, seams or blur
     show. Mean over layer 0 laid on black and on white. Undefined without such an area or ring."""
     area = _predicted_area(stack)
     if area is None:
@@ -217,8 +217,8 @@ def mean_slot_l1(stack: Pixels, truth: Pixels) -> float:
 
 # Headings of the report's tables, in their order.
 Group = Literal["Layers", "Against the source", "Against the true layers", "Layer 0, inpainted", "Description"]
-# Where a number is quoted besides the tables: at the top of the report, as a metric of Kubeflow, on the model card of a
-# published adapter, and in the study of docs/RESULTS.md.
+# Where a number is quoted in addition to the tables: at the top of the report, as a metric of Kubeflow, on the model
+# card of a published adapter, and in the study of docs/RESULTS.md.
 Place = Literal["designs headline", "pictures headline", "kubeflow", "card", "study", "nightly"]
 Better = Literal["lower", "higher"] | None  # None: neither is better in itself
 
@@ -239,10 +239,11 @@ class Measure(Column):
     """A measure of one decomposition: its name is the column's, the function's docstring its definition."""
 
     function: Callable[..., float | None]
-    needs: Literal["stack", "source", "truth"]  # what the function takes besides the decomposition
+    needs: Literal["stack", "source", "truth"]  # what the function takes in addition to the decomposition
 
     @property
     def definition(self) -> str:
+        """The function's docstring on one line."""
         return " ".join(inspect.getdoc(self.function).split())  # type: ignore[union-attr]
 
 
@@ -389,7 +390,7 @@ def measure_layers(stack: Pixels, source: Pixels) -> list[dict[str, Any]]:
 
 
 def covered_area(truth: Pixels, *, faint: float = FAINT) -> Flags:
-    """Where any layer above layer 0 has an alpha above `faint`: `(H, W)` bool."""
+    """Area `(H, W)` bool where any layer above layer 0 has an alpha above `faint`."""
     return np.asarray((truth[1:, ..., 3] > faint * 255).any(axis=0))
 
 
@@ -419,7 +420,7 @@ def _laid(*images: Pixels) -> list[Floats]:
 
 
 def _predicted_area(stack: Pixels) -> Flags | None:
-    """Where the joint alpha of all layers above layer 0 exceeds 0.5; None where nowhere."""
+    """Area `(H, W)` bool where the joint alpha of all layers above layer 0 exceeds 0.5; None if empty."""
     if len(stack) < 2:
         return None
     area: Flags = composite(stack[1:])[..., 3] > 127

@@ -1,4 +1,4 @@
-"""Sketches as pixels: every element straight on the pixel grid that is asked for."""
+"""Sketches as pixels: every element painted straight on the requested pixel grid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photographs that ship inside scikit-image and scikit-learn, which are imported only when one is asked for."""
+"""Photographs that ship inside scikit-image and scikit-learn, which are imported only when needed."""
 
 from __future__ import annotations
 

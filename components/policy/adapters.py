@@ -41,10 +41,12 @@ class Adapter:
 
     @property
     def modules(self) -> list[str]:
+        """Names of the adapted linear layers, sorted."""
         return [key.removesuffix(".lora_A.weight") for key in self.state if key.endswith(".lora_A.weight")]
 
     @property
     def parameters(self) -> int:
+        """Number of weights in all matrices."""
         return sum(tensor.numel() for tensor in self.state.values())
 
 
@@ -55,10 +57,10 @@ def read_adapter(path: Path | str) -> Adapter:
     """Read an adapter: a folder or a safetensors file, in peft's or diffusers' layout, or one that diffusers converts.
 
     Ranks and scales that differ between modules are made uniform without changing the function: B takes the scale, and
-    smaller ranks are filled up with zeros.
+    smaller ranks are padded with zeros.
 
     Raises:
-        LayerloopError: no adapter there, a kind that is not supported, a broken file, or NaN in it.
+        LayerloopError: no adapter at `path`, an unsupported kind, a broken file, or NaN in it.
     """
     file = _weights_file(Path(path))
     tensors, metadata = _read_tensors(file)
@@ -82,17 +84,17 @@ def _weights_file(path: Path) -> Path:
         for name in names:
             if (path / name).is_file():
                 return path / name
-        there = path.exists()
+        exists = path.exists()
         inner = [file.parent for name in names for file in sorted(path.glob(f"*/{name}"))]
     except OSError as error:
         raise LayerloopError(f"{path} cannot be read ({error.strerror}): give an adapter that can") from None
-    if not there:
-        raise LayerloopError(f"{path} is no adapter: there is no such file or folder; correct the path")
-    if inner:  # a publication, or what a merge made: one folder for each layout
-        raise LayerloopError(f"{path} is no adapter itself, but {inner[0]} is one: give that")
+    if not exists:
+        raise LayerloopError(f"{path} is not an adapter: there is no such file or folder; correct the path")
+    if inner:  # a publication or a merge: one folder per layout
+        raise LayerloopError(f"{path} is not an adapter itself, but {inner[0]} is one: give that")
     raise LayerloopError(
-        f"{path} is no adapter: it has neither {' nor '.join(names)}; give the folder that has one, or the safetensors "
-        "file itself"
+        f"{path} is not an adapter: it has neither {' nor '.join(names)}; give the folder that has one, or the "
+        "safetensors file itself"
     )
 
 
@@ -100,7 +102,7 @@ def weights_sha256(path: Path | str) -> str:
     """SHA-256, hex, of an adapter's weights file in either layout.
 
     Raises:
-        LayerloopError: no adapter there.
+        LayerloopError: no adapter at `path`.
     """
     with _weights_file(Path(path)).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -116,7 +118,7 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     for key, value in tensors.items():
         if value.is_floating_point():
             try:
-                tensors[key] = value.float()  # exact for float8 too, of which torch knows little else
+                tensors[key] = value.float()  # exact for float8 too, for which torch implements little else
             except NotImplementedError:  # torch converts float8, but not float4
                 raise LayerloopError(
                     f"{file}: {key} has dtype {str(value.dtype).removeprefix('torch.')}, which cannot be read: "
@@ -150,7 +152,7 @@ def _peft_config(file: Path) -> dict[str, Any]:
 
 
 def _transformer_metadata(text: str, file: Path) -> dict[str, Any]:
-    """The peft config that diffusers keeps in a file's metadata, as `transformer.<field>`."""
+    """The peft config that diffusers writes into a file's metadata, as `transformer.<field>`."""
     try:
         fields = json.loads(text)
         return {k.removeprefix(DIFFUSERS_PREFIX): v for k, v in fields.items() if k.startswith(DIFFUSERS_PREFIX)}
@@ -165,22 +167,23 @@ def _diffusers_state(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, 
 
         try:
             tensors = QwenImageLayeredPipeline.lora_state_dict(dict(tensors))
-        except Exception as error:  # whatever its converters meet in a foreign file
+        except Exception as error:  # its converters raise many kinds on foreign files
             reason = " ".join(str(error).split())[:200]
-            raise LayerloopError(f"{file} is in no adapter layout that diffusers knows: {reason}") from None
+            raise LayerloopError(f"{file} is in an adapter layout that diffusers does not know: {reason}") from None
     return {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in tensors.items()}
 
 
 def _uniform(tensors: dict[str, torch.Tensor], config: dict[str, Any] | None, file: Path, config_of: Path) -> Adapter:
+    """An adapter of one rank and one scale from checked tensors; `file` and `config_of` are named in errors."""
     tensors = {key.replace(f".{NAME}.weight", ".weight"): value for key, value in tensors.items()}
     modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
     for key in tensors:
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise LayerloopError(f"{file}: {key} is no LoRA weight: only plain LoRA of linear layers is supported")
+            raise LayerloopError(f"{file}: {key} is not a LoRA weight: only plain LoRA of linear layers is supported")
         if not tensors[key].is_floating_point():
             raise LayerloopError(
-                f"{file}: {key} has dtype {str(tensors[key].dtype).removeprefix('torch.')}, which is no plain LoRA's: "
-                "save the adapter in float32 or bfloat16"
+                f"{file}: {key} has dtype {str(tensors[key].dtype).removeprefix('torch.')}, which a LoRA weight cannot "
+                "have: save the adapter in float32 or bfloat16"
             )
     for module in modules:
         for side in ("lora_A", "lora_B"):
@@ -207,14 +210,15 @@ def _uniform(tensors: dict[str, torch.Tensor], config: dict[str, Any] | None, fi
 
 
 def shape_text(tensor: torch.Tensor) -> str:
+    """A shape for messages, such as `4x64`."""
     return "x".join(map(str, tensor.shape))
 
 
 def _scale(module: str, rank: int, config: dict[str, Any] | None, where: Path) -> float:
-    """alpha / r, or alpha / sqrt(r) with `use_rslora`, with the alpha that peft takes: of the first pattern (a regular
-    expression) that matches, else `lora_alpha`, else its default. Without a config alpha is r, as diffusers has it.
+    """alpha / r, or alpha / sqrt(r) with `use_rslora`, with peft's choice of alpha: that of the first pattern (a
+    regular expression) that matches, else `lora_alpha`, else its default. Without a config alpha is r, as in diffusers.
 
-    The rank is the weights' own; peft refuses a `rank_pattern` that says otherwise.
+    The rank is that of the weights; peft refuses a `rank_pattern` that contradicts them.
     """
     if config is None:
         return 1.0
@@ -224,15 +228,15 @@ def _scale(module: str, rank: int, config: dict[str, Any] | None, where: Path) -
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise LayerloopError(
-            f"{where} has alpha_pattern {reprlib.repr(patterns)}, which is no mapping: write it as "
+            f"{where} has alpha_pattern {reprlib.repr(patterns)}, which is not a mapping: write it as "
             '{"to_q": 8} with the alpha of each module'
         )
     try:
         pattern = get_pattern_key(patterns, module)
     except re.error as error:
         raise LayerloopError(
-            f"{where} has alpha_pattern {reprlib.repr(patterns)} with a key that is no regular expression ({error}): "
-            "correct it, or name modules in full"
+            f"{where} has alpha_pattern {reprlib.repr(patterns)} with a key that is not a regular expression "
+            f"({error}): correct it, or name modules in full"
         ) from None
     field, alpha = "lora_alpha", config.get("lora_alpha", LoraConfig.lora_alpha)
     if pattern in patterns:
@@ -240,7 +244,7 @@ def _scale(module: str, rank: int, config: dict[str, Any] | None, where: Path) -
     largest = torch.finfo(torch.float32).max
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= largest:
         raise LayerloopError(
-            f"{where} has {field} {reprlib.repr(alpha)}, which is no finite number: set it to the alpha that the "
+            f"{where} has {field} {reprlib.repr(alpha)}, which is not a finite number: set it to the alpha that the "
             "adapter was trained with, such as 16"
         )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -254,12 +258,12 @@ def merge_adapters(parts: Sequence[tuple[Path | str, float]], *, rank: int | Non
 
     Averaging the As and the Bs, as is often done, is not that sum. Here it is exact: the factors are stacked, A from
     the A_i and B from the w_i (alpha_i / r_i) B_i, so ranks add up (and may differ, as may the modules). With `rank`
-    the sum is cut to its best approximation of that rank (truncated SVD, the least Frobenius error: Eckart and Young
-    1936), computed from the factors in float64.
+    the sum is replaced by its best approximation of that rank (truncated SVD, the least Frobenius error: Eckart and
+    Young 1936), computed from the factors in float64.
 
     Raises:
         LayerloopError: no adapters, one that cannot be read, two that disagree about a module's size, or a weight so
-            large that float32 cannot hold what it makes.
+            large that the product overflows float32.
     """
     if not parts:
         raise LayerloopError("no adapters to merge: give at least one folder")
@@ -286,7 +290,7 @@ def merge_adapters(parts: Sequence[tuple[Path | str, float]], *, rank: int | Non
                     )
                 factors.append((a, b))
         stacked = torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], dim=1)
-        a, b = _cut(*stacked, rank) if rank is not None else stacked
+        a, b = _truncate(*stacked, rank) if rank is not None else stacked
         width = total if rank is None else rank
         state[f"{module}.lora_A.weight"] = torch.nn.functional.pad(a, (0, 0, 0, width - a.shape[0])).float()
         state[f"{module}.lora_B.weight"] = torch.nn.functional.pad(b, (0, width - b.shape[1])).float()
@@ -294,7 +298,7 @@ def merge_adapters(parts: Sequence[tuple[Path | str, float]], *, rank: int | Non
     return Adapter(state, width, float(width))
 
 
-def _cut(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best rank-`rank` factors of b @ a: SVD of the small core between two QR factors, the root of each singular
     value on either side."""
     qb, rb = torch.linalg.qr(b)

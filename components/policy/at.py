@@ -1,8 +1,7 @@
 """The policy at an iteration of a campaign: the base, that iteration's adapter on it, and the campaign's prompt.
 
-The one place where a step gets its policy from, and the one file of `policy/` that knows of campaigns. An iteration is
-read from the campaign every time, also where the base is in memory already: what a step left in the weights, trained or
-damaged, is never what the next step begins with.
+Every step gets its policy here; no other file of `policy/` knows about campaigns. An iteration is always read from the
+campaign, even where the base is in memory already: the next step never starts from weights that a step left behind.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from typing import TYPE_CHECKING
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.delivered import SAMPLING, delivered_weights
+from layerloop.components.storage.final_weights import SAMPLING, final_weights
 from layerloop.components.storage.folders import local_folder
 from layerloop.components.storage.manifests import read_file
 
-if TYPE_CHECKING:  # steps import this file before they know that there is work to do, for which torch is needed
+if TYPE_CHECKING:  # steps import this file before they know whether there is work that needs torch
     import torch
 
     from layerloop.components.policy.model import LayeredPolicy
@@ -27,7 +26,7 @@ if TYPE_CHECKING:  # steps import this file before they know that there is work 
 
 @dataclass(frozen=True)
 class LoadedPolicy:
-    """A policy, and what a campaign's records say of it.
+    """A policy with its identity in the campaign's records.
 
     `prompt` is `(T, E)` float32 on the CPU. `adapter_sha256` is of the adapter's weights file, None where the policy is
     the base (iteration 0 without `recipe.lora.start_from`). `base_fingerprint` is `LayeredPolicy.fingerprint`.
@@ -49,7 +48,7 @@ def policy_at(
     delivered: bool = False,
     loaded: LoadedPolicy | None = None,
 ) -> LoadedPolicy:
-    """The policy after `iteration`; 0 is the policy that the campaign begins with.
+    """The policy after `iteration`; 0 is the policy that the campaign starts with.
 
     Args:
         device: where the modules go.
@@ -60,7 +59,7 @@ def policy_at(
         delivered: the weights that are evaluated and published (the average, where the recipe keeps one) instead of
             those that sample next.
         loaded: a policy of this campaign that is in memory already, whatever its iteration. Its base is used and its
-            adapter replaced, which takes as long as reading an adapter; it is not to be used any more itself.
+            adapter replaced, which takes as long as reading an adapter; do not use `loaded` itself afterwards.
 
     Raises:
         LayerloopError: the sources or the policy are not committed; the base cannot be loaded, or is not the one that
@@ -72,12 +71,12 @@ def policy_at(
     manifest = campaign.policy(iteration)
     policy = loaded.policy if loaded else _load_base(campaign, device="cpu" if sharded else device)
     _check_base(campaign, manifest, policy.fingerprint)
-    prompt = _prompt(campaign, policy)
+    prompt = _prompt_embedding(campaign, policy)
     sha256: str | None
     if iteration:
-        sha256 = _put_committed(campaign, manifest, policy, delivered=delivered)
+        sha256 = _apply_committed_adapter(campaign, manifest, policy, delivered=delivered)
     else:
-        sha256 = _put_first(campaign, policy, trainable=trainable)
+        sha256 = _apply_initial_adapter(campaign, policy, trainable=trainable)
     train_adapter(policy.transformer, trainable)
     if sharded and not policy.sharded:
         from layerloop.components.policy.sharding import shard_base
@@ -101,12 +100,11 @@ def _check_base(campaign: Campaign, manifest: Manifest, fingerprint: str) -> Non
         of = str(recorded)[:12] if recorded else "an unknown one"
         raise LayerloopError(
             f"base model {campaign.recipe.model.base} has fingerprint {fingerprint[:12]}, the adapter of iteration "
-            f"{manifest.iteration} was trained on {of}: use the model that the "
-            "campaign began with"
+            f"{manifest.iteration} was trained on {of}: use the model that the campaign began with"
         )
 
 
-def _prompt(campaign: Campaign, policy: LayeredPolicy) -> torch.Tensor:
+def _prompt_embedding(campaign: Campaign, policy: LayeredPolicy) -> torch.Tensor:
     """The cached embedding of the recipe's prompt, `(T, E)` float32."""
     from safetensors.torch import load
 
@@ -121,27 +119,27 @@ def _prompt(campaign: Campaign, policy: LayeredPolicy) -> torch.Tensor:
     return embeds
 
 
-def _put_committed(campaign: Campaign, manifest: Manifest, policy: LayeredPolicy, *, delivered: bool) -> str:
-    """Put a committed adapter on the base. Returns the sha256 of its weights: the manifest's, which the bytes have."""
+def _apply_committed_adapter(campaign: Campaign, manifest: Manifest, policy: LayeredPolicy, *, delivered: bool) -> str:
+    """Put a committed adapter on the base. Returns the sha256 of its weights, which the bytes are checked against."""
     from layerloop.components.policy.adapters import PEFT_CONFIG, PEFT_WEIGHTS, read_adapter
     from layerloop.components.policy.lora import replace_adapter
 
-    weights = delivered_weights(manifest) if delivered else manifest.file(SAMPLING)
+    weights = final_weights(manifest) if delivered else manifest.file(SAMPLING)
     where = f"{campaign.uri}/{weights.name}"
     with tempfile.TemporaryDirectory() as folder:
         for name, file in ((PEFT_WEIGHTS, weights), (PEFT_CONFIG, manifest.file(PEFT_CONFIG))):
             (Path(folder) / name).write_bytes(read_file(campaign.store, file))
         try:
             adapter = read_adapter(folder)
-        except LayerloopError as error:  # a file in a temporary folder says nothing to people
+        except LayerloopError as error:  # a temporary path means nothing to the reader
             reason = str(error).replace(f"{folder}/", "")
             raise LayerloopError(f"{where} cannot be used as an adapter ({reason})") from error.__cause__
     replace_adapter(policy.transformer, adapter, where=where)
     return weights.sha256
 
 
-def _put_first(campaign: Campaign, policy: LayeredPolicy, *, trainable: bool) -> str | None:
-    """Put on the base what the campaign begins with. Returns the sha256 of the weights that `start_from` names."""
+def _apply_initial_adapter(campaign: Campaign, policy: LayeredPolicy, *, trainable: bool) -> str | None:
+    """Put the campaign's initial adapter, if any, on the base. Returns the sha256 of the weights of `start_from`."""
     from layerloop.components.policy.adapters import weights_sha256
     from layerloop.components.policy.lora import new_adapter, remove_adapter, replace_adapter, starting_adapter
 

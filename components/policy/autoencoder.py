@@ -1,8 +1,8 @@
-"""Decoding single frames with the video VAE, without paying for video.
+"""Decoding single frames with the video VAE at the cost of images.
 
 The VAE's convolutions are causal in time: a frame sees itself and zero padding before it. For a video of one frame
 only the last temporal slice of each kernel meets data, so the 3-D convolution equals a 2-D convolution with that
-slice, at about half the time; channels-last weights take another third off on a CPU.
+slice, at about half the time; channels-last weights save another third on a CPU.
 """
 
 from __future__ import annotations
@@ -41,23 +41,24 @@ class FrameDecoder(torch.nn.Module):
         self.post_quant_conv = copy.deepcopy(vae.post_quant_conv)
         self.decoder = copy.deepcopy(vae.decoder)
         if fold:
-            _fold(self)
+            _fold_convolutions(self)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """`(N, 16, 1, 2h, 2w)` -> `(N, 4, 1, H, W)` in [-1, 1].
 
         One frame after another: the peak of memory is that of one image whatever N is, and a frame's pixels do not
-        depend on the frames beside it.
+        depend on the other frames.
         """
         frames = [self.decoder(self.post_quant_conv(frame)) for frame in latents.split(1)]
         return torch.cat(frames).clamp(-1.0, 1.0)
 
 
-def _fold(module: torch.nn.Module) -> None:
+def _fold_convolutions(module: torch.nn.Module) -> None:
+    """Replace every causal 3-D convolution in `module` by a `FrameConv`, in place."""
     for name, child in list(module.named_children()):
         if name == "time_conv":  # between frames only: never runs on the first frame
             delattr(module, name)
         elif isinstance(child, QwenImageCausalConv3d):
             setattr(module, name, FrameConv(child))
         else:
-            _fold(child)
+            _fold_convolutions(child)

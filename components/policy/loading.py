@@ -26,8 +26,8 @@ WEIGHTS = {  # file stems of diffusers and of transformers
 }  # fmt: skip
 
 
-def local_folder(model: ModelRecipe, *, parts: Collection[str] = tuple(BASE)) -> Path:
-    """A local folder that holds `model.base`.
+def base_folder(model: ModelRecipe, *, parts: Collection[str] = tuple(BASE)) -> Path:
+    """The local folder of `model.base`.
 
     "tiny" is in the package, a folder is itself, a Hugging Face id is downloaded to the hub's cache (only `parts`:
     subfolders, or single files of them).
@@ -68,7 +68,7 @@ def _from_hub(model: ModelRecipe, parts: Collection[str]) -> Path:
     patterns = [part if "/" in part else f"{part}/*" for part in parts]
     try:
         return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
-    except Exception as error:  # the hub raises a dozen kinds; each means that there is no model to be had
+    except Exception as error:  # the hub raises a dozen kinds; each means that the model is not available
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise LayerloopError(
             f"recipe.model.base is {model.base!r}: neither a local folder nor a model that the Hugging Face hub gives "
@@ -80,7 +80,7 @@ def weight_files(folder: Path, part: str) -> list[Path]:
     """The safetensors files of one part of a diffusers folder, in order, all of them present.
 
     Raises:
-        LayerloopError: a file is missing, named.
+        LayerloopError: naming the first missing file.
     """
     stem = folder / part / WEIGHTS[part]
     index = Path(f"{stem}.safetensors.index.json")
@@ -93,11 +93,11 @@ def weight_files(folder: Path, part: str) -> list[Path]:
     else:
         files = [Path(f"{stem}.safetensors")]
     for file in files:
-        _require(file)
+        _require_file(file)
     return files
 
 
-def _require(file: Path) -> Path:
+def _require_file(file: Path) -> Path:
     if not file.is_file():
         raise LayerloopError(
             f"{file} is missing: {file.parent.parent} is not a complete diffusers folder of the model; fetch it again"
@@ -106,13 +106,13 @@ def _require(file: Path) -> Path:
 
 
 def check_files(folder: Path, parts: Mapping[str, str], *, weights: bool = True) -> None:
-    """Every file that loading `parts` (part -> its config) needs is there; of the weights only if `weights`.
+    """Check that every file that loading `parts` (part -> its config) needs exists; weights only if `weights`.
 
     Raises:
         LayerloopError: naming the first missing file.
     """
     for part, name in parts.items():
-        _require(folder / part / name)
+        _require_file(folder / part / name)
         if part in WEIGHTS and weights:
             weight_files(folder, part)
         if part == "tokenizer":
@@ -120,20 +120,20 @@ def check_files(folder: Path, parts: Mapping[str, str], *, weights: bool = True)
 
 
 def _require_vocabulary(folder: Path) -> None:
-    """Without a vocabulary the tokenizer loads all the same, and makes no tokens."""
+    """Raises LayerloopError without a vocabulary: the tokenizer would load all the same, and give no tokens."""
     missing = [name for name in VOCABULARY if not (folder / name).is_file()]
     if not missing or (folder / "tokenizer.json").is_file():
         return
     if len(missing) < len(VOCABULARY):
-        _require(folder / missing[0])
+        _require_file(folder / missing[0])
     raise LayerloopError(
-        f"{folder / 'tokenizer.json'} is missing, and so are {' and '.join(VOCABULARY)}, which would do as well: "
+        f"{folder / 'tokenizer.json'} is missing, and so are {' and '.join(VOCABULARY)}, which would do instead: "
         f"{folder.parent} is not a complete diffusers folder of the model; fetch it again"
     )
 
 
 def check_base(folder: Path) -> None:
-    """The files of the base are there, and it is a layered model.
+    """Check that the files of the base exist and that it is a layered model.
 
     Raises:
         LayerloopError: naming the first missing file or the setting that is wrong.
@@ -143,13 +143,13 @@ def check_base(folder: Path) -> None:
 
 
 def check_configs(folder: Path) -> None:
-    """The configs of the base, without its weights, are those of a layered model.
+    """Check that the configs of the base are those of a layered model; its weights are not needed.
 
     Raises:
         LayerloopError: naming the first missing file or the setting that is wrong.
     """
     for part, name in BASE.items():
-        _require(folder / part / name)
+        _require_file(folder / part / name)
     config, vae, scheduler = (read_json(folder / part / name) for part, name in BASE.items())
     for file, name, value, needed in (
         ("transformer/config.json", "use_additional_t_cond", config.get("use_additional_t_cond"), True),
@@ -164,12 +164,13 @@ def check_configs(folder: Path) -> None:
     ):
         if value != needed:
             raise LayerloopError(
-                f"{folder / file} has {name} {value!r}, not {needed!r}: this is no model of Qwen-Image-Layered's kind"
+                f"{folder / file} has {name} {value!r}, not {needed!r}: this is not a model of "
+                "Qwen-Image-Layered's kind"
             )
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A config.
+    """The JSON object in a config file.
 
     Raises:
         LayerloopError: not a JSON object.
@@ -196,7 +197,7 @@ def load_base(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     check_base(folder)
     loaded: list[Any] = []
     for part, kind in (("transformer", QwenImageTransformer2DModel), ("vae", AutoencoderKLQwenImage)):
-        with _broken(folder / part):
+        with _loading_errors(folder / part):
             module, found = kind.from_pretrained(
                 folder, subfolder=part, dtype=dtype, local_files_only=True, output_loading_info=True
             )
@@ -206,7 +207,7 @@ def load_base(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any, Any]:
                     f"the weights in {folder / part} {what} {keys[0]}, unlike its config: fetch it again"
                 )
         loaded.append(module)
-    with _broken(folder / "scheduler"):
+    with _loading_errors(folder / "scheduler"):
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             folder, subfolder="scheduler", local_files_only=True
         )
@@ -222,9 +223,9 @@ def load_text(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
     check_files(folder, TEXT)
-    with _broken(folder / "tokenizer"):
+    with _loading_errors(folder / "tokenizer"):
         tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    with _broken(folder / "text_encoder"):
+    with _loading_errors(folder / "text_encoder"):
         encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder / "text_encoder", dtype=dtype, local_files_only=True
         )
@@ -232,8 +233,8 @@ def load_text(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _broken(where: Path) -> Iterator[None]:
-    """What a loader makes of broken files, in one line."""
+def _loading_errors(where: Path) -> Iterator[None]:
+    """Raise a loader's errors about broken files as a LayerloopError of one line."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
@@ -242,10 +243,14 @@ def _broken(where: Path) -> Iterator[None]:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256, hex, over relative names and contents of all files that decide what the frozen base computes."""
+    """SHA-256, hex, over relative names and contents of all files that decide what the frozen base computes.
+
+    Raises:
+        LayerloopError: naming the first missing file.
+    """
     files = [folder / part / name for part, name in BASE.items()]
     files += [file for part in ("transformer", "vae") for file in weight_files(folder, part)]
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing leaves the interpreter free; 40 GB in shards
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock; 40 GB in shards
         digests = list(pool.map(_sha256, files))
     total = hashlib.sha256()
     for file, digest in sorted(zip(files, digests, strict=True)):

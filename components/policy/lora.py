@@ -1,4 +1,4 @@
-"""A low-rank adapter on the transformer: which layers it may have, adding and loading one, writing it for others.
+"""A low-rank adapter on the transformer: its layers, putting one on and taking it off, writing it in both layouts.
 
 The base is of any dtype and frozen; adapter weights are float32. Files and merging are in `adapters.py`.
 """
@@ -35,10 +35,8 @@ __all__ = [
     "Adapter",
     "adapter_of",
     "adapter_state",
-    "add_lora",
     "dead_modules",
     "has_adapter",
-    "load_adapter",
     "lora_parameters",
     "merge_adapters",
     "new_adapter",
@@ -59,7 +57,7 @@ __all__ = [
 
 
 def dead_modules(transformer: Any) -> list[str]:
-    """Linear layers that cannot change the output: the text side of the last block, behind its keys and values.
+    """Linear layers that cannot change the output: the text side of the last block, except its keys and values.
 
     The model reads only the image stream after the last block, so there the text stream's attention output (its
     projection, and its queries, which only that output depends on) and its feed-forward go nowhere: their gradient is
@@ -87,7 +85,7 @@ def target_modules(transformer: Any, targets: Iterable[str]) -> list[str]:
         hits = {name for name in names if name == target or name.endswith(f".{target}")}
         if not hits:
             raise LayerloopError(
-                f"recipe.lora.targets has {target!r}, which is no linear layer of the model: "
+                f"recipe.lora.targets has {target!r}, which is not a linear layer of the model: "
                 f"layers of a block are {', '.join(_block_layers(names))}"
             )
         chosen |= hits
@@ -123,17 +121,8 @@ def new_adapter(transformer: Any, recipe: LoraRecipe, *, seed: int) -> Adapter:
     return Adapter(dict(sorted(state.items())), recipe.rank, recipe.alpha)
 
 
-def add_lora(transformer: Any, recipe: LoraRecipe, *, seed: int, name: str = NAME) -> None:
-    """Put a `new_adapter` on `transformer`.
-
-    Raises:
-        LayerloopError: a target matches no linear layer.
-    """
-    put_adapter(transformer, new_adapter(transformer, recipe, seed=seed), name=name)
-
-
-def put_adapter(transformer: Any, adapter: Adapter, *, name: str = NAME, where: str = "adapter") -> None:
-    """Put `adapter` on `transformer` under `name`, trainable; the base stays frozen.
+def put_adapter(transformer: Any, adapter: Adapter, *, where: str = "adapter") -> None:
+    """Put `adapter` on `transformer`, trainable; the base stays frozen. `where` names it in errors.
 
     Weights of dead modules, which other trainers include, are left out: they change nothing.
 
@@ -149,22 +138,22 @@ def put_adapter(transformer: Any, adapter: Adapter, *, name: str = NAME, where: 
         init_lora_weights=True,
         **_module_lists(transformer, fitting.modules),
     )
-    transformer.add_adapter(config, adapter_name=name)
-    set_adapter_state(transformer, fitting.state, name=name)
+    transformer.add_adapter(config, adapter_name=NAME)
+    set_adapter_state(transformer, fitting.state)
     for module in fitting.modules:
         layer = transformer.get_submodule(module)
-        layer.forward = types.MethodType(_forward, layer)
+        layer.forward = types.MethodType(_adapted_forward, layer)
 
 
-def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+def _adapted_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """An adapted layer: float32 weights, multiplied in the precision of the activations.
 
     peft's own forward casts the activations to float32, writes the adapter's full-width output in float32, scales it
     and adds the two in float32, which at the full model's size costs as much as the base layer itself. Here the
     low-rank product is added inside one matrix product (accumulated in float32, rounded once).
 
-    A float32 base samples with peft's own bits, which a published adapter is proved by: there the product is added in
-    place and not multiplied by a scale of 1. Only where it learns is the sum left to the matrix product.
+    A float32 base samples with peft's own bits, against which a published adapter is verified: there the product is
+    added in place and not multiplied by a scale of 1. Only in training is the sum left to the matrix product.
     """
     result = layer.base_layer(x)
     if layer.disable_adapters:
@@ -183,7 +172,7 @@ def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def replace_adapter(transformer: Any, adapter: Adapter, *, where: str = "adapter") -> None:
-    """Put `adapter` on `transformer` in place of the one that is there, if there is one.
+    """Put `adapter` on `transformer` in place of the present one, if any.
 
     Where the two have the same modules, rank and scale the weights are copied: modules and parameters stay the same
     objects, so what was compiled or sharded around them stays valid.
@@ -194,7 +183,7 @@ def replace_adapter(transformer: Any, adapter: Adapter, *, where: str = "adapter
     fitting = fitted(transformer, adapter, where=where)
     if has_adapter(transformer):
         present = transformer.peft_config[NAME]
-        keys = {key for key, _ in _lora_linears(transformer, NAME)}
+        keys = {key for key, _ in _lora_linears(transformer)}
         if (keys, present.r, float(present.lora_alpha)) == (set(fitting.state), fitting.rank, float(fitting.alpha)):
             set_adapter_state(transformer, fitting.state)
             return
@@ -215,23 +204,23 @@ def remove_adapter(transformer: Any) -> None:
 
 def lora_parameters(transformer: Any) -> list[torch.nn.Parameter]:
     """The adapter's matrices, trainable or not; empty where there is no adapter."""
-    return [linear.weight for _, linear in _lora_linears(transformer, NAME)]
+    return [linear.weight for _, linear in _lora_linears(transformer)]
 
 
 def train_adapter(transformer: Any, trainable: bool) -> None:
-    """Whether the adapter's matrices require gradients from here on; those that they had are dropped."""
+    """Set whether the adapter's matrices require gradients; gradients that they had are dropped."""
     for parameter in lora_parameters(transformer):
         parameter.requires_grad_(trainable)
         parameter.grad = None
 
 
-def set_adapter_state(transformer: Any, state: Mapping[str, torch.Tensor], *, name: str = NAME) -> None:
-    """Copy `state` into the adapter `name`, making its weights float32.
+def set_adapter_state(transformer: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy `state` into the adapter, making its weights float32.
 
     Raises:
         LayerloopError: keys or shapes are not those of the adapter.
     """
-    parameters = dict(_lora_linears(transformer, name))
+    parameters = dict(_lora_linears(transformer))
     for key in sorted(state.keys() | parameters.keys()):
         if key not in parameters or key not in state:
             raise LayerloopError(f"adapter weight {key} is {'not in the model' if key in state else 'missing'}")
@@ -248,37 +237,29 @@ def set_adapter_state(transformer: Any, state: Mapping[str, torch.Tensor], *, na
             linear.weight = torch.nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
 
 
-def adapter_state(transformer: Any, *, name: str = NAME) -> dict[str, torch.Tensor]:
+def adapter_state(transformer: Any) -> dict[str, torch.Tensor]:
     """The adapter's weights by `Adapter` key, sorted: detached copies on the CPU, float32.
 
     Raises:
-        LayerloopError: the model has no such adapter.
+        LayerloopError: the model has no adapter.
     """
     state = {
-        key: linear.weight.detach().to("cpu", torch.float32, copy=True)
-        for key, linear in _lora_linears(transformer, name)
+        key: linear.weight.detach().to("cpu", torch.float32, copy=True) for key, linear in _lora_linears(transformer)
     }
     if not state:
-        raise LayerloopError(f"the model has no adapter {name!r}")
+        raise LayerloopError("the model has no adapter: put one on it first")
     return dict(sorted(state.items()))
 
 
-def adapter_of(transformer: Any, *, name: str = NAME) -> Adapter:
-    """The adapter `name` of a transformer, as `put_adapter` takes it."""
-    state = adapter_state(transformer, name=name)
-    config = transformer.peft_config[name]
-    return Adapter(state, int(config.r), float(config.lora_alpha))
-
-
-def load_adapter(policy: Any, folder: Path | str, *, name: str = NAME) -> Adapter:
-    """Read an adapter of either layout and put it on `policy`'s transformer, with its own rank, alpha and targets.
+def adapter_of(transformer: Any) -> Adapter:
+    """The adapter of a transformer, as `put_adapter` takes it.
 
     Raises:
-        LayerloopError: the files are not an adapter, or one that does not fit the base.
+        LayerloopError: the model has no adapter.
     """
-    adapter = read_adapter(folder)
-    put_adapter(policy.transformer, adapter, name=name, where=str(folder))
-    return adapter
+    state = adapter_state(transformer)
+    config = transformer.peft_config[NAME]
+    return Adapter(state, int(config.r), float(config.lora_alpha))
 
 
 def starting_adapter(transformer: Any, recipe: LoraRecipe, folder: Path | str) -> Adapter:
@@ -307,10 +288,10 @@ def starting_adapter(transformer: Any, recipe: LoraRecipe, folder: Path | str) -
 
 
 def fitted(transformer: Any, adapter: Adapter, *, where: str) -> Adapter:
-    """`adapter` without dead modules, if every other weight of it fits a linear layer of `transformer`.
+    """`adapter` without dead modules, after checking that its weights fit linear layers of `transformer`.
 
     Raises:
-        LayerloopError: naming the first key that does not, with both shapes.
+        LayerloopError: naming the first key that does not fit, with both shapes.
     """
     shapes, dead = _shapes(transformer), set(dead_modules(transformer))
     remedy = "give one of this base, or set recipe.model.base to that one"
@@ -319,7 +300,7 @@ def fitted(transformer: Any, adapter: Adapter, *, where: str) -> Adapter:
         module, side = key.removesuffix(".weight").rsplit(".", 1)
         if module not in shapes:
             raise LayerloopError(
-                f"{where}: {key} is for {module}, which the base has not: the adapter was made for another base; "
+                f"{where}: {key} is for {module}, which the base does not have: the adapter was made for another base; "
                 f"{remedy}"
             )
         outputs, inputs = shapes[module]
@@ -345,12 +326,12 @@ def _shapes(transformer: Any) -> dict[str, tuple[int, int]]:
     }
 
 
-def _lora_linears(transformer: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """(`Adapter` key, peft's linear) of the adapter `name`."""
+def _lora_linears(transformer: Any) -> Iterator[tuple[str, Any]]:
+    """(`Adapter` key, peft's linear) of the adapter."""
     for path, module in transformer.named_modules():
         for side in ("lora_A", "lora_B"):
-            if path.endswith(f".{side}.{name}"):
-                yield f"{path.removesuffix(f'.{name}')}.weight", module
+            if path.endswith(f".{side}.{NAME}"):
+                yield f"{path.removesuffix(f'.{NAME}')}.weight", module
 
 
 def _module_lists(transformer: Any, modules: Sequence[str]) -> dict[str, list[str]]:
@@ -366,12 +347,12 @@ def _module_lists(transformer: Any, modules: Sequence[str]) -> dict[str, list[st
 
 
 def _alpha(adapter: Adapter) -> float:
-    """As an int where it is one, as other programs write it."""
+    """The adapter's alpha, as an int where it is integral, as other programs write it."""
     return int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
 
 
 def _suffix(module: str) -> str:
-    """`transformer_blocks.3.attn.to_q` -> `attn.to_q`; a layer outside the blocks keeps its whole name."""
+    """`transformer_blocks.3.attn.to_q` -> `attn.to_q`; a layer outside the blocks keeps its full name."""
     parts = module.split(".")
     return ".".join(parts[2:]) if parts[0] == "transformer_blocks" else module
 
@@ -382,7 +363,7 @@ def _suffix(module: str) -> str:
 def write_peft(adapter: Adapter, folder: Path | str, *, transformer: Any = None, base: str | None = None) -> None:
     """Write `adapter_model.safetensors` and `adapter_config.json`, as `PeftModel.from_pretrained(transformer, folder)`
     reads them. `transformer` is the base that the adapter is for, checked against it and named by suffixes; without one
-    every layer is named in full. `base` is its name, for people.
+    every layer is named in full. `base` is its human-readable name.
 
     Raises:
         LayerloopError: NaN in the adapter, or weights that do not fit the base; nothing is written then.
@@ -390,7 +371,7 @@ def write_peft(adapter: Adapter, folder: Path | str, *, transformer: Any = None,
     _check_finite(adapter)
     config = json.dumps(_config(adapter, transformer, base), indent=2, sort_keys=True) + "\n"
     state = {PEFT_PREFIX + key: value.contiguous() for key, value in adapter.state.items()}
-    _put_files(
+    _replace_files(
         Path(folder),
         {
             PEFT_CONFIG: lambda file: file.write_text(config),
@@ -400,7 +381,7 @@ def write_peft(adapter: Adapter, folder: Path | str, *, transformer: Any = None,
 
 
 def write_diffusers(adapter: Adapter, folder: Path | str, *, transformer: Any = None) -> None:
-    """Write `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights(folder)` reads it, with the whole
+    """Write `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights(folder)` reads it, with the complete
     config in its metadata (diffusers fails on a part of one, and takes alpha = r without one). Layers are named in
     full: diffusers warns of excluded ones.
 
@@ -411,10 +392,10 @@ def write_diffusers(adapter: Adapter, folder: Path | str, *, transformer: Any = 
     if transformer is not None:
         fitted(transformer, adapter, where="adapter")
     config = {DIFFUSERS_PREFIX + key: value for key, value in _config(adapter, None, None).items()}
-    # one key only: safetensors writes several in any order, and equal adapters are to give equal bytes
+    # one key only: safetensors writes several in any order, and equal adapters must give equal bytes
     metadata = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
     state = {DIFFUSERS_PREFIX + key: value.contiguous() for key, value in adapter.state.items()}
-    _put_files(Path(folder), {DIFFUSERS_WEIGHTS: lambda file: save_file(state, file, metadata=metadata)})
+    _replace_files(Path(folder), {DIFFUSERS_WEIGHTS: lambda file: save_file(state, file, metadata=metadata)})
 
 
 def _config(adapter: Adapter, transformer: Any, base: str | None) -> dict[str, Any]:
@@ -439,9 +420,9 @@ def _check_finite(adapter: Adapter) -> None:
             )
 
 
-def _put_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files under other names, and rename them into `folder` once all are whole: in order, the one that makes a
-    folder an adapter last. A reader finds the old adapter, none, or the new one, whenever this ends."""
+def _replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write files under other names, and rename them into `folder` once all are complete: in order, the one that makes
+    a folder an adapter last. A reader finds the old adapter, none, or the new one, whenever this ends."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = {name: folder / f".{name}.partial" for name in writers}
     try:

@@ -45,7 +45,7 @@ def parse_part(text: str) -> tuple[str, float]:
 @contextlib.contextmanager
 def output_folder(out: Path) -> Iterator[Path]:
     """A folder to write in, whose contents are moved to `out` at the end. After a failure `out` is as it was before,
-    and what a killed process left in it does not count.
+    and the remains of a killed process in it do not count.
 
     Raises:
         LayerloopError: `out` is not empty, or cannot be made or written.
@@ -71,7 +71,7 @@ def output_folder(out: Path) -> Iterator[Path]:
 
 
 def merge(out: Path, parts: Sequence[tuple[str, float]], *, rank: int | None = None) -> str:
-    """Merge and write both layouts; returns a line that says what was made.
+    """Merge and write both layouts; returns a line that describes the result.
 
     Raises:
         LayerloopError: an adapter that cannot be read, adapters of different bases, or an `out` that is not empty or
@@ -93,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "adapters", nargs="+", metavar="ADAPTER=WEIGHT", help="folder or file in either layout; weight 1 if not given"
     )
-    parser.add_argument("--rank", type=int, help="cut the sum to its best approximation of this rank (default: exact)")
+    parser.add_argument(
+        "--rank", type=int, help="reduce the sum to its best approximation of this rank (default: exact)"
+    )
     arguments = parser.parse_args(argv)
     try:
         if arguments.rank is not None and arguments.rank < 1:

@@ -14,9 +14,9 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ import torch
 from layerloop.components.policy import schedule
 from layerloop.components.policy.autoencoder import FrameDecoder
 from layerloop.components.policy.float8 import store_in_float8
-from layerloop.components.policy.loading import BASE, DTYPES, TEXT, fingerprint, load_base, load_text, local_folder
-from layerloop.components.policy.prompt import embed_text
+from layerloop.components.policy.loading import DTYPES, base_folder, fingerprint, load_base
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe
 from layerloop.components.schema.runtime import ModelRuntime
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """What a decomposition is conditioned on: source images and one prompt, all of one size.
+    """Condition of a decomposition: source images of one size and one prompt.
 
     `latents` is `(B, h*w, 64)` float32, clean (never noised); `prompt_embeds` is `(1 or B, T, E)`, without padding
     (so no attention mask is needed); height and width are pixels.
@@ -47,24 +46,9 @@ class Condition:
     height: int
     width: int
 
-    def expand(self, batch: int) -> Condition:
-        """The condition of one image for `batch` candidates of it; no memory is copied."""
-        if self.latents.shape[0] not in (1, batch):
-            raise ValueError(f"a condition of {self.latents.shape[0]} images cannot be expanded to {batch}")
-        return dataclasses.replace(self, latents=self.latents.expand(batch, -1, -1))
-
-    @classmethod
-    def stack(cls, conditions: Sequence[Condition]) -> Condition:
-        """One condition of several images of the same size and the same prompt."""
-        first = conditions[0]
-        if any((c.height, c.width) != (first.height, first.width) for c in conditions):
-            sizes = sorted({f"{c.width}x{c.height}" for c in conditions})
-            raise ValueError(f"a batch shares one size (the model's position encoding does), not {', '.join(sizes)}")
-        return dataclasses.replace(first, latents=torch.cat([c.latents for c in conditions]))
-
 
 @contextlib.contextmanager
-def _quiet(logger: str) -> Iterator[None]:
+def _without_warnings(logger: str) -> Iterator[None]:
     """Keep one library module's warnings off the log."""
     log = logging.getLogger(logger)
     level = log.level
@@ -76,7 +60,7 @@ def _quiet(logger: str) -> Iterator[None]:
 
 
 class LayeredPolicy:
-    """A frozen base model, with an adapter on it or not. Always in evaluation mode: nothing in it is random."""
+    """A frozen base model with or without an adapter. Always in evaluation mode: nothing in it is random."""
 
     packed_channels = 64  # 16 latent channels in 2x2 patches
 
@@ -87,14 +71,12 @@ class LayeredPolicy:
         vae: AutoencoderKLQwenImage,
         scheduler: FlowMatchEulerDiscreteScheduler,
         folder: Path | None = None,
-        text: tuple[Any, Any] | None = None,
     ) -> None:
-        """From diffusers modules, which are used as they are. `text` is (tokenizer, text encoder)."""
+        """From diffusers modules, which are used as they are."""
         self.transformer = transformer.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
         self.scheduler = scheduler
         self.folder = folder
-        self.text = text
         self.decoder = FrameDecoder(self.vae)
         self.vae_factor = 2 ** len(self.vae.temperal_downsample)
         self.latent_channels = int(self.vae.config.z_dim)
@@ -107,42 +89,34 @@ class LayeredPolicy:
         runtime: ModelRuntime | None = None,
         *,
         device: str | torch.device = "cpu",
-        text_encoder: bool = False,
         folder: Path | None = None,
     ) -> Self:
         """Load `model.base`: "tiny", a local folder, or a Hugging Face id (of `model.revision`).
 
         Args:
-            runtime: how it is called; by default ModelRuntime's defaults.
+            runtime: how the model is run; by default ModelRuntime's defaults.
             device: where the modules go.
-            text_encoder: load the text encoder too; `prompt.embed_prompt` loads nothing else.
             folder: a local copy of the base that the caller fetched, for a base that is an object store's URI.
 
         Raises:
             LayerloopError: the base cannot be found, lacks a file, or is not a layered model.
         """
-        parts = (*BASE, *TEXT) if text_encoder else tuple(BASE)
-        folder = local_folder(model, parts=parts) if folder is None else folder
+        folder = base_folder(model) if folder is None else folder
         runtime, dtype = runtime or ModelRuntime(), DTYPES[model.dtype]
         try:
             transformer, vae, scheduler = load_base(folder, dtype=dtype)
-            text = load_text(folder, dtype=dtype) if text_encoder else None
-        except LayerloopError as error:  # a copy in a cache says nothing to people
+        except LayerloopError as error:  # a path in a cache means nothing to the reader
             raise LayerloopError(f"recipe.model.base is {model.base}: {error}") from error.__cause__
-        policy = cls(
-            transformer=transformer.to(device), vae=vae.to(device), scheduler=scheduler, folder=folder, text=text
-        )
-        if text is not None:
-            text[1].to(device)
+        policy = cls(transformer=transformer.to(device), vae=vae.to(device), scheduler=scheduler, folder=folder)
         if model.fp8_base:
             store_in_float8(policy.transformer)  # before any adapter is added, whose weights stay float32
         try:
-            with _quiet("diffusers.models.modeling_utils"):  # it calls itself experimental every time
+            with _without_warnings("diffusers.models.modeling_utils"):  # it calls itself experimental every time
                 policy.transformer.set_attention_backend(runtime.attention)
         except (ValueError, RuntimeError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise LayerloopError(
-                f"runtime.model.attention is {runtime.attention!r}, which cannot be had: {reason}"
+                f"runtime.model.attention is {runtime.attention!r}, which is not available: {reason}"
             ) from None
         if runtime.gradient_checkpointing:
             policy.transformer.enable_gradient_checkpointing()  # acts only where gradients are enabled
@@ -162,6 +136,7 @@ class LayeredPolicy:
 
     @property
     def device(self) -> torch.device:
+        """The transformer's device."""
         return next(self.transformer.parameters()).device
 
     @functools.cached_property
@@ -189,12 +164,6 @@ class LayeredPolicy:
         return height // self.pixel_multiple, width // self.pixel_multiple
 
     # ---- condition
-
-    def embed_prompt(self, text: str) -> torch.Tensor:
-        """The embedding `(T, E)` float32 of a prompt. Needs `load(..., text_encoder=True)`."""
-        if self.text is None:
-            raise ValueError("this policy was loaded without its text encoder")
-        return embed_text(text, *self.text)
 
     @torch.no_grad()
     def encode(self, images: np.ndarray, prompt_embeds: torch.Tensor) -> Condition:
@@ -231,7 +200,7 @@ class LayeredPolicy:
 
         The time is rounded exactly as the pipeline rounds it: float32 sigma * 1000, cast to the model's dtype, / 1000.
         With one sigma for the batch, the time embedding and all modulations are computed once and broadcast: cheaper,
-        and what makes a row's result independent of how many rows stand beside it.
+        and what makes a row's result independent of how many other rows there are.
         """
         batch, length, _ = latents.shape
         h, w = self.tokens(condition.height, condition.width)
@@ -262,7 +231,7 @@ class LayeredPolicy:
         return schedule.sigmas(self.scheduler, steps, condition_tokens=h * w)
 
     def noise(self, seed: int, layers: int, height: int, width: int) -> torch.Tensor:
-        """Initial noise `(1, S, 64)` float32 on the CPU: what the pipeline draws with a CPU generator of this seed."""
+        """Initial noise `(1, S, 64)` float32 on the CPU, as the pipeline draws it with a CPU generator of this seed."""
         h, w = self.tokens(height, width)
         generator = torch.Generator().manual_seed(seed)
         shape = (1, layers + 1, self.latent_channels, 2 * h, 2 * w)

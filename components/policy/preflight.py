@@ -1,7 +1,7 @@
-"""What can be refused of a recipe before a campaign begins with it: the base and the adapter, without their weights.
+"""Checks of a recipe before a campaign freezes it: its base and its adapter, without loading the base's weights.
 
-A campaign freezes its recipe. What later steps would refuse of it has to be refused before that, while it can still be
-mended; this costs seconds and loads no weights of the base, whatever its size.
+Whatever later steps would refuse has to be refused before that, while the recipe can still be changed. It takes
+seconds, whatever the size of the base.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from layerloop.components.policy.loading import (
     BASE,
     TEXT,
+    base_folder,
     check_configs,
     check_files,
     from_hub,
-    local_folder,
     read_json,
 )
 from layerloop.components.schema.errors import LayerloopError
@@ -28,29 +28,28 @@ from layerloop.components.schema.runtime import ModelRuntime
 def preflight(
     recipe: Recipe, runtime: ModelRuntime | None = None, *, folder: Path | None = None, start: Path | None = None
 ) -> None:
-    """Refuse what the steps to come could not begin with: a base that is not there or not whole, of another kind, or
-    for other image sides than the recipe's; LoRA targets that it has not; an adapter to start from that does not fit.
+    """Refuse what later steps could not start from: a base that is missing, incomplete, of another kind, or for other
+    image sides than the recipe's; LoRA targets that it does not have; an adapter to start from that does not fit.
 
-    Of the Hugging Face hub nothing is fetched but the base's configs and tokenizer, so there the weights are not looked
-    for.
+    From the Hugging Face hub only the base's configs and tokenizer are fetched; the weights are not looked for there.
 
     Args:
         folder: a local copy of the base that the caller fetched, for a base that is an object store's URI.
         start: a local copy of the adapter `recipe.lora.start_from`.
 
     Raises:
-        LayerloopError: naming the recipe's field, its value and what the base has.
+        LayerloopError: naming the recipe's field, its value and the base's.
     """
     model, hub = recipe.model, from_hub(recipe.model)
     if folder is None:
         small = [f"{part}/{name}" for part, name in (BASE | TEXT).items()]
-        folder = local_folder(model, parts=(*small, "tokenizer"))
+        folder = base_folder(model, parts=(*small, "tokenizer"))
     try:
         check_files(folder, BASE | TEXT, weights=not hub)
         check_configs(folder)
-        transformer, vae = _structure(folder)
+        transformer, vae = _modules_without_weights(folder)
         _check_text(folder, transformer)
-    except LayerloopError as error:  # a copy in a cache says nothing to people
+    except LayerloopError as error:  # a path in a cache means nothing to the reader
         raise LayerloopError(f"recipe.model.base is {model.base}: {error}") from error.__cause__
     _check_attention((runtime or ModelRuntime()).attention)
     sides = 2 * 2 ** len(vae.temperal_downsample)  # `LayeredPolicy.pixel_multiple`
@@ -62,7 +61,7 @@ def preflight(
     _check_lora(recipe, transformer, start)
 
 
-def _structure(folder: Path) -> tuple[Any, Any]:
+def _modules_without_weights(folder: Path) -> tuple[Any, Any]:
     """(transformer, VAE) of the configs, on torch's meta device: every layer with its shape, and no memory for any."""
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 
@@ -73,9 +72,11 @@ def _structure(folder: Path) -> tuple[Any, Any]:
         try:
             with torch.device("meta"):
                 built.append(kind.from_config(config))
-        except Exception as error:  # whatever its layers make of sizes that cannot be
+        except Exception as error:  # its layers raise many kinds on impossible sizes
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise LayerloopError(f"{file} describes no {part} that can be built ({reason}): fetch it again") from error
+            raise LayerloopError(
+                f"{file} does not describe a {part} that can be built ({reason}): fetch it again"
+            ) from error
     return built[0], built[1]
 
 
@@ -93,8 +94,8 @@ def _check_text(folder: Path, transformer: Any) -> None:
 
 
 def _check_attention(name: str) -> None:
-    """Raises LayerloopError for a name that diffusers does not know; whether it can be had is known only where it is to
-    run."""
+    """Raises LayerloopError for a name that diffusers does not know; whether it is available is known only on the
+    machine that runs it."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     known = sorted(backend.value for backend in AttentionBackendName)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from layerloop.components.policy.loading import DTYPES, TEXT, load_text, local_folder
+from layerloop.components.policy.loading import DTYPES, TEXT, base_folder, load_text
 from layerloop.components.schema.recipe import ModelRecipe
 
 
@@ -33,6 +33,6 @@ def embed_prompt(model: ModelRecipe, *, device: str | torch.device = "cpu", fold
     Raises:
         LayerloopError: the base cannot be found, or lacks a file of its text encoder or tokenizer.
     """
-    folder = local_folder(model, parts=tuple(TEXT)) if folder is None else folder
+    folder = base_folder(model, parts=tuple(TEXT)) if folder is None else folder
     tokenizer, encoder = load_text(folder, dtype=DTYPES[model.dtype])
     return embed_text(model.prompt, tokenizer, encoder.to(device))

@@ -107,7 +107,7 @@ def stochastic_step(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one group is sampled: what a `GroupRecord` stores of it. `etas` has one noise level per window step."""
+    """Sampling plan of one group, as a `GroupRecord` stores it. `etas` has one noise level per window step."""
 
     sigmas: tuple[float, ...]
     window_start: int = 0
@@ -125,10 +125,12 @@ class Plan:
 
     @property
     def steps(self) -> int:
+        """Number of sampling steps, T."""
         return len(self.sigmas) - 1
 
     @property
     def window(self) -> range:
+        """Indices of the stochastic steps."""
         return range(self.window_start, self.window_start + self.window_size)
 
     def nfe(self, candidates: int) -> int:
@@ -141,6 +143,7 @@ class Plan:
 
     @classmethod
     def of(cls, record: GroupRecord) -> Plan:
+        """The plan that a group was sampled with."""
         return cls(**{field.name: getattr(record, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -155,7 +158,7 @@ class Trajectory:
 
 
 def deterministic(x: torch.Tensor, velocity: Velocity, plan: Plan, steps: range) -> torch.Tensor:
-    """`x` carried through `steps` by the plan's deterministic sampler, Heun or Euler."""
+    """`x[B, S, 64]` after `steps` of the plan's deterministic sampler, Heun or Euler."""
     for i in steps:
         if plan.outside == "heun":
             x = heun_step(x, velocity, plan.sigmas, i)
@@ -196,12 +199,13 @@ def rollout(
     """Sample candidates: deterministic, then the stochastic window, then deterministic again.
 
     Args:
-        condition: of the one image that all candidates are of, or of one image for each.
+        condition: of the one image of all candidates, or of one image per candidate.
         noise: initial noise, `(G, S, 64)`, or `(1, S, 64)` for a plan that shares it and the prefix.
         plan: schedule, window and dynamics, the same for all candidates of a group.
         step_noise: (candidate, window step) -> z `(1, S, 64)` float32; needed where there is a window.
         candidates: G, where `noise` is shared.
-        batch_size: candidates in one forward pass. In float32 on a CPU the result does not depend on it (see `_rows`).
+        batch_size: candidates in one forward pass. In float32 on a CPU the result does not depend on it (see
+            `_padded_rows`).
 
     Returns:
         Trajectory of G candidates, on the policy's device.
@@ -220,17 +224,17 @@ def rollout(
         start = start.expand(count, -1, -1)
     windows, finals = [], []
     for batch in microbatches(count, batch_size):
-        rows = _rows(batch, policy, condition)
+        rows = _padded_rows(batch, policy, condition)
         velocity = _velocity(policy, condition, rows)
         x = start[rows]
         if not plan.share_prefix:
             x = deterministic(x, velocity, plan, range(plan.window_start))
 
-        def drawn(j: int, rows: list[int] = rows) -> torch.Tensor:
+        def noise_of_step(j: int, rows: list[int] = rows) -> torch.Tensor:
             assert step_noise is not None
             return torch.cat([step_noise(row, j) for row in rows]).to(device, torch.float32)
 
-        latents = window_latents(x, velocity, plan, drawn)
+        latents = window_latents(x, velocity, plan, noise_of_step)
         final = deterministic(latents[:, -1], velocity, plan, range(plan.window.stop, plan.steps))
         windows.append(latents[: len(batch)] if plan.window_size else latents[: len(batch), :0])
         finals.append(final[: len(batch)])
@@ -244,18 +248,18 @@ def _velocity(policy: LayeredPolicy, condition: Condition, rows: list[int]) -> V
     return lambda x, sigma: policy.velocity(x, sigma, condition)
 
 
-# Float32 matrix products of fewer rows than this go through other kernels of MKL, whose sums are ordered differently.
+# Float32 matrix products of fewer rows than this use other kernels of MKL, whose sums are ordered differently.
 STEADY_ROWS = 16
 
 
-def _rows(batch: range, policy: LayeredPolicy, condition: Condition) -> list[int]:
+def _padded_rows(batch: range, policy: LayeredPolicy, condition: Condition) -> list[int]:
     """The candidates of a forward pass, the last repeated until every matrix product in it has `STEADY_ROWS` rows.
 
     From there on a row of a float32 product does not depend on how many rows there are, and so a candidate's result
     does not depend on the batch size. Measured with MKL 2024.2 (AVX-512) on 130 shapes of 16 to 3072 inputs: one row
     differs from the same row among 96 in all of them, 7 rows in 70, 15 rows in 50, 16 and more in none with one thread.
     With 2 to 8 threads shapes of 384 inputs and more may differ up to 64 rows; none of the tiny policy's does. The
-    smallest products are those of the text, T rows a candidate, so at most a second copy is added for a prompt of 8
+    smallest products are those of the text, T rows per candidate, so at most a second copy is added for a prompt of 8
     tokens or more. On a GPU, or in bfloat16 (where even 60 rows may differ from 96), kernels are chosen by shape and no
     such promise is made: there results are the same for any number of workers, but agree between batch sizes to
     rounding.

@@ -17,10 +17,10 @@ def shard_base(policy: LayeredPolicy, device: torch.device | str) -> None:
     """FSDP2 over all ranks of the process group: each block's frozen weights are gathered for its forward and again for
     its backward pass.
 
-    The adapter's weights are left out: they are small, float32, and stay whole on every rank, so their gradients, norm
+    The adapter's weights are left out: they are small, float32, and complete on every rank, so their gradients, norm
     and optimizer are those of plain data parallelism. So is the autoencoder. The policy is loaded on the CPU and its
-    transformer never whole on a GPU. From here on the ranks must call it equally often; adapters may be put on and
-    taken off as before.
+    transformer is never complete on one GPU. From here on the ranks must call it equally often; adapters may be put
+    on and taken off as before.
     """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -40,10 +40,11 @@ def shard_base(policy: LayeredPolicy, device: torch.device | str) -> None:
 
 @torch.no_grad()
 def dummy_forwards(policy: LayeredPolicy, prompt_embeds: torch.Tensor, calls: int) -> None:
-    """Call the model so often for nothing, on the smallest input: a rank with less to do keeps in step with the others.
+    """Run dummy forwards on the smallest input, so that FSDP's all-gathers match across ranks with unequal work.
 
     Args:
         prompt_embeds: `prompt_embeds[T, E]`.
+        calls: how many forward passes this rank lacks.
     """
     side = policy.pixel_multiple
     prompt = prompt_embeds[None].to(policy.device, policy.dtype)

@@ -1,8 +1,8 @@
 """The tiny layered policy: diffusers' own `QwenImageLayeredPipeline` with small dimensions, weights kept in the
 package.
 
-`build_tiny_pipeline` makes the modules from nothing, without any hub; components/research/pretraining trains
-them on generated designs; `tiny_folder` is where the trained ones lie, in diffusers' layout. Text does not steer this
+`build_tiny_pipeline` builds untrained modules, without any hub; components/research/pretraining trains them on
+generated designs; `tiny_folder` is the folder of the trained ones, in diffusers' layout. Text does not steer this
 policy: its text encoder is random and frozen, there so that every step handles prompts as with the full model.
 """
 
@@ -26,11 +26,19 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 PROMPT = "a clean, well composed image"  # the released Stable-Layers inference gives every image this prompt
-PREFIX_TOKENS = 34  # what the pipeline cuts off the front of every prompt, whatever the tokenizer
+PREFIX_TOKENS = 34  # that the pipeline removes from the front of every prompt, whatever the tokenizer
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
+VAE_MULTIPLIERS = (
+    1,
+    2,
+    2,
+    2,
+)  # channels of the autoencoder's levels, times `vae_dim`; each halves the sides of the last
+# The full model's time shift at 640 pixels, where the rule that shifts by image size would give 0.25 at 64 pixels.
+SHIFT = 2.5
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -64,19 +72,15 @@ def load_tiny_pipeline() -> QwenImageLayeredPipeline:
 def build_tiny_pipeline(
     *,
     vae_dim: int = 24,
-    vae_mult: tuple[int, ...] = (1, 2, 2, 2),
-    vae_res_blocks: int = 1,
     blocks: int = 6,
     heads: int = 4,
     head_dim: int = 32,
-    shift: float = 2.5,
     seed: int = 0,
 ) -> QwenImageLayeredPipeline:
     """An untrained tiny pipeline, all of it built here, float32, the same for the same `seed`.
 
-    The autoencoder halves the sides `len(vae_mult) - 1` times into 16 channels, and the transformer has `blocks` blocks
-    of `heads * head_dim` channels. `shift` is fixed in the scheduler: the full model's 2.5 at 640 pixels, where the
-    rule that shifts by image size would give 0.25 at 64 pixels.
+    The autoencoder, of `vae_dim` channels at full size, halves the sides three times into 16 channels, and the
+    transformer has `blocks` blocks of `heads * head_dim` channels. The scheduler's shift is `SHIFT`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -86,9 +90,9 @@ def build_tiny_pipeline(
         vae = AutoencoderKLQwenImage(
             base_dim=vae_dim,
             z_dim=16,
-            dim_mult=list(vae_mult),
-            num_res_blocks=vae_res_blocks,
-            temperal_downsample=[False] * (len(vae_mult) - 1),
+            dim_mult=list(VAE_MULTIPLIERS),
+            num_res_blocks=1,
+            temperal_downsample=[False] * (len(VAE_MULTIPLIERS) - 1),
             input_channels=4,
             latents_mean=[0.0] * 16,
             latents_std=[1.0] * 16,
@@ -106,7 +110,7 @@ def build_tiny_pipeline(
             use_additional_t_cond=True,
             use_layer3d_rope=True,
         )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT, use_dynamic_shifting=False)
     pipeline = QwenImageLayeredPipeline(
         scheduler=scheduler,
         vae=vae.eval(),
@@ -120,7 +124,7 @@ def build_tiny_pipeline(
 
 
 def save_pipeline(pipeline: QwenImageLayeredPipeline, folder: Path) -> None:
-    """Save a tiny pipeline with float16 weights, as float16 loses less of them than training leaves uncertain."""
+    """Save a tiny pipeline with float16 weights, which lose less precision than training leaves uncertain."""
     halves = {
         name: torch.nn.Module.to(copy.deepcopy(pipeline.components[name]), torch.float16)
         for name in ("vae", "transformer", "text_encoder")

@@ -1,4 +1,4 @@
-"""The model card of a published adapter: what it is, how to load it, how it was trained, what was measured, by whom."""
+"""The model card of a published adapter: its identity, loading, training, judge and evaluation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from layerloop.components.reference_judge.identity import NAME as REFERENCE_JUDG
 from layerloop.components.schema.learning import ALGORITHMS, Algorithm
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
-from layerloop.components.storage.delivered import delivered_weights
+from layerloop.components.storage.final_weights import final_weights
 
 PAPER = "2605.30257"  # Stable-Layers
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-KINDS = {"designs": "held-out designs with known layers", "pictures": "held-out pictures without known layers"}
+KINDS = {"designs": "held-out designs with known layers", "pictures": "held-out images without known layers"}
 
 
 @dataclass(frozen=True)
 class Publication:
-    """What the card tells of."""
+    """Contents of a card."""
 
     name: str
     recipe: Recipe
@@ -34,7 +34,7 @@ class Publication:
     sha256: str  # of peft/adapter_model.safetensors
     scores: Sequence[Manifest]  # of the iterations trained on
     evaluation: Mapping[str, Any] | None  # metrics.json
-    proof: str  # what the loading back showed, a sentence
+    verification: str  # result of loading both layouts back, a sentence
 
 
 def model_card(publication: Publication) -> str:
@@ -62,7 +62,7 @@ def _front_matter(p: Publication) -> str:
     started = p.recipe.lora.start_from
     matter |= {
         "library_name": "diffusers",
-        # The base's licence; an adapter that this one began from may have brought another.
+        # The base's licence; an adapter that this one started from may have another.
         "license": "apache-2.0" if started is None else "other",
         "pipeline_tag": "image-to-image",
         "tags": [
@@ -78,11 +78,11 @@ def _introduction(p: Publication) -> str:
     licence = (
         "Apache-2.0, as its base."
         if p.recipe.lora.start_from is None
-        else f"It began from `{p.recipe.lora.start_from}`; that licence applies as well as the base's Apache-2.0."
+        else f"It started from `{p.recipe.lora.start_from}`; that licence applies as well as the base's Apache-2.0."
     )
     return (
         f"# {p.name}\n\n"
-        f"A LoRA for **{_base_name(p.recipe)}**, which takes one image apart into RGBA layers. It was fine-tuned by "
+        f"A LoRA for **{_base_name(p.recipe)}**, which decomposes one image into RGBA layers. It was fine-tuned by "
         "reinforcement learning from a judge's scores of its own decompositions, on unlabelled images, after the "
         f"method of Stable-Layers ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})), by `layerloop`, an independent "
         "implementation.\n\n"
@@ -98,7 +98,7 @@ def _loading(p: Publication) -> str:
     else:
         load = (
             "import torch\nfrom diffusers import QwenImageLayeredPipeline\n\n"
-            "# processor=None: its captioner is not needed, for the prompt is always the same\n"
+            "# processor=None: its captioner is not needed, since the prompt is always the same\n"
             f'pipeline = QwenImageLayeredPipeline.from_pretrained("{base}", processor=None, '
             f"torch_dtype=torch.{p.recipe.model.dtype})"
         )
@@ -115,7 +115,7 @@ def _loading(p: Publication) -> str:
         f"{p.recipe.data.resolution} pixels, {_layers(p.recipe)} layers. It was evaluated with Heun's method, "
         f"{p.recipe.evaluation.steps} steps; the pipeline's own sampler is Euler's, which needs more steps for the "
         "same quality.\n\n"
-        f"{p.proof}"
+        f"{p.verification}"
     )
 
 
@@ -131,7 +131,7 @@ def _training(p: Publication) -> str:
         "Iterations": f"{p.iteration}, each of {rollout.groups} images with {rollout.group_size} candidates",
         "Algorithm": f"{algorithm.title}, {algorithm.settings(update)}",
         "Sampling": sampling[algorithm.samples_from],
-        "Optimizer": f"AdamW, learning rate {update.learning_rate:g}, {update.steps} steps an iteration",
+        "Optimizer": f"AdamW, learning rate {update.learning_rate:g}, {update.steps} steps per iteration",
         "Adapter": f"rank {p.recipe.lora.rank}, alpha {p.recipe.lora.alpha:g}, on {', '.join(p.recipe.lora.targets)}",
         "Mean reward": f"{_reward(p.first)} in iteration 1, {_reward(p.policy)} in the last",
         "Seed": str(p.recipe.seed),
@@ -145,7 +145,7 @@ def _reward(manifest: Manifest) -> str:
 
 
 def _judge(scores: Sequence[Manifest]) -> str:
-    """Who gave the rewards, and plainly so where that was rules and no model."""
+    """Section on the judge that gave the rewards, explicit where it was rules and not a model."""
     judges = list(dict.fromkeys(str(m.metadata.get("judge", "unknown")) for m in scores))
     rubrics = list(
         dict.fromkeys(f"`{m.metadata.get('rubric')}` {m.metadata.get('rubric_version', '')}".strip() for m in scores)
@@ -159,8 +159,8 @@ def _judge(scores: Sequence[Manifest]) -> str:
     if REFERENCE_JUDGE in judges:
         text += (
             f"\n\n> **`{REFERENCE_JUDGE}` is not a vision-language model.** It is a set of rules over pixels that "
-            "stands in for one so that the whole job runs on one machine. A higher reward means that these rules were "
-            "pleased, not that a person or a vision-language model would be."
+            "stands in for one so that the complete pipeline runs on one machine. A higher reward means that these "
+            "rules were pleased, not that a person or a vision-language model would be."
         )
     return text
 
@@ -171,7 +171,7 @@ def _evaluation(p: Publication) -> str:
         return text + "This adapter was not evaluated before it was published."
     document = p.evaluation
     for kind, title in KINDS.items():
-        rows = _measures(document, kind)
+        rows = _quoted_names(document, kind)
         if rows:
             samples = max(int(document[f"{kind}.{name}"]["n"]) for name in rows)
             text += f"On {title} ({samples} compared, same seeds for both):\n\n"
@@ -179,12 +179,12 @@ def _evaluation(p: Publication) -> str:
             text += _table(header, (_measure_row(document[f"{kind}.{name}"]) for name in rows)) + "\n\n"
     text += "↓ lower is better, ↑ higher is better; bold where the interval excludes 0."
     measured = (document.get("provenance") or {}).get("adapter_sha256")
-    if measured is not None and measured != delivered_weights(p.policy).sha256:
+    if measured is not None and measured != final_weights(p.policy).sha256:
         text += f" These numbers are of other weights (sha256 `{str(measured)[:16]}…`)."
     return text
 
 
-def _measures(document: Mapping[str, Any], kind: str) -> list[str]:
+def _quoted_names(document: Mapping[str, Any], kind: str) -> list[str]:
     """Names after `<kind>.` that are quoted, overall and by each layer count that is there."""
     names = [key.removeprefix(f"{kind}.") for key in document if key.startswith(f"{kind}.")]
     return [
@@ -202,7 +202,7 @@ def _measure_row(comparison: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _limitations(p: Publication) -> str:
     points = [
-        "It is tuned to its judge: what the judge does not see or weigh, it was not trained for.",
+        "It is tuned to its judge: it was not trained for properties that the judge does not see or weigh.",
         f"It was trained at {p.recipe.data.resolution} pixels on the longest side with {_layers(p.recipe)} layers; "
         "outside that it is not tested.",
         "Fewer sampling steps, guidance or another prompt change its behaviour.",

@@ -1,4 +1,4 @@
-"""The published files, and the proof that each layout gives what the campaign's adapter gives.
+"""The published files, and the verification that each layout gives the output of the campaign's adapter.
 
 Each layout is loaded back the way its users load it, peft's by `PeftModel.from_pretrained` and diffusers' by
 `QwenImageLayeredPipeline.load_lora_weights`, on the same base in memory, and its velocities are compared with those of
@@ -34,8 +34,8 @@ PROBES = ((1, 0.98), (2, 0.7), (3, 0.2))  # (layers, sigma) of the passes that a
 
 
 @dataclass(frozen=True)
-class Proof:
-    """Root mean squares over all probes: the adapter's effect on the velocity, and how far each layout is from it."""
+class RoundTrip:
+    """Root mean squares over all probes: the adapter's effect on the velocity, and the layouts' differences to it."""
 
     effect: float
     peft: float
@@ -49,45 +49,45 @@ def write_layouts(adapter: Adapter, folder: Path, *, policy: LayeredPolicy, base
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-def prove(adapter: Adapter, folder: Path, *, policy: LayeredPolicy, prompt_embeds: Tensor) -> Proof:
+def verify_round_trip(adapter: Adapter, folder: Path, *, policy: LayeredPolicy, prompt_embeds: Tensor) -> RoundTrip:
     """Load both layouts of `folder` back and compare; `policy` is the base, and is the base again afterwards.
 
     Args:
-        prompt_embeds: `prompt_embeds[T, E]`, what the policy is prompted with.
+        prompt_embeds: `prompt_embeds[T, E]`, the campaign's prompt.
 
     Raises:
         LayerloopError: a layout cannot be loaded, or gives another output.
     """
     base = _velocities(policy, prompt_embeds)
     with _with_campaign_adapter(policy, adapter):
-        wanted = _velocities(policy, prompt_embeds)
+        expected = _velocities(policy, prompt_embeds)
     with _with_peft(policy, folder / PEFT):
         by_peft = _velocities(policy, prompt_embeds)
     with _with_diffusers(policy, folder / DIFFUSERS):
         by_diffusers = _velocities(policy, prompt_embeds)
-    proof = Proof(*(_rms(other - wanted) for other in (base, by_peft, by_diffusers)))
+    round_trip = RoundTrip(*(_rms(other - expected) for other in (base, by_peft, by_diffusers)))
     exact = policy.dtype == torch.float32
-    allowed = 0.0 if exact else TOLERANCE * proof.effect + RESOLUTION * _rms(wanted)
-    for layout, difference in ((PEFT, proof.peft), (DIFFUSERS, proof.diffusers)):
+    allowed = 0.0 if exact else TOLERANCE * round_trip.effect + RESOLUTION * _rms(expected)
+    for layout, difference in ((PEFT, round_trip.peft), (DIFFUSERS, round_trip.diffusers)):
         if not difference <= allowed:
             raise LayerloopError(
                 f"the adapter loaded back from {layout} layout changes the velocity by {difference:.3g} (root mean "
                 f"square) where at most {allowed:.3g} is allowed: nothing is published; check the versions of peft and "
                 "diffusers"
             )
-    return proof
+    return round_trip
 
 
 @torch.no_grad()
 def _velocities(policy: LayeredPolicy, prompt_embeds: Tensor) -> Tensor:
-    """Velocities of all probes in one vector: random latents and condition from hashed seeds, 2 x 4 tokens a frame."""
+    """Velocities of all probes in one vector: random latents and condition from hashed seeds, 2 x 4 tokens each."""
     height, width = 2 * policy.pixel_multiple, 4 * policy.pixel_multiple
     outputs = []
     for layers, sigma in PROBES:
         latents = policy.noise(seed_for("publish", layers), layers, height, width).to(policy.device)
-        seen = policy.noise(seed_for("publish", "condition"), 0, height, width).to(policy.device)
+        condition_latents = policy.noise(seed_for("publish", "condition"), 0, height, width).to(policy.device)
         prompt = prompt_embeds[None].to(policy.device, policy.dtype)
-        condition = Condition(latents=seen, prompt_embeds=prompt, height=height, width=width)
+        condition = Condition(latents=condition_latents, prompt_embeds=prompt, height=height, width=width)
         outputs.append(policy.velocity(latents, sigma, condition).flatten().cpu())
     return torch.cat(outputs)
 
@@ -105,7 +105,7 @@ def _with_campaign_adapter(policy: LayeredPolicy, adapter: Adapter) -> Iterator[
 def _with_peft(policy: LayeredPolicy, folder: Path) -> Iterator[None]:
     from peft import PeftModel
 
-    try:  # puts the adapter into the transformer that it is given; what it returns wraps that one
+    try:  # puts the adapter into the transformer that it is given; the returned model wraps it
         loaded = PeftModel.from_pretrained(policy.transformer, str(folder))
     except Exception as error:  # peft raises many kinds; each means that users could not load it either
         raise LayerloopError(f"peft cannot load the adapter back: {_one_line(error)}: nothing is published") from error

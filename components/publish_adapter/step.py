@@ -1,5 +1,5 @@
-"""Publish an adapter: the same weights in peft's and in diffusers' layout, each loaded back and compared before it is
-committed, with a model card that says what they are, how they came to be and what was measured.
+"""The step `publish_adapter`: the same weights in peft's and in diffusers' layout, each loaded back and compared before
+it is committed, with a model card on their identity, training and evaluation.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.delivered import delivered_weights
+from layerloop.components.storage.final_weights import final_weights
 from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
 from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
     from layerloop.components.policy.adapters import Adapter
-    from layerloop.components.publish_adapter.layouts import Proof
+    from layerloop.components.publish_adapter.layouts import RoundTrip
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 CARD = "README.md"
@@ -49,16 +49,16 @@ def run(
         campaign: Root URI of the campaign.
         publish_as: Folder under `published/`: letters, digits, dot, dash and underscore; by default the recipe's name
             and the iteration, so that every run of a campaign publishes under a name of its own.
-        iteration: Which iteration's adapter; by default the last committed one.
+        iteration: The iteration whose adapter to publish; by default the last committed one.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
 
     Returns:
-        On rank 0 the publication; on other ranks, of which there are some only where they share the base, nothing.
+        On rank 0 the publication; on other ranks, which exist only where they share the base, nothing.
 
     Raises:
-        LayerloopError: a name that is no folder name, or that holds another adapter already; no adapter to publish; a
-            base that the adapter was not trained on; a layout that does not give the campaign's output when it is
+        LayerloopError: a name that is not a folder name, or that holds another adapter already; no adapter to publish;
+            a base that the adapter was not trained on; a layout that does not give the campaign's output when it is
             loaded back. Nothing is committed then.
     """
     if publish_as and not NAME.fullmatch(publish_as):
@@ -66,137 +66,144 @@ def run(
             f"publish_as is {publish_as!r}: give 1 to 96 letters, digits, dots, dashes or underscores, not beginning "
             "with a sign"
         )
-    place = Campaign.open(campaign, runtime)
-    number = place.head() if iteration is None else iteration
-    if number < 1:
-        raise LayerloopError(f"campaign {place.uri} has no adapter to publish (iteration {number}): train it first")
-    name = publish_as or f"{place.recipe.name}-{number:06d}"
-    folder = place.published_dir(name)
-    if (done := already_committed(place.store, f"{folder}/{MANIFEST}", log=log)) is not None:
-        _check_same(place, done, number)
-        return _result(place, done)
+    opened = Campaign.open(campaign, runtime)
+    current = opened.head() if iteration is None else iteration
+    if current < 1:
+        raise LayerloopError(f"campaign {opened.uri} has no adapter to publish (iteration {current}): train it first")
+    name = publish_as or f"{opened.recipe.name}-{current:06d}"
+    folder = opened.published_dir(name)
+    if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
+        _check_same(opened, done, current)
+        return _result(opened, done)
 
     with process_group() as device, tempfile.TemporaryDirectory() as temporary:
         with failing_together():
-            sharded = shares_base(place.runtime.model)
-            here = policy_at(place, number, device=device, sharded=sharded, delivered=True, loaded=loaded)
-        made = _make(place, here, Path(temporary))
+            sharded = shares_base(opened.runtime.model)
+            loaded = policy_at(opened, current, device=device, sharded=sharded, delivered=True, loaded=loaded)
+        layouts = _write_and_verify(opened, loaded, Path(temporary))
         if rank() != 0:
             return StepResult()
         log(
-            f"{name}: both layouts give the campaign's output, differences {made.proof.peft:g} and "
-            f"{made.proof.diffusers:g}"
+            f"{name}: both layouts give the campaign's output, differences {layouts.round_trip.peft:g} and "
+            f"{layouts.round_trip.diffusers:g}"
         )
-        return _result(place, _commit(place, name, number, here, made))
+        return _result(opened, _commit(opened, name, current, loaded, layouts))
 
 
 @dataclass(frozen=True)
-class Made:
-    """Both layouts of an adapter, in a local folder, and the proof that they work."""
+class VerifiedLayouts:
+    """Both layouts of an adapter, in a local folder, and the result of loading them back."""
 
     adapter: Adapter
     root: Path
     paths: list[Path]  # relative to `root`
-    proof: Proof
+    round_trip: RoundTrip
 
 
-def _make(place: Campaign, here: LoadedPolicy, root: Path) -> Made:
+def _write_and_verify(campaign: Campaign, loaded: LoadedPolicy, root: Path) -> VerifiedLayouts:
     """Write both layouts and load them back; the policy is the base alone afterwards."""
     from layerloop.components.policy.lora import adapter_of, remove_adapter
-    from layerloop.components.publish_adapter.layouts import prove, write_layouts
+    from layerloop.components.publish_adapter.layouts import verify_round_trip, write_layouts
 
-    adapter = adapter_of(here.policy.transformer)
-    remove_adapter(here.policy.transformer)
-    paths = write_layouts(adapter, root, policy=here.policy, base=place.recipe.model.base)
-    return Made(adapter, root, paths, prove(adapter, root, policy=here.policy, prompt_embeds=here.prompt))
+    adapter = adapter_of(loaded.policy.transformer)
+    remove_adapter(loaded.policy.transformer)
+    paths = write_layouts(adapter, root, policy=loaded.policy, base=campaign.recipe.model.base)
+    return VerifiedLayouts(
+        adapter, root, paths, verify_round_trip(adapter, root, policy=loaded.policy, prompt_embeds=loaded.prompt)
+    )
 
 
-def _commit(place: Campaign, name: str, iteration: int, here: LoadedPolicy, made: Made) -> Manifest:
+def _commit(campaign: Campaign, name: str, iteration: int, loaded: LoadedPolicy, layouts: VerifiedLayouts) -> Manifest:
     """Write the layouts and the card, then the manifest that makes them count."""
-    folder, policy = place.published_dir(name), place.policy(iteration)
-    card = _card(place, name, policy, made.adapter, made.proof, made.root)
-    files = tuple(add_file(place.store, f"{folder}/{path.as_posix()}", made.root / path) for path in made.paths)
-    files += (add_file(place.store, f"{folder}/{CARD}", card),)
+    folder, policy = campaign.published_dir(name), campaign.policy(iteration)
+    card = _card(campaign, name, policy, layouts.adapter, layouts.round_trip, layouts.root)
+    files = tuple(
+        add_file(campaign.store, f"{folder}/{path.as_posix()}", layouts.root / path) for path in layouts.paths
+    )
+    files += (add_file(campaign.store, f"{folder}/{CARD}", card),)
     manifest = Manifest(
         kind="published",
         iteration=iteration,
         files=files,
-        counts={"adapter_parameters": made.adapter.parameters, "bytes": sum(file.bytes for file in files)},
+        counts={"adapter_parameters": layouts.adapter.parameters, "bytes": sum(file.bytes for file in files)},
         metadata={
             "name": name,
-            "source_sha256": here.adapter_sha256,
-            "averaged": _averaged(delivered_weights(policy)),
-            "base": place.recipe.model.base,
-            "base_fingerprint": here.base_fingerprint,
-            "adapter_effect": made.proof.effect,
-            "difference_peft": made.proof.peft,
-            "difference_diffusers": made.proof.diffusers,
+            "source_sha256": loaded.adapter_sha256,
+            "averaged": _averaged(final_weights(policy)),
+            "base": campaign.recipe.model.base,
+            "base_fingerprint": loaded.base_fingerprint,
+            "adapter_effect": layouts.round_trip.effect,
+            "difference_peft": layouts.round_trip.peft,
+            "difference_diffusers": layouts.round_trip.diffusers,
         },
     )
-    return commit(place.store, f"{folder}/{MANIFEST}", manifest)
+    return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
 
 
 def _averaged(weights: File) -> bool:
     return not weights.name.endswith("/adapter_model.safetensors")
 
 
-def _check_same(place: Campaign, done: Manifest, iteration: int) -> None:
-    """Raises LayerloopError where the publication is not of the very weights of this iteration."""
-    source = delivered_weights(place.policy(iteration))
+def _check_same(campaign: Campaign, done: Manifest, iteration: int) -> None:
+    """Raises LayerloopError where the publication does not hold the weights of this iteration."""
+    source = final_weights(campaign.policy(iteration))
     if (done.iteration, done.metadata.get("source_sha256")) != (iteration, source.sha256):
         raise LayerloopError(
-            f"{place.uri}/{place.published_dir(str(done.metadata.get('name')))} already holds the adapter of iteration "
-            f"{done.iteration}, not of {iteration}: choose another publish_as"
+            f"{campaign.uri}/{campaign.published_dir(str(done.metadata.get('name')))} already holds the adapter of "
+            f"iteration {done.iteration}, not of {iteration}: choose another publish_as"
         )
 
 
-def _card(place: Campaign, name: str, policy: Manifest, adapter: Adapter, proof: Proof, root: Path) -> bytes:
+def _card(
+    campaign: Campaign, name: str, policy: Manifest, adapter: Adapter, round_trip: RoundTrip, root: Path
+) -> bytes:
     from layerloop.components.policy.adapters import weights_sha256
     from layerloop.components.publish_adapter.card import Publication, model_card
 
-    number = policy.iteration or 0
-    evaluation = place.find(place.evaluation_dir(f"iteration-{number:06d}"))
-    scores = [place.find(place.scores_dir(k)) for k in range(1, number + 1)]
-    if proof.peft == proof.diffusers == 0:
-        shown = "bit for bit"
+    iteration = policy.iteration or 0
+    evaluation = campaign.find(campaign.evaluation_dir(f"iteration-{iteration:06d}"))
+    scores = [campaign.find(campaign.scores_dir(earlier)) for earlier in range(1, iteration + 1)]
+    if round_trip.peft == round_trip.diffusers == 0:
+        agreement = "bit for bit"
     else:
-        shown = (
-            f"to {max(proof.peft, proof.diffusers):.2g} of a velocity that the adapter changes by {proof.effect:.2g} "
-            f"(root mean squares, in {place.recipe.model.dtype})"
+        agreement = (
+            f"to {max(round_trip.peft, round_trip.diffusers):.2g} of a velocity that the adapter changes by "
+            f"{round_trip.effect:.2g} (root mean squares, in {campaign.recipe.model.dtype})"
         )
     publication = Publication(
         name=name,
-        recipe=place.recipe,
-        iteration=number,
+        recipe=campaign.recipe,
+        iteration=iteration,
         policy=policy,
-        first=place.policy(1),
-        averaged=_averaged(delivered_weights(policy)),
+        first=campaign.policy(1),
+        averaged=_averaged(final_weights(policy)),
         parameters=adapter.parameters,
         sha256=weights_sha256(root / "peft"),
         scores=[manifest for manifest in scores if manifest is not None],
-        evaluation=json.loads(read_file(place.store, evaluation.file("metrics.json"))) if evaluation else None,
-        proof=f"Before it was published each layout was loaded back and gave the training run's own output, {shown}.",
+        evaluation=json.loads(read_file(campaign.store, evaluation.file("metrics.json"))) if evaluation else None,
+        verification=f"Before it was published each layout was loaded back and gave the training run's own output, "
+        f"{agreement}.",
     )
     return model_card(publication).encode()
 
 
-def _result(place: Campaign, manifest: Manifest) -> StepResult:
+def _result(campaign: Campaign, manifest: Manifest) -> StepResult:
     numbers = {**manifest.counts, **manifest.metadata}
     return StepResult(
         manifests={"adapter": manifest},
-        files={"card": read_file(place.store, manifest.file(CARD))},
+        files={"card": read_file(campaign.store, manifest.file(CARD))},
         metrics={k: float(v) for k, v in numbers.items() if isinstance(v, int | float)},
-        parameters={"published": f"{place.uri}/{place.published_dir(str(manifest.metadata['name']))}"},
+        parameters={"published": f"{campaign.uri}/{campaign.published_dir(str(manifest.metadata['name']))}"},
     )
 
 
-def _spread(module: str, argv: Sequence[str], arguments: Mapping[str, Any]) -> int | None:
-    """Several processes only where they share a base that one GPU does not hold: there is nothing else to share out."""
+def _launch_if_shared(module: str, argv: Sequence[str], arguments: Mapping[str, Any]) -> int | None:
+    """Several processes only where they share a base that one GPU cannot hold: there is no other work to share."""
     sharded = Campaign.open(arguments["campaign"], arguments.get("runtime") or "").runtime.model.fsdp
-    return ranks.spread(module, argv, arguments) if sharded else None
+    return ranks.launch_per_gpu(module, argv, arguments) if sharded else None
 
 
-main = functools.partial(step_main, run, step=STEPS["publish_adapter"], spread=_spread, store=open_store)
+main = functools.partial(step_main, run, step=STEPS["publish_adapter"], launch=_launch_if_shared, store=open_store)
 
 if __name__ == "__main__":
     raise SystemExit(main())

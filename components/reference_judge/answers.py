@@ -1,6 +1,6 @@
 """The reference judge's answers: the qualities of `rules.py` in the form that the request asks for.
 
-Like a VLM it is coarse about a single candidate (whole numbers, and nearly always 2 or 3 of 0..5) and finer in phase 2,
+Like a VLM it is coarse about a single candidate (integers, and nearly always 2 or 3 of 0..5) and finer in phase 2,
 where it spreads what it compares around the level of the phase-1 scores. Its full-range variant uses all of 0..5 about
 a single candidate, to measure what that coarseness costs (docs/RESULTS.md).
 """
@@ -77,7 +77,7 @@ def answer(
     form = _asked_form(body, images.question)
     shown = [cache.qualities(seen) for seen in recover_candidates(images)]
     reply: dict[str, Any] = {}
-    exact: list[float] = []  # values of the whole numbers in the reply before rounding, in order
+    exact: list[float] = []  # values of the integers in the reply before rounding, in order
     for key, shape in form.items():
         if key == "observations":
             reply[key] = f"{len(shown)} decomposition(s) measured by pixel rules."
@@ -171,7 +171,7 @@ def _checked(quality: float, questions: dict[str, Any]) -> dict[str, bool]:
 
 
 def _tokens(text: str, exact: list[float], top: int) -> list[dict[str, Any]]:
-    """Tokens of `text` with log-probabilities: of a score the two whole numbers around its exact value share it all, so
+    """Tokens of `text` with log-probabilities: the two integers around a score's exact value share all probability, so
     that their mean is that value; everything else is certain."""
     pieces = [piece for piece in re.split(r"(?<=: )(\d)(?=[,}])", text) if piece]
     left = iter(exact)

@@ -77,6 +77,7 @@ class BatchDesk:
         return dict(batch)
 
     def batch(self, name: str) -> dict[str, Any]:
+        """State of one batch."""
         with self._lock:
             if name not in self._batches:
                 raise BadRequestError(f"there is no batch {name[:60]}", status=404, code="not_found")

@@ -1,4 +1,4 @@
-"""What the reference judge calls itself. It is rules, not a model, and says so in name and fingerprint."""
+"""Name and fingerprint of the reference judge; both say that it is rules, not a model."""
 
 NAME = "layerloop-reference-judge"
 FINE = f"{NAME}-fine"

@@ -1,4 +1,4 @@
-"""What a request shows: labels and images as a VLM gets them, and the layers that they must come from.
+"""The images of a request: labels and images as a VLM gets them, and the layers recovered from them.
 
 Nothing but the request is used. A layer on two backdrops gives its colour and alpha almost exactly; on white alone,
 alpha is inferred where the layer is topmost (from the recomposition, and from what lies below) and taken as opaque
@@ -31,7 +31,7 @@ _PAIR = re.compile(r"([a-z_0-9]+) ([0-9.]+)")
 
 
 def _pattern(label: str, **fields: str) -> re.Pattern[str]:
-    """What matches a label of `judge.requests` with its fields filled in; a field is a group of its name."""
+    """Pattern of a label of `judge.requests` with its fields filled in; a field is a group of its name."""
     pieces: list[str] = []
     for text, name, _, _ in string.Formatter().parse(label):
         again = any(f"(?P<{name}>" in piece for piece in pieces)
@@ -99,7 +99,7 @@ def recover_candidates(images: RequestImages) -> list[RecoveredLayers]:
         BadRequestError: no source, no layers, or images of different shapes.
     """
     if images.source is None:
-        raise BadRequestError(f"there is no image labelled {SOURCE!r}", param="messages")
+        raise BadRequestError(f"no image is labelled {SOURCE!r}", param="messages")
     if images.grids:
         shown = {backdrop: cells[:, 1:] for backdrop, cells in images.grids.items()}
         first = next(iter(images.grids))
@@ -111,7 +111,7 @@ def recover_candidates(images: RequestImages) -> list[RecoveredLayers]:
             for row in range(len(recompositions))
         ]
     if images.recomposition is None or not images.layers:
-        raise BadRequestError("there is no recomposition, or no image labelled 'Layer 0 ...'", param="messages")
+        raise BadRequestError("the recomposition is missing, or an image labelled 'Layer 0 ...'", param="messages")
     stacks = {}
     for backdrop, layers in images.layers.items():
         if len(layers) > MAX_LAYERS:

@@ -83,7 +83,7 @@ def _soft(value: Floats | float, half: float) -> Floats:
 
 
 def _fidelity(seen: RecoveredLayers) -> float:
-    """How true the recomposition is: the share of pixels that have the source's colour, as shown or as the layers give
+    """Fidelity of the recomposition: the share of pixels that have the source's colour, as shown or as the layers give
     it, whichever is worse. A share, not a mean distance: a thing that is missing counts for its area, not for how much
     it stands out."""
     laid = np.ones_like(seen.source)

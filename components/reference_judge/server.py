@@ -53,10 +53,12 @@ class JudgeServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
+        """Base URL of the API, ending in /v1."""
         host, port = self.server_address[:2]
         return f"http://{host if isinstance(host, str) else host.decode()}:{port}/v1"
 
     def model(self) -> dict[str, Any]:
+        """The model's entry of /v1/models."""
         return {
             "id": self.name,
             "object": "model",
@@ -78,6 +80,7 @@ class JudgeServer(ThreadingHTTPServer):
         return completion(text, tokens, images, self.name)
 
     def complete_or_refuse(self, data: bytes) -> tuple[int, dict[str, Any]]:
+        """Status and body of the answer: a completion, or the API's error object."""
         try:
             return 200, self.complete(data)
         except BadRequestError as error:
@@ -228,7 +231,7 @@ def check_parameters(body: dict[str, Any], model: str) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         value = body.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise BadRequestError(f"{name!r} is {value!r}: give a whole number above 0", param=name)
+            raise BadRequestError(f"{name!r} is {value!r}: give an integer above 0", param=name)
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise BadRequestError("'top_logprobs' needs 'logprobs' to be true", param="top_logprobs")
 

@@ -1,1 +1,1 @@
-"""Research about the project, which is not installed: pretraining of the tiny policy, and what the study runs."""
+"""Research about the project, which is not installed: pretraining of the tiny policy, and parts of the study."""

@@ -1,9 +1,9 @@
-"""A base with faults to unlearn: the tiny policy, trained on with decompositions of which a share is spoiled.
+"""A base with faults to unlearn: the tiny policy, trained further on decompositions of which a share is spoiled.
 
 The 20 B base has faults that supervised training left in it: by Stable-Layers' count (arXiv 2605.30257) 1.65 blank or
 glazed layers a decomposition, and foreground layers that repeat the complete image. The tiny policy as it ships was
 trained on clean designs and has hardly any of them (0.1), so there is little for reinforcement learning to unlearn. A
-study gives it such faults first. What is spoiled is decided by a hidden coin that the source does not show, so the
+study gives it such faults first. A hidden coin, which the source does not show, decides what is spoiled, so the
 policy learns both, good decompositions and faulty ones, and chance decides between them.
 """
 
@@ -49,7 +49,7 @@ def spoil(rng: np.random.Generator, stack: np.ndarray) -> np.ndarray:
 def spoil_policy(
     out: Path, *, work: Path, share: float = 0.6, steps: int = 800, designs: int = 4500, seed: int = 0
 ) -> None:
-    """Train the shipped tiny policy on, on 64 x 64 pixel designs of which `share` is spoiled, and save it to `out`.
+    """Train the shipped tiny policy further on 64 x 64 pixel designs, of which `share` is spoiled; save it to `out`.
 
     Resumable from `work`; nothing is done where `out` exists. `designs` is how many are seen, of 2 to 4 layers.
     """
@@ -80,8 +80,8 @@ def spoil_policy(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m layerloop.components.research.faults",
-        description="Train the shipped tiny policy on, on designs of which a share is decomposed badly: a base with "
-        "faults to unlearn. Stop it at any time; the same command continues.",
+        description="Train the shipped tiny policy further, on designs of which a share is decomposed badly: a base "
+        "with faults to unlearn. Stop it at any time; the same command continues.",
     )
     parser.add_argument("out", type=Path, help="where the base goes, in diffusers' layout")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints")

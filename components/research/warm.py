@@ -1,7 +1,7 @@
 """Steps run one after another in one process that stays warm: `python -m layerloop.components.research.warm`.
 
 On the tiny policy a step's own work takes a second or two, less than importing torch, so a study of hundreds of
-iterations would spend its hours on imports. This process reads one request a line on standard input,
+iterations would spend its hours on imports. This process reads one request per line on standard input,
 
     {"verb": "update_lora", "arguments": {"campaign": "...", "iteration": 3}}
 
@@ -9,7 +9,7 @@ runs that step as its own command would, and answers one line on standard output
 
     {"metrics": {...}, "parameters": {...}}     or     {"error": "one line", "status": 2}
 
-Logs go to standard error. Verbs are imported by name when they are first asked for, so that no noun depends on one.
+Logs go to standard error. Steps are imported by name when they are first requested, so that no library depends on one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 from layerloop.components.schema.errors import LayerloopError
 
-_VERB = re.compile(r"[a-z]+(_[a-z]+)*")
+_STEP_NAME = re.compile(r"[a-z]+(_[a-z]+)*")
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
@@ -39,15 +39,15 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 def _answer(line: str) -> dict[str, Any]:
     try:
         request = json.loads(line)
-        verb, arguments = request["verb"], request.get("arguments", {})
-        if not isinstance(verb, str) or not _VERB.fullmatch(verb) or not isinstance(arguments, dict):
+        name, arguments = request["verb"], request.get("arguments", {})
+        if not isinstance(name, str) or not _STEP_NAME.fullmatch(name) or not isinstance(arguments, dict):
             raise TypeError
     except (ValueError, KeyError, TypeError):
         return {"error": f"request {line.strip()[:200]!r} is not {{verb, arguments}}", "status": 2}
     try:
-        step = importlib.import_module(f"layerloop.components.{verb}.step")
+        step = importlib.import_module(f"layerloop.components.{name}.step")
     except ModuleNotFoundError as error:
-        return {"error": f"verb {verb} cannot be imported ({error}): choose a folder of components/", "status": 2}
+        return {"error": f"step {name} cannot be imported ({error}): choose a folder of components/", "status": 2}
     try:
         result = step.run(**arguments)
     except LayerloopError as error:

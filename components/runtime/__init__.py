@@ -1,1 +1,1 @@
-"""What every step runs in: executor contract, progress, ranks."""
+"""The environment of every step: executor contract, progress, ranks."""

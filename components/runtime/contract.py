@@ -2,8 +2,8 @@
 
 A `container_component` passes `--executor-input {{$}}`, the JSON that the Kubeflow launcher (and kfp.local) makes of a
 task's inputs and outputs. Parameters become the keyword arguments of `run`; of input artifacts only the iteration
-number is read, for they are small manifests that carry lineage while the data is in the campaign. What the step made is
-written where the executor input says, and told in its `outputs.outputFile`. Standard library and pydantic only.
+number is read, for they are small manifests that carry lineage while the data is in the campaign. The step's outputs
+are written where the executor input says, and listed in its `outputs.outputFile`. Standard library and pydantic only.
 
 The driver asks for more than component.py declares (`executor-logs`, whose file the launcher holds open): an output
 that the step did not make is left alone. A refusal is remembered for the pod that Kubeflow starts next (refusals.py).
@@ -43,7 +43,7 @@ UNTIL = "until"  # the task parameter that names the run's target
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step made, by output name; values live in the campaign, these are what Kubeflow shows."""
+    """Outputs of a step by name: what Kubeflow shows. The data itself is in the campaign."""
 
     manifests: dict[str, Manifest] = field(default_factory=dict)  # artifact: the manifest's JSON and its counts
     files: dict[str, bytes] = field(default_factory=dict)  # artifact: these bytes, an HTML report for instance
@@ -57,7 +57,7 @@ def step_main(
     step: Step | None = None,
     beyond: tuple[str, Kind | str] | None = None,
     store: Callable[[str], Objects] | None = None,
-    spread: Callable[[str, Sequence[str], Mapping[str, Any]], int | None] | None = None,
+    launch: Callable[[str, Sequence[str], Mapping[str, Any]], int | None] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run a step from its command line or from `--executor-input`.
@@ -68,10 +68,10 @@ def step_main(
             for callers in Python.
         step: its row of the step table, which says from which input artifact's `iteration` metadata a Kubeflow task's
             argument `iteration` follows; None where it does not.
-        beyond: of a step that an iteration past the run's target (the task's parameter `until`) leaves undone: its
-            output artifact, and what that is then: an empty manifest of a kind, or the input artifact of that name.
+        beyond: of a step that is skipped for an iteration past the run's target (the task's parameter `until`): its
+            output artifact, and its content then: an empty manifest of a kind, or the input artifact of that name.
         store: opens the campaign's store, where the refusals of a task are remembered; None remembers none.
-        spread: of a step that shares its work among ranks: runs a module with a command line in several processes and
+        launch: of a step that shares its work among ranks: runs a module with a command line in several processes and
             returns its exit status, or None where one process will do (ranks.py). It is given the arguments of `run`
             as well, for a step whose number of processes depends on them.
         argv: arguments, by default the process's own.
@@ -103,13 +103,13 @@ def step_main(
         missing = [_flag(p.name) for p in _parameters(run) if p.name not in arguments and p.default is p.empty]
         if missing:
             parser.error(f"these are required: {', '.join(missing)}")
-        if spread is not None:
-            status = spread(f"layerloop.components.{name}", sys.argv[1:] if argv is None else argv, arguments)
+        if launch is not None:
+            status = launch(f"layerloop.components.{name}", sys.argv[1:] if argv is None else argv, arguments)
             if status is not None:
                 return status
         log(f"started {name} {_seconds_since_process_start():.3f} s after process start")
         result = run(**arguments)
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank gets here; one of them speaks
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank gets here; rank 0 reports
             if given is None:
                 print(json.dumps({"metrics": result.metrics, "parameters": result.parameters}), flush=True)
             else:
@@ -238,7 +238,7 @@ def _until(task: Mapping[str, Any]) -> int:
 
 
 def _passed_through(output: str, what: Kind | str, iteration: int, task: Mapping[str, Any]) -> StepResult:
-    """What a step hands on where there was nothing to do: an input artifact as it is, or an empty manifest."""
+    """Result of a step that had nothing to do: an unchanged input artifact, or an empty manifest."""
     listed = ((task.get("inputs") or {}).get("artifacts") or {}).get(what, {}).get("artifacts") or []
     if listed:
         path = local_path(str(listed[0].get("uri", "")))
@@ -250,12 +250,12 @@ def _mapping(name: str, value: str) -> dict[str, Any]:
     """A mapping given as JSON text.
 
     Raises:
-        LayerloopError: it is something else.
+        LayerloopError: `value` is not a JSON object.
     """
     try:
         read = json.loads(value)
     except ValueError as error:
-        raise LayerloopError(f'{name} is no JSON ({error}): write it as {{"update": {{"steps": 1}}}}') from None
+        raise LayerloopError(f'{name} is not JSON ({error}): write it as {{"update": {{"steps": 1}}}}') from None
     if not isinstance(read, dict):
         raise LayerloopError(f'{name} is {value}: give a JSON object such as {{"update": {{"steps": 1}}}}')
     return read
@@ -263,7 +263,7 @@ def _mapping(name: str, value: str) -> dict[str, Any]:
 
 def _cast(name: str, value: Any, kind: type) -> Any:
     """A parameter in its declared type. Numbers may arrive as floats (protobuf) or, from a schedule, as text; text that
-    looks like a number may arrive as one. Blanks round a value come from a form or a shell, and are none of it."""
+    looks like a number may arrive as one. Blanks around a value come from a form or a shell, and are removed."""
     text = value.strip() if isinstance(value, str) else value
     if kind is dict:
         if isinstance(value, dict):
@@ -289,7 +289,7 @@ def _cast(name: str, value: Any, kind: type) -> Any:
     raise LayerloopError(f"input parameter {name} is {value!r}: give {_ARTICLE[kind]}")
 
 
-_ARTICLE = {int: "a whole number", float: "a number", bool: "true or false"}
+_ARTICLE = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def _iteration_of(name: str, artifacts: Sequence[Mapping[str, Any]]) -> int:
@@ -316,7 +316,7 @@ def _iteration_of(name: str, artifacts: Sequence[Mapping[str, Any]]) -> int:
 
 
 def local_path(uri: str) -> Path:
-    """Where the launcher has the artifact on this machine; a plain path is itself."""
+    """Path at which the launcher mounts an artifact; a plain path stays."""
     for scheme, mount in _MOUNTS.items():
         if uri.startswith(scheme):
             return Path(mount + uri.removeprefix(scheme))
@@ -324,7 +324,7 @@ def local_path(uri: str) -> Path:
 
 
 def artifact_metadata(manifest: Manifest) -> dict[str, Any]:
-    """What the Kubeflow UI shows of a manifest, and what the next task reads its iteration from."""
+    """Metadata of a manifest that the Kubeflow UI shows, and from which the next task reads its iteration."""
     metadata: dict[str, Any] = {**manifest.counts, "kind": manifest.kind, "display_name": manifest.kind}
     if manifest.iteration is not None:
         metadata |= {"iteration": manifest.iteration, "display_name": f"{manifest.kind} {manifest.iteration}"}
@@ -332,8 +332,8 @@ def artifact_metadata(manifest: Manifest) -> dict[str, Any]:
 
 
 def _write_outputs(result: StepResult, outputs: Mapping[str, Any]) -> None:
-    """Write what the step made of what the task asks for, and the output file that tells of it."""
-    told: dict[str, Any] = {}
+    """Write the outputs that the task asks for, and the output file that lists them."""
+    written: dict[str, Any] = {}
     for name, listed in (outputs.get("artifacts") or {}).items():
         artifact = listed["artifacts"][0]
         made = _output(result, name)
@@ -341,7 +341,7 @@ def _write_outputs(result: StepResult, outputs: Mapping[str, Any]) -> None:
             continue
         data, metadata = made
         _write(local_path(artifact["uri"]), data)
-        told[name] = {
+        written[name] = {
             "artifacts": [
                 {
                     "name": artifact.get("name", name),
@@ -361,7 +361,7 @@ def _write_outputs(result: StepResult, outputs: Mapping[str, Any]) -> None:
     if outputs.get("outputFile"):
         _write(
             Path(outputs["outputFile"]),
-            json.dumps({"parameterValues": values, "artifacts": told}, allow_nan=False).encode(),
+            json.dumps({"parameterValues": values, "artifacts": written}, allow_nan=False).encode(),
         )
 
 

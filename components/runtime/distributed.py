@@ -1,4 +1,4 @@
-"""Data parallelism under torchrun: who this process is, and the few collectives that the steps need.
+"""Data parallelism under torchrun: who this process is, and the collectives that the steps need.
 
 Everything works the same in a single process without torchrun: rank 0 of 1, collectives that do nothing. torch is
 imported where it is used, so that steps without torch may ask for their rank.
@@ -31,7 +31,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """Number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -45,12 +45,12 @@ def device() -> torch.device:
 
 
 def shares_base(model: ModelRuntime) -> bool:
-    """Whether the ranks are to share one copy of the frozen base: the runtime asks for it, and there are several.
+    """Whether the ranks share one copy of the frozen base: `runtime.model.fsdp` with more than one rank.
 
-    Where it asks in vain, the log says so.
+    Logs a notice when fsdp is set with one process.
     """
     if model.fsdp and world_size() == 1:
-        log("runtime.model.fsdp is true, but this is a single process (one GPU): the base is loaded whole")
+        log("runtime.model.fsdp is true, but this is a single process (one GPU): the base is loaded completely")
     return model.fsdp and world_size() > 1
 
 
@@ -58,7 +58,7 @@ def shares_base(model: ModelRuntime) -> bool:
 def process_group() -> Iterator[torch.device]:
     """The device of this process, in a process group (nccl on GPUs, gloo on CPUs) where there is more than one rank.
 
-    A group that there is already is used and left as it is: steps may run inside the group of a program around them.
+    An existing group is used and left unchanged: steps may run inside the group of a program around them.
     """
     here = device()
     if world_size() == 1:

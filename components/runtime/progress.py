@@ -1,4 +1,4 @@
-"""What a step says while it works: one line per fact, and progress that suits a terminal as well as a pod's log."""
+"""Log lines of a step, and progress that suits a terminal as well as a pod's log."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-LINE_SECONDS = 5.0  # between progress lines where there is no terminal; a job of hours speaks once a minute
+LINE_SECONDS = 5.0  # between progress lines where there is no terminal; once a minute in a job of hours
 
 
 def log(message: str) -> None:
@@ -32,14 +32,14 @@ def progress(iterable: Iterable[T], *, what: str, unit: str, total: int | None =
 
         yield from tqdm(iterable, desc=what, unit=f" {unit}", total=total, dynamic_ncols=True, file=sys.stderr)
         return
-    start = said = time.monotonic()
+    start = logged_at = time.monotonic()
     count = 0
     for item in iterable:
         yield item
         count += 1
         now = time.monotonic()
-        if now - said >= max(LINE_SECONDS, min(60.0, (now - start) / 50)) and count != total:
-            said = now
+        if now - logged_at >= max(LINE_SECONDS, min(60.0, (now - start) / 50)) and count != total:
+            logged_at = now
             log(progress_line(what, unit, count, total, now - start))
     log(f"{what}: {count} {unit} in {_duration(time.monotonic() - start)}")
 

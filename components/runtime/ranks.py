@@ -17,30 +17,30 @@ from layerloop.components.schema.errors import LayerloopError
 VARIABLE = "LAYERLOOP_PROCESSES"
 
 
-def spread(module: str, argv: Sequence[str], arguments: Mapping[str, object]) -> int | None:
-    """Run `python -m module argv` in as many processes as are wanted, where that is more than this one.
+def launch_per_gpu(module: str, argv: Sequence[str], arguments: Mapping[str, object]) -> int | None:
+    """Run `python -m module argv` in `num_processes()` ranks, if that is more than one.
 
-    `arguments`, those of the step's `run`, make no difference here.
+    `arguments`, those of the step's `run`, are ignored.
 
     Returns:
-        The exit status, or None where the caller is to do the work itself.
+        The exit status, or None with one process: the caller does the work itself.
 
     Raises:
-        LayerloopError: $LAYERLOOP_PROCESSES is no number that can be.
+        LayerloopError: $LAYERLOOP_PROCESSES is not an integer in 1..visible GPUs.
     """
-    processes = wanted()
+    processes = num_processes()
     if processes == 1:
         return None
     log(f"running {module} in {processes} processes")
     return launch(module, argv, processes=processes)
 
 
-def wanted() -> int:
-    """How many processes the step is to run in: $LAYERLOOP_PROCESSES, else one per visible GPU, at least 1; 1 in a
-    process that is a rank already.
+def num_processes() -> int:
+    """Number of processes of the step: $LAYERLOOP_PROCESSES, else one per visible GPU, at least 1; 1 in a process that
+    is a rank already.
 
     Raises:
-        LayerloopError: the variable is no whole number from 1, or more than there are GPUs on a machine that has some.
+        LayerloopError: the variable is not an integer from 1, or more than the GPUs of a machine with GPUs.
     """
     if "RANK" in os.environ:
         return 1
@@ -51,15 +51,15 @@ def wanted() -> int:
     if not text:
         return max(1, gpus)
     if not text.isascii() or not text.isdigit() or int(text) < 1 or (gpus and int(text) > gpus):
-        what = f"a number from 1 to {gpus}, the visible GPUs" if gpus else "a whole number from 1"
+        what = f"an integer from 1 to {gpus}, the visible GPUs" if gpus else "an integer from 1"
         raise LayerloopError(f"{VARIABLE} is {text!r}: give {what}, or unset it")
     return int(text)
 
 
 def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
-    """Run `python -m module arguments` in so many ranks on this machine; returns the first failure's status, or 0.
+    """Run `python -m module arguments` in `processes` ranks on this machine; returns the first failure's status, or 0.
 
-    A rank that fails ends the others. What ranks print goes where this process prints.
+    A rank that fails ends the others. Their output goes where this process prints.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -72,7 +72,7 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
-    except ChildFailedError as error:  # the rank has said why; elastic's own report would bury it
+    except ChildFailedError as error:  # the rank has reported why; elastic's own report would bury it
         return max(1, error.get_first_failure()[1].exitcode)
     except SignalException as error:
         return 128 + error.sigval

@@ -1,7 +1,7 @@
-"""A run that ends its own chain: it switches off the recurring run of Kubeflow Pipelines that started it.
+"""End of a chain of runs: a run switches off the recurring run of Kubeflow Pipelines that started it.
 
 Standard library only: steps have no kfp. Nothing depends on it, since a run of a campaign that has reached its target
-ends green at once; so whatever goes wrong is one line and never a failure.
+succeeds at once; so any fault is one line in the log and never a failure.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def _disable(run_id: str, token: Path) -> str:
         _call("POST", f"{api}/apis/v2beta1/recurringruns/{name}:disable", token)
     except urllib.error.HTTPError as error:
         why = {401: "it wants a token", 403: "the step's service account may not"}.get(error.code, error.reason)
-        return f"the recurring run goes on, and its runs end at once: {api} answers {error.code} ({why})"
+        return f"the recurring run continues, and its runs end at once: {api} answers {error.code} ({why})"
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
-        return f"the recurring run goes on, and its runs end at once: {api} cannot be asked ({_short(reason)})"
-    return f"recurring run {recurring} is switched off: enable it in Kubeflow to go on"
+        return f"the recurring run continues, and its runs end at once: {api} is not reachable ({_short(reason)})"
+    return f"recurring run {recurring} is switched off: enable it in Kubeflow to continue"
 
 
 def _call(method: str, url: str, token: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _call(method: str, url: str, token: Path) -> dict[str, Any]:
     Raises:
         urllib.error.HTTPError: it refuses.
         OSError: it does not answer.
-        ValueError: it answers something else, such as a login page, or the URL is none.
+        ValueError: it answers something else, such as a login page, or the URL is not valid.
     """
     request = urllib.request.Request(url, method=method, data=b"{}" if method == "POST" else None)
     request.add_header("Content-Type", "application/json")
@@ -73,7 +73,7 @@ def _call(method: str, url: str, token: Path) -> dict[str, Any]:
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         value = json.loads(answer.read(_LIMIT) or b"{}")
     if not isinstance(value, dict):
-        raise ValueError("it answers no JSON object")
+        raise ValueError("the answer is not a JSON object")
     return value
 
 

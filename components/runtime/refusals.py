@@ -1,13 +1,13 @@
-"""A task that was refused is not tried again as if it had crashed.
+"""A refused task is not retried like a crashed one.
 
 Kubeflow's launcher ends with status 1 whatever the step's own was, so Argo retries a refusal (status 2) like a crash.
 The next pod of the task gets the very same executor input, whose output URIs name the run, the task and the driver's
 salt; so a refusal is written into the campaign under the hash of that text, and the next pod repeats it at once.
 
-Nothing else is held up by it. Another run, a resubmission, a clone or a changed parameter has another executor input.
+Nothing else is affected. Another run, a resubmission, a clone or a changed parameter has another executor input.
 A run that a person retries in the UI begins with the first pod's name again, which Argo derives from the number of the
-attempt: that pod forgets the refusal and tries anew, for what was wrong may have been mended. And an hour is as long as
-a refusal is believed. A service that did not answer (UnavailableError) is no refusal to remember.
+attempt: that pod forgets the refusal and tries again, since the cause may have been fixed. A refusal is kept for
+an hour. A service that did not answer (UnavailableError) is not remembered.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any, Protocol
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
 POD = "KFP_POD_NAME"  # set by Kubeflow in every step's pod
-BELIEVED = 3600.0  # seconds; retries come within minutes, queueing aside
+KEPT_SECONDS = 3600.0  # seconds; retries come within minutes, queueing aside
 
 
 class Objects(Protocol):
-    """What is needed of a store."""
+    """The part of a store that is used here."""
 
     def read(self, name: str) -> bytes: ...
     def write(self, name: str, data: bytes) -> None: ...
@@ -34,7 +34,7 @@ class Objects(Protocol):
 
 
 class Refusals:
-    """What earlier pods of one task were refused for. Outside a pod of Kubeflow nothing is remembered."""
+    """Refusals of earlier pods of one task. Outside a pod of Kubeflow nothing is remembered."""
 
     def __init__(self, store: Callable[[], Objects], executor_input: str, *, step: str) -> None:
         digest = hashlib.sha256(executor_input.encode()).hexdigest()
@@ -42,27 +42,27 @@ class Refusals:
         self._store, self._pod = store, os.environ.get(POD, "")
 
     def repeat(self) -> None:
-        """Refuse at once what another pod of this task was refused for.
+        """Refuse at once if another pod of this task was refused.
 
         Raises:
-            LayerloopError: the same line, and that it is the same.
+            LayerloopError: the line of that refusal, marked as a repetition.
         """
         record = self._read() if self._pod else None
         if record is None:
             return
         age = time.time() - float(record["at"])
-        if record["pod"] == self._pod or not 0 <= age <= BELIEVED:
+        if record["pod"] == self._pod or not 0 <= age <= KEPT_SECONDS:
             self._forget()
             return
         raise SameRefusalError(
-            f"{record['error']} (the same refusal as {age:.0f} s ago in pod {record['pod']}, not tried again: mend the "
+            f"{record['error']} (the same refusal as {age:.0f} s ago in pod {record['pod']}, not retried: fix the "
             "cause, then retry the run or start another)"
         )
 
     def remember(self, error: LayerloopError) -> None:
         """Write a refusal down, if that can be done; never fails."""
-        spoken = os.environ.get("RANK", "0") == "0"  # of the ranks that share a step one will do
-        if self._pod and spoken and not isinstance(error, (SameRefusalError, UnavailableError)):
+        reporting = os.environ.get("RANK", "0") == "0"  # one of the ranks that share a step is enough
+        if self._pod and reporting and not isinstance(error, (SameRefusalError, UnavailableError)):
             record = {"pod": self._pod, "at": time.time(), "error": str(error)}
             try:
                 self._store().write(self.name, json.dumps(record).encode())
@@ -73,7 +73,7 @@ class Refusals:
         try:
             record = json.loads(self._store().read(self.name))
             return {"pod": str(record["pod"]), "at": float(record["at"]), "error": str(record["error"])}
-        except Exception:  # none, or none that can be read: then the step says itself what is wrong
+        except Exception:  # missing or unreadable: then the step itself reports what is wrong
             return None
 
     def _forget(self) -> None:

@@ -1,1 +1,1 @@
-"""Every record that crosses a step: recipe, manifest, trajectory, score. Standard library and pydantic only."""
+"""Records that cross steps: recipe, manifest, trajectory, score. Standard library and pydantic only."""

@@ -1,10 +1,10 @@
-"""The one exception that a user is meant to read."""
+"""The exception whose message is meant for the user."""
 
 from __future__ import annotations
 
 
 class LayerloopError(Exception):
-    """Bad input or a refused operation, said in one line that names the thing, its value and the remedy.
+    """Bad input or a refused operation, in one line that names the thing, its value and the remedy.
 
     Steps and the command line print it without a traceback and exit with status 2; anything else that is raised is a
     defect and keeps its traceback.

@@ -33,7 +33,7 @@ class PhaseTwoRecipe(Record):
 
 
 class JudgeRecipe(Record):
-    """How candidates are judged. URL, key and how the endpoint is called (runtime.judge) belong to the run."""
+    """Settings of the judgement. URL, key and how the endpoint is called (runtime.judge) belong to the run."""
 
     model: str = "layerloop-reference-judge"
     rubric: str = "default"  # a name of components/judge/rubrics, or the path of a YAML file
@@ -44,12 +44,12 @@ class JudgeRecipe(Record):
     samples: int = Field(default=1, ge=1)  # phase-1 judgements of a candidate, averaged (self-ensemble)
     temperature: float = Field(default=0.0, ge=0, le=2)
     max_tokens: int = Field(default=1024, ge=64)  # of a reply about one candidate; more candidates get more
-    observations: bool = False  # let the judge write what it sees before the numbers
+    observations: bool = False  # let the judge describe the images before the numbers
     aggregation: Literal["mean", "log"] = "mean"  # of criteria; "log" so that one criterion cannot dominate
     uncertainty_weighting: bool = False  # weigh a group's update by how far the judge's repeats agree
     artifact_penalty: float = Field(default=0.0, ge=0, le=1)  # reward lost by a stack whose layers are all bad, by rule
     canaries: bool = True  # score the known good and bad decompositions every iteration
-    redraws: int = Field(default=4, ge=0)  # of an unusable answer, before the candidate is masked
+    redraws: int = Field(default=4, ge=0)  # times that an unusable answer is asked for again, before a mask
     min_valid: int = Field(default=2, ge=2)  # valid candidates a group needs
     max_dropped_fraction: float = Field(default=0.25, ge=0, le=1)  # of groups; more fails the step
     phase2: PhaseTwoRecipe = PhaseTwoRecipe()

@@ -1,7 +1,7 @@
 """Recipe sections of the adapter and of its update, and the table of learning algorithms.
 
-An algorithm is two things: a row of `ALGORITHMS` here, which is what sampling, storage and the model card have to know
-of it (without torch), and `update_lora/<name>.py`, its batches and losses.
+An algorithm is two things: a row of `ALGORITHMS` here, with all that sampling, storage and the model card need
+(without torch), and `update_lora/<name>.py`, its batches and losses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class LoraRecipe(Record):
     rank: int = Field(default=16, ge=1, le=1024)
     alpha: float = Field(default=16.0, gt=0)
     targets: tuple[str, ...] = LORA_TARGETS
-    start_from: str | None = None  # an adapter (either layout) to begin with: a folder, s3://, hf://owner/name[/sub]
+    start_from: str | None = None  # an adapter (either layout) to start with: a folder, s3://, hf://owner/name[/sub]
 
     @model_validator(mode="after")
     def _targets(self) -> Self:
@@ -77,7 +77,7 @@ class UpdateRecipe(Record):
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)  # clipping
     stop_grad_norm: float = Field(default=1e3, gt=0)  # a larger norm before clipping stops the step
-    steps: int = Field(default=2, ge=1)  # optimizer steps an iteration; the groups are split between them
+    steps: int = Field(default=2, ge=1)  # optimizer steps per iteration; the groups are split between them
     reweight: bool = True  # gradient reweighting over the window's timesteps
     advantage_epsilon: float = Field(default=1e-4, ge=0)
     advantage_clip: float = Field(default=5.0, gt=0)
@@ -142,5 +142,5 @@ class LearnerState(Record):
     schema_version: Literal[1] = SCHEMA_VERSION
     iteration: int = Field(ge=1)
     algorithm: AlgorithmName
-    optimizer_steps: int = Field(ge=0)  # taken since the campaign began; those of AdamW's bias correction
+    optimizer_steps: int = Field(ge=0)  # taken since the campaign started; those of AdamW's bias correction
     ema_steps: int = Field(ge=0)  # updates of the averaged adapter

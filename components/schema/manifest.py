@@ -27,11 +27,11 @@ class Shard(File):
 
 
 class Manifest(Record):
-    """What one step's output consists of. Written last and create-only; small enough to be a KFP artifact.
+    """The shards and files of one step's output. Written last and create-only; small enough to be a KFP artifact.
 
-    Names are relative to the campaign's root, so a campaign may be moved. `counts` are non-negative integers for people
-    and metrics (images, rejects, groups, candidates ...); `metadata` holds what later steps check (fingerprint of the
-    base model, sha256 of the adapter, splits ...).
+    Names are relative to the campaign's root, so a campaign may be moved. `counts` are non-negative integers for
+    readers and metrics (images, rejects, groups, candidates ...); `metadata` holds what later steps check (fingerprint
+    of the base model, sha256 of the adapter, splits ...).
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION

@@ -25,7 +25,7 @@ class ModelRecipe(Record):
 
 
 class DataRecipe(Record):
-    """How source images are normalised and what is refused."""
+    """Normalisation of source images, and limits beyond which they are rejected."""
 
     resolution: int = Field(default=640, ge=16)  # longest side, pixels
     multiple: int = Field(default=16, ge=8)  # sides are rounded to this
@@ -33,11 +33,11 @@ class DataRecipe(Record):
     max_megapixels: float = Field(default=100.0, gt=0)  # a larger image is rejected before it is decoded
     max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
     duplicate_bits: int = Field(default=3, ge=0, le=64)  # difference-hash distance up to which images are duplicates
-    holdout: int = Field(default=8, ge=0)  # pictures set aside for evaluation
+    holdout: int = Field(default=8, ge=0)  # images set aside for evaluation
 
 
 class WindowRecipe(Record):
-    """Which steps are stochastic. `fixed` starts at `start`; `random` draws a start per group in [start, stop-size];
+    """The stochastic steps. `fixed` starts at `start`; `random` draws a start per group in [start, stop-size];
     `sliding` advances by `stride` steps an iteration through the same range, and wraps."""
 
     size: int = Field(default=4, ge=1)
@@ -50,8 +50,8 @@ class WindowRecipe(Record):
 class NoiseRecipe(Record):
     """Noise level eta of the window's steps; `decay` goes linearly from `eta` to `final_eta` over the window.
 
-    With `cps` a step leaves noise of level sigma', of which the part sigma' sin(eta pi/2) is new: all of it at eta = 1,
-    the most that is allowed. With `flow_sde` the noise of a step grows in proportion to eta, without a bound.
+    `cps`: a step leaves noise of level sigma', of which sigma' sin(eta pi/2) is fresh; eta is at most 1, where
+    all of it is. `flow_sde`: the fresh noise is proportional to eta, without an upper bound.
     """
 
     dynamics: Literal["flow_sde", "cps"] = "flow_sde"
@@ -74,7 +74,7 @@ class NoiseRecipe(Record):
 class RolloutRecipe(Record):
     """One iteration's sampling."""
 
-    groups: int = Field(default=16, ge=1)  # images an iteration
+    groups: int = Field(default=16, ge=1)  # images per iteration
     group_size: int = Field(default=8, ge=2)  # G
     min_layers: int = Field(default=2, ge=1, le=20)
     max_layers: int = Field(default=5, ge=1, le=20)
@@ -82,7 +82,7 @@ class RolloutRecipe(Record):
     outside: Literal["heun", "euler"] = "heun"
     window: WindowRecipe = WindowRecipe()
     noise: NoiseRecipe = NoiseRecipe()
-    share_prefix: bool = False  # one initial noise and one deterministic prefix for the whole group
+    share_prefix: bool = False  # one initial noise and one deterministic prefix for the complete group
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -115,12 +115,12 @@ class RolloutRecipe(Record):
 
 
 class EvaluationRecipe(Record):
-    """What `evaluate_adapter` samples: exactly as at inference."""
+    """Samples of `evaluate_adapter`, made exactly as at inference."""
 
     steps: int = Field(default=50, ge=1)  # Heun steps
     layers: tuple[int, ...] = (2, 3, 4)
     designs: int = Field(default=32, ge=0)  # held-out designs with ground truth
-    pictures: int = Field(default=8, ge=0)  # held-out unlabelled pictures
+    pictures: int = Field(default=8, ge=0)  # held-out unlabelled images
     max_edits: int = Field(default=5, ge=0, le=5)  # LayerD's merges
 
 
@@ -174,7 +174,7 @@ def parse_recipe_runtime(text: str | bytes) -> tuple[Recipe, dict[str, Any]]:
 
 
 def split_recipe(values: Mapping[str, Any], *, where: str) -> tuple[Recipe, dict[str, Any]]:
-    """A recipe from its decoded text, and the runtime's values in it, both checked.
+    """A recipe and the runtime values in it from decoded text, both checked.
 
     Raises:
         LayerloopError: a misspelt key or an impossible value, in one line that begins with `where`.

@@ -1,4 +1,4 @@
-"""What every record shares: no unknown keys, no mutation, one canonical JSON form."""
+"""Base class of all records: no unknown keys, no mutation, one canonical JSON form."""
 
 from __future__ import annotations
 

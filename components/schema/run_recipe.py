@@ -13,7 +13,7 @@ from layerloop.components.schema.recipe import Recipe, split_recipe
 def packaged_recipes() -> dict[str, str]:
     """YAML text of the recipes that ship with layerloop, by name.
 
-    They lie beside the pipelines, and are read as data: nothing of the pipelines' code is imported for them.
+    They are stored in the pipelines' folder and read as data: no code of the pipelines is imported.
     """
     folder = importlib.resources.files("layerloop.pipelines") / "recipes"
     files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
@@ -21,10 +21,11 @@ def packaged_recipes() -> dict[str, str]:
 
 
 def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:
-    """`recipe` with `overrides` merged into it, section by section; what is no mapping replaces what was there. And the
-    runtime's values among the overrides, which no recipe keeps.
+    """`recipe` with `overrides` merged into it, section by section, and the
+    runtime values among the overrides, which are not part of a recipe.
 
-    Numbers of a Kubeflow STRUCT may arrive as floats: a whole one is taken as an integer.
+    A value that is not a mapping replaces the old one.
+    Numbers of a Kubeflow STRUCT may arrive as floats: one without a fraction is taken as an integer.
 
     Raises:
         LayerloopError: a key that neither has, or a value that does not fit, in one line.
@@ -40,13 +41,13 @@ def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> tuple[Recipe, di
 def _merged(ours: Any, theirs: Any) -> Any:
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         return {**ours, **{key: _merged(ours.get(key), value) for key, value in theirs.items()}}
-    return _whole(theirs)
+    return _integral(theirs)
 
 
-def _whole(value: Any) -> Any:
-    """The value, with 3.0 made 3 wherever it stands."""
+def _integral(value: Any) -> Any:
+    """The value, with 3.0 made 3 at any depth."""
     if isinstance(value, Mapping):
-        return {key: _whole(item) for key, item in value.items()}
+        return {key: _integral(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_whole(item) for item in value]
+        return [_integral(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,7 +1,7 @@
 """The runtime: where and how fast a campaign is run. Unlike the recipe it is free: each run, and each step, may have
 another one, and the campaign's results stay the same.
 
-What "the same" means is said of each value that touches arithmetic: equal bits, or equal up to the order of a sum.
+Each value that touches arithmetic says what "the same" means: equal bits, or equal up to the order of a sum.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from layerloop.components.schema.record import Record, validate
 
 
 class ModelRuntime(Record):
-    """How the base is held and called."""
+    """Settings for holding and calling the base."""
 
     # Of diffusers. Exact backends differ by rounding; `sage*` quantise queries and keys, which changes samples by more.
     # Use one for the rollouts and the update of an iteration, or the first ratios are 1 only up to that difference.
@@ -26,13 +26,13 @@ class ModelRuntime(Record):
 
 
 class RolloutRuntime(Record):
-    """How an iteration is sampled."""
+    """Settings for sampling an iteration."""
 
     batch_size: int = Field(default=1, ge=1)  # candidates in one forward pass; same bits in float32 on a CPU
 
 
 class UpdateRuntime(Record):
-    """How an iteration is learned from."""
+    """Settings for the update of an iteration."""
 
     # Points in one forward pass; a point is one candidate at one timestep. A step's gradient is one sum over all its
     # points, whatever the microbatches, so this changes the order of that sum, as the number of ranks does.
@@ -40,7 +40,7 @@ class UpdateRuntime(Record):
 
 
 class EvaluationRuntime(Record):
-    """How an evaluation is made."""
+    """Settings for an evaluation."""
 
     batch_size: int = Field(default=1, ge=1)  # cases in one forward pass; rounding
     bootstrap: int = Field(default=2000, ge=100)  # resamples behind the intervals; their ends move by Monte Carlo error
@@ -58,7 +58,7 @@ class BatchRuntime(Record):
 
 
 class PriceRuntime(Record):
-    """What a judge charges per million tokens, in any currency. Zero: no cost is reported."""
+    """Prices of a judge per million tokens, in any currency. Zero: no cost is reported."""
 
     input: float = Field(default=0.0, ge=0)
     cached_input: float | None = Field(default=None, ge=0)  # None: as `input`
@@ -66,7 +66,7 @@ class PriceRuntime(Record):
 
 
 class JudgeRuntime(Record):
-    """How the judge's endpoint is called. None of it is in a request or in the address of a stored reply."""
+    """Settings for calling the judge's endpoint. They enter neither requests nor the addresses of stored replies."""
 
     concurrency: int = Field(default=32, ge=1)  # most requests in flight; fewer when the judge asks for it
     timeout_seconds: float = Field(default=120.0, gt=0)  # of one request
@@ -79,7 +79,7 @@ class JudgeRuntime(Record):
 
 
 class Runtime(Record):
-    """Where and how fast. Every value may be left out; the defaults fit the 20 B base at 640 pixels on one GPU."""
+    """Where and how fast a campaign runs. All values are optional and fit the 20 B base at 640 pixels and one GPU."""
 
     model: ModelRuntime = ModelRuntime()
     rollout: RolloutRuntime = RolloutRuntime()
@@ -88,7 +88,7 @@ class Runtime(Record):
     judge: JudgeRuntime = JudgeRuntime()
 
 
-# What is default instead with recipe.model.base "tiny": a model that is small enough for large batches on a CPU.
+# Defaults with recipe.model.base "tiny": a model that is small enough for large batches on a CPU.
 TINY: Final[Mapping[str, Any]] = {
     "model": {"gradient_checkpointing": False},
     "rollout": {"batch_size": 12},
@@ -96,7 +96,7 @@ TINY: Final[Mapping[str, Any]] = {
     "evaluation": {"batch_size": 8, "bootstrap": 1000},
     "judge": {"concurrency": 8},
 }
-RENAMED: Final = {("judge", "impatience"): "timeout_factor"}  # since these keys were in recipes
+RENAMED: Final = {("judge", "impatience"): "timeout_factor"}  # keys of earlier recipes
 
 
 def runtime_key(section: str, key: str) -> str | None:
@@ -114,10 +114,10 @@ def split_runtime(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     """
     recipe, runtime = dict(values), {}
     for section in Runtime.model_fields:
-        if not isinstance(whole := values.get(section), Mapping):
+        if not isinstance(both := values.get(section), Mapping):
             continue
-        kept = {key: value for key, value in whole.items() if runtime_key(section, key) is None}
-        moved = {runtime_key(section, key): value for key, value in whole.items() if key not in kept}
+        kept = {key: value for key, value in both.items() if runtime_key(section, key) is None}
+        moved = {runtime_key(section, key): value for key, value in both.items() if key not in kept}
         if section == "judge" and "retries" in moved:
             kept.setdefault("redraws", moved["retries"])
         if moved:

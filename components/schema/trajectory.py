@@ -19,14 +19,16 @@ from pydantic import Field, model_validator
 from layerloop.components.schema.manifest import Sha256
 from layerloop.components.schema.record import SCHEMA_VERSION, Record
 
-REMEDY = "delete the iteration's folder, and it is sampled and scored again"  # for what is not as it was sampled
+REMEDY = "delete the iteration's folder, and it is sampled and scored again"  # for damaged rollouts
 
 
 def group_key(iteration: int, group: int) -> str:
+    """Sample key of a group's record in its shard: `i000007-g000003`."""
     return f"i{iteration:06d}-g{group:06d}"
 
 
 def candidate_key(iteration: int, group: int, candidate: int) -> str:
+    """Sample key of a candidate, in rollouts and in scores: `i000007-g000003-c05`."""
     return f"{group_key(iteration, group)}-c{candidate:02d}"
 
 
@@ -55,7 +57,7 @@ class GroupRecord(Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        """A schedule that falls to 0, and a window inside it with a noise level for each of its steps."""
+        """Check that the schedule falls to 0 and that the window fits in it, with a noise level for each step."""
         steps = len(self.sigmas) - 1
         falling = all(a > b for a, b in itertools.pairwise(self.sigmas))
         if steps < 1 or not falling or self.sigmas[0] > 1 or self.sigmas[-1] != 0:

@@ -22,22 +22,22 @@ def aggregate(scores: Mapping[str, float], weights: Mapping[str, float], how: Li
     the way to more reward is the criterion that is behind.
     """
     if how == "log":
-        return sum(weights[k] * math.log1p(LOG_GAIN * scores[k]) / math.log1p(LOG_GAIN) for k in weights)
-    return sum(weights[k] * scores[k] for k in weights)
+        return sum(weights[name] * math.log1p(LOG_GAIN * scores[name]) / math.log1p(LOG_GAIN) for name in weights)
+    return sum(weights[name] * scores[name] for name in weights)
 
 
-def spread(repeats: Sequence[float]) -> float | None:
+def std_over_repeats(repeats: Sequence[float]) -> float | None:
     """Standard deviation of one candidate's reward over repeats (sample, n - 1); None with fewer than two."""
     return float(np.std(repeats, ddof=1)) if len(repeats) > 1 else None
 
 
-def reliability(rewards: Sequence[float], spreads: Sequence[float | None], repeats: int) -> float:
+def reliability(rewards: Sequence[float], stds: Sequence[float | None], repeats: int) -> float:
     """Share of a group's reward variance that is not the judge's own variance, [0, 1]: the weight of its update.
 
     The variance of the mean rewards is signal + noise / repeats; noise is the mean of the squared spreads. A group
-    whose candidates cannot be told apart gets 0.
+    whose candidates do not differ gets 0.
     """
-    known = [s for s in spreads if s is not None]
+    known = [s for s in stds if s is not None]
     if not known or len(rewards) < 2:
         return 1.0
     total = float(np.var(rewards, ddof=1))

@@ -1,4 +1,4 @@
-"""One candidate on its way through the judge: its images, and the scores that it has so far."""
+"""State of one candidate while it is judged: its images, and the scores so far."""
 
 from __future__ import annotations
 

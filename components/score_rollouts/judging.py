@@ -19,7 +19,7 @@ from layerloop.components.storage.rollouts import read_groups
 
 @dataclass
 class Judged:
-    """Result of an iteration: groups in order of their number, and the canaries if the recipe has them."""
+    """Result of an iteration: groups in ascending order, and the canaries if the recipe has them."""
 
     groups: list[ScoredGroup] = field(default_factory=list)
     canaries: CanaryReport | None = None

@@ -24,15 +24,19 @@ class StoredReplies:
         return key in self._known
 
     def get(self, key: str) -> bytes:
+        """A stored reply."""
         return self._store.read(f"{self._folder}/{key}.json")
 
     def put(self, key: str, data: bytes) -> None:
+        """Store a reply."""
         self._store.write(f"{self._folder}/{key}.json", data)
         self._known.add(key)
 
     def entries(self) -> Mapping[str, dict[str, Any]]:
+        """Batches in progress, by name."""
         names = self._store.list(f"{self._folder}/batches/")
         return {name.rpartition("/")[2].removesuffix(".json"): json.loads(self._store.read(name)) for name in names}
 
     def enter(self, name: str, entry: dict[str, Any]) -> None:
+        """Store the state of a batch."""
         self._store.write(f"{self._folder}/batches/{name}.json", json.dumps(entry).encode())

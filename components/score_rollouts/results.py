@@ -140,7 +140,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _within(groups: Sequence[Sequence[float]]) -> float:
-    """Root of the mean variance within groups of two or more; 0 where there is none."""
+    """Root of the mean variance within groups of two or more; 0 without any."""
     variances = []
     for group in groups:
         if len(group) > 1:

@@ -8,7 +8,7 @@ from layerloop.components.judge.methods import prompt_hash
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.trajectory import GroupRecord
-from layerloop.components.score_rollouts.calibration import aggregate, reliability, spread
+from layerloop.components.score_rollouts.calibration import aggregate, reliability, std_over_repeats
 from layerloop.components.score_rollouts.judgement import Judgement
 
 
@@ -27,17 +27,17 @@ def score_rows(
 ) -> list[ScoreRow]:
     """One row per candidate; too few valid candidates mask the complete group."""
     rewards: dict[int, float] = {}
-    spreads: dict[int, float | None] = {}
+    stds: dict[int, float | None] = {}
     if enough_valid(judgements, recipe):
         for index, j in enumerate(judgements):
             scores = j.phase2 if recipe.phase2.enabled else j.phase1
             if j.reason is None and scores is not None:
                 rewards[index] = min(max(reward_of(scores, rubric, recipe) - j.penalty, 0.0), 1.0)
-                spreads[index] = spread([reward_of(s, rubric, recipe) for s in j.independent])
+                stds[index] = std_over_repeats([reward_of(s, rubric, recipe) for s in j.independent])
     weight = 1.0
     if recipe.uncertainty_weighting:
         repeats = max((len(j.independent) for j in judgements), default=1)
-        weight = reliability(list(rewards.values()), list(spreads.values()), repeats)
+        weight = reliability(list(rewards.values()), list(stds.values()), repeats)
     valid = sum(j.reason is None for j in judgements)
     prompt = prompt_hash(rubric, recipe)
     return [
@@ -57,7 +57,7 @@ def score_rows(
             rubric=rubric.name,
             rubric_sha256=rubric.sha256,
             weight=weight,
-            uncertainty=spreads.get(index),
+            uncertainty=stds.get(index),
             reward_phase1=None if j.phase1 is None else reward_of(j.phase1, rubric, recipe),
             penalty=j.penalty,
             rubric_version=rubric.version,

@@ -38,7 +38,7 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _ShownGroup:
     """A group's source and the cells `(L, h, w, 4)` of its candidates, as phase 2 shows them."""
 
     record: GroupRecord
@@ -63,7 +63,7 @@ class Scorer:
             running = [tasks.create_task(self._judge_phase1(group, source, judgement)) for judgement in judgements]
         positions: list[tuple[int, float]] = []
         if self.recipe.phase2.enabled and enough_valid(judgements, self.recipe):
-            shown = _Shown(group.record, source, [task.result() for task in running])
+            shown = _ShownGroup(group.record, source, [task.result() for task in running])
             positions = await self._judge_phase2(shown, judgements)
         rows = score_rows(group.record, judgements, self.rubric, self.recipe)
         return ScoredGroup(rows, not enough_valid(judgements, self.recipe), positions)
@@ -89,7 +89,7 @@ class Scorer:
 
     # ---------------------------------------------------------------------------------------------------------- phase 2
 
-    async def _judge_phase2(self, shown: _Shown, judgements: Sequence[Judgement]) -> list[tuple[int, float]]:
+    async def _judge_phase2(self, shown: _ShownGroup, judgements: Sequence[Judgement]) -> list[tuple[int, float]]:
         """Fill in `phase2` and `repeats`; a candidate that no grid judged is masked. Returns position observations."""
         valid = [index for index, j in enumerate(judgements) if j.reason is None]
         layers, height, width = next(cells.shape[:3] for cells in shown.cells if cells is not None)
@@ -105,7 +105,7 @@ class Scorer:
         return [observation for grid in grids for observation in self._positions(grid)]
 
     async def _judge_grid(
-        self, shown: _Shown, judgements: Sequence[Judgement], repeat: int, grid: int, order: list[int]
+        self, shown: _ShownGroup, judgements: Sequence[Judgement], repeat: int, grid: int, order: list[int]
     ) -> list[GridScore]:
         record = shown.record
         async with self.decode_slots.slot(FIRST):

@@ -56,20 +56,22 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
     """
     opened = Campaign.open(campaign, runtime)
     recipe = opened.recipe
-    k = opened.head() + 1 if iteration is None else iteration
-    folder = opened.scores_dir(k)
+    current = opened.head() + 1 if iteration is None else iteration
+    folder = opened.scores_dir(current)
     if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
         return _result(done)
 
     url = _url(judge_url)
     rubric = rubric_of(recipe.judge)
     replies = StoredReplies(opened.store, f"{folder}/replies")
-    total = len(opened.rollouts(k))
-    log(f"judging iteration {k} by {recipe.judge.model} at {url}; {len(replies)} replies are stored from before")
+    total = len(opened.rollouts(current))
+    log(f"judging iteration {current} by {recipe.judge.model} at {url}; {len(replies)} replies are stored already")
 
     start = time.monotonic()
     judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed)
-    judged = asyncio.run(judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, k, total))
+    judged = asyncio.run(
+        judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, current, total)
+    )
     seconds = time.monotonic() - start
 
     version = ", ".join(sorted(judge.statistics.versions)) or "unknown"
@@ -83,7 +85,7 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
         **reward_metrics(rows, rubric.names),
         **position_metrics(judged.groups),
         **judge_metrics(judge.statistics, opened.runtime.judge.price),
-        **canary_metrics(judged.canaries, _canaries_before(opened, k)),
+        **canary_metrics(judged.canaries, _canaries_before(opened, current)),
         "seconds": seconds,
     }
     if metrics.get("canary_injection_gain", 0.0) > FOOLED:
@@ -94,7 +96,7 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
         "canaries": {} if judged.canaries is None else dict(judged.canaries.rewards),
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
     }
-    return _result(_commit(opened, k, rows, rubric, metadata))
+    return _result(_commit(opened, current, rows, rubric, metadata))
 
 
 def _url(judge_url: str) -> str:
@@ -107,7 +109,7 @@ def _url(judge_url: str) -> str:
 
 
 def _provenance(recipe: JudgeRecipe, rubric: Rubric, version: str) -> dict[str, JsonValue]:
-    """Which judge scored, and by which words."""
+    """The judge that scored, and the hashes of its words."""
     return {
         "judge": recipe.model,
         "judge_version": version,
@@ -161,7 +163,9 @@ def _result(manifest: Manifest) -> StepResult:
 
 def _numbers(value: JsonValue) -> dict[str, float]:
     """The numbers of a JSON object."""
-    return {k: float(v) for k, v in value.items() if isinstance(v, int | float)} if isinstance(value, dict) else {}
+    return (
+        {name: float(v) for name, v in value.items() if isinstance(v, int | float)} if isinstance(value, dict) else {}
+    )
 
 
 main = functools.partial(step_main, run, step=STEPS["score_rollouts"], beyond=("scores", "scores"), store=open_store)

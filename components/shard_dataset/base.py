@@ -1,4 +1,4 @@
-"""The recipe's base as this step needs it: refused while the recipe can still be mended, then asked for the prompt's
+"""The recipe's base as this step needs it: checked while the recipe can still be corrected, then asked for the prompt's
 embedding.
 """
 
@@ -24,11 +24,11 @@ class CheckedBase:
 
     @classmethod
     def of(cls, recipe: Recipe, runtime: ModelRuntime) -> Self:
-        """The base of a recipe, without having loaded anything of it.
+        """The base of a recipe, checked without loading its weights.
 
         Raises:
-            LayerloopError: what later steps would refuse of the base, of the recipe's use of it, or of the adapter that
-                the recipe starts from.
+            LayerloopError: later steps would refuse the base, the recipe's use of it, or the adapter that the recipe
+                starts from.
         """
         from layerloop.components.policy.preflight import preflight
 

@@ -33,7 +33,7 @@ def shard_dataset(
         sources: Manifest of the shards of normalised images.
         policy: Manifest of the campaign's head; its metadata carries the iteration that the run continues from.
         metrics: Images read, rejected, dropped as duplicates, and kept in each split.
-        left: What is left for this run: `nothing`, `iterations`, or `everything`: evaluation and publication too.
+        left: Work left for this run: `nothing`, `iterations`, or `everything`: evaluation and publication too.
         recipe: Name of a packaged recipe, or the URI of a YAML file; empty for `default_recipe`. A campaign made with
             another recipe is refused.
         overrides: Changes of the recipe, section by section.
@@ -44,7 +44,7 @@ def shard_dataset(
         evaluate: When a run evaluates: `end`, `every-run`, `never`; `only` is a run that does nothing else.
         iteration: With `only`, whose adapter; 0 for the head.
         until: The campaign's target; 0 for none.
-        max_failures: Runs in a row without progress after which no further one begins; 0 for no limit.
+        max_failures: Runs in a row without progress after which no further one starts; 0 for no limit.
         run_id: KFP's id of the run.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """

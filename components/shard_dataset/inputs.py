@@ -1,7 +1,7 @@
-"""Where source images come from: files in a folder, a glob, WebDataset tars or parquet tables, here or on S3.
+"""Sources of images: files in a folder, a glob, WebDataset tars or parquet tables, here or on S3.
 
-Inputs are found by listing only, so that a wrong path is told at once; then read one by one. A picture that cannot be
-read is a picture with a problem, never the end of the step.
+Inputs are found by listing only, so that a wrong path is reported at once; then read one by one. An image that cannot
+be read is an item with a problem, never the end of the step.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ _PATTERN = re.compile(r"[*?\[]|\{[^{}]*(?:\.\.|,)[^{}]*\}")  # a glob, or braces
 class Inputs:
     """The files behind a URI, listed and not yet read."""
 
-    uri: str  # as recorded: absolute, so that another run can tell whether it means the same
+    uri: str  # as recorded: absolute, so that another run can compare it with its own
     store: Store
     sizes: dict[str, int]  # bytes by name, sorted
 
     @property
     def sha256(self) -> str:
-        """Of all names and sizes: what tells an unchanged input without reading it."""
+        """SHA-256 of all names and sizes: identifies an unchanged input without reading it."""
         return hashlib.sha256("".join(f"{name}\t{size}\n" for name, size in self.sizes.items()).encode()).hexdigest()
 
     @property
-    def pictures(self) -> int | None:
-        """How many pictures there are; None where containers have yet to be opened."""
+    def images(self) -> int | None:
+        """Number of images; None where containers have yet to be opened."""
         return None if any(_suffix(name) in _CONTAINERS for name in self.sizes) else len(self.sizes)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One picture: where it is from, and either how to get its bytes or why that cannot be."""
+    """One image: its origin, and either how to get its bytes or why that is impossible."""
 
     origin: str
     load: Callable[[], bytes]
@@ -64,15 +64,15 @@ def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXE
     """List the files at a file, folder (all the way down) or glob (`*`, `?`, `[...]`, `**`, `{000..099}`).
 
     In a folder, files that are neither an image by their suffix nor a container are passed over, and hidden files
-    everywhere; a file that a glob or the URI itself names is taken at its word.
+    everywhere; a file that a glob or the URI itself names is always taken.
 
     Args:
         what: what the argument is called in errors, "images".
 
     Raises:
-        LayerloopError: nothing there, or nothing of use.
+        LayerloopError: nothing there, or nothing usable.
     """
-    remedy = "give a folder of pictures, a glob, WebDataset tars or parquet"
+    remedy = "give a folder of images, a glob, WebDataset tars or parquet"
     text = absolute_uri(uri)
     if _PATTERN.search(text) and not ("://" not in text and Path(text).exists()):
         found = _find_glob(text)
@@ -90,12 +90,12 @@ def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXE
         name: size for name, size in sizes.items() if _suffix(name) in (*suffixes, *_CONTAINERS) and not _hidden(name)
     }
     if not useful:
-        raise LayerloopError(f"{what} {uri} has {len(sizes)} files but no picture, tar or parquet: {remedy}")
+        raise LayerloopError(f"{what} {uri} has {len(sizes)} files but no image, tar or parquet: {remedy}")
     return Inputs(text, store, useful)
 
 
 def read_items(inputs: Inputs, *, max_bytes: int) -> Iterator[Item]:
-    """The pictures of all files, in the order of their names. A larger encoded picture is a problem, and never read."""
+    """The images of all files, in the order of their names. One over `max_bytes` encoded is a problem, and not read."""
     for name, size in inputs.sizes.items():
         match _suffix(name):
             case "tar":
@@ -182,7 +182,7 @@ def _broken(origin: str, problem: str) -> Item:
 
 
 def _tar_items(store: Store, name: str, max_bytes: int) -> Iterator[Item]:
-    """Members `<key>.<image suffix>` of a WebDataset tar; `<key>.mask.png` and the like are not its picture."""
+    """Members `<key>.<image suffix>` of a WebDataset tar; `<key>.mask.png` and the like are not its image."""
     with store.open(name) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -194,11 +194,11 @@ def _tar_items(store: Store, name: str, max_bytes: int) -> Iterator[Item]:
                         yield _item(f"{name}:{info.name}", info.size, max_bytes, lambda data=data: data)  # type: ignore[misc]
                 end = tar.offset
             file.seek(end)
-            whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+            complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
         except (tarfile.TarError, EOFError) as error:
             yield _broken(name, f"tar is damaged ({error}): make it again")
             return
-    if not whole:
+    if not complete:
         yield _broken(name, "tar has no end-of-archive mark, it was cut short: make it again")
 
 
@@ -219,7 +219,7 @@ def _parquet_items(store: Store, name: str, max_bytes: int) -> Iterator[Item]:
 
 
 def _open_parquet(file: BinaryIO, name: str) -> Any:
-    """The table, or what is wrong with it."""
+    """The table, or a description of its fault."""
     import pyarrow
     import pyarrow.parquet
 
@@ -230,7 +230,7 @@ def _open_parquet(file: BinaryIO, name: str) -> Any:
 
 
 def _cells(table: Any, column: str) -> Iterator[Any]:
-    for batch in table.iter_batches(batch_size=16, columns=[column]):  # a few pictures in memory, not a row group
+    for batch in table.iter_batches(batch_size=16, columns=[column]):  # a few images in memory, not a row group
         yield from batch.column(0).to_pylist()
 
 
@@ -238,7 +238,7 @@ def _image_column(schema: Any, where: str) -> str:
     """The column with encoded images: binary, or the `datasets` library's struct with `bytes`.
 
     Raises:
-        LayerloopError: none, or several of which none has a usual name.
+        LayerloopError: no image column, or several without a usual name.
     """
     from pyarrow import types
 

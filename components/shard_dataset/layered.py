@@ -24,7 +24,7 @@ _REMEDY = "give parquet in Crello's columns, or a folder with a subfolder of num
 
 @dataclass(frozen=True)
 class DesignItem:
-    """One design: where it is from, and how to get its layers `(L, H, W, 4)` uint8 at the recipe's size."""
+    """One design: its origin, and how to get its layers `(L, H, W, 4)` uint8 at the recipe's size."""
 
     origin: str
     render: Callable[[], Pixels]
@@ -47,7 +47,7 @@ def read_designs(inputs: Inputs, data: DataRecipe) -> Iterator[DesignItem]:
     """All designs, in the order of their names; `render` raises LayerloopError where a design is damaged.
 
     Raises:
-        LayerloopError: a parquet file is not one of designs.
+        LayerloopError: a parquet file without the columns of designs.
     """
     for name in inputs.sizes:
         if name.endswith(".parquet"):
@@ -60,7 +60,7 @@ def read_designs(inputs: Inputs, data: DataRecipe) -> Iterator[DesignItem]:
 def complete(stack: Pixels) -> Pixels:
     """The stack as ground truth: layers without a visible pixel left out, white below a background that is not opaque.
 
-    So the layers of a design always recompose to its picture (LayerD's ground truth inserts the white likewise).
+    So the layers of a design always recompose to its image (LayerD's ground truth inserts the white likewise).
 
     Raises:
         LayerloopError: no layer has a visible pixel.

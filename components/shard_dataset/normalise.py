@@ -1,4 +1,4 @@
-"""What every source image becomes: upright sRGB without alpha, of the size the policy takes. And what it is called."""
+"""Normalisation of source images to upright sRGB without alpha at the policy's size, and their keys."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ from layerloop.components.storage.shards import Sample
 
 
 class Spool:
-    """An append-only temporary file of samples; in memory is only where each member lies."""
+    """An append-only temporary file of samples; only the positions of members are kept in memory."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="layerloop-spool-")  # noqa: SIM115 - closed by __exit__
-        self._places: dict[str, dict[str, tuple[int, int]]] = {}
+        self._positions: dict[str, dict[str, tuple[int, int]]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -26,17 +26,18 @@ class Spool:
         self._file.close()
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
-        places = {}
+        """Append a sample."""
+        positions = {}
         for suffix, data in members.items():
-            places[suffix] = (self._file.seek(0, 2), len(data))
+            positions[suffix] = (self._file.seek(0, 2), len(data))
             self._file.write(data)
-        self._places[key] = places
+        self._positions[key] = positions
 
     def samples(self, keys: Iterable[str]) -> Iterator[Sample]:
         """The samples of these keys, in this order."""
         for key in keys:
             members = {}
-            for suffix, (offset, size) in self._places[key].items():
+            for suffix, (offset, size) in self._positions[key].items():
                 self._file.seek(offset)
                 members[suffix] = self._file.read(size)
             yield key, members

@@ -1,9 +1,9 @@
-"""Turn images into a campaign's sources: decode, normalise, drop duplicates and what cannot be read, set some pictures
+"""Turn images into a campaign's sources: decode, normalise, drop duplicates and unreadable images, set some images
 aside for evaluation, embed the prompt, write shards, and commit.
 
-Nothing is written before the recipe has been found good: a campaign freezes it with the first file.
+Nothing is written before the recipe was checked: a campaign freezes it with the first file.
 
-As the first step of every run it also finds the head to go on from, and whether there is anything left to do.
+As the first step of every run it also finds the head to continue from, and whether there is anything left to do.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from layerloop.components.schema.runtime import Runtime, flat, merged
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.shard_dataset.base import CheckedBase
-from layerloop.components.shard_dataset.duplicates import Gallery
+from layerloop.components.shard_dataset.duplicates import DuplicateIndex
 from layerloop.components.shard_dataset.inputs import Inputs, absolute_uri, find_inputs, read_items
 from layerloop.components.shard_dataset.layered import find_designs, read_designs
-from layerloop.components.shard_dataset.pictures import (
+from layerloop.components.shard_dataset.samples import (
     Gathered,
     Refused,
     check_rejects,
     gather,
     in_order,
     prepare_design,
-    prepare_picture,
+    prepare_image,
 )
 from layerloop.components.shard_dataset.spool import Spool
-from layerloop.components.shard_dataset.stretch import Stretch, refuse_fleeting
+from layerloop.components.shard_dataset.stretch import Stretch, refuse_ephemeral_folder
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.manifests import add_file, already_committed, commit, describe_file
 from layerloop.components.storage.runtime import read_runtime
@@ -63,38 +63,38 @@ def run(
     run_id: str = "",
     runtime: str = "",
 ) -> StepResult:
-    """Shard a campaign's images: normalised, without duplicates, with the prompt's embedding beside them.
+    """Shard a campaign's images: normalised, without duplicates, and the embedding of the prompt.
 
     The first run freezes the recipe, once the base and the images were checked and the prompt is embedded, so that a
-    recipe that was refused can be mended. A campaign that has its sources already is left as it is: then images may be
-    left out, and may not be other pictures than the first run's.
+    recipe that was refused can be corrected. A campaign that has its sources already is left unchanged: then images may
+    be left out, and must not differ from those of the first run.
 
     Args:
         campaign: Root URI of the campaign, a folder or s3://bucket/prefix.
         recipe: The name of a packaged recipe, the path or URI of a YAML file, or YAML text; empty for `default_recipe`
             or, where that is empty too, for the campaign's own.
         overrides: Changes of the recipe, such as {"update": {"learning_rate": 1e-4}}.
-        images: A folder (all the way down) or glob of pictures, WebDataset tars, or parquet with an image column; local
+        images: A folder (all the way down) or glob of images, WebDataset tars, or parquet with an image column; local
             or s3://.
         designs: Designs with their true layers, to evaluate on: parquet in Crello's columns, or a folder with a
             subfolder of numbered PNG layers for each. Optional.
         default_recipe: YAML text, of the recipe that a pipeline was compiled with.
         iterations: How many iterations the run has.
         evaluate: When a run evaluates: `end` (where it reaches `until`, or has no target), `every-run`, `never`; `only`
-            is a run that does nothing else, of a campaign that is there.
+            is a run that does nothing else, on an existing campaign.
         iteration: With `only`, whose adapter; 0 for the head.
-        until: The campaign's target: a run that finds its head there has nothing left to do. 0 for none.
-        max_failures: After so many runs in a row without progress no further one begins. 0 for no limit.
+        until: The campaign's target: a run whose head is there has nothing left to do. 0 for none.
+        max_failures: After this many runs in a row without progress no further one starts. 0 for no limit.
         run_id: KFP's id of this run.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults. Of the recipe's, what later steps would not get is refused.
 
     Raises:
         LayerloopError: nothing at `images`, too many that cannot be read, a base that the recipe does not fit, another
-            recipe or other images than the campaign's, a store that cannot be written to, or too many runs that got
-            nowhere. Nothing is committed then.
+            recipe or other images than the campaign's, a store that cannot be written to, or too many runs without
+            progress. Nothing is committed then.
     """
-    refuse_fleeting(campaign)
+    refuse_ephemeral_folder(campaign)
     stretch = Stretch.of(
         run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures
     )
@@ -102,57 +102,57 @@ def run(
         return _to_evaluate(Campaign.open(campaign, runtime), iteration)
     store = open_store(campaign)
     chosen, moved = choose_recipe(recipe, overrides or {}, default=default_recipe, store=store)
-    begun = Campaign.create_or_open(campaign, chosen, runtime) if store.exists(RECIPE) else None
-    place = begun or Campaign(store, chosen, read_runtime(runtime, chosen))  # not kept yet
-    check_nothing_lost(moved, place.runtime)
-    done = already_committed(store, f"{begun.sources_dir}/{MANIFEST}", log=log) if begun else None
-    if begun and done and stretch.is_done(begun):
-        return _result(begun, done, stretch, proceed=False)
+    found = Campaign.create_or_open(campaign, chosen, runtime) if store.exists(RECIPE) else None
+    opened = found or Campaign(store, chosen, read_runtime(runtime, chosen))  # not stored yet
+    check_nothing_lost(moved, opened.runtime)
+    done = already_committed(store, f"{opened.sources_dir}/{MANIFEST}", log=log) if found else None
+    if done and stretch.is_done(opened):
+        return _result(opened, done, stretch, proceed=False)
     stretch.begin(store)
-    if begun and done:
+    if done:
         check_same_inputs(done, images=images, designs=designs)
-        return _result(begun, done, stretch)
-    return _result(place, shard_sources(place, images=images, designs=designs, runtime=runtime), stretch)
+        return _result(opened, done, stretch)
+    return _result(opened, shard_sources(opened, images=images, designs=designs, runtime=runtime), stretch)
 
 
-def shard_sources(place: Campaign, *, images: str, designs: str, runtime: str = "") -> Manifest:
+def shard_sources(campaign: Campaign, *, images: str, designs: str, runtime: str = "") -> Manifest:
     """Make and commit a campaign's sources, and freeze its recipe where this is its first run.
 
     Args:
-        place: the campaign, which need not be kept yet.
+        campaign: the campaign, which need not be stored yet.
         images, designs, runtime: as of `run`.
 
     Raises:
         LayerloopError: as `run`.
     """
-    store, chosen = place.store, place.recipe
+    store, chosen = campaign.store, campaign.recipe
 
     if not images.strip():
-        raise LayerloopError(f"images is empty and {store.uri} has no sources yet: give a folder of pictures")
-    pictures = find_inputs(images, what="images")
-    if f"{store.uri}/".startswith(f"{pictures.uri}/"):
+        raise LayerloopError(f"images is empty and {store.uri} has no sources yet: give a folder of images")
+    unlabelled = find_inputs(images, what="images")
+    if f"{store.uri}/".startswith(f"{unlabelled.uri}/"):
         raise LayerloopError(f"campaign {store.uri} lies inside images {images}: choose a folder outside")
     layered = find_designs(designs) if designs.strip() else None
     store.check_writable()
-    base = None if store.exists(RECIPE) and store.exists(PROMPT) else CheckedBase.of(chosen, place.runtime.model)
+    base = None if store.exists(RECIPE) and store.exists(PROMPT) else CheckedBase.of(chosen, campaign.runtime.model)
 
     with Spool() as spool:
-        # Designs come first: a picture that shows one of them would leak it into training, and is dropped as its twin.
-        gallery = Gallery(chosen.data.duplicate_bits)
-        truths = _gather_designs(layered, chosen, spool, gallery)
-        found = _gather_pictures(pictures, chosen, spool, gallery)
+        # Designs come first: an image of one would leak it into training, and is dropped as its duplicate.
+        index = DuplicateIndex(chosen.data.duplicate_bits)
+        truths = _gather_designs(layered, chosen, spool, index)
+        found = _gather_images(unlabelled, chosen, spool, index)
         check_rejects(truths, chosen.data, what="designs", log=log)
         check_rejects(found, chosen.data, what="images", log=log)
         train, holdout = hold_out(found.keys, chosen.data.holdout, chosen.seed)
         if not train:
-            raise LayerloopError(f"images {images} has no picture left to train on: give some that can be read")
+            raise LayerloopError(f"images {images} has no image left to train on: give some that can be read")
 
         embedding = base.embed_prompt() if base else None
-        place = Campaign.create_or_open(store.uri, chosen, runtime)
+        campaign = Campaign.create_or_open(store.uri, chosen, runtime)
         prompt = add_file(store, PROMPT, embedding) if embedding is not None else describe_file(store, PROMPT)
         splits = {"train": train, "holdout": holdout, "designs": truths.keys}
-        shards = [shard for split, keys in splits.items() for shard in _write_split(place, spool, split, keys)]
-    table = add_file(store, f"{place.sources_dir}/rejects.parquet", _table([*truths.refused, *found.refused]))
+        shards = [shard for split, keys in splits.items() for shard in _write_split(campaign, spool, split, keys)]
+    table = add_file(store, f"{campaign.sources_dir}/rejects.parquet", _table([*truths.refused, *found.refused]))
     manifest = Manifest(
         kind="sources",
         shards=tuple(shards),
@@ -164,20 +164,20 @@ def shard_sources(place: Campaign, *, images: str, designs: str, runtime: str = 
             **{split: len(keys) for split, keys in splits.items()},
         },
         metadata={
-            "images": pictures.uri,
-            "images_sha256": pictures.sha256,
+            "images": unlabelled.uri,
+            "images_sha256": unlabelled.sha256,
             "designs": layered.uri if layered else "",
             "designs_sha256": layered.sha256 if layered else "",
         },
     )
-    return commit(store, f"{place.sources_dir}/{MANIFEST}", manifest)
+    return commit(store, f"{campaign.sources_dir}/{MANIFEST}", manifest)
 
 
 def choose_recipe(
     recipe: str, overrides: Mapping[str, Any], *, default: str, store: Store
 ) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe that a run asks for: its own, else the pipeline's, else the campaign's; with the run's changes. And
-    the runtime's values among them.
+    """The recipe that a run asks for (its own, else the pipeline's, else the campaign's) with the run's changes, and
+    the runtime values among them.
 
     Raises:
         LayerloopError: no recipe anywhere, no such file, not a recipe, or changes that do not fit it.
@@ -211,15 +211,15 @@ def read_recipe(recipe: str) -> tuple[Recipe, dict[str, Any]]:
             if "\n" in text or not (text.startswith("#") or text.count(": ") > 1):
                 raise
             raise LayerloopError(  # a form field of one line takes the line breaks
-                f"recipe is {text[:40]!r}..., which is no recipe on one line: give {', '.join(packaged)} or the URI of "
-                "a file, and what is to differ as overrides"
+                f"recipe is {text[:40]!r}..., which is not a recipe on one line: give {', '.join(packaged)} or the "
+                "URI of a file, and the changes as overrides"
             ) from None
     try:
         return parse_recipe_runtime(read_uri(text))
     except MissingObjectError as error:
         if "/" in text or text.endswith((".yaml", ".yml", ".json")):
             raise
-        raise LayerloopError(f"recipe is {text}, which is none of {', '.join(packaged)}, and {error}") from None
+        raise LayerloopError(f"recipe is {text}, which is not one of {', '.join(packaged)}, and {error}") from None
 
 
 def check_nothing_lost(moved: Mapping[str, Any], runtime: Runtime) -> None:
@@ -233,7 +233,7 @@ def check_nothing_lost(moved: Mapping[str, Any], runtime: Runtime) -> None:
     if lost := {key: value for key, value in given.items() if value != used[key]}:
         named = ", ".join(f"recipe.{key} is {value!r}" for key, value in lost.items())
         raise LayerloopError(
-            f"{named}: that says where and how fast to run, which no recipe keeps: take it out and give the "
+            f"{named}: that says where and how fast to run, which is not kept in a recipe: take it out and give the "
             f"parameter runtime {json.dumps(moved)}"
         )
 
@@ -246,54 +246,52 @@ def hold_out(keys: Sequence[str], wanted: int, seed: int) -> tuple[list[str], li
 
 
 def check_same_inputs(done: Manifest, *, images: str, designs: str) -> None:
-    """Refuse to go on with other inputs than the sources were made of; inputs left empty mean "the same".
+    """Refuse other inputs than the sources were made of; inputs left empty mean "the same".
 
     Raises:
         LayerloopError: another URI, or other files at the same URI.
     """
-    go_on = "leave it empty to go on with the committed sources, or begin another campaign"
+    remedy = "leave it empty to continue with the committed sources, or start another campaign"
     for what, given, find in (("images", images, _find_images), ("designs", designs, find_designs)):
         if not given.strip():
             continue
         uri, sha256 = done.metadata[what], done.metadata[f"{what}_sha256"]
         if absolute_uri(given) != uri:
-            raise LayerloopError(f"{what} is {given} but the campaign's sources were made of {uri or 'none'}: {go_on}")
+            raise LayerloopError(f"{what} is {given} but the campaign's sources were made of {uri or 'none'}: {remedy}")
         try:
             now = find(given).sha256
         except LayerloopError as error:
-            log(f"{error}; the committed sources stand")
+            log(f"{error}; the committed sources are used")
             continue
         if now != sha256:
-            raise LayerloopError(f"{what} {given} has other files than when the campaign's sources were made: {go_on}")
+            raise LayerloopError(f"{what} {given} has other files than when the campaign's sources were made: {remedy}")
 
 
 def _find_images(uri: str) -> Inputs:
     return find_inputs(uri, what="images")
 
 
-def _gather_pictures(pictures: Inputs, recipe: Recipe, spool: Spool, gallery: Gallery) -> Gathered:
-    # No picture needs more: 16-bit RGBA without any compression is 8 bytes a pixel.
-    items = read_items(pictures, max_bytes=int(recipe.data.max_megapixels * 8e6) + 1_000_000)
-    prepared = in_order(functools.partial(prepare_picture, data=recipe.data), items)
-    return gather(
-        progress(prepared, what="normalising", unit="images", total=pictures.pictures), spool, gallery, near=True
-    )
+def _gather_images(inputs: Inputs, recipe: Recipe, spool: Spool, index: DuplicateIndex) -> Gathered:
+    # No image needs more: 16-bit RGBA without any compression is 8 bytes a pixel.
+    items = read_items(inputs, max_bytes=int(recipe.data.max_megapixels * 8e6) + 1_000_000)
+    prepared = in_order(functools.partial(prepare_image, data=recipe.data), items)
+    return gather(progress(prepared, what="normalising", unit="images", total=inputs.images), spool, index, near=True)
 
 
-def _gather_designs(layered: Inputs | None, recipe: Recipe, spool: Spool, gallery: Gallery) -> Gathered:
+def _gather_designs(layered: Inputs | None, recipe: Recipe, spool: Spool, index: DuplicateIndex) -> Gathered:
     if layered is None:
         return Gathered([], [])
     prepared = in_order(prepare_design, read_designs(layered, recipe.data))
-    return gather(progress(prepared, what="rendering", unit="designs"), spool, gallery, near=False)
+    return gather(progress(prepared, what="rendering", unit="designs"), spool, index, near=False)
 
 
-def _write_split(place: Campaign, spool: Spool, split: str, keys: Sequence[str]) -> list[Shard]:
-    """Shards of one split, ordered by key; those that an interrupted run has written already are kept."""
+def _write_split(campaign: Campaign, spool: Spool, split: str, keys: Sequence[str]) -> list[Shard]:
+    """Shards of one split, ordered by key; those that an interrupted run has written are kept."""
     shards = []
-    size = place.recipe.data.images_per_shard
+    size = campaign.recipe.data.images_per_shard
     for number, start in enumerate(range(0, len(keys), size)):
-        name, part = f"{place.sources_dir}/{split}-{number:06d}.tar", keys[start : start + size]
-        shard = existing_shard(place.store, name, part) or write_shard(place.store, name, spool.samples(part))
+        name, part = f"{campaign.sources_dir}/{split}-{number:06d}.tar", keys[start : start + size]
+        shard = existing_shard(campaign.store, name, part) or write_shard(campaign.store, name, spool.samples(part))
         log(f"{shard.name}: {shard.samples} images, {shard.bytes / 1e6:.2f} MB")
         shards.append(shard)
     return shards
@@ -311,29 +309,31 @@ def _table(refused: Sequence[Refused]) -> bytes:
     return buffer.getvalue()
 
 
-def _to_evaluate(place: Campaign, iteration: int) -> StepResult:
-    """What a run that only evaluates begins with: sources and a policy, or word that there is none yet.
+def _to_evaluate(campaign: Campaign, iteration: int) -> StepResult:
+    """Sources and policy of a run that only evaluates; empty manifests where there is nothing to evaluate yet.
 
     Raises:
         LayerloopError: an iteration that is not committed.
     """
-    head, sources = place.head(), place.find(place.sources_dir)
+    head, sources = campaign.head(), campaign.find(campaign.sources_dir)
     if not 0 <= iteration <= head:
-        raise LayerloopError(f"iteration is {iteration} but the head of {place.uri} is {head}: choose 0 for the head")
+        raise LayerloopError(
+            f"iteration is {iteration} but the head of {campaign.uri} is {head}: choose 0 for the head"
+        )
     if sources is None or not head:
-        log(f"campaign {place.uri} has no policy yet: there is nothing to evaluate, and that is no failure")
+        log(f"campaign {campaign.uri} has no policy yet: there is nothing to evaluate, which is not a failure")
     proceed = sources is not None and head > 0
     return StepResult(
-        manifests={"sources": sources or Manifest(kind="sources"), "policy": place.policy(iteration or head)},
+        manifests={"sources": sources or Manifest(kind="sources"), "policy": campaign.policy(iteration or head)},
         metrics={"iteration": iteration or head},
         parameters={"left": "everything" if proceed else "nothing"},
     )
 
 
-def _result(place: Campaign, sources: Manifest, stretch: Stretch, *, proceed: bool = True) -> StepResult:
-    megabytes, head = sum(shard.bytes for shard in sources.shards) / 1e6, place.head()
+def _result(campaign: Campaign, sources: Manifest, stretch: Stretch, *, proceed: bool = True) -> StepResult:
+    megabytes, head = sum(shard.bytes for shard in sources.shards) / 1e6, campaign.head()
     return StepResult(
-        manifests={"sources": sources, "policy": place.policy(head)},
+        manifests={"sources": sources, "policy": campaign.policy(head)},
         metrics={**sources.counts, "megabytes": megabytes, "iteration": head},
         parameters={"left": stretch.left(head) if proceed else "nothing"},
     )

@@ -1,1 +1,1 @@
-"""Stores (local folder, S3), shards, manifests, campaigns, images: all that a step reads and writes."""
+"""Stores (local folder, S3), shards, manifests, campaigns, images: everything that a step reads and writes."""

@@ -1,4 +1,4 @@
-"""A campaign: everything under one root URI, and what follows from what is there."""
+"""A campaign: everything under one root URI, and the state that is derived from it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _ITERATION = re.compile(r"\d{6}")
 
 
 class Campaign:
-    """A root URI with a frozen recipe, and the runtime of this process. Nothing is cached: every question is put to the
-    store."""
+    """A root URI with a frozen recipe, and the runtime of this process. Nothing is cached: every call reads
+    the store."""
 
     def __init__(self, store: Store, recipe: Recipe, runtime: Runtime) -> None:
         self.store, self.recipe, self.runtime, self.uri = store, recipe, runtime, store.uri
@@ -32,11 +32,11 @@ class Campaign:
     def create_or_open(cls, uri: str, recipe: Recipe, runtime: str | Mapping[str, Any] = "") -> Campaign:
         """Freeze `recipe` as the campaign's, or open the campaign that was made with this very recipe.
 
-        `runtime` is never kept and never compared: see `read_runtime`.
+        `runtime` is neither stored nor compared: see `read_runtime`.
 
         Raises:
             LayerloopError: the campaign was made with another recipe; the line lists the fields that differ. Or the
-                runtime is none.
+                runtime is not valid.
         """
         store = open_store(uri)
         stored: dict[str, Any] = {}
@@ -45,16 +45,16 @@ class Campaign:
             if different := recipe_differences(recipe, frozen):
                 raise LayerloopError(
                     f"campaign {store.uri} was made with another recipe ({'; '.join(different)}): "
-                    "go on with its own, or give another campaign URI"
+                    "continue with its own, or give another campaign URI"
                 )
         return cls(store, recipe, read_runtime(runtime, recipe, stored=stored, where=f"{store.uri}/{RECIPE}"))
 
     @classmethod
     def open(cls, uri: str, runtime: str | Mapping[str, Any] = "") -> Campaign:
-        """An existing campaign, to be worked on with `runtime` (`read_runtime`).
+        """Open an existing campaign with `runtime` (see `read_runtime`).
 
         Raises:
-            LayerloopError: there is none, or the runtime is none.
+            LayerloopError: there is no campaign at `uri`, or the runtime is not valid.
         """
         store = open_store(uri)
         recipe, stored = _frozen_recipe(store)
@@ -65,29 +65,34 @@ class Campaign:
     sources_dir = "sources"
 
     def rollouts_dir(self, iteration: int) -> str:
+        """Folder of an iteration's rollouts."""
         return f"iterations/{iteration:06d}/rollouts"
 
     def scores_dir(self, iteration: int) -> str:
+        """Folder of an iteration's scores."""
         return f"iterations/{iteration:06d}/scores"
 
     def policy_dir(self, iteration: int) -> str:
+        """Folder of the policy after an iteration."""
         return f"iterations/{iteration:06d}/policy"
 
     def evaluation_dir(self, name: str) -> str:
+        """Folder of an evaluation, such as `iteration-000003`."""
         return f"evaluations/{name}"
 
     def published_dir(self, name: str) -> str:
+        """Folder of a published adapter."""
         return f"published/{name}"
 
-    # What is committed.
+    # Committed outputs.
 
     def iterations(self) -> list[int]:
-        """Iterations of which anything is there, committed or not, ascending."""
+        """Iterations with any object, committed or not, ascending."""
         return [int(name) for name in self.store.folders("iterations") if _ITERATION.fullmatch(name)]
 
     def head(self) -> int:
         """The highest iteration with a committed policy; 0 before the first."""
-        committed = (k for k in reversed(self.iterations()) if self.store.exists(f"{self.policy_dir(k)}/{MANIFEST}"))
+        committed = (n for n in reversed(self.iterations()) if self.store.exists(f"{self.policy_dir(n)}/{MANIFEST}"))
         return next(committed, 0)
 
     def find(self, folder: str) -> Manifest | None:
@@ -95,13 +100,27 @@ class Campaign:
         return load(self.store, f"{folder}/{MANIFEST}")
 
     def sources(self) -> Manifest:
+        """The committed sources.
+
+        Raises:
+            LayerloopError: they are not committed.
+        """
         return self._committed(self.sources_dir, "shard_dataset")
 
     def scores(self, iteration: int) -> Manifest:
+        """The committed scores of an iteration.
+
+        Raises:
+            LayerloopError: they are not committed.
+        """
         return self._committed(self.scores_dir(iteration), "score_rollouts")
 
     def policy(self, iteration: int) -> Manifest:
-        """The policy after an iteration; iteration 0 is the recipe's base, which needs no files."""
+        """The policy after an iteration; iteration 0 is the recipe's base, which needs no files.
+
+        Raises:
+            LayerloopError: it is not committed.
+        """
         if iteration == 0:
             return Manifest(kind="policy", iteration=0)
         return self._committed(self.policy_dir(iteration), "update_lora")
@@ -122,7 +141,7 @@ class Campaign:
         return {group: found[group] for group in planned}
 
     def committed_groups(self, iteration: int, groups: Collection[int] | None = None) -> dict[int, Manifest]:
-        """Manifests of the groups that are committed, by group, whether or not they are all; of `groups` if given."""
+        """Manifests of the groups that are committed, by group, complete or not; only of `groups` if given."""
         return committed_groups(self.store, self.rollouts_dir(iteration), iteration, groups)
 
     def sampled_groups(self, iteration: int) -> list[int]:
@@ -152,12 +171,12 @@ class Campaign:
 
 
 def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe, and the runtime's values in it: recipe.json held them once."""
+    """The recipe, and runtime values in it: recipe.json of earlier versions held both."""
     try:
         data = store.read(RECIPE)
     except MissingObjectError:
         raise LayerloopError(
-            f"campaign {store.uri} has no {RECIPE}: begin it with shard_dataset, or correct the URI"
+            f"campaign {store.uri} has no {RECIPE}: start it with shard_dataset, or correct the URI"
         ) from None
     where = f"{store.uri}/{RECIPE}"
     try:

@@ -1,4 +1,4 @@
-"""Folders that a library wants on the local disk, a model or an adapter, wherever they are kept."""
+"""Local copies of folders (models, adapters) that a library can only read from disk."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from layerloop.components.storage.stores import LocalStore, open_store
 
 
 def cache_folder() -> Path:
-    """Where copies are kept: LAYERLOOP_CACHE, by default `~/.cache/layerloop`; on a cluster a volume of the node."""
+    """Folder of the copies: LAYERLOOP_CACHE, by default `~/.cache/layerloop`; on a cluster a volume of the node."""
     return Path(os.environ.get("LAYERLOOP_CACHE") or "~/.cache/layerloop").expanduser()
 
 
 def local_folder(uri: str, *, cache: Path | None = None) -> Path:
-    """A local folder with the objects under `uri`: the folder itself where it is local, else a copy, made once.
+    """A local folder with the objects under `uri`: the folder itself where it is local, else a copy, made only once.
 
-    What lies under a URI is taken to be immutable. A copy is known by the URI and by the names and sizes of all
+    The objects under a URI are taken to be immutable. A copy is identified by the URI and by the names and sizes of all
     objects; of several processes that want it at once one downloads it, and an interrupted download is continued.
 
     Args:
@@ -73,10 +73,10 @@ def _from_hub(uri: str) -> Path:
         raise LayerloopError(f"{uri} names no repository: give hf://owner/name or hf://owner/name/subfolder")
     try:
         folder = Path(snapshot_download(f"{owner}/{name}", allow_patterns=f"{inner}/*" if inner else None)) / inner
-    except Exception as error:  # the hub raises a dozen kinds; each means that there is nothing to be had
+    except Exception as error:  # the hub raises a dozen kinds; each means that the repository is not available
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise LayerloopError(
-            f"{uri} cannot be had from the Hugging Face hub ({reason}): check the name, and HF_TOKEN or HF_ENDPOINT"
+            f"{uri} is not available on the Hugging Face hub ({reason}): check the name, and HF_TOKEN or HF_ENDPOINT"
         ) from None
     if not folder.is_dir():
         raise LayerloopError(f"{uri}: the repository has no folder {inner}; correct it")

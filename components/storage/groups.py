@@ -23,8 +23,8 @@ SOURCE, CONDITION, TRAJECTORY = "source.png", "condition.safetensors", "trajecto
 
 @dataclass(frozen=True)
 class SampledGroup:
-    """A group as it was sampled: `image[H, W, 4]` and `stacks[G, L, H, W, 4]` uint8, `condition[h*w, C]`,
-    `window[G, w+1, S, C]` and `final[G, S, C]` float32. `window` is left out of the shard where there is none."""
+    """A sampled group: `image[H, W, 4]` and `stacks[G, L, H, W, 4]` uint8, `condition[h*w, C]`,
+    `window[G, w+1, S, C]` and `final[G, S, C]` float32. A `window` of size 0 is left out of the shard."""
 
     record: GroupRecord
     image: np.ndarray
@@ -74,7 +74,7 @@ class Candidate:
         """Its layers `(L, H, W, 4)` uint8, straight RGBA, bottom first.
 
         Raises:
-            LayerloopError: a layer is not a PNG of ours or not of the group's size.
+            LayerloopError: a layer is not a PNG of this project or not of the group's size.
         """
         return np.stack(
             [
@@ -103,7 +103,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Group:
-    """One image with all its candidates, in order of their number."""
+    """One image with all its candidates, in ascending order."""
 
     record: GroupRecord
     candidates: tuple[Candidate, ...]
@@ -120,7 +120,7 @@ class Group:
         return _tensor(self.members, CONDITION, "condition", shape, where=self.where)
 
 
-def read_group(store: Store, shard: Shard, iteration: int, number: int, *, layers: bool, latents: bool) -> Group:
+def read_group(store: Store, shard: Shard, iteration: int, group: int, *, layers: bool, latents: bool) -> Group:
     """The group of a shard.
 
     Args:
@@ -133,36 +133,36 @@ def read_group(store: Store, shard: Shard, iteration: int, number: int, *, layer
     """
 
     def wanted(suffix: str) -> bool:
-        pictures, tensors = suffix.endswith(".png"), suffix.endswith(".safetensors")
-        return suffix == "json" or (layers and pictures) or (latents and tensors)
+        images, tensors = suffix.endswith(".png"), suffix.endswith(".safetensors")
+        return suffix == "json" or (layers and images) or (latents and tensors)
 
-    group: GroupRecord | None = None
+    found: GroupRecord | None = None
     own: Mapping[str, bytes] = {}
     candidates: list[Candidate] = []
     for key, members in read_shard(store, shard, required=("json",), wanted=wanted):
         where = f"{store.uri}/{shard.name}:{key}"
-        if group is None:
-            _same_key(where, key, group_key(iteration, number), "is where {} should be")
-            group, own = GroupRecord.from_json(members["json"], where=f"{where}.json"), members
-            _of_iteration(where, group.iteration, iteration)
-            _same_key(where, key, group_key(group.iteration, group.group), "holds the record of {}")
+        if found is None:
+            _same_key(where, key, group_key(iteration, group), "is where {} should be")
+            found, own = GroupRecord.from_json(members["json"], where=f"{where}.json"), members
+            _of_iteration(where, found.iteration, iteration)
+            _same_key(where, key, group_key(found.iteration, found.group), "holds the record of {}")
             _require(where, members, [SOURCE] * layers + [CONDITION] * latents)
             continue
-        _same_key(where, key, candidate_key(iteration, number, len(candidates)), "is where {} should be")
+        _same_key(where, key, candidate_key(iteration, group, len(candidates)), "is where {} should be")
         record = CandidateRecord.from_json(members["json"], where=f"{where}.json")
         _of_iteration(where, record.iteration, iteration)
         recorded = candidate_key(record.iteration, record.group, record.candidate)
         _same_key(where, key, recorded, "holds the record of {}")
-        _require(where, members, [_layer(n) for n in range(group.layers)] * layers + [TRAJECTORY] * latents)
-        candidates.append(Candidate(record, group, members, where))
+        _require(where, members, [_layer(n) for n in range(found.layers)] * layers + [TRAJECTORY] * latents)
+        candidates.append(Candidate(record, found, members, where))
     where = f"{store.uri}/{shard.name}"
-    if group is None:
+    if found is None:
         raise LayerloopError(f"{where} is empty: {REMEDY}")
-    if len(candidates) != group.group_size:
+    if len(candidates) != found.group_size:
         raise LayerloopError(
-            f"{where} has {len(candidates)} candidates, its group's record says {group.group_size}: {REMEDY}"
+            f"{where} has {len(candidates)} candidates, its group's record says {found.group_size}: {REMEDY}"
         )
-    return Group(group, tuple(candidates), own, f"{where}:{group_key(iteration, number)}")
+    return Group(found, tuple(candidates), own, f"{where}:{group_key(iteration, group)}")
 
 
 def _layer(index: int) -> str:
@@ -196,7 +196,7 @@ def _png(members: Mapping[str, bytes], name: str, shape: tuple[int, ...], *, whe
 
 
 def _tensor(members: Mapping[str, bytes], member: str, name: str, shape: tuple[int, ...], *, where: str) -> np.ndarray:
-    """One finite float32 tensor of a safetensors member. No other tensor of it is looked at."""
+    """One finite float32 tensor of a safetensors member. Its other tensors are ignored."""
     from safetensors import SafetensorError, deserialize
 
     try:

@@ -14,7 +14,7 @@ from layerloop.components.schema.errors import LayerloopError
 if TYPE_CHECKING:
     from PIL import Image
 
-# What photographs and designs come as. Not EPS (runs Ghostscript) nor formats that nobody sends.
+# What photographs and designs come as. Not EPS (runs Ghostscript) nor formats that are not in use.
 _KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, JPEG 2000 or AVIF"
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 
@@ -37,7 +37,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
-        raise LayerloopError(f"image begins with {data[:12]!r}, as no known format does: give a {_KINDS}") from None
+        raise LayerloopError(f"image starts with {data[:12]!r}, not a known format: give a {_KINDS}") from None
     except Image.DecompressionBombError:
         raise LayerloopError(
             f"image is more than twice over {max_pixels / 1e6:g} megapixels: make it smaller"
@@ -95,13 +95,15 @@ def decode_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     image = decode_image(data, max_pixels=max_pixels)
     if image.format != "PNG" or image.mode not in ("L", "RGB", "RGBA"):
-        raise LayerloopError(f"image is {image.format} {image.mode}, not an 8-bit PNG of ours: make the shard again")
+        raise LayerloopError(
+            f"image is {image.format} {image.mode}, not an 8-bit PNG of layerloop: make the shard again"
+        )
     return np.asarray(image)
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Those of FORMATS that this build of Pillow reads; it is also told to be quiet of what we refuse or do not use."""
+    """The FORMATS that this build of Pillow reads. Its warnings, of images that are refused anyway, are silenced."""
     from PIL import Image
 
     warnings.filterwarnings("ignore", module=r"PIL\.")

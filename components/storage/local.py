@@ -21,7 +21,7 @@ TEMPORARY = ".tmp-"  # file name prefix of what is being written to a folder; ne
 
 
 class LocalStore(Store):
-    """A folder. Files appear by rename or hard link after fsync, so they are whole even after a power cut."""
+    """A folder. Files appear by rename or hard link after fsync, so they are complete even after a power cut."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
@@ -110,7 +110,7 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def _temporary(self, name: str) -> Iterator[tuple[BinaryIO, Path]]:
-        """A new file beside `name`, removed at the end unless it was renamed."""
+        """A new file next to `name`, removed at the end unless it was renamed."""
         path = self._path(name)
         temporary = path.with_name(f"{TEMPORARY}{path.name[:64]}-{secrets.token_hex(6)}")
         try:
@@ -146,7 +146,7 @@ class LocalStore(Store):
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
                 raise
-            say_once(f"{self.uri}: this file system has no hard links, so create-only writes are check-then-rename")
+            warn_once(f"{self.uri}: this file system has no hard links, so create-only writes are check-then-rename")
             if path.exists():
                 return False
             os.replace(temporary, path)
@@ -165,6 +165,6 @@ def _fsync_folder(path: Path) -> None:
 
 
 @functools.cache
-def say_once(message: str) -> None:
-    """One line in the log of this process, however often the occasion arises."""
+def warn_once(message: str) -> None:
+    """One line in the log of this process, however often it is called."""
     logging.getLogger(__name__).warning(message)

@@ -38,8 +38,9 @@ def commit(store: Store, name: str, manifest: Manifest) -> Manifest:
 
 
 def already_committed(store: Store, name: str, *, log: Callable[[str], None]) -> Manifest | None:
-    """How every step begins: the manifest that an earlier attempt committed under `name`, verified and logged; None
-    where there is work to do.
+    """The manifest that an earlier attempt committed under `name`, verified and logged; None where there is work to do.
+
+    Every step starts with this call.
 
     Raises:
         LayerloopError: what the manifest names is missing or has another size.
@@ -77,7 +78,7 @@ def verify(store: Store, manifest: Manifest) -> None:
                 state = "is missing" if found is None else f"has {found} bytes instead of {file.bytes}"
                 raise LayerloopError(
                     f"{store.uri}/{file.name} {state} but a {manifest.kind} manifest names it: restore it, or delete "
-                    "the manifest to have the step done again"
+                    "the manifest to have the step run again"
                 )
 
 

@@ -5,7 +5,7 @@
 
 Neither names nor bytes depend on which worker sampled the group or on how many workers there were, so every attempt at
 an iteration may have another number of them. Campaigns sampled by earlier versions have `w00of02-000000.tar` and one
-manifest per worker, `w00of02.json`, with its groups in the order of its shards: these are read, and no longer written.
+manifest per worker, `w00of02.json`, with its groups in the order of its shards: these are read, but no longer written.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def manifest_name(folder: str, group: int) -> str:
 
 
 def write_group(store: Store, folder: str, group: SampledGroup, *, model_calls: int) -> Manifest:
-    """Write a group's shard and commit it; a group that another attempt has committed meanwhile is left as it is.
+    """Write a group's shard and commit it; a group that another attempt has committed meanwhile is left unchanged.
 
     Returns:
         The manifest that counts: this one, or the other attempt's.
@@ -173,7 +173,7 @@ def _checked(manifest: Manifest, store: Store, iteration: int, group: int) -> Ma
 
 
 def _by_group(manifest: Manifest | None, store: Store, name: str, iteration: int) -> dict[int, Manifest]:
-    """A worker's manifest of an earlier version, as one of each of its groups."""
+    """The manifest of a worker (earlier versions) as one manifest per group."""
     if manifest is None:
         return {}
     groups = manifest.metadata.get("groups")

@@ -1,4 +1,4 @@
-"""Where a step's runtime comes from: five sources, each laid over the next."""
+"""A step's runtime, merged from five sources of rising priority."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def read_runtime(
     stored: Mapping[str, Any] | None = None,
     where: str = "recipe.json",
 ) -> Runtime:
-    """The runtime of a step. Sources, highest first: `given`, the environment's LAYERLOOP_RUNTIME, what the campaign's
-    recipe.json has from when recipes held these values, the defaults of the tiny base, the defaults.
+    """The runtime of a step. Sources, highest first: `given`, the environment's LAYERLOOP_RUNTIME, values in the
+    campaign's recipe.json (earlier versions kept them there), the defaults of the tiny base, the defaults.
 
     Args:
         given: the step's parameter: YAML or JSON text, the path or URI of a file, or a mapping; empty for none.
-        recipe: what is to be run.
+        recipe: the campaign's.
         stored: runtime values found in the campaign's recipe.json.
         where: that file, for errors.
 
@@ -55,7 +55,7 @@ def runtime_values(given: str | Mapping[str, Any], *, where: str = "runtime") ->
     """The values that one source names, checked, nothing added.
 
     Raises:
-        LayerloopError: a file that cannot be read, no mapping, an unknown key, or an impossible value.
+        LayerloopError: a file that cannot be read, not a mapping, an unknown key, or an impossible value.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""The store in an S3 bucket, or in any server that speaks S3. Settings come from the environment, as boto3 reads it:
+"""The store in an S3 bucket, or in any server that speaks S3. Settings are read from the environment by boto3:
 AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role.
 """
 
@@ -23,7 +23,7 @@ from layerloop.components.storage.store import MissingObjectError, Names, Store,
 _TOKEN = "layerloop-writer"  # object metadata: who wrote it, so that a retried request can recognise its own success
 ATTEMPTS = 8  # retries of a request that was throttled, lost or answered with 5xx
 PART_BYTES = 32 << 20  # larger objects travel in parts of this size, several at once
-_CONFLICTS = 5  # a 409 (another writer is in the middle of the same name) is tried again this often
+_CONFLICTS = 5  # a 409 (another writer is in the middle of the same name) is retried this often
 
 _ignores_conditions: dict[str, bool] = {}  # bucket at endpoint -> whether it was seen to overwrite on If-None-Match: *
 
@@ -68,7 +68,7 @@ class S3Store(Store):
 
     def download(self, name: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._one_line(name):  # boto3 writes a temporary file beside it and renames it
+        with self._one_line(name):  # boto3 writes a temporary file next to it and renames it
             self._client.download_file(self.bucket, self._key(name), str(path), Config=_transfer())
 
     def read(self, name: str) -> bytes:
@@ -125,7 +125,7 @@ class S3Store(Store):
 
     @property
     def _endpoint(self) -> str:
-        """Where requests go, without what a URL may carry in front of its host."""
+        """Scheme and host that requests go to, without credentials of the URL."""
         parts = urlsplit(self._client.meta.endpoint_url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
@@ -152,7 +152,7 @@ class S3Store(Store):
             attempt += 1
 
     def _create_if_absent(self, name: str, data: bytes) -> bool:
-        """One conditional put. A 412 may answer our own retried request, the first answer lost: look who wrote it."""
+        """One conditional put. A 412 may answer our own retried request whose first answer was lost."""
         from botocore.exceptions import ClientError
 
         token = secrets.token_hex(16)
@@ -169,25 +169,25 @@ class S3Store(Store):
                         head = self._client.head_object(Bucket=self.bucket, Key=self._key(name))
                     return bool(head["Metadata"].get(_TOKEN) == token)
                 time.sleep(0.1 * 2**attempt)
-        raise LayerloopError(f"{self.uri}/{name} is being written by others without end: try again")
+        raise LayerloopError(f"{self.uri}/{name} is written by others all the time: try again")
 
     def _ignores_conditions(self) -> bool:
         """Whether this bucket overwrites in spite of `If-None-Match: *`; tried once per process on a probe object."""
-        place = f"{self._endpoint}/{self.bucket}"
-        if place not in _ignores_conditions:
+        bucket_uri = f"{self._endpoint}/{self.bucket}"
+        if bucket_uri not in _ignores_conditions:
             name = f".conditional-write-probe-{secrets.token_hex(8)}"
             self.write(name, b"")
-            _ignores_conditions[place] = not self._refuses_to_overwrite(name)
+            _ignores_conditions[bucket_uri] = not self._refuses_to_overwrite(name)
             with contextlib.suppress(LayerloopError):  # credentials that may not delete are fine otherwise
                 self.delete(name)
-            if _ignores_conditions[place]:
+            if _ignores_conditions[bucket_uri]:
                 logging.getLogger(__name__).warning(
                     "s3://%s: no conditional writes here, so create-only writes are check-then-put", self.bucket
                 )
-        return _ignores_conditions[place]
+        return _ignores_conditions[bucket_uri]
 
     def _refuses_to_overwrite(self, name: str) -> bool:
-        """Whether a create-only put of an existing object fails for being one, not for having the header."""
+        """Whether a create-only put of an existing object fails because it exists, not because of the header."""
         from botocore.exceptions import ClientError
 
         try:

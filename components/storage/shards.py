@@ -1,7 +1,7 @@
-"""Shards: WebDataset tars that are byte-reproducible to write and verified before a sample of them is believed.
+"""Shards: WebDataset tars that are byte-reproducible to write and verified before a sample is used.
 
 A sample is a key and its members by suffix, `("i000007-g000003", {"json": ..., "source.png": ...})`; in the tar the
-members lie side by side as `<key>.<suffix>`. Keys have no dots, since WebDataset cuts a name at its first one.
+members follow each other as `<key>.<suffix>`. Keys have no dots, since WebDataset cuts a name at its first one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SUFFIX = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # lower case: WebDataset l
 
 
 def write_shard(store: Store, name: str, samples: Iterable[Sample]) -> Shard:
-    """Write samples as one tar: to a local temporary file, then hashed, then uploaded whole.
+    """Write samples as one tar: to a local temporary file, then hashed, then uploaded.
 
     Equal samples in equal order give equal bytes (mtime 0, no owner, members sorted by suffix).
 
@@ -58,7 +58,7 @@ def read_shard(
     required: Collection[str] = (),
     wanted: Callable[[str], bool] = lambda suffix: True,
 ) -> Iterator[Sample]:
-    """Samples of a shard, in order. The whole shard is fetched and checked before the first is yielded.
+    """Samples of a shard, in order. The complete shard is fetched and checked before the first is yielded.
 
     Args:
         required: suffixes that every sample must have.
@@ -94,7 +94,7 @@ def existing_shard(store: Store, name: str, keys: Sequence[str]) -> Shard | None
     except MissingObjectError:
         return None
     except LayerloopError:
-        return None  # not a shard of ours: it is written again
+        return None  # not a shard of layerloop: it is written again
     return Shard(name=name, bytes=size, sha256=digest, samples=len(keys))
 
 
@@ -126,16 +126,18 @@ def _grouped(file: BinaryIO, where: str) -> Iterator[tuple[str, dict[str, tuple[
             for info in tar:
                 stem, dot, suffix = info.name.partition(".")
                 if not info.isreg() or not dot or not _KEY.fullmatch(stem) or not _SUFFIX.fullmatch(suffix):
-                    raise LayerloopError(f"{where} holds {info.name!r}, not <key>.<suffix>: it is not a shard of ours")
+                    raise LayerloopError(
+                        f"{where} holds {info.name!r}, not <key>.<suffix>: it is not a shard of layerloop"
+                    )
                 if stem != key:
                     if key is not None:
                         yield key, members
                     key, members = stem, {}
                 if suffix in members:
-                    raise LayerloopError(f"{where} holds {info.name!r} twice: it is not a shard of ours")
+                    raise LayerloopError(f"{where} holds {info.name!r} twice: it is not a shard of layerloop")
                 members[suffix] = (info.offset_data, info.size)
     except tarfile.TarError as error:
-        raise LayerloopError(f"{where} is not a whole tar ({error}): restore it, or delete it") from None
+        raise LayerloopError(f"{where} is not a complete tar ({error}): restore it, or delete it") from None
     if key is not None:
         yield key, members
 
@@ -146,7 +148,9 @@ def _check_members(file: BinaryIO, where: str, required: Collection[str]) -> int
     end = 0
     for key, members in _grouped(file, where):
         if key in seen:
-            raise LayerloopError(f"{where} holds the members of {key} apart from each other: it is not a shard of ours")
+            raise LayerloopError(
+                f"{where} holds the members of {key} apart from each other: it is not a shard of layerloop"
+            )
         seen.add(key)
         missing = sorted(set(required) - members.keys())
         if missing:

@@ -1,7 +1,7 @@
-"""A store: what keeps a campaign's objects, and the names that objects may have.
+"""A store for a campaign's objects, and the names that objects may have.
 
-Two promises everything else stands on, kept by every store:
-- an object is whole or absent: a process killed at any instant leaves nothing half-visible;
+Every store keeps two promises that everything else relies on:
+- an object is complete or absent: a process killed at any instant leaves nothing half-visible;
 - `create` succeeds for exactly one of several writers of the same name.
 """
 
@@ -45,14 +45,15 @@ class Store(ABC):
 
     @abstractmethod
     def download(self, name: str, path: Path) -> None:
-        """Write the object to a local file, which appears whole. Raises MissingObjectError."""
+        """Write the object to a local file, which appears complete. Raises MissingObjectError."""
 
     @abstractmethod
     def open(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         """A seekable file of the object as it is now, unaffected by later writes. Raises MissingObjectError."""
 
     @abstractmethod
-    def exists(self, name: str) -> bool: ...
+    def exists(self, name: str) -> bool:
+        """Whether there is an object of that name."""
 
     @abstractmethod
     def size(self, name: str) -> int:
@@ -76,7 +77,7 @@ class Store(ABC):
 
     @abstractmethod
     def check_writable(self) -> None:
-        """Find out before the work, and not after it, that nothing can be written here, and leave nothing behind.
+        """Check before the work that objects can be written here; nothing is left behind.
 
         Raises:
             LayerloopError: why not.

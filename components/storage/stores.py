@@ -1,4 +1,4 @@
-"""Where a campaign lives: a local folder or an S3 bucket, opened by its URI."""
+"""Opens the store of a URI: a local folder or an S3 bucket."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ def group_mean_and_std(rewards: Floats) -> tuple[float, float]:
 def normalise(rewards: Floats, *, epsilon: float, clip: float) -> Floats:
     """Advantages `A[G] = clip((r - mean) / (std + epsilon), -clip, clip)`; their mean is 0 where none is clipped.
 
-    `epsilon` keeps a group of nearly equal rewards from being blown up to unit spread: A has deviation
-    std / (std + epsilon). Source: Flow-GRPO (arXiv 2505.05470), per-image statistics.
+    `epsilon` keeps a group of nearly equal rewards from being scaled up to unit deviation: A has
+    deviation std / (std + epsilon). Source: Flow-GRPO (arXiv 2505.05470), per-image statistics.
     """
     mean, std = group_mean_and_std(rewards)
     return np.clip((rewards - mean) / (std + epsilon), -clip, clip)
@@ -49,12 +49,12 @@ class GroupAdvantage:
 
 @dataclass(frozen=True)
 class Advantages:
-    """The learning signal of one iteration, and what was left out of it."""
+    """The learning signal of one iteration, and the groups and candidates left out of it."""
 
     groups: tuple[GroupAdvantage, ...]  # in order of group
-    zero_std_groups: tuple[int, ...] = ()  # rewards spread no more than `min_reward_std`
+    zero_std_groups: tuple[int, ...] = ()  # rewards deviate no more than `min_reward_std`
     underfilled_groups: tuple[int, ...] = ()  # fewer than two valid candidates
-    zero_weight_groups: tuple[int, ...] = ()  # the judge's own spread explains all of the rewards': weight 0
+    zero_weight_groups: tuple[int, ...] = ()  # the judge's variance explains all of the rewards'
     masked: int = 0  # candidates without a reward
     reward_mean: float = 0.0  # over valid candidates
     reward_std: float = 0.0  # mean over groups of the within-group deviation
@@ -76,7 +76,7 @@ def advantages_of(rows: Iterable[ScoreRow], recipe: UpdateRecipe) -> Advantages:
     """Advantages from score rows; masked candidates are left out, never counted as zero.
 
     Filtered are groups with fewer than two valid candidates, of weight 0 (how far the judge agrees with itself), or
-    whose rewards spread no more than `recipe.min_reward_std` (a tolerance: the deviation of identical floats is 1e-16,
+    whose rewards deviate no more than `recipe.min_reward_std` (a tolerance: the deviation of identical floats is 1e-16,
     not 0). A group's weight is that of its points in the loss.
 
     Raises:
@@ -138,6 +138,7 @@ def _by_group(rows: Iterable[ScoreRow]) -> dict[int, dict[int, ScoreRow]]:
 
 
 def _rewards(rows: Sequence[ScoreRow]) -> Floats:
+    """`rewards[G]` of valid candidates, checked to be finite."""
     rewards = np.array([row.reward for row in rows], dtype=np.float64)
     for row, reward in zip(rows, rewards, strict=True):
         if not np.isfinite(reward):
@@ -149,7 +150,7 @@ def _rewards(rows: Sequence[ScoreRow]) -> Floats:
 
 
 def _weight(rows: Sequence[ScoreRow]) -> float:
-    """The one weight that all rows of a group carry."""
+    """The weight of a group, checked to be the same in all its rows."""
     weight = rows[0].weight
     for row in rows:
         if not (np.isfinite(row.weight) and row.weight >= 0):

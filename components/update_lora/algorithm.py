@@ -84,8 +84,8 @@ def assemble(
     sigma: Tensor,
     coefficients: Tensor | None = None,
 ) -> Batch:
-    """A batch on the device of `prompt_embeds[T, E]`, of what the algorithm chose: `latents[P, S, C]`,
-    `target[P, S, C]`, `sigma[P]` and the steps' `coefficients[P, 3]` (a, b, s), if it learns from steps."""
+    """A batch on the device of `prompt_embeds[T, E]` from the algorithm's inputs: `latents[P, S, C]`,
+    `target[P, S, C]`, `sigma[P]` and, where it learns from steps, their `coefficients[P, 3]` (a, b, s)."""
     device, points = prompt_embeds.device, microbatch.points
     coefficients = torch.ones(len(points), 3) if coefficients is None else coefficients
     a, b, s = coefficients.to(device).unbind(1)

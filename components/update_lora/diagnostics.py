@@ -22,16 +22,16 @@ class Diagnostics:
     timesteps: int
     gradient_norms: list[float] = field(default_factory=list)
     sums: Tensor = field(init=False)
-    observed: set[str] = field(default_factory=set)  # columns that the algorithm has
+    observed: set[str] = field(default_factory=set)  # columns that the algorithm records
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(self.timesteps, len(COLUMNS), dtype=torch.float64)
 
     def add(self, timesteps: Tensor, weights: Tensor, *, first: bool, **values: Tensor) -> None:
-        """Add values `[P]` of the points whose weight is not 0 (a point of weight 0 only keeps ranks in step).
+        """Add values `[P]` of the points whose weight is not 0 (padding, which only keeps ranks in step).
 
         Args:
-            first: they are of the iteration's first optimizer step.
+            first: whether they belong to the iteration's first optimizer step.
         """
         if first:
             values |= {f"first_{name}": values[name] for name in ("points", "log_ratio") if name in values}
@@ -47,7 +47,7 @@ class Diagnostics:
         all_reduce_sum([self.sums])
 
     def per_timestep(self) -> dict[str, list[float]]:
-        """Means over the points of each timestep, of what the algorithm has (some have no ratio).
+        """Means over the points of each timestep, of the columns that the algorithm records (some have no ratio).
 
         `clip_fraction_*` counts the points whose gradient the clip stopped. `first_log_ratio_abs` is the mean |log r|
         in the first optimizer step, 0 by construction. `replay_noise` is the root mean square of (x' - mu_old) / s:
@@ -58,7 +58,7 @@ class Diagnostics:
         return {name: row.tolist() for name, row in self._means(self.sums).items()}
 
     def summary(self) -> dict[str, float]:
-        """The same over all timesteps together, for the metrics."""
+        """The means of `per_timestep` over all timesteps together, for the metrics."""
         return {name: float(row) for name, row in self._means(self.sums.sum(0, keepdim=True)).items()}
 
     def _means(self, sums: Tensor) -> dict[str, Tensor]:

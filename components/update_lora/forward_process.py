@@ -1,4 +1,4 @@
-"""Learning at times of the forward process from final latents: what algorithms without likelihoods of steps share.
+"""Learning at times of the forward process from final latents, for algorithms without likelihoods of steps.
 
 Shapes: P points (a candidate at a drawn time), S packed tokens, C channels.
 """

@@ -38,7 +38,7 @@ def surrogate_batch(microbatch: Microbatch, group: Trajectories, prompt_embeds: 
 
 
 def surrogate_losses(batch: Batch, velocities: Velocities, update: UpdateRecipe) -> tuple[Tensor, Observed]:
-    """Per-point losses `[P]` of the clipped surrogate, and what to observe of them."""
+    """Per-point losses `[P]` of the clipped surrogate, and the columns to record."""
     mu, mu_old = batch.mean(velocities.new), batch.mean(velocities.old)
     log_r = log_ratio(mu, mu_old, batch.target, batch.s, norm=update.ratio_norm)
     losses = clipped_surrogate(log_r, batch.advantages, clip_low=update.clip_low, clip_high=update.clip_high)

@@ -43,8 +43,8 @@ def learn(
 
     Args:
         state: optimizer, averages and the sampling policy's weights; advanced in place, to the end of the iteration.
-        steps: the plan; this rank does its own share of it.
-        groups: at least those of this rank's microbatches.
+        steps: the plan; this rank does its share.
+        groups: trajectories by group, at least those of this rank's microbatches.
         prompt_embeds: `prompt_embeds[T, E]` on the policy's device and in its dtype.
 
     Raises:
@@ -62,33 +62,35 @@ def learn(
     anchored = [(i, j) for i, j in work if i > 0 or not on_policy]
     anchors: dict[tuple[int, int], Tensor] = {}
     with torch.no_grad(), state.sampling_weights():
-        for i, j in _shown(anchored, "computing anchors"):
+        for i, j in _with_progress(anchored, "computing anchors"):
             batch = batch_of(mine[i][j])
             anchors[i, j] = policy.velocity(batch.latents, batch.sigma, batch.condition).cpu()
 
-    every = _shown(work, "updating")
+    remaining = _with_progress(work, "updating")
     for i, (step, microbatches) in enumerate(zip(steps, mine, strict=True)):
         for parameter in state.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         for j, microbatch in enumerate(microbatches):
-            next(every)
+            next(remaining)
             batch = batch_of(microbatch)
             velocities = _velocities(policy, batch, anchors.pop((i, j), None), update)
             observed = _accumulate(learner, batch, velocities, step, update)
             diagnostics.add(batch.timesteps, batch.weights, first=i == 0, **observed)
         gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
         all_reduce_sum(gradients)
-        diagnostics.gradient_norms.append(_clip(gradients, update, what=f"step {i + 1} of iteration {iteration}"))
+        diagnostics.gradient_norms.append(
+            _clip_gradients(gradients, update, what=f"step {i + 1} of iteration {iteration}")
+        )
         state.step()
-    for _ in every:  # lets the progress line end
+    for _ in remaining:  # ends the progress line
         pass
     state.end_iteration()
     diagnostics.reduce()
     return diagnostics
 
 
-def _shown(work: Sequence[tuple[int, int]], what: str) -> Iterator[tuple[int, int]]:
-    """Microbatches, with progress on the first rank."""
+def _with_progress(work: Sequence[tuple[int, int]], what: str) -> Iterator[tuple[int, int]]:
+    """An iterator over microbatches, with a progress line on rank 0."""
     return iter(progress(work, what=what, unit="passes") if rank() == 0 and work else work)
 
 
@@ -106,7 +108,7 @@ def _velocities(policy: LayeredPolicy, batch: Batch, v_old: Tensor | None, updat
 def _accumulate(
     learner: Learner, batch: Batch, velocities: Velocities, step: OptimizerStep, update: UpdateRecipe
 ) -> Observed:
-    """Add one microbatch's share of the step's gradient; what was observed of its points."""
+    """Add one microbatch's share of the step's gradient. Returns the columns to record for its points."""
     losses, observed = learner.losses(batch, velocities, update)
     (losses * batch.weights).sum().div(step.total_weight).backward()
     assert velocities.new.grad is not None
@@ -118,7 +120,7 @@ def _accumulate(
     }
 
 
-def _clip(gradients: Sequence[Tensor], update: UpdateRecipe, *, what: str) -> float:
+def _clip_gradients(gradients: Sequence[Tensor], update: UpdateRecipe, *, what: str) -> float:
     """Clip to `max_grad_norm` by the global norm, which is returned; the gradients are those of all ranks already.
 
     Raises:

@@ -8,7 +8,7 @@ dimensions is
     sum_d [ (x'-mu_old)^2 - (x'-mu)^2 ]_d / (2 s^2)  =  sum_d [ dmu (x'-mu_old) ]_d / s^2  -  sum_d dmu_d^2 / (2 s^2)
 
 computed here from the right-hand side: no difference of two large numbers, and exactly 0 where mu = mu_old whatever the
-rounding of the stored x'. D is 512,000 for four layers at 640 pixels, so its scale is what a RatioNorm has to settle.
+rounding of the stored x'. D is 512,000 for four layers at 640 pixels, so a RatioNorm has to settle its scale.
 
 Shapes: B points (one candidate at one window step each), S packed tokens, C channels, D = S * C.
 """

@@ -1,4 +1,4 @@
-"""Which candidates are learned from in which optimizer step, in which forward pass, on which rank.
+"""The plan of an update: candidates by optimizer step, forward pass and rank.
 
 A point is one candidate at one timestep: the unit of a forward pass. A microbatch holds points of one group, so that
 its points share image, layer count and size (the model's rotary positions are those of the batch's first sample) and
@@ -22,7 +22,7 @@ class Point:
     candidate: int
     timestep: int  # index from 0
     advantage: float
-    weight: float  # 0: padding, computed and not counted, so that ranks stay in step
+    weight: float  # 0: padding, computed but not counted, so that ranks stay in step
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Microbatch:
         return (self.layers + 2) * len(self.points)
 
     def padding(self) -> Microbatch:
-        """A copy of weight 0."""
+        """A zero-weight copy (padding)."""
         return Microbatch(self.group, self.layers, tuple(Point(p.candidate, p.timestep, 0.0, 0.0) for p in self.points))
 
 
@@ -60,13 +60,13 @@ def plan_steps(
         groups: in order of group; fewer of them than `steps` give fewer steps.
         timesteps: points of a candidate.
         microbatch: most points in one forward pass.
-        pad: give every rank equally many microbatches, the added ones of weight 0, because the ranks must enter the
-            collectives of a sharded model together.
+        pad: give every rank equally many microbatches by padding, because the ranks must enter the collectives of a
+            sharded model together.
     """
     planned = []
     for index in range(min(steps, len(groups))):
         batches = [batch for group in groups[index::steps] for batch in _microbatches(group, timesteps, microbatch)]
-        shares = _share(batches, ranks)
+        shares = _share_among_ranks(batches, ranks)
         if pad:
             rounds = max(len(share) for share in shares)
             shares = [share + [batches[0].padding()] * (rounds - len(share)) for share in shares]
@@ -80,7 +80,7 @@ def plan_steps(
 
 
 def candidates_of(steps: Sequence[OptimizerStep], rank: int) -> dict[int, set[int]]:
-    """Group -> candidates whose trajectories a rank learns from."""
+    """Candidates whose trajectories a rank learns from, by group."""
     wanted: dict[int, set[int]] = {}
     for step in steps:
         for microbatch in step.ranks[rank]:
@@ -100,8 +100,8 @@ def _microbatches(group: GroupAdvantage, timesteps: int, size: int) -> list[Micr
     return [Microbatch(group.group, group.layers, tuple(points[low:high])) for low, high in pairwise(bounds)]
 
 
-def _share(batches: Sequence[Microbatch], ranks: int) -> list[list[Microbatch]]:
-    """Microbatches per rank, in their order: longest processing time first, each to the least loaded rank."""
+def _share_among_ranks(batches: Sequence[Microbatch], ranks: int) -> list[list[Microbatch]]:
+    """Longest-processing-time-first: each microbatch to the least loaded rank. Returns those of each rank, in order."""
     load = [0] * ranks
     owner: dict[int, int] = {}
     for index in sorted(range(len(batches)), key=lambda i: (-batches[i].cost, i)):

@@ -1,12 +1,12 @@
 """The training state that an iteration hands to the next: adapter, AdamW's moments, averages, counters. No pickle.
 
-Files in `iterations/<k>/policy/`, all float32:
+Files in `iterations/<iteration>/policy/`, all float32:
     adapter_model.safetensors, adapter_config.json    the policy that samples next, in peft's layout
-    optimizer.safetensors    exp_avg.<key>, exp_avg_sq.<key>; trained.<key> where the weights that learn are other ones
+    optimizer.safetensors    exp_avg.<key>, exp_avg_sq.<key>; trained.<key> where other weights learn than sample
     ema.safetensors          the averaged adapter, keys as in adapter_model.safetensors, where recipe.update.ema is set
     learner.json             a `LearnerState`
 
-Every iteration begins from these files, also within one process, so an interrupted campaign resumes bit for bit.
+Every iteration starts from these files, also within one process, so an interrupted campaign resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from layerloop.components.policy.adapters import NAME, PEFT_PREFIX, PEFT_WEIGHTS, Adapter
+from layerloop.components.policy.adapters import NAME, PEFT_PREFIX, PEFT_WEIGHTS
 from layerloop.components.policy.lora import adapter_of, write_peft
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
@@ -35,7 +35,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainingState:
-    """The adapter's parameters by key, the optimizer over them, and what is averaged over time.
+    """The adapter's parameters by key, the optimizer over them, and its averages over time.
 
     `sampling` holds the weights of the policy that samples where these are not the learning ones (an algorithm with an
     `old_decay`), else None.
@@ -55,9 +55,9 @@ class TrainingState:
             eps=update.adam_epsilon,
             weight_decay=update.weight_decay,
         )
-        self.ema = self._copy() if update.ema is not None else None
+        self.ema = self._copy_weights() if update.ema is not None else None
         self.old_decay = ALGORITHMS[update.algorithm].old_decay(update)
-        self.sampling = self._copy() if self.old_decay > 0 else None
+        self.sampling = self._copy_weights() if self.old_decay > 0 else None
 
     @classmethod
     def resume(
@@ -74,21 +74,23 @@ class TrainingState:
         learner = previous.file(LEARNER)
         stored = LearnerState.from_json(read_file(store, learner), where=f"{store.uri}/{learner.name}")
         state = cls(policy, update, stored.model_copy(update={"iteration": iteration}))
-        tensors = _tensors(store, previous, OPTIMIZER)
+        tensors = _read_tensors(store, previous, OPTIMIZER)
         if stored.optimizer_steps > 0:
             for key, parameter in state.parameters.items():
-                moments = {name: _fitting(tensors, f"{name}.{key}", parameter, OPTIMIZER) for name in MOMENTS}
+                moments = {name: _matching_tensor(tensors, f"{name}.{key}", parameter, OPTIMIZER) for name in MOMENTS}
                 step = torch.tensor(float(stored.optimizer_steps))
                 state.optimizer.state[parameter] = {"step": step, **moments}
         if state.ema is not None:
-            averaged = _tensors(store, previous, EMA)
-            state.ema = {k: _fitting(averaged, PEFT_PREFIX + k, p, EMA) for k, p in state.parameters.items()}
+            averaged = _read_tensors(store, previous, EMA)
+            state.ema = {k: _matching_tensor(averaged, PEFT_PREFIX + k, p, EMA) for k, p in state.parameters.items()}
         if state.sampling is not None:
-            state._put({k: _fitting(tensors, f"trained.{k}", p, OPTIMIZER) for k, p in state.parameters.items()})
+            state._set_weights(
+                {k: _matching_tensor(tensors, f"trained.{k}", p, OPTIMIZER) for k, p in state.parameters.items()}
+            )
         return state
 
     def step(self) -> None:
-        """One optimizer step with the gradients that are there, and the averages that follow it."""
+        """Take one optimizer step with the present gradients and update the average."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         counters = {"optimizer_steps": self.counters.optimizer_steps + 1}
@@ -103,7 +105,7 @@ class TrainingState:
 
     @torch.no_grad()
     def end_iteration(self) -> None:
-        """Move the policy that samples next towards the trained one: once an iteration, after its last step."""
+        """Move the policy that samples next towards the trained one: once per iteration, after its last step."""
         if self.sampling is not None:
             for key, parameter in self.parameters.items():
                 self.sampling[key].lerp_(parameter, 1 - self.old_decay)
@@ -114,12 +116,12 @@ class TrainingState:
         if self.sampling is None:
             yield
             return
-        trained = self._copy()
-        self._put(self.sampling)
+        trained = self._copy_weights()
+        self._set_weights(self.sampling)
         try:
             yield
         finally:
-            self._put(trained)
+            self._set_weights(trained)
 
     def write(self, policy: LayeredPolicy, folder: Path, *, base: str | None) -> list[Path]:
         """Write the files above into `folder`; returns them in a fixed order. The state stays as it is.
@@ -136,34 +138,33 @@ class TrainingState:
         with self.sampling_weights():
             adapter = adapter_of(policy.transformer)
         write_peft(adapter, folder, transformer=policy.transformer, base=base)
-        _save(tensors, folder / OPTIMIZER)
+        _save_tensors(tensors, folder / OPTIMIZER)
         (folder / LEARNER).write_bytes(self.counters.to_json())
         names = [PEFT_WEIGHTS, "adapter_config.json", OPTIMIZER, LEARNER]
         if self.ema is not None:
-            _save({PEFT_PREFIX + key: value for key, value in self.ema.items()}, folder / EMA)
+            _save_tensors({PEFT_PREFIX + key: value for key, value in self.ema.items()}, folder / EMA)
             names.append(EMA)
         return [folder / name for name in names]
 
-    def _copy(self) -> dict[str, Tensor]:
+    def _copy_weights(self) -> dict[str, Tensor]:
         return {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
 
     @torch.no_grad()
-    def _put(self, weights: Mapping[str, Tensor]) -> None:
+    def _set_weights(self, weights: Mapping[str, Tensor]) -> None:
         for key, parameter in self.parameters.items():
             parameter.copy_(weights[key])
 
 
-def averaged(adapter: Adapter, data: bytes) -> Adapter:
-    """The averaged adapter of `ema.safetensors`, with rank and alpha of the trained one."""
-    tensors = load(data)
-    return Adapter({key: tensors[PEFT_PREFIX + key] for key in adapter.state}, adapter.rank, adapter.alpha)
-
-
-def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     save_file({key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}, file)
 
 
-def _tensors(store: Store, manifest: Manifest, name: str) -> dict[str, Tensor]:
+def _read_tensors(store: Store, manifest: Manifest, name: str) -> dict[str, Tensor]:
+    """The tensors of a committed state file.
+
+    Raises:
+        LayerloopError: the file is missing or not safetensors.
+    """
     try:
         file = manifest.file(name)
     except KeyError:
@@ -176,8 +177,8 @@ def _tensors(store: Store, manifest: Manifest, name: str) -> dict[str, Tensor]:
         raise LayerloopError(f"{store.uri}/{file.name} is not safetensors ({error}): restore it") from None
 
 
-def _fitting(tensors: Mapping[str, Tensor], name: str, parameter: Tensor, file: str) -> Tensor:
-    """A tensor of a state file on the parameter's device.
+def _matching_tensor(tensors: Mapping[str, Tensor], name: str, parameter: Tensor, file: str) -> Tensor:
+    """A tensor of a state file, checked to fit a parameter and moved to its device.
 
     Raises:
         LayerloopError: it is missing or of another shape.

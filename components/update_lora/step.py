@@ -1,7 +1,7 @@
-"""One iteration of learning: the scores become group-relative advantages, the trajectories become a gradient, the
-adapter takes its steps, and all of it is committed together with the optimizer's state.
+"""The step `update_lora`: group-relative advantages from the scores, gradients from the trajectories, optimizer steps
+on the adapter, committed together with the optimizer's state.
 
-Under torchrun every rank runs this; microbatches are shared out, gradients summed, and rank 0 writes.
+Under torchrun every rank runs this; microbatches are distributed, gradients summed, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(
     Args:
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
-        iteration: Which iteration to learn from; by default the one after the last committed policy.
+        iteration: The iteration to learn from; by default the one after the last committed policy.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
 
@@ -57,14 +57,14 @@ def run(
         LayerloopError: rollouts or scores are missing, or of another model, adapter or schema version; NaN in latents
             or rewards; a gradient that is not finite or explodes. Nothing is committed then.
     """
-    begun = time.monotonic()
-    place = Campaign.open(campaign, runtime)
-    recipe = place.recipe
-    number = place.head() + 1 if iteration is None else iteration
-    if number < 1:
-        raise LayerloopError(f"iteration is {number}: iterations count from 1")
-    folder = place.policy_dir(number)
-    if (done := already_committed(place.store, f"{folder}/{MANIFEST}", log=log)) is not None:
+    started = time.monotonic()
+    opened = Campaign.open(campaign, runtime)
+    recipe = opened.recipe
+    current = opened.head() + 1 if iteration is None else iteration
+    if current < 1:
+        raise LayerloopError(f"iteration is {current}: iterations count from 1")
+    folder = opened.policy_dir(current)
+    if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
         return _result(done)
 
     from layerloop.components.update_lora.advantages import advantages_of
@@ -76,57 +76,62 @@ def run(
 
     with process_group() as device:
         with failing_together():
-            previous = place.policy(number - 1)
-            rollouts = place.rollouts(number)
-            advantages = advantages_of(score_rows(place, number), recipe.update)
-            steps = _plan(place, advantages)
+            previous = opened.policy(current - 1)
+            rollouts = opened.rollouts(current)
+            advantages = advantages_of(score_rows(opened, current), recipe.update)
+            steps = _plan(opened, advantages)
             if rank() == 0:
-                _log_advantages(advantages, number)
-            sharded = shares_base(place.runtime.model)
-            here = policy_at(place, number - 1, device=device, sharded=sharded, trainable=True, loaded=loaded)
-            policy = here.policy
+                _log_advantages(advantages, current)
+            sharded = shares_base(opened.runtime.model)
+            loaded = policy_at(opened, current - 1, device=device, sharded=sharded, trainable=True, loaded=loaded)
+            policy = loaded.policy
             expected = Expected(
-                number, policy.fingerprint, here.adapter_sha256, recipe.update.algorithm, timesteps_of(recipe),
+                current, policy.fingerprint, loaded.adapter_sha256, recipe.update.algorithm, timesteps_of(recipe),
                 token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
             )  # fmt: skip
-            groups = read_trajectories(place.store, rollouts, candidates_of(steps, rank()), expected)
-            state = TrainingState.resume(policy, recipe.update, place.store, previous, number)
-        prompt_embeds = here.prompt.to(device, policy.dtype)
-        diagnostics = learn(policy, state, steps, groups, prompt_embeds, recipe, iteration=number)
+            groups = read_trajectories(opened.store, rollouts, candidates_of(steps, rank()), expected)
+            state = TrainingState.resume(policy, recipe.update, opened.store, previous, current)
+        prompt_embeds = loaded.prompt.to(device, policy.dtype)
+        diagnostics = learn(policy, state, steps, groups, prompt_embeds, recipe, iteration=current)
         with failing_together():
             manifest = None
             if rank() == 0:
-                manifest = _commit(place, number, policy, state, advantages, diagnostics)
+                manifest = _commit(opened, current, policy, state, advantages, diagnostics)
         text = broadcast_json(manifest.model_dump(mode="json") if manifest else None)
     result = _result(Manifest.model_validate(text))
-    return StepResult(manifests=result.manifests, metrics=result.metrics | {"seconds": time.monotonic() - begun})
+    return StepResult(manifests=result.manifests, metrics=result.metrics | {"seconds": time.monotonic() - started})
 
 
-def score_rows(place: Campaign, iteration: int) -> list[ScoreRow]:
-    """Every judgement of an iteration, masked candidates among them."""
+def score_rows(campaign: Campaign, iteration: int) -> list[ScoreRow]:
+    """The score of every candidate of an iteration, masked ones among them.
+
+    Raises:
+        LayerloopError: the scores are not committed, or damaged.
+    """
     return [
-        ScoreRow.from_json(members["json"], where=f"{place.uri}/{shard.name}:{key}.json")
-        for shard in place.scores(iteration).shards
-        for key, members in read_shard(place.store, shard, required=("json",))
+        ScoreRow.from_json(members["json"], where=f"{campaign.uri}/{shard.name}:{key}.json")
+        for shard in campaign.scores(iteration).shards
+        for key, members in read_shard(campaign.store, shard, required=("json",))
     ]
 
 
-def _plan(place: Campaign, advantages: Advantages) -> tuple[OptimizerStep, ...]:
-    """The iteration's optimizer steps, shared out among the ranks."""
+def _plan(campaign: Campaign, advantages: Advantages) -> tuple[OptimizerStep, ...]:
+    """The iteration's optimizer steps, distributed among the ranks."""
     from layerloop.components.update_lora.algorithm import timesteps_of
     from layerloop.components.update_lora.plan import plan_steps
 
     return plan_steps(
         advantages.groups,
-        steps=place.recipe.update.steps,
-        timesteps=timesteps_of(place.recipe),
-        microbatch=place.runtime.update.microbatch,
+        steps=campaign.recipe.update.steps,
+        timesteps=timesteps_of(campaign.recipe),
+        microbatch=campaign.runtime.update.microbatch,
         ranks=world_size(),
-        pad=place.runtime.model.fsdp,
+        pad=campaign.runtime.model.fsdp,
     )
 
 
 def _log_advantages(advantages: Advantages, iteration: int) -> None:
+    """Log how many groups are learned from and why others are left out."""
     log(
         f"iteration {iteration}: learning from {len(advantages.groups)} groups; left out: "
         f"{len(advantages.zero_std_groups)} of equal rewards, {len(advantages.underfilled_groups)} with fewer than two "
@@ -138,7 +143,7 @@ def _log_advantages(advantages: Advantages, iteration: int) -> None:
 
 
 def _commit(
-    place: Campaign,
+    campaign: Campaign,
     iteration: int,
     policy: LayeredPolicy,
     state: TrainingState,
@@ -146,12 +151,12 @@ def _commit(
     diagnostics: Diagnostics,
 ) -> Manifest:
     """Write adapter and state, then the manifest that makes them count."""
-    folder = place.policy_dir(iteration)
+    folder = campaign.policy_dir(iteration)
     with tempfile.TemporaryDirectory() as temporary:
-        paths = state.write(policy, Path(temporary), base=place.recipe.model.base)
-        if (done := place.find(folder)) is not None:  # another attempt was faster: its files stay as they are
+        paths = state.write(policy, Path(temporary), base=campaign.recipe.model.base)
+        if (done := campaign.find(folder)) is not None:  # another attempt was faster: its files stay
             return done
-        files = tuple(add_file(place.store, f"{folder}/{path.name}", path) for path in paths)
+        files = tuple(add_file(campaign.store, f"{folder}/{path.name}", path) for path in paths)
     norms = diagnostics.gradient_norms
     manifest = Manifest(
         kind="policy",
@@ -168,8 +173,8 @@ def _commit(
         metadata={
             "adapter_sha256": files[0].sha256,
             "base_fingerprint": policy.fingerprint,
-            "base": place.recipe.model.base,
-            "algorithm": place.recipe.update.algorithm,
+            "base": campaign.recipe.model.base,
+            "algorithm": campaign.recipe.update.algorithm,
             "filtered_fraction": advantages.filtered_fraction,
             "reward_mean": advantages.reward_mean,
             "reward_std": advantages.reward_std,
@@ -181,11 +186,11 @@ def _commit(
             "per_timestep": {name: list(row) for name, row in diagnostics.per_timestep().items()},
         },
     )
-    return commit(place.store, f"{folder}/{MANIFEST}", manifest)
+    return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
 
 
 def _result(manifest: Manifest) -> StepResult:
-    """What Kubeflow shows of a committed policy."""
+    """Result of the step: the committed policy and its metrics."""
     numbers = {**manifest.counts, **manifest.metadata}
     metrics = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
     return StepResult(manifests={"policy": manifest}, metrics=metrics)
@@ -193,7 +198,7 @@ def _result(manifest: Manifest) -> StepResult:
 
 main = functools.partial(
     step_main, run, step=STEPS["update_lora"], beyond=("policy", "previous"),
-    spread=ranks.spread, store=open_store,
+    launch=ranks.launch_per_gpu, store=open_store,
 )  # fmt: skip
 
 if __name__ == "__main__":

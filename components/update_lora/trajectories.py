@@ -1,4 +1,4 @@
-"""The trajectories that a rank learns from, as tensors, provided that the policy that is to learn sampled them."""
+"""The trajectories that a rank learns from, as tensors, checked to be sampled by the policy that learns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from layerloop.components.storage.store import Store
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What is kept of one candidate: `window[w+1, S, C]` or `final[S, C]`, as the algorithm needs; float32, CPU."""
+    """Latents of one candidate: `window[w+1, S, C]` or `final[S, C]`, as the algorithm needs; float32, CPU."""
 
     seed: int
     latents: Tensor
@@ -27,7 +27,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Those of one group that this rank learns from."""
+    """Trajectories of one group that this rank learns from."""
 
     record: GroupRecord
     condition: Tensor  # condition[h*w, C], float32
@@ -36,7 +36,7 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a trajectory must have been sampled with."""
+    """The origin that trajectories must have, and their shape."""
 
     iteration: int
     base_fingerprint: str
@@ -60,17 +60,17 @@ def read_trajectories(
             are not finite or not of the record's and the model's shape; a wanted candidate that is not there.
     """
     if unknown := sorted(wanted.keys() - manifests.keys()):
-        raise _not_sampled(expected, unknown[0])
+        raise _missing_error(expected, unknown[0])
     return {
-        group.record.group: _tensors(group, wanted[group.record.group], expected)
+        group.record.group: _trajectories_of(group, wanted[group.record.group], expected)
         for group in read_groups(store, manifests, wanted, latents=True)
     }
 
 
-def _tensors(group: Group, wanted: Set[int], expected: Expected) -> Trajectories:
-    _check(group.record, expected, where=group.where)
+def _trajectories_of(group: Group, wanted: Set[int], expected: Expected) -> Trajectories:
+    _check_record(group.record, expected, where=group.where)
     if unknown := sorted(candidate for candidate in wanted if candidate not in range(len(group.candidates))):
-        raise _not_sampled(expected, group.record.group, unknown[0])
+        raise _missing_error(expected, group.record.group, unknown[0])
     return Trajectories(
         group.record,
         torch.from_numpy(group.condition(expected.channels)),
@@ -89,14 +89,15 @@ def _tensors(group: Group, wanted: Set[int], expected: Expected) -> Trajectories
     )
 
 
-def _not_sampled(expected: Expected, group: int, candidate: int | None = None) -> LayerloopError:
+def _missing_error(expected: Expected, group: int, candidate: int | None = None) -> LayerloopError:
     what = f"group {group}" if candidate is None else f"candidate {candidate} of group {group}"
     return LayerloopError(
         f"rollouts of iteration {expected.iteration} lack {what}, which was scored: score the iteration again"
     )
 
 
-def _check(record: GroupRecord, expected: Expected, *, where: str) -> None:
+def _check_record(record: GroupRecord, expected: Expected, *, where: str) -> None:
+    """Raises LayerloopError where a group was not sampled as expected; `where` names it."""
     if record.base_fingerprint != expected.base_fingerprint:
         raise LayerloopError(
             f"{where} was sampled from a base model with fingerprint {record.base_fingerprint[:12]}, this one has "

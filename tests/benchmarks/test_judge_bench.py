@@ -150,12 +150,12 @@ class Run:
         """Answers a second between the first round of answers and the last, `round_` answers each.
 
         The judge fills up and runs empty once in a step of minutes. Here, where a run has ten rounds, both would be a
-        tenth of what is measured, so they are left out; `whole` has them.
+        tenth of what is measured, so they are left out; `total` has them.
         """
         return (len(self.times) - 2 * round_) / (self.times[-1 - round_] - self.times[round_ - 1])
 
     @property
-    def whole(self) -> float:
+    def total(self) -> float:
         """Answers a second from the first request to the last answer."""
         return len(self.times) / self.times[-1]
 
@@ -182,11 +182,11 @@ def test_the_judge_is_kept_busy_at_every_parallelism(record_benchmark: Callable[
     judge, not on the way to it. The service time grows with the parallelism, as a GPU's does: a VLM of 9 billion
     parameters judges some tens of candidates a second however many it has at once. Here it is 32 a second, which the
     two cores that client and server share can carry; what the client itself costs is the next benchmark. The requests
-    go the whole way (payload, HTTP, limiter, parsing, store); their pictures are small.
+    go the full way (payload, HTTP, limiter, parsing, store); their images are small.
     """
     request = small_request()
     fractions: dict[int, float] = {}
-    whole: dict[int, float] = {}
+    totals: dict[int, float] = {}
     for parallelism in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         service = max(0.25, parallelism / 32)
         rounds = 8 if parallelism <= 64 else 6
@@ -196,11 +196,11 @@ def test_the_judge_is_kept_busy_at_every_parallelism(record_benchmark: Callable[
                 run = asyncio.run(judged(judge, variants(request, rounds * parallelism)))
             fraction = run.rate(parallelism) * service / parallelism
             if fraction > fractions.get(parallelism, 0.0):
-                fractions[parallelism], whole[parallelism] = fraction, run.whole * service / parallelism
+                fractions[parallelism], totals[parallelism] = fraction, run.total * service / parallelism
             if fraction >= 0.95:
                 break
     print({parallelism: round(fraction, 3) for parallelism, fraction in fractions.items()})
-    print("with filling and emptying", {parallelism: round(fraction, 3) for parallelism, fraction in whole.items()})
+    print("with filling and emptying", {parallelism: round(fraction, 3) for parallelism, fraction in totals.items()})
     record_benchmark("judge_capacity_fraction", min(fractions.values()))
     assert min(fractions.values()) >= 0.93  # the mark is 0.95; shared machines lose some
 
@@ -212,9 +212,9 @@ def test_baselines_of_one_at_a_time_and_all_at_once(record_benchmark: Callable[[
         sequential = asyncio.run(judged(Judge(url, *settings(concurrency=1)), variants(request, 16)))
         everything = settings(concurrency=10_000, timeout_factor=0)
         unbounded = asyncio.run(judged(Judge(url, *everything), variants(request, 320)))
-    record_benchmark("judge_sequential_capacity_fraction", sequential.whole / capacity)
-    record_benchmark("judge_unbounded_capacity_fraction", unbounded.whole / capacity)
-    assert sequential.whole < unbounded.whole
+    record_benchmark("judge_sequential_capacity_fraction", sequential.total / capacity)
+    record_benchmark("judge_unbounded_capacity_fraction", unbounded.total / capacity)
+    assert sequential.total < unbounded.total
 
 
 def test_client_overhead(record_benchmark: Callable[[str, float], None]) -> None:
@@ -225,7 +225,7 @@ def test_client_overhead(record_benchmark: Callable[[str, float], None]) -> None
         for layers in (2, 3, 4, 5)
         for stack in render_sketches(np.random.default_rng(layers), count=8, layers=layers, size=(256, 256))
     ]
-    sources = [composite(stacks[first]) for first in range(0, len(stacks), 8)]  # come as pictures
+    sources = [composite(stacks[first]) for first in range(0, len(stacks), 8)]  # come as images
     scores = json.dumps({"scores": dict.fromkeys(RUBRIC.names, 3)})
     body = json.dumps({"choices": [{"message": {"content": scores}, "finish_reason": "stop"}]}).encode()
     rounds = []
@@ -265,8 +265,8 @@ def test_reading_and_sizing_what_was_rolled_out(record_benchmark: Callable[[str,
 def test_faults_cost_little_throughput_and_change_no_score(record_benchmark: Callable[[str, float], None]) -> None:
     """Throughput with 10 % failing and 5 % ten times as slow, as a share of throughput without.
 
-    What is lost at the least: 2 % fail after full service, and the slow ones hold a place for 1.5 times the usual
-    latency (`timeout_factor`) until they are given up: 1 + 0.02 + 0.05 * 1.5, so 0.91 is the most that can be had.
+    What is lost at the least: 2 % fail after full service, and the slow ones hold a slot for 1.5 times the usual
+    latency (`timeout_factor`) until they are given up: 1 + 0.02 + 0.05 * 1.5, so 0.91 is the most that is possible.
     """
     requests, parallelism, service = variants(small_request(), 960), 16, 0.6
     changes = {"concurrency": parallelism, "give_up_seconds": 1e6}
@@ -275,7 +275,7 @@ def test_faults_cost_little_throughput_and_change_no_score(record_benchmark: Cal
     with server(parallelism, service, faulty=True) as url:
         judge = Judge(url, *settings(**changes))
         faulty = asyncio.run(judged(judge, requests))
-    print(dict(judge.statistics.failures), f"whole runs {faulty.whole / sound.whole:.3f}")
+    print(dict(judge.statistics.failures), f"total runs {faulty.total / sound.total:.3f}")
     fraction = faulty.rate(parallelism) / sound.rate(parallelism)
     record_benchmark("judge_faulty_fraction", fraction)
     assert faulty.scores == sound.scores
@@ -294,7 +294,7 @@ print(json.dumps({"peak_mb": peak, **{name: result.metrics[name] for name in nam
 
 @pytest.mark.timeout(1800)
 def test_memory_of_ten_thousand_candidates(record_benchmark: Callable[[str, float], None], tmp_path: Path) -> None:
-    """Peak resident megabytes of a whole step over 10,000 candidates of 64 pixels, its replies stored as ever."""
+    """Peak resident megabytes of a complete step over 10,000 candidates of 64 pixels, its replies stored as usual."""
     from layerloop.components.schema.recipe import Recipe
     from layerloop.components.schema.trajectory import CandidateRecord, GroupRecord, candidate_key, group_key
     from layerloop.components.storage.campaign import Campaign
@@ -340,8 +340,8 @@ def test_memory_of_ten_thousand_candidates(record_benchmark: Callable[[str, floa
             text=True,
             env=os.environ | {"LAYERLOOP_RUNTIME": "judge: {concurrency: 64}"},
         )
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["candidates"] == groups * size and told["candidates_masked"] == 0
-    record_benchmark("judge_peak_mb", told["peak_mb"])
-    record_benchmark("judge_step_candidates_per_second", told["candidates"] / told["seconds"])
-    assert told["peak_mb"] < 1000
+    reported = json.loads(done.stdout.splitlines()[-1])
+    assert reported["candidates"] == groups * size and reported["candidates_masked"] == 0
+    record_benchmark("judge_peak_mb", reported["peak_mb"])
+    record_benchmark("judge_step_candidates_per_second", reported["candidates"] / reported["seconds"])
+    assert reported["peak_mb"] < 1000

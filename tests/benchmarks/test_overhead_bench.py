@@ -1,4 +1,4 @@
-"""What the pipeline costs beside the steps' own work: KFP's walk, process starts, imports."""
+"""Overhead of the pipeline over the steps' own work: KFP's walk, process starts, imports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from layerloop.pipelines.demo import make_pictures, reference_judge
+from layerloop.pipelines.demo import make_images, reference_judge
 from layerloop.pipelines.inputs import packaged_recipes
 from layerloop.pipelines.job import Job, run_job
 from layerloop.pipelines.local import STARTED, LocalRun
@@ -20,13 +20,13 @@ IMPORT = re.compile(r"^import time: +(\d+) \|", re.MULTILINE)  # microseconds in
 
 
 def with_imports(run: LocalRun) -> LocalRun:
-    """Each step's start moved on by the imports that it does after its `started` line: they are no work of its own."""
+    """Each step's start moved on by the imports that it does after its `started` line: they are not work of its own."""
     steps = []
     for step, log in zip(run.steps, sorted(run.folder.glob("[0-9]*.log")), strict=True):
         text = log.read_text()
-        begun = STARTED.search(text)
-        assert begun is not None
-        late = sum(map(int, IMPORT.findall(text, begun.end()))) / 1e6
+        started = STARTED.search(text)
+        assert started is not None
+        late = sum(map(int, IMPORT.findall(text, started.end()))) / 1e6
         steps.append(replace(step, start=step.start + late))
     return replace(run, steps=tuple(steps))
 
@@ -35,9 +35,9 @@ def with_imports(run: LocalRun) -> LocalRun:
 def test_most_of_the_demos_time_is_the_steps_own_work(
     tmp_path: Path, record_benchmark: Callable[[str, float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, designs = make_pictures(tmp_path)
+    images, designs = make_images(tmp_path)
     with reference_judge(tmp_path / "judge.log") as judge_url:
-        monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # of the steps, told in their logs
+        monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # of the steps, reported in their logs
         job = Job(
             campaign=str(tmp_path / "campaign"),
             images=str(images),

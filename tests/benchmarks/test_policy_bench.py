@@ -35,7 +35,7 @@ def condition(policy: LayeredPolicy) -> Condition:
 
 
 def ratio(run: Callable[[], object], reference: Callable[[], object], *, repeats: int) -> float:
-    """Median over `repeats` of `run`'s time relative to that of `reference` just beside it.
+    """Median over `repeats` of `run`'s time relative to that of `reference` right next to it.
 
     Times are processor seconds of one thread, and each pair is measured together: what other programs do to the machine
     meets both alike.

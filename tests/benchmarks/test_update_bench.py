@@ -6,7 +6,7 @@ computed beforehand in the shapes that the loop trains in, for log-probabilities
 would not give a first ratio of 1 in bfloat16. (The published flow_grpo does keep them from sampling:
 `update_speedup_kept` is the same figure with that pass not counted.) Ours packs candidates and window steps into
 forward passes of any size, needs no second pass for the first half, and adds the adapter's product inside a matrix
-product. (It also leaves out groups that teach nothing; here every group teaches.) Both take the same trajectories on
+product. (It also leaves out groups without a gradient; here every group has one.) Both take the same trajectories on
 the same tiny model, in turns, in one process, on one thread; what is compared is processor time, so that other programs
 on the machine count little.
 """
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from layerloop.components.policy.lora import adapter_state, add_lora
+from layerloop.components.policy.lora import adapter_state, new_adapter, put_adapter
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.policy.sampling import COEFFICIENTS, Plan, rollout
 from layerloop.components.policy.tiny import build_tiny_pipeline
@@ -62,7 +62,7 @@ def _one_thread() -> Iterator[None]:
 def fresh_policy() -> LayeredPolicy:
     pipeline = build_tiny_pipeline()
     policy = LayeredPolicy(transformer=pipeline.transformer, vae=pipeline.vae, scheduler=pipeline.scheduler)
-    add_lora(policy.transformer, RECIPE.lora, seed=0)
+    put_adapter(policy.transformer, new_adapter(policy.transformer, RECIPE.lora, seed=0))
     return policy
 
 
@@ -136,7 +136,7 @@ def straightforward(policy: LayeredPolicy, groups: dict[int, Trajectories]) -> f
     def logp(group: Trajectories, j: int) -> torch.Tensor:
         record = group.record
         window = torch.stack([t.latents for t in group.trajectories.values()])
-        condition = Condition(group.condition[None], prompt()[None], SIZE, SIZE).expand(G)
+        condition = Condition(group.condition[None].expand(G, -1, -1), prompt()[None], SIZE, SIZE)
         i = record.window_start + j
         v = policy.velocity(window[:, j], record.sigmas[i], condition)
         a, b, s = COEFFICIENTS[record.dynamics](record.sigmas, i, record.etas[j])
@@ -145,10 +145,10 @@ def straightforward(policy: LayeredPolicy, groups: dict[int, Trajectories]) -> f
         return density.flatten(1).mean(dim=1)
 
     steps = range(RECIPE.rollout.window.size)
-    begun = time.process_time()
+    started = time.process_time()
     with torch.no_grad():
         stored = {(g, j): logp(group, j) for g, group in groups.items() for j in steps}
-    storing = time.process_time() - begun
+    storing = time.process_time() - started
     for half in range(update.steps):
         members = [g for g in groups if g % update.steps == half]
         optimizer.zero_grad()
@@ -190,9 +190,9 @@ def test_update_speedup(groups: dict[int, Trajectories], record_benchmark: Calla
         seconds, storing = {}, {}
         for loop, make in list(LOOPS.items())[:: -1 if turn % 2 else 1]:
             policy = make()
-            begun = time.process_time()
+            started = time.process_time()
             storing[loop] = loop(policy, groups)
-            seconds[loop] = time.process_time() - begun
+            seconds[loop] = time.process_time() - started
         ratios.append(seconds[straightforward] / seconds[ours])
         kept.append((seconds[straightforward] - storing[straightforward]) / seconds[ours])
     speedup = statistics.median(ratios)

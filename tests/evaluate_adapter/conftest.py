@@ -1,4 +1,4 @@
-"""Campaigns that hold out designs and pictures and have an adapter, of a very small random policy."""
+"""Campaigns that hold out designs and images and have an adapter, of a very small random policy."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def source_of(stack: Pixels) -> Pixels:
     return on_backdrop(composite(stack), "white")
 
 
-def hold_out(lab: CampaignBuilder, designs: Sequence[Pixels], pictures: Sequence[Pixels]) -> None:
+def hold_out(lab: CampaignBuilder, designs: Sequence[Pixels], images: Sequence[Pixels]) -> None:
     """Commit sources with no images to train on."""
-    lab.sources(holdout=pictures, designs=[(source_of(design), design) for design in designs])
+    lab.sources(holdout=images, designs=[(source_of(design), design) for design in designs])
 
 
 MakeLab = Callable[..., CampaignBuilder]
@@ -62,7 +62,7 @@ def lab_at(uri: str, base: Path) -> CampaignBuilder:
 
 
 def fill(lab: CampaignBuilder) -> CampaignBuilder:
-    """Five designs that fit the recipe and one that does not, two pictures, two iterations with scores and adapters."""
+    """Five designs that fit the recipe and one that does not, two images, two iterations with scores and adapters."""
     designs = [drawn_design(seed, 2 + seed % 2, width=SIDE + 16 * (seed % 2)) for seed in range(5)]
     hold_out(lab, [*designs, drawn_design(5, 5)], [source_of(drawn_design(seed, 3)) for seed in (10, 11)])
     for iteration in (1, 2):

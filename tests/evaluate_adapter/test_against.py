@@ -21,13 +21,13 @@ def campaign(tmp_path: Path) -> Campaign:
     return Campaign.create_or_open(str(tmp_path / "campaign"), parse_recipe(recipe_text("tiny", [])))
 
 
-def rows(number: int = 24, *, shift: dict[str, float] | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """Numbers of `number` designs and as many pictures; `shift` is added to a column."""
+def rows(count: int = 24, *, shift: dict[str, float] | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """Numbers of `count` designs and as many unlabelled images; `shift` is added to a column."""
     rng = np.random.default_rng(7)
     noise = np.random.default_rng(100 + seed)
     found = []
     for kind in ("designs", "pictures"):
-        for index in range(number):
+        for index in range(count):
             row: dict[str, Any] = {"key": f"k{index}", "kind": kind, "layers": 3, "seed": index}
             for column in ("bad_layers", "slot_l1", "recomposition_error"):
                 row[column] = rng.uniform(0.2, 0.4) + noise.normal(0, 0.01) + (shift or {}).get(f"{kind}.{column}", 0)
@@ -48,7 +48,7 @@ def evaluated(campaign: Campaign, iteration: int, adapter: list[dict[str, Any]])
 
 def test_the_first_evaluation_has_nothing_to_be_worse_than(campaign: Campaign, capsys: Any) -> None:
     fail_when_worse(campaign, evaluated(campaign, 3, rows()))
-    assert "iteration 3 is the first that was evaluated" in capsys.readouterr().err
+    assert "iteration 3 is the first evaluated iteration" in capsys.readouterr().err
 
 
 def test_a_night_on_which_nothing_changed_is_green_and_says_so(campaign: Campaign, capsys: Any) -> None:
@@ -85,7 +85,7 @@ def test_too_few_pictures_raise_no_alarm(campaign: Campaign) -> None:
 def test_other_pictures_are_not_compared(campaign: Campaign, capsys: Any) -> None:
     evaluated(campaign, 3, [{**row, "seed": 1000 + row["seed"]} for row in rows()])
     fail_when_worse(campaign, evaluated(campaign, 5, rows(shift={"designs.bad_layers": 0.2})))
-    assert "evaluated on other pictures" in capsys.readouterr().err
+    assert "evaluated on other images" in capsys.readouterr().err
 
 
 def test_the_intervals_are_wide_enough_for_all_that_is_watched() -> None:

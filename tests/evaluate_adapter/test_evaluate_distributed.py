@@ -13,7 +13,7 @@ import pytest
 
 from layerloop.components.evaluate_adapter import step
 from layerloop.components.evaluate_adapter.cases import Case
-from layerloop.components.evaluate_adapter.decompose import cost, deal
+from layerloop.components.evaluate_adapter.decompose import balance, cost
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.storage.campaign import MANIFEST
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(400)  # three interpreters start at once
 
 
 def own_ranks(lab: CampaignBuilder, fsdp: bool) -> subprocess.CompletedProcess[str]:
-    """The step's plain command, told to run in two processes (on GPUs: one each, by itself)."""
+    """The step's plain command, run in two processes (on GPUs: one each, by itself)."""
     runtime = json.dumps({"model": {"fsdp": fsdp}})
     module = "layerloop.components.evaluate_adapter"
     command = [sys.executable, "-m", module, "--campaign", lab.uri, "--runtime", runtime]
@@ -38,9 +38,9 @@ def kept(lab: CampaignBuilder) -> dict[str, bytes]:
     return {name: lab.store.read(name) for name in names}
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("fsdp", [False, True], ids=["complete", "sharded"])
 def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Path, fsdp: bool) -> None:
-    """Five designs and two images in four batches of unequal sizes, with a whole base and with one that they share."""
+    """Five designs and two images in four batches of unequal sizes, with a base each and with one that they share."""
     alone = fill(make_lab(str(tmp_path / "alone")))
     together = fill(make_lab(str(tmp_path / "together")))
     run(campaign=alone.uri)
@@ -57,7 +57,7 @@ def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Pa
 def test_ranks_make_as_many_shards_at_a_time_as_they_are_and_keep_those_of_an_earlier_attempt(
     make_lab: MakeLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards of two cases: three for each model and one with a single case, of which the second is there already."""
+    """Shards of two cases: three for each model and one with a single case, of which the second exists already."""
     monkeypatch.setattr(step, "CASES_PER_SHARD", 2)
     alone = fill(make_lab(str(tmp_path / "alone")))
     together = fill(make_lab(str(tmp_path / "together")))
@@ -73,11 +73,14 @@ def test_ranks_make_as_many_shards_at_a_time_as_they_are_and_keep_those_of_an_ea
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("2 decompositions, there already") == 1 and done.stderr.count(f"{earlier}: ") == 1
+    assert (
+        done.stderr.count("2 decompositions, kept from an earlier attempt") == 1
+        and done.stderr.count(f"{earlier}: ") == 1
+    )
     assert kept(together) == kept(alone)
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["whole", "sharded"])
+@pytest.mark.parametrize("fsdp", [False, True], ids=["complete", "sharded"])
 def test_a_fault_that_one_rank_meets_ends_both_with_one_clear_line(make_lab: MakeLab, fsdp: bool) -> None:
     """One of two images has a side that the model does not take, so one rank fails while the other samples."""
     lab = make_lab()
@@ -106,11 +109,11 @@ def test_a_batch_costs_its_tokens_of_layers_composite_and_condition() -> None:
 
 def test_a_dear_batch_is_balanced_by_several_cheap_ones() -> None:
     """Dealt in turn the first rank would have 9 and 1 and 1, the second 3."""
-    assert deal([9, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4]]
-    assert deal([2, 2, 3, 3, 4], 2) == [[0, 1, 4], [2, 3]]
+    assert balance([9, 1, 1, 1, 1], 2) == [[0], [1, 2, 3, 4]]
+    assert balance([2, 2, 3, 3, 4], 2) == [[0, 1, 4], [2, 3]]
 
 
 def test_every_batch_is_dealt_to_one_rank() -> None:
-    shares = deal([float(1 + index % 5) for index in range(23)], 4)
+    shares = balance([float(1 + index % 5) for index in range(23)], 4)
     assert sorted(item for share in shares for item in share) == list(range(23))
-    assert deal([1.0], 3) == [[0], [], []]
+    assert balance([1.0], 3) == [[0], [], []]

@@ -1,4 +1,4 @@
-"""The step as a whole: base and adapter on the same noise, the report, and what it leaves in the campaign."""
+"""The complete step: base and adapter on the same noise, the report, and what it leaves in the campaign."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from layerloop.components.evaluate_adapter.cases import read_cases
 from layerloop.components.evaluate_adapter.decompose import read_decompositions
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.layers.measure import DEFINITIONS, measure_all
-from layerloop.components.policy.lora import load_adapter
+from layerloop.components.policy.lora import put_adapter, read_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.sampling import Plan, rollout
 from layerloop.components.schema.errors import LayerloopError
@@ -67,7 +67,7 @@ def test_layers_are_sampled_as_at_inference_from_the_cases_seed(evaluated: Evalu
     prompt = load(lab.store.read("sources/prompt.safetensors"))["prompt_embeds"]
     for model in ("base", "iteration-000002"):
         if model != "base":
-            load_adapter(policy, Path(lab.uri) / lab.campaign.policy_dir(2))
+            put_adapter(policy.transformer, read_adapter(Path(lab.uri) / lab.campaign.policy_dir(2)))
         (shard,) = (shard for shard in evaluated.manifest.shards if f"/{model}/" in shard.name)
         stacks = read_decompositions(lab.store, shard)
         for case in (cases.cases[0], cases.cases[-1]):
@@ -90,7 +90,7 @@ def test_an_adapter_that_changes_nothing_differs_from_the_base_in_nothing(make_l
 
 
 def test_the_average_is_evaluated_where_one_is_kept_as_it_is_what_would_be_published(make_lab: MakeLab) -> None:
-    """The average here is of weights that change nothing, beside trained ones that do."""
+    """The average here is of weights that change nothing, next to trained ones that do."""
     lab = make_lab()
     hold_out(lab, [drawn_design(1, 2), drawn_design(2, 3)], [])
     lab.adapter(1)
@@ -127,13 +127,13 @@ def test_an_interrupted_run_continues_with_the_shards_that_it_finished(
     lab.store.delete("evaluations/iteration-000002/metrics.json")
     capsys.readouterr()
     run(campaign=lab.uri)
-    assert capsys.readouterr().err.count("7 decompositions, there already") == 2
+    assert capsys.readouterr().err.count("7 decompositions, kept from an earlier attempt") == 2
     again = metrics_of(lab)
     assert {k: v for k, v in again.items() if k != "provenance"} == {k: v for k, v in kept.items() if k != "provenance"}
 
 
 def test_the_base_is_sampled_once_for_all_iterations(lab: CampaignBuilder) -> None:
-    one, two = (run(campaign=lab.uri, iteration=k).manifests["evaluation"] for k in (1, 2))
+    one, two = (run(campaign=lab.uri, iteration=iteration).manifests["evaluation"] for iteration in (1, 2))
     shared = [shard for shard in two.shards if shard in one.shards]
     assert [shard.name.startswith("evaluations/base/") for shard in shared] == [True]
     assert metrics_of(lab, 1)["designs.slot_l1"]["base"] == metrics_of(lab, 2)["designs.slot_l1"]["base"]
@@ -149,9 +149,9 @@ def test_every_sample_is_in_the_table_once_for_each_model(evaluated: Evaluated) 
     assert base == tuned and len(set(base)) == len(base) == 7
     design = next(row for row in table if row["kind"] == "designs" and row["layers"] == 3)
     assert None not in (design["slot_l1_2"], design["layerd_cost_5"], design["layerd_clean_alpha_iou_0"])
-    picture = next(row for row in table if row["kind"] == "pictures")
-    assert picture["slot_l1"] is None and picture["recomposition_error"] is not None
-    assert picture["layers"] == 3  # no 4 in this recipe's layers: the most it evaluates
+    image = next(row for row in table if row["kind"] == "pictures")
+    assert image["slot_l1"] is None and image["recomposition_error"] is not None
+    assert image["layers"] == 3  # no 4 in this recipe's layers: the most it evaluates
 
 
 def test_metrics_explain_themselves(evaluated: Evaluated) -> None:

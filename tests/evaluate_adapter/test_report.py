@@ -18,7 +18,7 @@ from layerloop.components.evaluate_adapter import report as report_module
 from layerloop.components.evaluate_adapter.assess import Comparisons, assess, compare_rows
 from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.evaluate_adapter.charts import Point, curve, whisker
-from layerloop.components.evaluate_adapter.gallery import Shown
+from layerloop.components.evaluate_adapter.gallery import ShownCase
 from layerloop.components.evaluate_adapter.report import Report, number, render, verdict
 from layerloop.components.evaluate_adapter.results import kubeflow_metrics, metrics_json
 from layerloop.components.evaluate_adapter.sheets import caption, choose, data_url, strips_of
@@ -66,7 +66,7 @@ def test_the_summary_names_what_is_clearly_better_and_clearly_worse() -> None:
 
 def test_the_summary_admits_when_nothing_is_clear() -> None:
     text = text_of(page_of({"bad_layers": UNCLEAR, "slot_l1": UNCLEAR}))
-    assert "differs from the base in none of 2 measures by more than chance would explain" in text
+    assert "does not differ from the base by more than chance in any of 2 measures" in text
     assert "clearly better" not in text and "clearly worse" not in text
 
 
@@ -213,12 +213,12 @@ def test_flags_and_numbers_stand_under_a_layer() -> None:
     assert flags == "glazed" and [line.replace("\u00a0", " ") for line in lines] == ["covers 61 %", "α 0.20, semi 93 %"]
 
 
-def shown_samples(count: int) -> list[Shown]:
+def shown_samples(count: int) -> list[ShownCase]:
     cases, good, bad = some_cases(count)
     rows = [assess(case, stack, max_edits=0) for case, stack in zip(cases, good, strict=True)]
     choices = choose(cases, rows, rows, seed=1, count=count)
     return [
-        Shown(choice, tuple(strips_of(choice, {"Base": good[choice.case.seed], "Adapter": bad[choice.case.seed]})))
+        ShownCase(choice, tuple(strips_of(choice, {"Base": good[choice.case.seed], "Adapter": bad[choice.case.seed]})))
         for choice in choices
     ]
 
@@ -235,12 +235,12 @@ def test_each_sample_shows_reference_base_and_adapter_with_all_their_layers() ->
 
 def test_a_page_that_would_grow_too_large_leaves_samples_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = shown_samples(6)
-    whole = page_of({"bad_layers": BETTER}, shown=shown)
-    assert whole.count("<article") == 6 and "left out here" not in whole
-    monkeypatch.setattr(report_module, "TARGET_BYTES", len(whole) * 2 // 3)
+    full = page_of({"bad_layers": BETTER}, shown=shown)
+    assert full.count("<article") == 6 and "left out here" not in full
+    monkeypatch.setattr(report_module, "TARGET_BYTES", len(full) * 2 // 3)
     page = page_of({"bad_layers": BETTER}, shown=shown)
     kept = page.count("<article")
-    assert 1 <= kept < 6 and len(page) <= len(whole) * 2 // 3 + 500
+    assert 1 <= kept < 6 and len(page) <= len(full) * 2 // 3 + 500
     assert f"{kept} of 20 cases" in page and f"{6 - kept} more are among the sheets" in page
 
 

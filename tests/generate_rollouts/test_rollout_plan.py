@@ -45,7 +45,7 @@ def test_layer_counts_are_uniform_over_the_range() -> None:
     assert all(abs(count - 1000) < 5 * (4000 * 0.25 * 0.75) ** 0.5 for count in counts.values())
 
 
-def test_every_iteration_draws_its_layer_counts_anew() -> None:
+def test_every_iteration_draws_its_own_layer_counts() -> None:
     drawn = {tuple(plan.layers for plan in plan_iteration(recipe(groups=16), k, images=16)) for k in range(1, 20)}
     assert len(drawn) == 19
 

@@ -130,21 +130,21 @@ def test_a_second_run_finds_everything_done(make_campaign, monkeypatch) -> None:
 
 
 class Sampled(list[int]):
-    """Groups in the order in which they were begun."""
+    """Groups in the order in which they were started."""
 
-    killed_at: int | None = None  # the next time that this group is begun
+    killed_at: int | None = None  # the next time that this group is started
 
 
 @pytest.fixture
 def sampled(monkeypatch) -> Sampled:  # type: ignore[no-untyped-def]
     real, seen = candidates.sample_group, Sampled()
 
-    def sample_group(policy, recipe, iteration, plan, *rest, **more):  # type: ignore[no-untyped-def]
+    def sample_group(loaded, recipe, iteration, plan, *rest, **more):  # type: ignore[no-untyped-def]
         seen.append(plan.group)
         if seen.killed_at == plan.group:
             seen.killed_at = None
             raise KeyboardInterrupt
-        return real(policy, recipe, iteration, plan, *rest, **more)
+        return real(loaded, recipe, iteration, plan, *rest, **more)
 
     monkeypatch.setattr(candidates, "sample_group", sample_group)
     return seen
@@ -158,8 +158,8 @@ def killed_at(group: int, sampled: Sampled, **step: Any) -> None:
 
 
 def test_an_interrupted_run_is_finished_and_not_redone(make_campaign, sampled) -> None:  # type: ignore[no-untyped-def]
-    whole, campaign = make_campaign(), make_campaign()
-    expected = run(campaign=whole.uri).manifests["rollouts"]
+    complete, campaign = make_campaign(), make_campaign()
+    expected = run(campaign=complete.uri).manifests["rollouts"]
     sampled.clear()
     killed_at(2, sampled, campaign=campaign.uri)
     assert campaign.committed_groups(1).keys() == {0, 1}
@@ -168,10 +168,10 @@ def test_an_interrupted_run_is_finished_and_not_redone(make_campaign, sampled) -
     first = campaign.store.read(f"{campaign.rollouts_dir(1)}/g000000.tar")
     campaign.store.write(f"{campaign.rollouts_dir(1)}/g000002.tar", first[:5000])  # cut short
     assert run(campaign=campaign.uri).manifests["rollouts"] == expected
-    assert sampled == [0, 1, 2, 2, 3] and files(campaign) == files(whole)
+    assert sampled == [0, 1, 2, 2, 3] and files(campaign) == files(complete)
 
 
-def test_a_shard_that_was_written_before_its_manifest_is_taken_over(make_campaign, sampled) -> None:  # type: ignore[no-untyped-def]
+def test_a_shard_that_was_written_before_its_manifest_is_reused(make_campaign, sampled) -> None:  # type: ignore[no-untyped-def]
     campaign = make_campaign()
     expected = run(campaign=campaign.uri).manifests["rollouts"]
     before = files(campaign)
@@ -185,8 +185,8 @@ def test_a_shard_that_was_written_before_its_manifest_is_taken_over(make_campaig
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 3), (3, 2), (1, 3)])
 def test_an_iteration_is_finished_by_another_number_of_workers(make_campaign, sampled, before, after) -> None:  # type: ignore[no-untyped-def]
     """The first attempt ends with a group committed, a group without its manifest, half a shard, and the rest to do."""
-    whole, campaign = make_campaign(rollout={"groups": 6}), make_campaign(rollout={"groups": 6})
-    run(campaign=whole.uri)
+    complete, campaign = make_campaign(rollout={"groups": 6}), make_campaign(rollout={"groups": 6})
+    run(campaign=complete.uri)
     run(campaign=campaign.uri, worker=0, workers=before)
     mine, folder = list(range(6))[::before], campaign.rollouts_dir(1)
     campaign.store.delete(f"{folder}/g{mine[1]:06d}.json")
@@ -196,7 +196,7 @@ def test_an_iteration_is_finished_by_another_number_of_workers(make_campaign, sa
     sampled.clear()
     made = [run(campaign=campaign.uri, worker=worker, workers=after).manifests["rollouts"] for worker in range(after)]
     assert sorted(sampled) == sorted({*range(6)} - set(mine) | {5})
-    assert files(campaign) == files(whole)
+    assert files(campaign) == files(complete)
     assert sorted(group for manifest in made for group in manifest.metadata["groups"]) == list(range(6))
     assert sum(manifest.counts["candidates"] for manifest in made) == 6 * 3
 
@@ -228,8 +228,8 @@ def test_an_iteration_that_an_earlier_version_sampled_is_taken_as_it_is(make_cam
 
 def test_attempts_that_race_commit_every_group_once(make_campaign) -> None:  # type: ignore[no-untyped-def]
     """Two commands at once, of different numbers of workers, both of which sample groups 1 and 3."""
-    whole, campaign = make_campaign(), make_campaign()
-    run(campaign=whole.uri)
+    complete, campaign = make_campaign(), make_campaign()
+    run(campaign=complete.uri)
     command = [sys.executable, "-m", "layerloop.components.generate_rollouts", "--campaign", campaign.uri]
     layouts = (("0", "1"), ("1", "2"))
     running = [
@@ -242,7 +242,7 @@ def test_attempts_that_race_commit_every_group_once(make_campaign) -> None:  # t
     for step in running:
         _, errors = step.communicate(timeout=240)
         assert step.returncode == 0, errors[-3000:]
-    assert files(campaign) == files(whole)
+    assert files(campaign) == files(complete)
 
 
 def test_an_attempt_on_another_kind_of_machine_leaves_a_committed_group_as_it_is(make_campaign, monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -286,7 +286,7 @@ def test_the_policy_of_the_iteration_before_samples(make_campaign, tmp_path) -> 
     assert record.adapter_sha256 == manifest.metadata["adapter_sha256"]
 
     policy = LayeredPolicy.load(campaign.recipe.model)
-    lora.load_adapter(policy, tmp_path / "adapter")
+    lora.put_adapter(policy.transformer, lora.read_adapter(tmp_path / "adapter"))
     found = samples(campaign, 2)
     latents = load(found["i000002-g000000-c00"]["trajectory.safetensors"])["window"]
     prompt = load(campaign.store.read("sources/prompt.safetensors"))["prompt_embeds"]
@@ -343,7 +343,9 @@ def test_the_adapter_that_a_campaign_starts_from_samples_and_is_what_the_learner
 
     alone = LayeredPolicy.load(campaign.recipe.model)
     assert not torch.equal(replayed(alone, campaign, 1)[1:], window_of(campaign, 1)[1:])
-    lora.load_adapter(alone, tmp_path / "adapter")  # the adapter itself, not by way of the recipe
+    lora.put_adapter(
+        alone.transformer, lora.read_adapter(tmp_path / "adapter")
+    )  # the adapter itself, not by way of the recipe
     assert torch.equal(replayed(alone, campaign, 1), window_of(campaign, 1))
 
     bare = make_campaign(rollout={"groups": 1})
@@ -456,8 +458,8 @@ def test_an_adapter_of_another_base_is_refused(make_campaign, tmp_path) -> None:
     state[key] = torch.zeros(2, 96)
     save_file(state, folder / "adapter_model.safetensors")
     files = tuple(add_file(campaign.store, f"{campaign.policy_dir(1)}/{p.name}", p) for p in sorted(folder.iterdir()))
-    told = {"base_fingerprint": LayeredPolicy.load(campaign.recipe.model).fingerprint}
-    manifest = Manifest(kind="policy", iteration=1, files=files, metadata=told)
+    metadata = {"base_fingerprint": LayeredPolicy.load(campaign.recipe.model).fingerprint}
+    manifest = Manifest(kind="policy", iteration=1, files=files, metadata=metadata)
     commit(campaign.store, f"{campaign.policy_dir(1)}/manifest.json", manifest)
     with pytest.raises(LayerloopError, match=r"has shape 2x96, the base needs 2x64"):
         run(campaign=campaign.uri)

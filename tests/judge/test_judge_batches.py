@@ -78,7 +78,7 @@ def test_a_batch_that_was_made_but_not_entered_is_found_by_its_digest(reference_
 
 
 def test_a_request_that_the_judge_refuses_is_a_mask_of_its_own(reference_url: str, one: Request) -> None:
-    blind = replace(one, parts=one.parts[-1:])  # no picture at all
+    blind = replace(one, parts=one.parts[-1:])  # no image at all
     answers = asyncio.run(ask_all(Judge(reference_url, *settings()), [one, blind]))
     assert not isinstance(answers[0], BaseException)
     assert isinstance(answers[1], UnusableError) and answers[1].reason == "http_400"

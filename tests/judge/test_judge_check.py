@@ -41,7 +41,7 @@ def test_a_judge_that_likes_everything_alike_is_unfit(scripted: Any, say: Any) -
     scripted.answer = answer
     report = check(scripted.url, recipe=SMALL, designs=1)
     assert report.model == "scripted" and report.verdict == "unfit"
-    assert report.canaries.agreement == 0 and "hardly tells good from bad" in report.problems[0]
+    assert report.canaries.agreement == 0 and "hardly separates good from bad" in report.problems[0]
     assert not report.logprobs
 
 

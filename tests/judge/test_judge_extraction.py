@@ -100,7 +100,7 @@ def test_a_rubric_file_of_ones_own(tmp_path: Path) -> None:
     mine2.write_text("name: x\nanchros: []\n")
     with pytest.raises(LayerloopError, match=r"rubric\.anchros is not a known key"):
         load_rubric(str(mine2))
-    with pytest.raises(LayerloopError, match="there is no such file"):
+    with pytest.raises(LayerloopError, match="that file does not exist"):
         load_rubric(str(tmp_path / "none.yaml"))
     with pytest.raises(LayerloopError, match="choose default"):
         load_rubric("defualt")

@@ -16,8 +16,8 @@ from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite, on_backdrop, resize
 
 
-def pixels_of(picture: EncodedImage) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(picture.png)))
+def pixels_of(image: EncodedImage) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(image.png)))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (64, 64), (33, 100)])
@@ -50,8 +50,8 @@ def test_layers_are_laid_explicitly_and_exactly(backdrop: str) -> None:
     stack = render_sketches(np.random.default_rng(3), count=1, layers=4, size=(48, 40))[0]
     stack[2, ..., 3] //= 2
     shown = candidate_images(stack, (backdrop,))
-    for layer, picture in zip(stack, shown.layers[backdrop], strict=True):
-        np.testing.assert_array_equal(pixels_of(picture), on_backdrop(layer, backdrop))  # type: ignore[arg-type]
+    for layer, image in zip(stack, shown.layers[backdrop], strict=True):
+        np.testing.assert_array_equal(pixels_of(image), on_backdrop(layer, backdrop))  # type: ignore[arg-type]
     whole = pixels_of(shown.recomposition).astype(int)
     assert np.abs(whole - on_backdrop(composite(stack), "white")).max() <= 1
 
@@ -64,7 +64,7 @@ def test_an_empty_layer_is_the_backdrop_alone() -> None:
     assert (pixels_of(shown.recomposition) == (10, 20, 30)).all()
 
 
-def test_pictures_are_sized_to_the_judges_resolution_and_keep_their_shape() -> None:
+def test_images_are_sized_to_the_judges_resolution_and_keep_their_shape() -> None:
     stack = np.full((2, 60, 90, 4), 255, np.uint8)
     assert fitted(stack, 30).shape == (2, 20, 30, 4)
     assert fitted(stack, 180).shape == (2, 120, 180, 4)

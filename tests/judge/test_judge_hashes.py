@@ -1,7 +1,7 @@
 """What running campaigns hold: digests of requests, keys of stored replies and hashes of prompts stay as they are.
 
 `golden_requests.json` was written by the code of the first campaigns. A value that changes makes every campaign pay
-again for replies that it has stored, so the file is never written anew: a new method adds cases, and changes none.
+again for replies that it has stored, so the file is never rewritten: a new method adds cases, and changes none.
 """
 
 from __future__ import annotations

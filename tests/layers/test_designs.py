@@ -31,7 +31,7 @@ def test_elements_differ_in_colour_from_the_background():
 
 
 def test_the_larger_element_lies_lower():
-    """The order that a model is to read off the picture."""
+    """The order that a model is to read off the image."""
     falling = []
     for seed in range(60):
         alpha = render_sketches(np.random.default_rng(seed), count=1, layers=3, size=(64, 64), photo_share=0)[

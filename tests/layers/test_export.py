@@ -54,9 +54,9 @@ def test_a_zip_holds_each_layer_and_the_composite_exactly() -> None:
     assert archive.namelist() == [
         "0-background.png", "1-layer-1.png", "2-layer-2.png", "3-layer-3.png", "composite.png",
     ]  # fmt: skip
-    pictures = [np.asarray(Image.open(archive.open(name))) for name in archive.namelist()]
-    assert np.array_equal(np.stack(pictures[:4]), stack)
-    assert np.array_equal(pictures[4], composite(stack))
+    images = [np.asarray(Image.open(archive.open(name))) for name in archive.namelist()]
+    assert np.array_equal(np.stack(images[:4]), stack)
+    assert np.array_equal(images[4], composite(stack))
 
 
 def test_equal_layers_give_equal_bytes() -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from layerloop.components.layers.layerd import (
     EditLevel,
-    aggregate,
     at_edits,
     clear_faint_alpha,
     evaluate,
@@ -181,28 +180,9 @@ def test_warp_prefers_the_diagonal_and_then_the_first_index() -> None:
     assert warp(np.array([[0.0, 5.0], [0.0, 5.0], [0.0, 0.0]])) == [(0, 0), (1, 0), (2, 1)]
 
 
-def test_aggregation_lets_early_stoppers_contribute_their_last_level() -> None:
-    long = [EditLevel(0, 0.4, 0.2, 0.4), EditLevel(1, 0.2, 0.1, 0.7), EditLevel(2, 0.1, 0.0, 0.8)]
-    short = [EditLevel(0, 0.0, 0.0, 1.0)]
-    rows = aggregate([long, short])
-    assert [row["count"] for row in rows] == [2, 1, 1]
-    assert [row["avg_edits"] for row in rows] == [0, 0.5, 1.0]
-    assert [row["avg_cost"] for row in rows] == pytest.approx([0.2, 0.1, 0.05])
-    assert [row["avg_alpha_iou"] for row in rows] == pytest.approx([0.7, 0.85, 0.9])
-    assert at_edits(short, 5) == short[0]
-
-
-def test_aggregation_fills_levels_that_no_sample_has() -> None:
-    rows = aggregate([[EditLevel(0, 0.4, 0.2, 0.4)]], max_edits=2)
-    assert [(row["max_edits"], row["count"], row["avg_cost"]) for row in rows] == [
-        (0, 1, 0.4),
-        (1, 0, 0.4),
-        (2, 0, 0.4),
-    ]
-
-
-def test_aggregation_of_nothing_is_nothing() -> None:
-    assert aggregate([]) == []
+def test_a_decomposition_that_stops_early_keeps_its_last_level() -> None:
+    levels = [EditLevel(0, 0.4, 0.2, 0.4), EditLevel(1, 0.2, 0.1, 0.7)]
+    assert [at_edits(levels, edits) for edits in range(4)] == [levels[0], *[levels[1]] * 3]
 
 
 def test_a_decomposition_of_64_pixels_takes_milliseconds() -> None:

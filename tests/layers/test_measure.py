@@ -112,14 +112,14 @@ def test_coverage_and_translucency_ignore_alpha_of_two_levels() -> None:
 def test_a_duplicate_is_the_whole_source_again_above_layer_zero() -> None:
     stack = design()
     source = source_of(stack)
-    whole = composite(stack)
-    near = whole.copy()
+    complete = composite(stack)
+    near = complete.copy()
     near[..., :3] = np.clip(near[..., :3].astype(int) + 6, 0, 255)  # L1 0.0235
-    far = whole.copy()
+    far = complete.copy()
     far[..., :3] = np.clip(far[..., :3].astype(int) + 10, 0, 255)  # L1 0.039
-    half = whole.copy()
+    half = complete.copy()
     half[:7, :, 3] = 0  # opaque over 89 %
-    tests = np.stack([whole, whole, near, far, half])
+    tests = np.stack([complete, complete, near, far, half])
     assert duplicate(tests, source).tolist() == [False, True, True, False, False]
     assert used_layers(tests, source) == pytest.approx(3 / 5)
 

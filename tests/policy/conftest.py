@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from layerloop.components.policy.model import Condition, LayeredPolicy
+from layerloop.components.policy.prompt import embed_prompt
 from layerloop.components.schema.recipe import ModelRecipe
 
 from ..campaigns import save_tiny_base
@@ -33,7 +34,7 @@ def base_recipe(random_folder: Path) -> ModelRecipe:
 @pytest.fixture(scope="session")
 def frozen_policy(base_recipe: ModelRecipe) -> LayeredPolicy:
     """Shared by tests that leave it as it is."""
-    return LayeredPolicy.load(base_recipe, text_encoder=True)
+    return LayeredPolicy.load(base_recipe)
 
 
 @pytest.fixture
@@ -43,11 +44,11 @@ def policy(base_recipe: ModelRecipe) -> LayeredPolicy:
 
 
 @pytest.fixture(scope="session")
-def prompt_embeds(frozen_policy: LayeredPolicy) -> torch.Tensor:
-    return frozen_policy.embed_prompt("a clean, well composed image")
+def prompt_embeds(base_recipe: ModelRecipe) -> torch.Tensor:
+    return embed_prompt(base_recipe)
 
 
-def picture(height: int = 64, width: int = 64, *, seed: int = 0) -> np.ndarray:
+def sample_image(height: int = 64, width: int = 64, *, seed: int = 0) -> np.ndarray:
     """`(H, W, 3)` uint8: smooth colour with a disc, so that the latents are neither flat nor noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width] / max(height, width)
@@ -58,12 +59,12 @@ def picture(height: int = 64, width: int = 64, *, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def condition(frozen_policy: LayeredPolicy, prompt_embeds: torch.Tensor) -> Condition:
-    return frozen_policy.encode(picture()[None], prompt_embeds)
+    return frozen_policy.encode(sample_image()[None], prompt_embeds)
 
 
 @pytest.fixture(scope="session")
-def make_picture():  # type: ignore[no-untyped-def]
-    return picture
+def make_image():  # type: ignore[no-untyped-def]
+    return sample_image
 
 
 def shake_adapter(transformer: torch.nn.Module, *, seed: int = 0, scale: float = 0.05) -> None:

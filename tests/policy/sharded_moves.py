@@ -22,21 +22,21 @@ from layerloop.components.runtime.distributed import process_group, rank
 from layerloop.components.storage.campaign import Campaign
 
 uri, folder, moves = sys.argv[1:]
-outputs, here = {}, None
+outputs, loaded = {}, None
 with process_group() as device:
-    for number, (iteration, trainable, delivered) in enumerate(json.loads(moves)):
-        here = policy_at(
+    for index, (iteration, trainable, delivered) in enumerate(json.loads(moves)):
+        loaded = policy_at(
             Campaign.open(uri), iteration, device=device, sharded=True, trainable=trainable, delivered=delivered,
-            loaded=None if number == 1 else here,
+            loaded=None if index == 1 else loaded,
         )  # fmt: skip
-        assert here.policy.sharded
+        assert loaded.policy.sharded
         seen = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(1))
-        condition = Condition(seen, here.prompt[None], 32, 48)
+        condition = Condition(seen, loaded.prompt[None], 32, 48)
         with torch.no_grad():
-            outputs[f"{number}"] = here.policy.velocity(here.policy.noise(3, 2, 32, 48), 0.8, condition)
-        outputs[f"{number}.trainable"] = torch.tensor(len(here.policy.trainable_parameters()))
-    evaluate_adapter.run(here, campaign=uri, iteration=1)
-    publish_adapter.run(here, campaign=uri, iteration=2)
-    generate_rollouts.run(here, campaign=uri, iteration=2)
+            outputs[f"{index}"] = loaded.policy.velocity(loaded.policy.noise(3, 2, 32, 48), 0.8, condition)
+        outputs[f"{index}.trainable"] = torch.tensor(len(loaded.policy.trainable_parameters()))
+    evaluate_adapter.run(loaded, campaign=uri, iteration=1)
+    publish_adapter.run(loaded, campaign=uri, iteration=2)
+    generate_rollouts.run(loaded, campaign=uri, iteration=2)
     assert torch.distributed.is_initialized(), "a step leaves the group that it found"
 save_file(outputs, Path(folder) / f"rank{rank()}.safetensors")

@@ -87,15 +87,15 @@ def test_every_module_has_the_scale_that_peft_gives_it(base_recipe, tmp_path, fi
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"lora_alpha": "sixteen"}, "has lora_alpha 'sixteen', which is no finite number: set it to the alpha"),
-        ({"lora_alpha": [16]}, "has lora_alpha [16], which is no finite number"),
-        ({"lora_alpha": None}, "has lora_alpha None, which is no finite number"),
-        ({"lora_alpha": True}, "has lora_alpha True, which is no finite number"),
-        ({"lora_alpha": float("nan")}, "has lora_alpha nan, which is no finite number"),
-        ({"lora_alpha": 10**400}, "which is no finite number"),
-        ({"alpha_pattern": [8]}, "has alpha_pattern [8], which is no mapping: write it as"),
-        ({"alpha_pattern": {"to_q": "8"}}, "has alpha_pattern['to_q'] '8', which is no finite number"),
-        ({"alpha_pattern": {"to_(q": 8}}, "has alpha_pattern {'to_(q': 8} with a key that is no regular expression"),
+        ({"lora_alpha": "sixteen"}, "has lora_alpha 'sixteen', which is not a finite number: set it to the alpha"),
+        ({"lora_alpha": [16]}, "has lora_alpha [16], which is not a finite number"),
+        ({"lora_alpha": None}, "has lora_alpha None, which is not a finite number"),
+        ({"lora_alpha": True}, "has lora_alpha True, which is not a finite number"),
+        ({"lora_alpha": float("nan")}, "has lora_alpha nan, which is not a finite number"),
+        ({"lora_alpha": 10**400}, "which is not a finite number"),
+        ({"alpha_pattern": [8]}, "has alpha_pattern [8], which is not a mapping: write it as"),
+        ({"alpha_pattern": {"to_q": "8"}}, "has alpha_pattern['to_q'] '8', which is not a finite number"),
+        ({"alpha_pattern": {"to_(q": 8}}, "has alpha_pattern {'to_(q': 8} with a key that is not a regular expression"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -116,7 +116,7 @@ def test_an_impossible_alpha_in_a_files_metadata_names_the_file(adapter_folder: 
         save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps(fields)})
         assert read_adapter(file).alpha == alpha
     save_file(tensors, file, metadata={"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": "8"})})
-    with pytest.raises(LayerloopError, match=r"x\.safetensors has lora_alpha '8', which is no finite number"):
+    with pytest.raises(LayerloopError, match=r"x\.safetensors has lora_alpha '8', which is not a finite number"):
         read_adapter(file)
 
 
@@ -161,18 +161,20 @@ def test_quantised_weights_are_refused_by_key_and_dtype(adapter_folder: Path, te
 
 
 def test_a_path_that_is_no_adapter_says_what_to_give(adapter_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(LayerloopError, match=r"absent is no adapter: there is no such file or folder; correct the"):
+    with pytest.raises(LayerloopError, match=r"absent is not an adapter: there is no such file or folder; correct the"):
         read_adapter(tmp_path / "absent")
     published = tmp_path / "published"
     published.mkdir()
-    with pytest.raises(LayerloopError, match=r"is no adapter: it has neither .* nor .*; give the folder that has one"):
+    with pytest.raises(
+        LayerloopError, match=r"is not an adapter: it has neither .* nor .*; give the folder that has one"
+    ):
         read_adapter(published)
     adapter = read_adapter(adapter_folder)
     lora.write_diffusers(adapter, published / "diffusers")
-    with pytest.raises(LayerloopError, match=r"is no adapter itself, but .*/published/diffusers is one: give that"):
+    with pytest.raises(LayerloopError, match=r"is not an adapter itself, but .*/published/diffusers is one: give that"):
         read_adapter(published)
     lora.write_peft(adapter, published / "peft")
-    with pytest.raises(LayerloopError, match=r"is no adapter itself, but .*/published/peft is one: give that"):
+    with pytest.raises(LayerloopError, match=r"is not an adapter itself, but .*/published/peft is one: give that"):
         read_adapter(published)
     with pytest.raises(LayerloopError, match=r"x{300} cannot be read \(File name too long\)"):
         read_adapter(tmp_path / ("x" * 300))
@@ -196,7 +198,7 @@ def test_an_adapter_that_is_written_over_is_never_a_mixture(adapter_folder: Path
         try:
             seen.append(read_adapter(adapter_folder).alpha)
         except LayerloopError as error:
-            seen.append("none" if "is no adapter" in str(error) else str(error))
+            seen.append("none" if "is not an adapter" in str(error) else str(error))
         return rename(file, target)
 
     monkeypatch.setattr(Path, "replace", watched)

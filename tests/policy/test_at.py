@@ -90,16 +90,16 @@ def commit_policy(campaign: Campaign, iteration: int, folder: Path, *, rank: int
         add_file(campaign.store, f"{campaign.policy_dir(iteration)}/{path.name}", path)
         for path in sorted(folder.iterdir())
     )
-    told = {"base_fingerprint": policy.fingerprint}
-    manifest = Manifest(kind="policy", iteration=iteration, files=files, metadata=told)
+    metadata = {"base_fingerprint": policy.fingerprint}
+    manifest = Manifest(kind="policy", iteration=iteration, files=files, metadata=metadata)
     commit(campaign.store, f"{campaign.policy_dir(iteration)}/{MANIFEST}", manifest)
     return folder
 
 
-def velocity(here: LoadedPolicy) -> torch.Tensor:
-    policy = here.policy
+def velocity(loaded: LoadedPolicy) -> torch.Tensor:
+    policy = loaded.policy
     seen = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(1))
-    condition = Condition(seen, here.prompt[None].to(policy.dtype), 32, 48)
+    condition = Condition(seen, loaded.prompt[None].to(policy.dtype), 32, 48)
     with torch.no_grad():
         return policy.velocity(policy.noise(3, 2, 32, 48), 0.8, condition)
 
@@ -107,10 +107,10 @@ def velocity(here: LoadedPolicy) -> torch.Tensor:
 def same(one: LoadedPolicy, other: LoadedPolicy) -> bool:
     """Whether two policies are the same in every number: what they say, what they weigh, what they compute."""
     left, right = (
-        {name.replace(".base_layer", ""): p for name, p in here.policy.transformer.named_parameters()}
-        for here in (one, other)
+        {name.replace(".base_layer", ""): p for name, p in loaded.policy.transformer.named_parameters()}
+        for loaded in (one, other)
     )
-    trainable = [list(here.policy.trainable_parameters()) for here in (one, other)]
+    trainable = [list(loaded.policy.trainable_parameters()) for loaded in (one, other)]
     return (
         (one.adapter_sha256, one.base_fingerprint) == (other.adapter_sha256, other.base_fingerprint)
         and torch.equal(one.prompt, other.prompt)
@@ -141,23 +141,23 @@ def test_an_iteration_is_its_committed_adapter_frozen_or_learning(make_campaign:
     campaign = make_campaign()
     folder = commit_policy(campaign, 1, tmp_path)
     expected = LayeredPolicy.load(campaign.recipe.model)
-    lora.load_adapter(expected, folder)
+    lora.put_adapter(expected.transformer, lora.read_adapter(folder))
     for trainable in (False, True):
-        here = policy_at(campaign, 1, device="cpu", trainable=trainable)
-        assert bool(here.policy.trainable_parameters()) == trainable
-        with here.policy.without_adapter():
+        loaded = policy_at(campaign, 1, device="cpu", trainable=trainable)
+        assert bool(loaded.policy.trainable_parameters()) == trainable
+        with loaded.policy.without_adapter():
             pass
-        assert bool(here.policy.trainable_parameters()) == trainable, "switched off and on it is what it was"
-        assert here.adapter_sha256 == campaign.policy(1).file("adapter_model.safetensors").sha256
-        assert torch.equal(velocity(here), velocity(LoadedPolicy(expected, here.prompt, None, "")))
+        assert bool(loaded.policy.trainable_parameters()) == trainable, "switched off and on it is what it was"
+        assert loaded.adapter_sha256 == campaign.policy(1).file("adapter_model.safetensors").sha256
+        assert torch.equal(velocity(loaded), velocity(LoadedPolicy(expected, loaded.prompt, None, "")))
 
 
 def test_delivered_weights_are_the_average_where_one_is_kept(make_campaign: MakeCampaign, tmp_path: Path) -> None:
     campaign = make_campaign()
     folder = commit_policy(campaign, 1, tmp_path, ema=True)
-    here = policy_at(campaign, 1, device="cpu", delivered=True)
-    assert here.adapter_sha256 == hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest()
-    average, state = load_file(folder / "ema.safetensors"), lora.adapter_state(here.policy.transformer)
+    loaded = policy_at(campaign, 1, device="cpu", delivered=True)
+    assert loaded.adapter_sha256 == hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest()
+    average, state = load_file(folder / "ema.safetensors"), lora.adapter_state(loaded.policy.transformer)
     assert all(torch.equal(average[f"base_model.model.{key}"], value) for key, value in state.items())
     sampling = policy_at(campaign, 1, device="cpu")
     assert sampling.adapter_sha256 == campaign.policy(1).file("adapter_model.safetensors").sha256
@@ -169,12 +169,12 @@ def test_a_campaign_that_starts_from_an_adapter_has_it_at_iteration_0(
     folder = commit_policy(make_campaign("other"), 1, tmp_path)
     campaign = make_campaign(lora={"rank": 2, "alpha": 16, "start_from": str(folder)})  # another alpha than the file's
     expected = LayeredPolicy.load(campaign.recipe.model)
-    lora.load_adapter(expected, folder)
+    lora.put_adapter(expected.transformer, lora.read_adapter(folder))
     for trainable in (False, True):
-        here = policy_at(campaign, 0, device="cpu", trainable=trainable)
-        assert here.adapter_sha256 == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-        assert lora.adapter_of(here.policy.transformer).alpha == 16
-        assert torch.equal(velocity(here), velocity(LoadedPolicy(expected, here.prompt, None, "")))
+        loaded = policy_at(campaign, 0, device="cpu", trainable=trainable)
+        assert loaded.adapter_sha256 == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+        assert lora.adapter_of(loaded.policy.transformer).alpha == 16
+        assert torch.equal(velocity(loaded), velocity(LoadedPolicy(expected, loaded.prompt, None, "")))
 
 
 # ---- moved from one iteration to another
@@ -210,9 +210,9 @@ def test_moving_between_adapters_of_one_shape_keeps_the_parameters(make_campaign
     campaign = make_campaign()
     for iteration in (1, 2):
         commit_policy(campaign, iteration, tmp_path)
-    here = policy_at(campaign, 1, device="cpu")
-    before = lora.lora_parameters(here.policy.transformer)
-    there = policy_at(campaign, 2, device="cpu", trainable=True, loaded=here)
+    loaded = policy_at(campaign, 1, device="cpu")
+    before = lora.lora_parameters(loaded.policy.transformer)
+    there = policy_at(campaign, 2, device="cpu", trainable=True, loaded=loaded)
     assert [id(p) for p in lora.lora_parameters(there.policy.transformer)] == [id(p) for p in before]
 
 
@@ -283,10 +283,10 @@ def test_ranks_that_share_the_base_move_as_one_process_does(make_campaign: MakeC
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         outputs = load_file(tmp_path / f"rank{rank}.safetensors")
-        for number, (iteration, trainable, delivered) in enumerate(MOVES):
+        for index, (iteration, trainable, delivered) in enumerate(MOVES):
             fresh = policy_at(campaign, iteration, device="cpu", trainable=trainable, delivered=delivered)
-            assert torch.equal(outputs[f"{number}"], velocity(fresh)), (rank, iteration, trainable, delivered)
-            assert int(outputs[f"{number}.trainable"]) == len(fresh.policy.trainable_parameters())
+            assert torch.equal(outputs[f"{index}"], velocity(fresh)), (rank, iteration, trainable, delivered)
+            assert int(outputs[f"{index}.trainable"]) == len(fresh.policy.trainable_parameters())
     evaluate_adapter.run(campaign=alone.uri, iteration=1)
     publish_adapter.run(campaign=alone.uri, iteration=2)
     generate_rollouts.run(campaign=alone.uri, iteration=2)
@@ -359,7 +359,7 @@ def test_a_loaded_policy_is_an_argument_of_the_step_and_no_flag_of_its_command(
 ) -> None:
     with pytest.raises(SystemExit):
         verb.main(argv=["--help"])  # type: ignore[attr-defined]
-    assert "--campaign" in (told := capsys.readouterr().out) and "loaded" not in told
+    assert "--campaign" in (printed := capsys.readouterr().out) and "loaded" not in printed
     with pytest.raises(SystemExit):
         verb.main(argv=["--campaign", "c", "--loaded", "x"])  # type: ignore[attr-defined]
     assert "unrecognized arguments: --loaded x" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def update_of(adapter: lora.Adapter) -> dict[str, torch.Tensor]:
 def trained(base_recipe, shake):  # type: ignore[no-untyped-def]
     """A policy with an adapter that does something, alpha / r = 2."""
     policy = LayeredPolicy.load(base_recipe)
-    lora.add_lora(policy.transformer, LoraRecipe(rank=4, alpha=8), seed=5)
+    lora.put_adapter(policy.transformer, lora.new_adapter(policy.transformer, LoraRecipe(rank=4, alpha=8), seed=5))
     shake(policy.transformer)
     return policy
 
@@ -50,7 +50,7 @@ def trained(base_recipe, shake):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("recipe", [LoraRecipe(rank=2), EVERY_LINEAR], ids=["paper", "every linear layer"])
 def test_every_adapter_weight_gets_a_gradient(policy, condition, shake, recipe) -> None:  # type: ignore[no-untyped-def]
-    lora.add_lora(policy.transformer, recipe, seed=0)
+    lora.put_adapter(policy.transformer, lora.new_adapter(policy.transformer, recipe, seed=0))
     shake(policy.transformer)
     noise = torch.cat([policy.noise(seed, 2, 64, 64) for seed in range(2)])
     policy.velocity(noise, 0.7, condition).square().mean().backward()
@@ -62,7 +62,7 @@ def test_every_adapter_weight_gets_a_gradient(policy, condition, shake, recipe) 
 
 
 def test_the_layers_left_out_get_no_gradient_at_all(policy, condition) -> None:  # type: ignore[no-untyped-def]
-    """Each dead layer's own weight, through the whole model: leaving them out loses nothing."""
+    """Each dead layer's own weight, through the complete model: leaving them out loses nothing."""
     weights = {name: policy.transformer.get_submodule(name).weight for name in lora.dead_modules(policy.transformer)}
     assert sorted(weights) == [
         f"transformer_blocks.1.{name}"
@@ -97,8 +97,13 @@ def test_the_full_model_gets_the_papers_adapter() -> None:
 
 
 def test_a_target_that_matches_nothing_is_named(policy) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(LayerloopError, match=r"recipe\.lora\.targets has 'img_mlp\.net\.2\.proj', which is no linear"):
-        lora.add_lora(policy.transformer, LoraRecipe(targets=("to_q", "img_mlp.net.2.proj")), seed=0)
+    with pytest.raises(
+        LayerloopError, match=r"recipe\.lora\.targets has 'img_mlp\.net\.2\.proj', which is not a linear"
+    ):
+        lora.put_adapter(
+            policy.transformer,
+            lora.new_adapter(policy.transformer, LoraRecipe(targets=("to_q", "img_mlp.net.2.proj")), seed=0),
+        )
 
 
 # ---- a new adapter
@@ -109,7 +114,7 @@ def test_a_new_adapter_is_reproducible_gaussian_and_silent(base_recipe) -> None:
     for seed in (1, 1, 2):
         policy = LayeredPolicy.load(base_recipe)
         torch.manual_seed(seed * 17 + len(states))  # of no influence
-        lora.add_lora(policy.transformer, LoraRecipe(rank=8), seed=seed)
+        lora.put_adapter(policy.transformer, lora.new_adapter(policy.transformer, LoraRecipe(rank=8), seed=seed))
         states.append(lora.adapter_state(policy.transformer))
     first, again, other = states
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
@@ -121,8 +126,8 @@ def test_a_new_adapter_is_reproducible_gaussian_and_silent(base_recipe) -> None:
 
 def test_a_layer_starts_alike_whatever_else_is_adapted(base_recipe) -> None:  # type: ignore[no-untyped-def]
     few, many = LayeredPolicy.load(base_recipe), LayeredPolicy.load(base_recipe)
-    lora.add_lora(few.transformer, LoraRecipe(targets=("to_q",)), seed=1)
-    lora.add_lora(many.transformer, LoraRecipe(), seed=1)
+    lora.put_adapter(few.transformer, lora.new_adapter(few.transformer, LoraRecipe(targets=("to_q",)), seed=1))
+    lora.put_adapter(many.transformer, lora.new_adapter(many.transformer, LoraRecipe(), seed=1))
     state = lora.adapter_state(many.transformer)
     assert all(torch.equal(value, state[key]) for key, value in lora.adapter_state(few.transformer).items())
 
@@ -152,7 +157,7 @@ def test_both_layouts_load_in_their_own_programs_with_identical_outputs(
 
     for folder in ("peft", "diffusers"):
         policy = LayeredPolicy.load(base_recipe)
-        lora.load_adapter(policy, tmp_path / folder)
+        lora.put_adapter(policy.transformer, lora.read_adapter(tmp_path / folder))
         assert torch.equal(output(policy, condition), expected)
         assert len(policy.trainable_parameters()) == len(adapter.state)
 
@@ -168,7 +173,7 @@ def test_what_is_written_is_read_back_exactly(trained, tmp_path) -> None:  # typ
         assert all(torch.equal(again.state[key], adapter.state[key]) for key in adapter.state)
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 8
-    assert len(config["target_modules"]) == 12 and len(config["exclude_modules"]) == 4  # suffixes, not 20 whole names
+    assert len(config["target_modules"]) == 12 and len(config["exclude_modules"]) == 4  # suffixes, not 20 full names
 
 
 def test_writing_twice_gives_the_same_bytes(trained, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -210,7 +215,7 @@ def test_an_adapter_that_peft_saved_with_dead_layers_is_loaded_without_them(base
     expected = output(theirs, condition)
 
     ours = LayeredPolicy.load(base_recipe)
-    lora.load_adapter(ours, tmp_path)
+    lora.put_adapter(ours.transformer, lora.read_adapter(tmp_path))
     assert torch.equal(output(ours, condition), expected)
     assert not any(".1.txt_mlp." in name for name in ours.trainable_parameters())
 
@@ -256,7 +261,7 @@ def test_ranks_and_scales_that_differ_by_module_are_made_uniform(policy, trained
     for module, update in update_of(adapter).items():
         a, b = mixed[f"{module}.lora_A.weight"].double(), mixed[f"{module}.lora_B.weight"].double()
         assert torch.allclose(update, (0.5 if module.endswith("to_q") else 2) * b @ a)
-    lora.load_adapter(policy, tmp_path)
+    lora.put_adapter(policy.transformer, lora.read_adapter(tmp_path))
     assert torch.isfinite(output(policy, condition)).all()
 
 
@@ -281,7 +286,7 @@ def test_an_adapter_of_another_base_is_refused_by_its_first_key(trained, policy,
     with pytest.raises(
         LayerloopError, match=rf"{first} has shape 4x3072, the base needs 4x64: .* another base; give one of this"
     ):
-        lora.load_adapter(policy, damaged(trained, tmp_path, wider))
+        lora.put_adapter(policy.transformer, lora.read_adapter(damaged(trained, tmp_path, wider)))
     assert not policy.trainable_parameters()
 
 
@@ -292,9 +297,9 @@ def test_an_adapter_for_layers_that_the_base_lacks_is_refused(trained, policy, t
 
     with pytest.raises(
         LayerloopError,
-        match=r"transformer_blocks\.59\.attn\.to_q, which the base has not: .*; give one of this base, or set",
+        match=r"transformer_blocks\.59\.attn\.to_q, which the base does not have: .*; give one of this base, or set",
     ):
-        lora.load_adapter(policy, damaged(trained, tmp_path, deeper))
+        lora.put_adapter(policy.transformer, lora.read_adapter(damaged(trained, tmp_path, deeper)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -314,8 +319,8 @@ def test_nan_is_refused_on_reading_and_on_writing(trained, tmp_path, value) -> N
     assert not (tmp_path / "written").exists()
 
 
-def test_files_that_are_no_adapter_are_named(trained, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(LayerloopError, match="is no adapter: it has neither"):
+def test_files_that_are_not_an_adapter_are_named(trained, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(LayerloopError, match="is not an adapter: it has neither"):
         lora.read_adapter(tmp_path)
     folder = damaged(trained, tmp_path / "cut", lambda state: None)
     file = folder / "adapter_model.safetensors"
@@ -351,7 +356,7 @@ def test_starting_from_an_adapter_of_another_shape_than_the_recipe_says_what_to_
 # ---- state
 
 
-def test_state_is_copied_out_and_put_back_whole(trained, condition) -> None:  # type: ignore[no-untyped-def]
+def test_state_is_copied_out_and_put_back(trained, condition) -> None:  # type: ignore[no-untyped-def]
     state, expected = lora.adapter_state(trained.transformer), output(trained, condition)
     lora.set_adapter_state(trained.transformer, {key: value * 0 for key, value in state.items()})
     assert not torch.equal(output(trained, condition), expected) and any(value.any() for value in state.values())
@@ -375,7 +380,7 @@ def two_adapters(base_recipe, shake, tmp_path):  # type: ignore[no-untyped-def]
         (LoraRecipe(rank=4, alpha=8), LoraRecipe(rank=2, alpha=1, targets=("to_q", "img_mod.1")))
     ):
         policy = LayeredPolicy.load(base_recipe)
-        lora.add_lora(policy.transformer, recipe, seed=index)
+        lora.put_adapter(policy.transformer, lora.new_adapter(policy.transformer, recipe, seed=index))
         shake(policy.transformer, seed=index)
         folders.append(tmp_path / f"part{index}")
         lora.write_peft(lora.adapter_of(policy.transformer), folders[-1], transformer=policy.transformer)
@@ -398,19 +403,21 @@ def test_a_merge_is_exactly_the_weighted_sum_of_the_updates(two_adapters, policy
 
 def test_merging_one_adapter_with_weight_one_changes_no_output(two_adapters, base_recipe, condition) -> None:  # type: ignore[no-untyped-def]
     alone, merged = LayeredPolicy.load(base_recipe), LayeredPolicy.load(base_recipe)
-    lora.load_adapter(alone, two_adapters[0])
+    lora.put_adapter(alone.transformer, lora.read_adapter(two_adapters[0]))
     lora.put_adapter(merged.transformer, lora.merge_adapters([(two_adapters[0], 1.0)]))
     assert torch.allclose(output(alone, condition), output(merged, condition), atol=1e-6)
 
 
-def test_a_merge_cut_to_a_rank_is_the_best_of_that_rank(two_adapters) -> None:  # type: ignore[no-untyped-def]
+def test_a_merge_of_a_given_rank_is_the_best_of_that_rank(two_adapters) -> None:  # type: ignore[no-untyped-def]
     parts = [(folder, 1.0) for folder in two_adapters]
-    whole, cut = update_of(lora.merge_adapters(parts)), update_of(lora.merge_adapters(parts, rank=3))
-    for module, update in whole.items():
+    exact, truncated = update_of(lora.merge_adapters(parts)), update_of(lora.merge_adapters(parts, rank=3))
+    for module, update in exact.items():
         singular = torch.linalg.svdvals(update)
-        assert float((update - cut[module]).norm()) == pytest.approx(float(singular[3:].norm()), rel=1e-4, abs=1e-6)
+        assert float((update - truncated[module]).norm()) == pytest.approx(
+            float(singular[3:].norm()), rel=1e-4, abs=1e-6
+        )
     same = update_of(lora.merge_adapters(parts, rank=6))
-    assert all(torch.allclose(same[module], whole[module], atol=1e-6) for module in whole)
+    assert all(torch.allclose(same[module], exact[module], atol=1e-6) for module in exact)
 
 
 def test_merging_adapters_of_different_bases_is_refused(two_adapters, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -438,8 +445,8 @@ def test_the_merge_command_writes_both_layouts(two_adapters, policy, base_recipe
     assert merge.main([str(out), f"{two_adapters[0]}=0.5", str(two_adapters[1])]) == 0
     assert "rank 6" in capsys.readouterr().out
     other = LayeredPolicy.load(base_recipe)
-    lora.load_adapter(policy, out / "peft")
-    lora.load_adapter(other, out / "diffusers")
+    lora.put_adapter(policy.transformer, lora.read_adapter(out / "peft"))
+    lora.put_adapter(other.transformer, lora.read_adapter(out / "diffusers"))
     assert torch.equal(output(policy, condition), output(other, condition))
     assert lora.adapter_of(policy.transformer).rank == 6
 
@@ -448,7 +455,7 @@ def test_the_merge_command_writes_both_layouts(two_adapters, policy, base_recipe
     ("arguments", "message"),
     [
         (["{a}=much"], "is not ADAPTER=WEIGHT"),
-        (["{tmp}/absent"], "is no adapter"),
+        (["{tmp}/absent"], "is not an adapter"),
         (["{a}", "--rank", "0"], "--rank is 0"),
     ],
 )
@@ -467,7 +474,7 @@ def test_the_merge_command_refuses_in_one_line(two_adapters, tmp_path, capsys, a
 def test_on_a_bfloat16_base_the_low_rank_product_is_added_before_rounding(base_recipe, shake) -> None:  # type: ignore[no-untyped-def]
     """Against float64 arithmetic on one layer: no worse than one rounding of the sum and one of the factors."""
     policy = LayeredPolicy.load(base_recipe.model_copy(update={"dtype": "bfloat16"}))
-    lora.add_lora(policy.transformer, LoraRecipe(rank=4, alpha=8), seed=0)
+    lora.put_adapter(policy.transformer, lora.new_adapter(policy.transformer, LoraRecipe(rank=4, alpha=8), seed=0))
     shake(policy.transformer, scale=1.0)
     layer = policy.transformer.transformer_blocks[0].attn.to_q
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -123,6 +123,6 @@ def test_the_output_of_a_merge_is_merged_again_by_the_folder_that_is_suggested(p
     first, second = tmp_path / "first", tmp_path / "second"
     assert merge.main([str(first), str(part)]) == 0
     line = refusal(second, first)
-    assert line == f"{first} is no adapter itself, but {first / 'peft'} is one: give that"
+    assert line == f"{first} is not an adapter itself, but {first / 'peft'} is one: give that"
     assert merge.main([str(second), str(first / "peft")]) == 0
     assert files(second) == MERGED

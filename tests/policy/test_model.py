@@ -15,7 +15,7 @@ from PIL import Image
 
 from layerloop.components.policy import sampling
 from layerloop.components.policy.autoencoder import FrameDecoder
-from layerloop.components.policy.lora import add_lora
+from layerloop.components.policy.lora import new_adapter, put_adapter
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.policy.sampling import Plan
 from layerloop.components.schema.errors import LayerloopError
@@ -62,9 +62,9 @@ def euler(policy: LayeredPolicy, condition: Condition, layers: int, steps: int, 
     ("height", "width", "layers"), [(64, 64, 3), (64, 64, 1), (80, 32, 2), (48, 112, 4), (32, 32, 20)]
 )
 def test_one_image_equals_the_pipeline_bit_for_bit(
-    pipeline, frozen_policy, prompt_embeds, make_picture, monkeypatch, height, width, layers
+    pipeline, frozen_policy, prompt_embeds, make_image, monkeypatch, height, width, layers
 ) -> None:  # type: ignore[no-untyped-def]
-    image = make_picture(height, width)
+    image = make_image(height, width)
     theirs, pixels = decompose(pipeline, image, layers, 6, 5, monkeypatch)
     condition = frozen_policy.encode(image[None], prompt_embeds)
     latents = euler(frozen_policy, condition, layers, 6, 5)
@@ -94,17 +94,17 @@ class HeunScheduler(FlowMatchEulerDiscreteScheduler):
         corrects, i = self.calls % 2 == 1, self.calls // 2
         self.calls += 1
         if corrects:
-            return (self.begun[0] + (self.sigmas[i + 1] - self.sigmas[i]) * (0.5 * (self.begun[1] + model_output)),)
-        self.begun = (sample, model_output)
+            return (self.pending[0] + (self.sigmas[i + 1] - self.sigmas[i]) * (0.5 * (self.pending[1] + model_output)),)
+        self.pending = (sample, model_output)
         return (sample + (self.sigmas[i + 1] - self.sigmas[i]) * model_output,)
 
 
 @pytest.mark.parametrize(("height", "width", "layers"), [(64, 64, 3), (48, 112, 1), (16, 48, 20)])
 def test_heun_too_equals_the_pipeline_bit_for_bit(
-    pipeline, frozen_policy, prompt_embeds, make_picture, monkeypatch, height, width, layers
+    pipeline, frozen_policy, prompt_embeds, make_image, monkeypatch, height, width, layers
 ) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(pipeline, "scheduler", HeunScheduler.from_config(pipeline.scheduler.config))
-    image = make_picture(height, width)
+    image = make_image(height, width)
     theirs, _ = decompose(pipeline, image, layers, 5, 5, monkeypatch)
     condition = frozen_policy.encode(image[None], prompt_embeds)
     noise = frozen_policy.noise(5, layers, height, width)
@@ -122,10 +122,10 @@ def test_the_prompt_embedding_is_the_pipelines(pipeline, prompt_embeds) -> None:
 
 
 def test_a_batch_of_images_is_what_the_images_are_alone(
-    pipeline, frozen_policy, prompt_embeds, make_picture, monkeypatch
+    pipeline, frozen_policy, prompt_embeds, make_image, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
     """Where the pipeline gives 4 and 2 layers for two images of three layers each."""
-    images = [make_picture(seed=seed) for seed in (1, 2)]
+    images = [make_image(seed=seed) for seed in (1, 2)]
     condition = frozen_policy.encode(np.stack(images), prompt_embeds)
     assert torch.equal(condition.latents[1:], frozen_policy.encode(images[1][None], prompt_embeds).latents)
     noise = torch.cat([frozen_policy.noise(seed, 3, 64, 64) for seed in (7, 8)])
@@ -142,29 +142,29 @@ def noisy(seed: int, tokens: int):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(("layers", "height", "width", "start"), [(1, 32, 32, 0), (3, 64, 64, 2), (5, 48, 64, 1)])
 def test_results_are_identical_for_any_batch_size(
-    policy, prompt_embeds, make_picture, shake, layers, height, width, start
+    policy, prompt_embeds, make_image, shake, layers, height, width, start
 ) -> None:  # type: ignore[no-untyped-def]
-    add_lora(policy.transformer, LoraRecipe(), seed=1)
+    put_adapter(policy.transformer, new_adapter(policy.transformer, LoraRecipe(), seed=1))
     shake(policy.transformer)
-    condition = policy.encode(make_picture(height, width)[None], prompt_embeds)
+    condition = policy.encode(make_image(height, width)[None], prompt_embeds)
     noise = torch.cat([policy.noise(seed, layers, height, width) for seed in range(7)])
     plan = Plan(policy.sigmas(5, height, width), start, 2, "flow_sde", (0.7, 0.7))
     z = noisy(layers, noise.shape[1])
-    whole = sampling.rollout(policy, condition, noise, plan, step_noise=z, batch_size=7)
+    full = sampling.rollout(policy, condition, noise, plan, step_noise=z, batch_size=7)
     for batch_size in (1, 2, 3, 4, 5, 6, 8):
         part = sampling.rollout(policy, condition, noise, plan, step_noise=z, batch_size=batch_size)
-        assert torch.equal(part.window, whole.window) and torch.equal(part.final, whole.final), batch_size
-    assert whole.window.shape == (7, 3, noise.shape[1], 64)
-    stacks = policy.decode(whole.final, height, width)
-    assert torch.equal(policy.decode(whole.final[3:4], height, width)[0], stacks[3])
+        assert torch.equal(part.window, full.window) and torch.equal(part.final, full.final), batch_size
+    assert full.window.shape == (7, 3, noise.shape[1], 64)
+    stacks = policy.decode(full.final, height, width)
+    assert torch.equal(policy.decode(full.final[3:4], height, width)[0], stacks[3])
 
 
 def test_a_result_does_not_depend_on_the_other_rows(frozen_policy, condition) -> None:  # type: ignore[no-untyped-def]
     noise = torch.cat([frozen_policy.noise(seed, 2, 64, 64) for seed in range(6)])
     plan = Plan(frozen_policy.sigmas(4, 64, 64))
-    whole = sampling.rollout(frozen_policy, condition, noise, plan, batch_size=6)
+    full = sampling.rollout(frozen_policy, condition, noise, plan, batch_size=6)
     turned = sampling.rollout(frozen_policy, condition, noise.flip(0), plan, batch_size=4)
-    assert torch.equal(turned.final.flip(0), whole.final)
+    assert torch.equal(turned.final.flip(0), full.final)
 
 
 def test_a_shared_prefix_is_what_every_candidate_would_have_computed(frozen_policy, condition) -> None:  # type: ignore[no-untyped-def]
@@ -208,10 +208,10 @@ def test_without_a_window_only_final_latents_remain(frozen_policy, condition) ->
     assert trajectory.window.shape == (2, 0, noise.shape[1], 64) and trajectory.nfe == 2 * 5
 
 
-def test_the_model_sees_the_time_that_the_pipeline_would_show_it(base_recipe, prompt_embeds, make_picture) -> None:  # type: ignore[no-untyped-def]
+def test_the_model_sees_the_time_that_the_pipeline_would_show_it(base_recipe, prompt_embeds, make_image) -> None:  # type: ignore[no-untyped-def]
     """In bfloat16 the pipeline rounds 1000 sigma before it divides: 711.6 becomes 712."""
     policy = LayeredPolicy.load(base_recipe.model_copy(update={"dtype": "bfloat16"}))
-    condition = policy.encode(make_picture()[None], prompt_embeds)
+    condition = policy.encode(make_image()[None], prompt_embeds)
     seen = []
     policy.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
@@ -248,17 +248,17 @@ def test_noise_is_of_the_seed_alone(frozen_policy) -> None:  # type: ignore[no-u
 
 
 @pytest.mark.parametrize("layers", [1, 20])
-def test_any_number_of_layers_and_any_aspect_ratio(frozen_policy, prompt_embeds, make_picture, layers) -> None:  # type: ignore[no-untyped-def]
+def test_any_number_of_layers_and_any_aspect_ratio(frozen_policy, prompt_embeds, make_image, layers) -> None:  # type: ignore[no-untyped-def]
     for height, width in ((16, 16), (16, 96), (80, 48)):
-        condition = frozen_policy.encode(make_picture(height, width)[None], prompt_embeds)
+        condition = frozen_policy.encode(make_image(height, width)[None], prompt_embeds)
         noise = frozen_policy.noise(0, layers, height, width)
         final = sampling.rollout(frozen_policy, condition, noise, Plan(frozen_policy.sigmas(2, height, width))).final
         stack = frozen_policy.layers_uint8(final, height, width)
         assert stack.shape == (1, layers, height, width, 4) and stack.dtype == np.uint8 and stack.std() > 0
 
 
-def test_an_rgb_image_is_conditioned_on_as_opaque_rgba(frozen_policy, prompt_embeds, make_picture) -> None:  # type: ignore[no-untyped-def]
-    rgb = make_picture()
+def test_an_rgb_image_is_conditioned_on_as_opaque_rgba(frozen_policy, prompt_embeds, make_image) -> None:  # type: ignore[no-untyped-def]
+    rgb = make_image()
     rgba = np.concatenate([rgb, np.full((64, 64, 1), 255, np.uint8)], axis=-1)
     a, b = (frozen_policy.encode(image[None], prompt_embeds).latents for image in (rgb, rgba))
     assert torch.equal(a, b) and a.dtype == torch.float32
@@ -271,13 +271,6 @@ def test_a_side_that_is_not_a_multiple_is_named(frozen_policy, prompt_embeds) ->
         frozen_policy.encode(np.zeros((1, 64, 72, 3), np.uint8), prompt_embeds)
     with pytest.raises(ValueError, match="not uint8"):
         frozen_policy.encode(np.zeros((1, 64, 64, 3), np.float32), prompt_embeds)
-
-
-def test_conditions_of_different_sizes_are_not_stacked(frozen_policy, prompt_embeds, make_picture) -> None:  # type: ignore[no-untyped-def]
-    parts = [frozen_policy.encode(make_picture(64, width)[None], prompt_embeds) for width in (64, 32)]
-    with pytest.raises(ValueError, match="32x64, 64x64"):
-        Condition.stack(parts)
-    assert Condition.stack(parts[:1] * 2).latents.shape[0] == 2
 
 
 # ---- autoencoder
@@ -309,37 +302,35 @@ def gradient(policy: LayeredPolicy, condition: Condition) -> dict[str, torch.Ten
     return {name: p.grad.clone() for name, p in policy.trainable_parameters().items() if p.grad is not None}
 
 
-def test_gradient_checkpointing_changes_no_gradient(base_recipe, prompt_embeds, make_picture, shake) -> None:  # type: ignore[no-untyped-def]
+def test_gradient_checkpointing_changes_no_gradient(base_recipe, prompt_embeds, make_image, shake) -> None:  # type: ignore[no-untyped-def]
     gradients = []
     for checkpointing in (False, True):
         policy = LayeredPolicy.load(base_recipe, ModelRuntime(gradient_checkpointing=checkpointing))
         assert policy.transformer.is_gradient_checkpointing == checkpointing
-        add_lora(policy.transformer, LoraRecipe(rank=2), seed=0)
+        put_adapter(policy.transformer, new_adapter(policy.transformer, LoraRecipe(rank=2), seed=0))
         shake(policy.transformer)
-        gradients.append(gradient(policy, policy.encode(make_picture()[None], prompt_embeds)))
+        gradients.append(gradient(policy, policy.encode(make_image()[None], prompt_embeds)))
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_the_adapter_is_float32_on_a_base_of_any_precision(
-    base_recipe, prompt_embeds, make_picture, shake, fp8
-) -> None:  # type: ignore[no-untyped-def]
+def test_the_adapter_is_float32_on_a_base_of_any_precision(base_recipe, prompt_embeds, make_image, shake, fp8) -> None:  # type: ignore[no-untyped-def]
     update = {"dtype": "bfloat16", "fp8_base": fp8}
     policy = LayeredPolicy.load(base_recipe.model_copy(update=update))
-    add_lora(policy.transformer, LoraRecipe(rank=2), seed=0)
+    put_adapter(policy.transformer, new_adapter(policy.transformer, LoraRecipe(rank=2), seed=0))
     shake(policy.transformer)
     parameters = policy.trainable_parameters()
     assert parameters and all(p.dtype == torch.float32 and ".lora_" in name for name, p in parameters.items())
     frozen = {p.dtype for name, p in policy.transformer.named_parameters() if name not in parameters}
     assert frozen == ({torch.bfloat16, torch.float8_e4m3fn} if fp8 else {torch.bfloat16})
-    condition = policy.encode(make_picture()[None], prompt_embeds)
+    condition = policy.encode(make_image()[None], prompt_embeds)
     gradients = gradient(policy, condition)
     assert gradients.keys() == parameters.keys()
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() and g.any() for g in gradients.values())
 
     exact = LayeredPolicy.load(base_recipe)
-    add_lora(exact.transformer, LoraRecipe(rank=2), seed=0)
+    put_adapter(exact.transformer, new_adapter(exact.transformer, LoraRecipe(rank=2), seed=0))
     shake(exact.transformer)
     noise = policy.noise(0, 2, 64, 64)
     with torch.no_grad():
@@ -354,7 +345,7 @@ def test_without_the_adapter_the_policy_is_the_base_bit_for_bit(policy, frozen_p
         base = frozen_policy.velocity(noise, 0.7, condition)
         with policy.without_adapter():  # there is none yet
             assert torch.equal(policy.velocity(noise, 0.7, condition), base)
-        add_lora(policy.transformer, LoraRecipe(), seed=1)
+        put_adapter(policy.transformer, new_adapter(policy.transformer, LoraRecipe(), seed=1))
         assert torch.equal(policy.velocity(noise, 0.7, condition), base)  # B is zero
         shake(policy.transformer)
         adapted = policy.velocity(noise, 0.7, condition)
@@ -365,18 +356,18 @@ def test_without_the_adapter_the_policy_is_the_base_bit_for_bit(policy, frozen_p
 
 
 def test_compiled_blocks_take_all_that_a_campaign_asks_of_them_and_change_no_bit(
-    base_recipe, prompt_embeds, make_picture, shake, monkeypatch
+    base_recipe, prompt_embeds, make_image, shake, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
     """Base, rollouts of any L, replay, gradients, the adapter switched off, on a base in float8: more variants than the
-    8 that dynamo expects, each traced whole. Only code generation is left out, which takes minutes on a CPU."""
+    8 that dynamo expects, each traced as one full graph. Code generation is left out: it takes minutes on a CPU."""
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # pytest would keep megabytes of it
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: compiled(block, backend="eager", **how))
     recipe = base_recipe.model_copy(update={"dtype": "bfloat16", "fp8_base": True})
-    picture = make_picture(32, 32)
+    image = make_image(32, 32)
 
     def outputs(policy: LayeredPolicy) -> list[torch.Tensor]:
-        condition, found = policy.encode(picture[None], prompt_embeds), []
+        condition, found = policy.encode(image[None], prompt_embeds), []
 
         def run(layers: int, sigma: float | torch.Tensor = 0.7, *, learn: bool = False) -> None:
             noise = torch.cat([policy.noise(seed, layers, 32, 32) for seed in range(2)])
@@ -387,7 +378,7 @@ def test_compiled_blocks_take_all_that_a_campaign_asks_of_them_and_change_no_bit
                 found[-1] = torch.cat([p.grad.flatten() for p in policy.trainable_parameters().values()])
 
         run(2)
-        add_lora(policy.transformer, LoraRecipe(rank=2), seed=0)
+        put_adapter(policy.transformer, new_adapter(policy.transformer, LoraRecipe(rank=2), seed=0))
         shake(policy.transformer)
         times = torch.tensor([0.9, 0.6])
         run(2), run(3), run(5), run(2, times), run(4, times, learn=True), run(3, times, learn=True)

@@ -1,4 +1,4 @@
-"""What is refused before a campaign begins: whatever later steps would refuse of the base, told without its weights."""
+"""Checks before a campaign starts: whatever later steps would refuse of the base, found without its weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from layerloop.components.policy.lora import adapter_of, add_lora, write_peft
+from layerloop.components.policy.lora import adapter_of, new_adapter, put_adapter, write_peft
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.preflight import preflight
 from layerloop.components.schema.errors import LayerloopError
@@ -83,9 +83,9 @@ def test_a_missing_file_of_any_part_is_named_with_the_recipes_field(folder: Path
         (
             "transformer/config.json",
             {"num_layers": "many"},
-            "transformer/config.json describes no transformer that can be built ('str' object",
+            "transformer/config.json does not describe a transformer that can be built ('str' object",
         ),
-        ("vae/config.json", {"dim_mult": 3}, "vae/config.json describes no vae that can be built ("),
+        ("vae/config.json", {"dim_mult": 3}, "vae/config.json does not describe a vae that can be built ("),
         (
             "transformer/config.json",
             {"joint_attention_dim": 24},
@@ -113,21 +113,25 @@ def test_sides_are_multiples_of_what_the_autoencoder_takes(folder: Path) -> None
 def test_targets_are_those_that_learning_takes(folder: Path) -> None:
     for good in (["to_q"], ["img_mod.1"], ["transformer_blocks.0.attn.to_add_out"], ["proj_out"]):
         preflight(recipe_for(folder, lora={"targets": good}))
-        add_lora(LayeredPolicy.load(recipe_for(folder).model).transformer, LoraRecipe(targets=tuple(good)), seed=0)
+        transformer = LayeredPolicy.load(recipe_for(folder).model).transformer
+        put_adapter(transformer, new_adapter(transformer, LoraRecipe(targets=tuple(good)), seed=0))
     line = refusal(recipe_for(folder, lora={"targets": ["to_qq"]}))
-    assert line.startswith("recipe.lora.targets has 'to_qq', which is no linear layer of the model: layers of a block ")
+    assert line.startswith(
+        "recipe.lora.targets has 'to_qq', which is not a linear layer of the model: layers of a block "
+    )
     assert "attn.to_q, attn.to_k, attn.to_v" in line
     dead = recipe_for(folder, lora={"targets": ["transformer_blocks.1.attn.to_add_out"]})
     line = refusal(dead)
     assert line.startswith("recipe.lora.targets is transformer_blocks.1.attn.to_add_out, which names only layers of ")
     assert "add one of img_mod.1, attn.to_q, attn.to_k" in line
+    transformer = LayeredPolicy.load(dead.model).transformer
     with pytest.raises(LayerloopError):
-        add_lora(LayeredPolicy.load(dead.model).transformer, dead.lora, seed=0)
+        put_adapter(transformer, new_adapter(transformer, dead.lora, seed=0))
 
 
 def test_an_adapter_to_start_from_has_to_fit(folder: Path, tmp_path: Path) -> None:
     policy = LayeredPolicy.load(recipe_for(folder).model)
-    add_lora(policy.transformer, LoraRecipe(rank=2, targets=("to_q",)), seed=0)
+    put_adapter(policy.transformer, new_adapter(policy.transformer, LoraRecipe(rank=2, targets=("to_q",)), seed=0))
     write_peft(adapter_of(policy.transformer), tmp_path / "adapter")
     without_weights(folder)
     lora = {"rank": 2, "targets": ["to_q"], "start_from": "s3://bucket/adapter"}
@@ -140,7 +144,7 @@ def test_an_adapter_to_start_from_has_to_fit(folder: Path, tmp_path: Path) -> No
     line = refusal(recipe_for(folder, lora=lora | {"targets": ["to_q", "to_k"]}), **start)
     assert line.startswith(field)
     assert "which recipe.lora.targets asks for" in line
-    assert refusal(recipe_for(folder, lora=lora), start=folder).startswith(f"{field}{folder} is no adapter")
+    assert refusal(recipe_for(folder, lora=lora), start=folder).startswith(f"{field}{folder} is not an adapter")
 
 
 def test_an_attention_that_diffusers_does_not_know_is_refused(folder: Path) -> None:

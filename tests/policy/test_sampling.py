@@ -170,7 +170,7 @@ def test_flow_sde_steps_along_the_reverse_sde_with_the_datas_own_score(eta: floa
 
 @pytest.mark.parametrize("eta", [0.3, 0.8, 1.0])
 def test_cps_keeps_the_noise_that_the_schedule_promises(eta: float) -> None:
-    """Where one picture is all the data, x_sigma ~ N((1 - sigma) m, sigma^2), and a step leads from one such
+    """Where one image is all the data, x_sigma ~ N((1 - sigma) m, sigma^2), and a step leads from one such
     distribution to the next exactly; Flow-SDE's does not."""
     for i in range(len(LAYERED) - 2):
         sigma, ahead = LAYERED[i], LAYERED[i + 1]

@@ -1,4 +1,4 @@
-"""The tiny policy that the package ships: it loads without a hub, keeps pictures, and decomposes designs,
+"""The tiny policy that the package ships: it loads without a hub, keeps images, and decomposes designs,
 imperfectly."""
 
 import json
@@ -30,7 +30,7 @@ def pipeline():
 
 @pytest.fixture
 def any_size(monkeypatch):
-    """Let diffusers' pipeline keep the size of a picture, where it knows two resolutions only."""
+    """Let diffusers' pipeline keep the size of an image, where it knows two resolutions only."""
     from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered as module
 
     def keep(width, height):
@@ -109,9 +109,9 @@ def test_temporal_slices_that_one_frame_never_meets_are_zero(pipeline):
 
 def test_its_autoencoder_keeps_designs(pipeline):
     stacks = render_sketches(np.random.default_rng(HELD_OUT), count=12, layers=3, size=(64, 64))
-    whole, layers = flatten(stacks, "black"), stacks.reshape(-1, 64, 64, 4)
-    kept = reconstruct(pipeline.vae, opaque(whole))
-    assert np.abs(kept[..., :3].astype(float) - whole).mean() / 255 < 0.04
+    composites, layers = flatten(stacks, "black"), stacks.reshape(-1, 64, 64, 4)
+    kept = reconstruct(pipeline.vae, opaque(composites))
+    assert np.abs(kept[..., :3].astype(float) - composites).mean() / 255 < 0.04
     kept = reconstruct(pipeline.vae, layers)
     assert np.abs(kept[..., 3].astype(float) - layers[..., 3]).mean() / 255 < 0.02
     seen = layers[..., 3] > 128
@@ -135,10 +135,10 @@ def test_it_decomposes_designs_better_than_trivial_answers(pipeline, any_size):
     made = np.stack([decompose(pipeline, stack) for stack in truth])
     empty = truth.copy()
     empty[:, 1:, ..., 3] = 0
-    figures, whole, blank = (compare(layers, truth) for layers in (made, composite_everywhere(truth), empty))
-    assert figures["alpha_iou"] > max(whole["alpha_iou"], blank["alpha_iou"]) + 0.2
+    figures, composites, blank = (compare(layers, truth) for layers in (made, composite_everywhere(truth), empty))
+    assert figures["alpha_iou"] > max(composites["alpha_iou"], blank["alpha_iou"]) + 0.2
     assert figures["alpha_iou_0"] > 0.95
-    assert figures["rgb_l1_0"] < 0.7 * whole["rgb_l1_0"], "what the elements hid is filled in"
+    assert figures["rgb_l1_0"] < 0.7 * composites["rgb_l1_0"], "what the elements hid is filled in"
     assert figures["recomposition"] < 0.1
     assert figures["alpha_iou"] < 0.97, "nothing is left to learn: the demo needs an imperfect base"
 

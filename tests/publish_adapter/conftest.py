@@ -33,9 +33,9 @@ def make_campaign(tiny_base: Path, tmp_path: Path) -> MakeCampaign:
         )
         lab = CampaignBuilder(Campaign.create_or_open(str(tmp_path / "campaign"), recipe))
         lab.sources()
-        for k in range(1, iterations + 1):
-            lab.adapter(k, scale=0.05, average=0.5 if ema else None)
-            lab.scores(k, judge=judge, rubric_version="3")
+        for iteration in range(1, iterations + 1):
+            lab.adapter(iteration, scale=0.05, average=0.5 if ema else None)
+            lab.scores(iteration, judge=judge, rubric_version="3")
         return lab.campaign
 
     return make

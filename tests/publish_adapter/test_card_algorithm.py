@@ -17,7 +17,7 @@ def card_of(**update: object) -> str:
     return model_card(
         Publication(
             name="layers", recipe=recipe, iteration=3, policy=manifest, first=manifest, averaged=False,
-            parameters=1000, sha256="0" * 64, scores=[], evaluation=None, proof="Proved.",
+            parameters=1000, sha256="0" * 64, scores=[], evaluation=None, verification="Verified.",
         )
     )  # fmt: skip
 

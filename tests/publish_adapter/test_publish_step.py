@@ -1,4 +1,4 @@
-"""Publishing: both layouts, the proof that they work, and the model card."""
+"""Publishing: both layouts, loading them back, and the model card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from layerloop.components.layers.columns import COLUMNS, quoted, title_of
 from layerloop.components.policy.adapters import Adapter, read_adapter
 from layerloop.components.policy.lora import put_adapter
 from layerloop.components.policy.model import Condition, LayeredPolicy
-from layerloop.components.publish_adapter.layouts import prove, write_layouts
+from layerloop.components.publish_adapter.layouts import verify_round_trip, write_layouts
 from layerloop.components.publish_adapter.step import run
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
@@ -49,22 +49,22 @@ def velocity(policy: LayeredPolicy) -> torch.Tensor:
         return policy.velocity(policy.noise(3, 2, 32, 48), 0.8, condition)
 
 
-def published(place: Campaign, name: str) -> Path:
-    return Path(place.uri) / place.published_dir(name)
+def published(campaign: Campaign, name: str) -> Path:
+    return Path(campaign.uri) / campaign.published_dir(name)
 
 
 def test_both_layouts_load_and_give_the_campaigns_output(make_campaign: MakeCampaign) -> None:
-    place = make_campaign()
-    result = run(campaign=place.uri, publish_as="first")
+    campaign = make_campaign()
+    result = run(campaign=campaign.uri, publish_as="first")
 
-    folder = published(place, "first")
+    folder = published(campaign, "first")
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == FILES
-    wanted = LayeredPolicy.load(place.recipe.model)
+    wanted = LayeredPolicy.load(campaign.recipe.model)
     before = velocity(wanted)
-    put_adapter(wanted.transformer, read_adapter(Path(place.uri) / place.policy_dir(1)))
-    by_peft = LayeredPolicy.load(place.recipe.model)
+    put_adapter(wanted.transformer, read_adapter(Path(campaign.uri) / campaign.policy_dir(1)))
+    by_peft = LayeredPolicy.load(campaign.recipe.model)
     by_peft.transformer = PeftModel.from_pretrained(by_peft.transformer, folder / "peft")
-    by_diffusers = LayeredPolicy.load(place.recipe.model)
+    by_diffusers = LayeredPolicy.load(campaign.recipe.model)
     pipeline = QwenImageLayeredPipeline(
         scheduler=by_diffusers.scheduler, vae=by_diffusers.vae, transformer=by_diffusers.transformer,
         text_encoder=None, tokenizer=None, processor=None,
@@ -77,7 +77,7 @@ def test_both_layouts_load_and_give_the_campaigns_output(make_campaign: MakeCamp
     assert result.metrics["adapter_effect"] == pytest.approx(0.02, abs=0.1)
     assert result.files["card"] == (folder / "README.md").read_bytes()
     assert json.loads((folder / "peft/adapter_config.json").read_text())["base_model_name_or_path"] == (
-        place.recipe.model.base
+        campaign.recipe.model.base
     )
 
 
@@ -93,10 +93,10 @@ def test_the_base_is_the_base_again_after_the_proof(bare: tuple[LayeredPolicy, A
     policy, adapter = bare
     before = velocity(policy)
     write_layouts(adapter, tmp_path, policy=policy, base="org/base")
-    proof = prove(adapter, tmp_path, policy=policy, prompt_embeds=PROMPT)
+    round_trip = verify_round_trip(adapter, tmp_path, policy=policy, prompt_embeds=PROMPT)
     assert torch.equal(velocity(policy), before)
-    assert proof.effect > 1e-3
-    assert proof.peft == proof.diffusers == 0.0
+    assert round_trip.effect > 1e-3
+    assert round_trip.peft == round_trip.diffusers == 0.0
 
 
 @pytest.mark.parametrize("layout", ["peft", "diffusers"])
@@ -115,33 +115,33 @@ def test_a_layout_that_gives_another_output_is_not_published(
     tensors[key][0, 0] += 1e-2
     save_file(tensors, file, metadata=metadata)
     with pytest.raises(LayerloopError, match=f"loaded back from {layout} layout changes the velocity by"):
-        prove(adapter, tmp_path, policy=policy, prompt_embeds=PROMPT)
+        verify_round_trip(adapter, tmp_path, policy=policy, prompt_embeds=PROMPT)
 
 
 def test_a_bfloat16_base_is_compared_with_a_stated_tolerance(make_campaign: MakeCampaign) -> None:
-    place = make_campaign(iterations=0)
-    model = place.recipe.model.model_copy(update={"dtype": "bfloat16"})
-    place = make_campaign_with(place, model)
-    result = run(campaign=place.uri, publish_as="half")
+    campaign = make_campaign(iterations=0)
+    model = campaign.recipe.model.model_copy(update={"dtype": "bfloat16"})
+    campaign = make_campaign_with(campaign, model)
+    result = run(campaign=campaign.uri, publish_as="half")
     assert 0.0 < result.metrics["difference_peft"] < 0.01, "peft multiplies in float32, the campaign in bfloat16"
     assert 0.0 < result.metrics["difference_diffusers"] < 0.01
     assert "root mean squares, in bfloat16" in result.files["card"].decode()
 
 
-def make_campaign_with(place: Campaign, model: object) -> Campaign:
-    """The same campaign begun with another model section."""
-    shutil.rmtree(Path(place.uri))
-    lab = CampaignBuilder(Campaign.create_or_open(place.uri, place.recipe.model_copy(update={"model": model})))
+def make_campaign_with(campaign: Campaign, model: object) -> Campaign:
+    """The same campaign started with another model section."""
+    shutil.rmtree(Path(campaign.uri))
+    lab = CampaignBuilder(Campaign.create_or_open(campaign.uri, campaign.recipe.model_copy(update={"model": model})))
     lab.sources()
     lab.adapter(1, scale=0.05)
     return lab.campaign
 
 
 def test_the_average_is_published_where_one_is_kept(make_campaign: MakeCampaign) -> None:
-    place = make_campaign(ema=True)
-    result = run(campaign=place.uri, publish_as="averaged")
-    weights = load((published(place, "averaged") / "peft/adapter_model.safetensors").read_bytes())
-    average = load((Path(place.uri) / place.policy_dir(1) / "ema.safetensors").read_bytes())
+    campaign = make_campaign(ema=True)
+    result = run(campaign=campaign.uri, publish_as="averaged")
+    weights = load((published(campaign, "averaged") / "peft/adapter_model.safetensors").read_bytes())
+    average = load((Path(campaign.uri) / campaign.policy_dir(1) / "ema.safetensors").read_bytes())
     assert weights.keys() == average.keys()
     assert all(torch.equal(weights[key], average[key]) for key in weights)
     assert "exponential average of the weights" in result.files["card"].decode()
@@ -149,15 +149,23 @@ def test_the_average_is_published_where_one_is_kept(make_campaign: MakeCampaign)
 
 def test_a_base_that_ranks_share_is_published_from_with_the_bytes_of_one_process(make_campaign: MakeCampaign) -> None:
     """Two processes, which the step's plain command starts by itself where the base is sharded."""
-    place = make_campaign()
-    expected = run(campaign=place.uri, name="alone")
-    command = [sys.executable, "-m", "layerloop.components.publish_adapter", "--campaign", place.uri, "--name", "ranks"]
+    campaign = make_campaign()
+    expected = run(campaign=campaign.uri, publish_as="alone")
+    command = [
+        sys.executable,
+        "-m",
+        "layerloop.components.publish_adapter",
+        "--campaign",
+        campaign.uri,
+        "--publish-as",
+        "ranks",
+    ]
     command += ["--runtime", '{"model": {"fsdp": true}}']
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "in 2 processes" in done.stderr and "loaded whole" not in done.stderr
-    found, folders = place.find("published/ranks"), (published(place, "alone"), published(place, "ranks"))
+    found, folders = campaign.find("published/ranks"), (published(campaign, "alone"), published(campaign, "ranks"))
     assert found is not None and found.metadata["difference_peft"] == found.metadata["difference_diffusers"] == 0.0
     assert found.metadata["adapter_effect"] == expected.metrics["adapter_effect"] > 1e-3
     for name in FILES - {"README.md", "manifest.json"}:
@@ -165,70 +173,70 @@ def test_a_base_that_ranks_share_is_published_from_with_the_bytes_of_one_process
 
 
 def test_a_base_that_one_gpu_holds_is_published_from_in_one_process(make_campaign: MakeCampaign) -> None:
-    place = make_campaign()
-    command = [sys.executable, "-m", "layerloop.components.publish_adapter", "--campaign", place.uri]
+    campaign = make_campaign()
+    command = [sys.executable, "-m", "layerloop.components.publish_adapter", "--campaign", campaign.uri]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "processes" not in done.stderr and place.published() == ["shop-000001"]
+    assert "processes" not in done.stderr and campaign.published() == ["shop-000001"]
 
 
 # ---- names
 
 
 def test_publishing_again_under_the_same_name_changes_nothing(make_campaign: MakeCampaign) -> None:
-    place = make_campaign()
-    first = run(campaign=place.uri, publish_as="v1.0")
-    before = {name: place.store.read(name) for name in place.store.list("published/")}
-    again = run(campaign=place.uri, publish_as="v1.0", iteration=1)
+    campaign = make_campaign()
+    first = run(campaign=campaign.uri, publish_as="v1.0")
+    before = {name: campaign.store.read(name) for name in campaign.store.list("published/")}
+    again = run(campaign=campaign.uri, publish_as="v1.0", iteration=1)
     assert again.manifests == first.manifests
     assert again.files == first.files
-    assert before == {name: place.store.read(name) for name in place.store.list("published/")}
+    assert before == {name: campaign.store.read(name) for name in campaign.store.list("published/")}
 
 
 def test_a_name_that_holds_another_adapter_is_not_overwritten(make_campaign: MakeCampaign) -> None:
-    place = make_campaign(iterations=2)
-    run(campaign=place.uri, publish_as="best", iteration=1)
+    campaign = make_campaign(iterations=2)
+    run(campaign=campaign.uri, publish_as="best", iteration=1)
     with pytest.raises(LayerloopError, match="already holds the adapter of iteration 1, not of 2: choose another pub"):
-        run(campaign=place.uri, publish_as="best")
-    assert run(campaign=place.uri, publish_as="better").manifests["adapter"].iteration == 2
+        run(campaign=campaign.uri, publish_as="best")
+    assert run(campaign=campaign.uri, publish_as="better").manifests["adapter"].iteration == 2
 
 
 def test_without_a_name_it_is_the_recipes_and_the_iteration(make_campaign: MakeCampaign) -> None:
-    place = make_campaign(iterations=2)
-    run(campaign=place.uri)
-    assert place.published() == ["shop-000002"]
+    campaign = make_campaign(iterations=2)
+    run(campaign=campaign.uri)
+    assert campaign.published() == ["shop-000002"]
 
 
 @pytest.mark.parametrize("name", [".", "..", "../up", "a/b", "-x", "with space", "ä", "x" * 97, "a\n"])
 def test_a_name_that_is_no_folder_name_is_refused(make_campaign: MakeCampaign, name: str) -> None:
-    place = make_campaign(iterations=0)
+    campaign = make_campaign(iterations=0)
     with pytest.raises(LayerloopError, match="publish_as is .*: give 1 to 96 letters"):
-        run(campaign=place.uri, publish_as=name)
+        run(campaign=campaign.uri, publish_as=name)
 
 
 def test_a_campaign_without_an_adapter_has_nothing_to_publish(make_campaign: MakeCampaign) -> None:
-    place = make_campaign(iterations=0)
+    campaign = make_campaign(iterations=0)
     with pytest.raises(LayerloopError, match="has no adapter to publish"):
-        run(campaign=place.uri, publish_as="early")
+        run(campaign=campaign.uri, publish_as="early")
 
 
 def test_an_adapter_of_another_base_is_refused(make_campaign: MakeCampaign) -> None:
-    place = make_campaign()
-    name = f"{place.policy_dir(1)}/{MANIFEST}"
-    manifest = place.policy(1)
+    campaign = make_campaign()
+    name = f"{campaign.policy_dir(1)}/{MANIFEST}"
+    manifest = campaign.policy(1)
     changed = manifest.model_copy(update={"metadata": manifest.metadata | {"base_fingerprint": "e" * 64}})
-    place.store.write(name, changed.to_json())
+    campaign.store.write(name, changed.to_json())
     with pytest.raises(LayerloopError, match="the adapter of iteration 1 was trained on eeeeeeeeeeee"):
-        run(campaign=place.uri, publish_as="other")
-    assert place.published() == []
+        run(campaign=campaign.uri, publish_as="other")
+    assert campaign.published() == []
 
 
 # ---- the card
 
 
-def card_of(place: Campaign, name: str = "named") -> str:
-    return run(campaign=place.uri, publish_as=name).files["card"].decode()
+def card_of(campaign: Campaign, name: str = "named") -> str:
+    return run(campaign=campaign.uri, publish_as=name).files["card"].decode()
 
 
 def front_matter(card: str) -> dict[str, object]:
@@ -242,7 +250,7 @@ def test_the_cards_front_matter_is_what_the_hub_reads(make_campaign: MakeCampaig
     assert matter["license"] == "apache-2.0"
     assert matter["library_name"] == "diffusers"
     assert {"lora", "peft", "flow-grpo", "arxiv:2605.30257"} <= set(matter["tags"])  # type: ignore[call-overload]
-    assert "base_model" not in matter, "a local folder is no name on the hub"
+    assert "base_model" not in matter, "a local folder is not a name on the hub"
 
 
 def test_the_card_names_a_base_of_the_hub() -> None:
@@ -262,7 +270,7 @@ def test_the_card_names_a_base_of_the_hub() -> None:
             sha256="0" * 64,
             scores=[],
             evaluation=None,
-            proof="Proved.",
+            verification="Verified.",
         )
     )
     matter = front_matter(card)
@@ -283,14 +291,14 @@ def test_the_card_names_the_judge(make_campaign: MakeCampaign) -> None:
     assert "is not a vision-language model" not in card
 
 
-def test_an_adapter_that_began_from_another_brings_that_licence(make_campaign: MakeCampaign) -> None:
+def test_an_adapter_that_started_from_another_brings_that_licence(make_campaign: MakeCampaign) -> None:
     card = card_of(make_campaign(lora={"rank": 4, "alpha": 8.0, "start_from": "s3://models/stable-layers"}))
     assert front_matter(card)["license"] == "other"
-    assert "It began from `s3://models/stable-layers`" in card
+    assert "It started from `s3://models/stable-layers`" in card
 
 
 def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCampaign) -> None:
-    place = make_campaign()
+    campaign = make_campaign()
     metrics = {
         "designs.bad_layers": {"title": "bad layers", "base": 1.65, "tuned": 0.4, "difference": -1.25, "low": -1.5,
                                "high": -1.0, "n": 32, "better": "lower", "clear": True},
@@ -300,12 +308,12 @@ def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCa
                               "high": None, "n": 8, "better": "higher", "clear": False},
         "definitions": {"bad_layers": "..."},
         "method": "bootstrap",
-        "provenance": {"adapter_sha256": place.policy(1).metadata["adapter_sha256"]},
+        "provenance": {"adapter_sha256": campaign.policy(1).metadata["adapter_sha256"]},
     }  # fmt: skip
-    folder = place.evaluation_dir("iteration-000001")
-    file = add_file(place.store, f"{folder}/metrics.json", json.dumps(metrics).encode())
-    commit(place.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
-    card = card_of(place)
+    folder = campaign.evaluation_dir("iteration-000001")
+    file = add_file(campaign.store, f"{folder}/metrics.json", json.dumps(metrics).encode())
+    commit(campaign.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
+    card = card_of(campaign)
     assert "| bad layers ↓ | 1.65 | 0.4 | **-1.25 [-1.5, -1]** |" in card
     assert "| slot L1, 3 layers ↓ | 0.0879 | 0.0767 | -0.0112 [-0.02, 0.003] |" in card
     assert "| evenness ↑ | 0.5 | – | – [–, –] |" in card
@@ -315,14 +323,14 @@ def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCa
 
 def test_the_card_quotes_the_columns_that_say_so_in_their_order(make_campaign: MakeCampaign) -> None:
     """From a metrics.json with every column, as evaluate_adapter writes it."""
-    place = make_campaign()
+    campaign = make_campaign()
     compared = Comparison(0.5, 0.4, -0.1, -0.2, -0.05, 20)
     comparisons = Comparisons({"designs": dict.fromkeys(COLUMNS, compared)}, {3: {"slot_l1": compared}})
-    folder = place.evaluation_dir("iteration-000001")
+    folder = campaign.evaluation_dir("iteration-000001")
     metrics = metrics_json(comparisons, {}, {}, resamples=10)
-    file = add_file(place.store, f"{folder}/metrics.json", metrics)
-    commit(place.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
-    rows = re.findall(r"^\| ([^|]*?)(?: [↓↑])? \| 0.5 \|", card_of(place), re.MULTILINE)
+    file = add_file(campaign.store, f"{folder}/metrics.json", metrics)
+    commit(campaign.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
+    rows = re.findall(r"^\| ([^|]*?)(?: [↓↑])? \| 0.5 \|", card_of(campaign), re.MULTILINE)
     counted = [name for name in quoted("card") for _ in range(2 if name == "slot_l1" else 1)]  # slot_l1.L3 too
     assert rows == [title_of(name) for name in counted]
     assert len(rows) < len(COLUMNS)
@@ -332,22 +340,22 @@ def test_the_card_quotes_the_columns_that_say_so_in_their_order(make_campaign: M
 def test_the_card_says_when_what_was_measured_is_not_what_is_published(
     make_campaign: MakeCampaign, measured: str
 ) -> None:
-    place = make_campaign(ema=True)
-    metrics = {"provenance": {"adapter_sha256": place.policy(1).file(measured).sha256}}
-    folder = place.evaluation_dir("iteration-000001")
-    file = add_file(place.store, f"{folder}/metrics.json", json.dumps(metrics).encode())
-    commit(place.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
-    assert ("of other weights" in card_of(place)) == (measured != "ema.safetensors")
+    campaign = make_campaign(ema=True)
+    metrics = {"provenance": {"adapter_sha256": campaign.policy(1).file(measured).sha256}}
+    folder = campaign.evaluation_dir("iteration-000001")
+    file = add_file(campaign.store, f"{folder}/metrics.json", json.dumps(metrics).encode())
+    commit(campaign.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
+    assert ("of other weights" in card_of(campaign)) == (measured != "ema.safetensors")
 
 
 def test_the_cards_own_code_loads_the_adapter(make_campaign: MakeCampaign) -> None:
     """Every block of Python on the card runs, and either way of loading gives the same transformer."""
-    place = make_campaign()
-    card = card_of(place)
+    campaign = make_campaign()
+    card = card_of(campaign)
     base, by_diffusers, by_peft = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     outputs = []
     for way in (by_diffusers, by_peft):
-        scope: dict[str, object] = {"folder": str(published(place, "named"))}
+        scope: dict[str, object] = {"folder": str(published(campaign, "named"))}
         exec(base + way, scope)
         pipeline = scope["pipeline"]
         policy = LayeredPolicy(

@@ -97,7 +97,7 @@ def glazed(stack: np.ndarray, t: float) -> np.ndarray:
 
 
 def copied(stack: np.ndarray, t: float) -> np.ndarray:
-    """The whole picture, on a growing part of every upper layer."""
+    """The complete image, on a growing part of every upper layer."""
     out = stack.copy()
     edge = round(t * out.shape[2])
     out[1:, :, :edge] = composite(stack)[:, :edge]
@@ -259,7 +259,7 @@ def test_the_answer_has_the_form_that_was_asked_for(
 
 
 def test_alone_it_is_coarse_and_its_full_range_variant_is_not(reference_url: str) -> None:
-    told: dict[str, list[int]] = {NAME: [], FINE: []}
+    scores_of: dict[str, list[int]] = {NAME: [], FINE: []}
     with start_in_thread(model=FINE) as fine_url:
         for name, url in ((NAME, reference_url), (FINE, fine_url)):
             for truth in designs():
@@ -268,10 +268,10 @@ def test_alone_it_is_coarse_and_its_full_range_variant_is_not(reference_url: str
                     request = phase1_request(stack, source[..., :3], ("white", "black"))
                     _, reply = ask(url, "POST", "/v1/chat/completions", body_of(request, model=name))
                     assert reply["model"] == name
-                    told[name] += json.loads(reply["choices"][0]["message"]["content"])["scores"].values()
-    assert set(told[NAME]) <= {1, 2, 3, 4}
-    assert sum(score in (2, 3) for score in told[NAME]) >= 0.8 * len(told[NAME])
-    assert set(told[FINE]) >= {0, 2, 3, 5}
+                    scores_of[name] += json.loads(reply["choices"][0]["message"]["content"])["scores"].values()
+    assert set(scores_of[NAME]) <= {1, 2, 3, 4}
+    assert sum(score in (2, 3) for score in scores_of[NAME]) >= 0.8 * len(scores_of[NAME])
+    assert set(scores_of[FINE]) >= {0, 2, 3, 5}
 
 
 def test_the_same_request_gets_the_same_answer(reference_url: str, three: Request) -> None:

@@ -33,7 +33,7 @@ def test_what_is_left_in_the_background_leaves_its_layer_blank(monkeypatch: pyte
         assert gone[1:].any() and not gone[0]
         assert np.array_equal(spoiled[1:][~gone[1:]], stack[1:][~gone[1:]]), "other layers stay as they are"
         kept = np.abs(composite(stack)[..., :3].astype(int) - composite(spoiled)[..., :3]).mean(-1) <= 1
-        assert kept.mean() > 0.6, "the picture is the same, but where the order of overlapping layers changed"
+        assert kept.mean() > 0.6, "the image is the same, but where the order of overlapping layers changed"
 
 
 def test_a_veil_is_glazed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,9 +114,9 @@ def test_encoded_designs_begin_with_the_condition(pipeline):
     assert data.grid == (4, 2)
     assert data.shapes == [(1, 4, 2)] * 5
     assert data.frames.shape == (2, 4 * 8, 64)
-    whole = np.concatenate([flatten(stacks, "black"), np.full((2, 64, 32, 1), 255, np.uint8)], axis=-1)
+    composites = np.concatenate([flatten(stacks, "black"), np.full((2, 64, 32, 1), 255, np.uint8)], axis=-1)
     with torch.no_grad():
-        mean, _ = encode_frames(pipeline.vae, torch.from_numpy(whole).permute(0, 3, 1, 2).float() / 127.5 - 1)
+        mean, _ = encode_frames(pipeline.vae, torch.from_numpy(composites).permute(0, 3, 1, 2).float() / 127.5 - 1)
     assert torch.allclose(data.frames[:, :8].float(), pack(normalise(pipeline.vae, mean)), atol=0.1)  # bfloat16
 
 

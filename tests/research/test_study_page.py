@@ -52,9 +52,9 @@ def design_rows(better: float = 0.0) -> list[Row]:
 
 def finished(study: Study, run: Run, *, better: float, alone: float, used: float) -> Run:
     """A campaign with what `outcome` reads: tuned = base times (1 - better), and +-alone, +-used about the reward."""
-    place = Campaign.create_or_open(str(study.campaign(run)), parse_recipe(study.recipe_of(run)))
-    folder = place.evaluation_dir(f"iteration-{study.iterations:06d}")
-    place.store.write(f"{folder}/metrics.json", evaluation(design_rows(), design_rows(better)))
+    campaign = Campaign.create_or_open(str(study.campaign(run)), parse_recipe(study.recipe_of(run)))
+    folder = campaign.evaluation_dir(f"iteration-{study.iterations:06d}")
+    campaign.store.write(f"{folder}/metrics.json", evaluation(design_rows(), design_rows(better)))
     for iteration in range(1, study.iterations + 1):
         rows = [
             {"group": group, "reward_phase1": 0.5 + sign * alone, "reward": 0.5 + sign * used}
@@ -64,7 +64,7 @@ def finished(study: Study, run: Run, *, better: float, alone: float, used: float
         rows.append({"group": 1, "reward_phase1": None, "reward": None})  # masked
         table = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows), table)
-        place.store.write(f"{place.scores_dir(iteration)}/scores.parquet", table.getvalue())
+        campaign.store.write(f"{campaign.scores_dir(iteration)}/scores.parquet", table.getvalue())
     return run
 
 

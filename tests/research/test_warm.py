@@ -32,7 +32,7 @@ def test_a_failing_step_is_one_line_of_error_and_the_next_request_is_still_answe
 def test_requests_that_are_none_are_refused() -> None:
     answers = ask("not json", "[]", '{"verb": 3}', '{"verb": "../../etc"}', '{"verb": "no_such_verb"}', "")
     assert [answer["status"] for answer in answers] == [2, 2, 2, 2, 2]
-    assert "verb no_such_verb cannot be imported" in str(answers[-1]["error"])
+    assert "step no_such_verb cannot be imported" in str(answers[-1]["error"])
 
 
 def test_a_defect_keeps_its_name_and_status_1() -> None:

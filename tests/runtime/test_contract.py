@@ -147,16 +147,16 @@ def test_a_task_writes_its_artifacts_parameters_and_metadata(tmp_path: Path) -> 
     assert start(task) == 0
     assert calls[0]["iteration"] == 7
     assert calls[0]["worker"] == 1 and type(calls[0]["worker"]) is int
-    told = json.loads((tmp_path / "deep" / "executor_output.json").read_text())
-    assert told["parameterValues"] == {"count": 3, "name": "a b", "ok": True}
-    assert {name: entry["artifacts"][0]["metadata"] for name, entry in told["artifacts"].items()} == {
+    output = json.loads((tmp_path / "deep" / "executor_output.json").read_text())
+    assert output["parameterValues"] == {"count": 3, "name": "a b", "ok": True}
+    assert {name: entry["artifacts"][0]["metadata"] for name, entry in output["artifacts"].items()} == {
         "rollouts": {
             "kind": "rollouts", "iteration": 7, "groups": 3, "candidates": 24, "display_name": "rollouts 7",
         },
         "report": {},
         "metrics": {"reward_mean": 0.25, "groups": 3},
     }  # fmt: skip
-    rollouts = told["artifacts"]["rollouts"]["artifacts"][0]
+    rollouts = output["artifacts"]["rollouts"]["artifacts"][0]
     assert (rollouts["uri"], rollouts["type"]) == (str(tmp_path / "out/rollouts"), {"schemaTitle": "system.Dataset"})
     manifest = Manifest.from_json((tmp_path / "out/rollouts").read_bytes(), where="rollouts")
     assert manifest == Manifest(kind="rollouts", iteration=7, counts={"groups": 3, "candidates": 24})
@@ -218,9 +218,9 @@ def test_the_drivers_own_output_is_left_alone_while_the_launcher_holds_it_open(t
         assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
         held.write("more\n")
     assert log_file.read_text() == "what the step printed\nmore\n"
-    told = json.loads((tmp_path / "output_metadata.json").read_text())
-    assert told["artifacts"].keys() == {"metrics", "rollouts"}
-    assert told["artifacts"]["rollouts"]["artifacts"][0]["metadata"]["iteration"] == 4
+    output = json.loads((tmp_path / "output_metadata.json").read_text())
+    assert output["artifacts"].keys() == {"metrics", "rollouts"}
+    assert output["artifacts"]["rollouts"]["artifacts"][0]["metadata"]["iteration"] == 4
 
 
 def test_a_parameter_the_step_does_not_make_is_a_defect(tmp_path: Path) -> None:
@@ -241,9 +241,9 @@ def past_the_target(folder: Path, until: Any, iteration: int = 6) -> tuple[int, 
 
 @pytest.mark.parametrize("until", [6, 6.0, "6", 2])
 def test_an_iteration_past_the_target_is_not_done_and_hands_on_an_empty_output(tmp_path: Path, until: Any) -> None:
-    status, told = past_the_target(tmp_path, until)
+    status, output = past_the_target(tmp_path, until)
     assert (status, calls) == (0, [])
-    assert told["artifacts"]["rollouts"]["artifacts"][0]["metadata"]["iteration"] == 7
+    assert output["artifacts"]["rollouts"]["artifacts"][0]["metadata"]["iteration"] == 7
     manifest = Manifest.from_json((tmp_path / "out/rollouts").read_bytes(), where="rollouts")
     assert manifest == Manifest(kind="rollouts", iteration=7)
 
@@ -264,8 +264,8 @@ def test_an_update_past_the_target_hands_its_policy_on(tmp_path: Path) -> None:
     arguments = ["--executor-input", json.dumps(task)]
     assert step_main(run, step=STEPS["update_lora"], beyond=("policy", "previous"), argv=arguments) == 0
     assert calls == []
-    told = json.loads((tmp_path / "deep" / "executor_output.json").read_text())
-    (artifact,) = told["artifacts"]["policy"]["artifacts"]
+    output = json.loads((tmp_path / "deep" / "executor_output.json").read_text())
+    (artifact,) = output["artifacts"]["policy"]["artifacts"]
     assert artifact["metadata"]["iteration"] == 6
     assert Manifest.from_json(Path(artifact["uri"]).read_bytes(), where="policy") == before
 
@@ -325,11 +325,11 @@ def test_parameters_arrive_in_their_declared_type(tmp_path: Path, name: str, giv
 @pytest.mark.parametrize(
     ("name", "given", "message"),
     [
-        ("iteration", 3.5, "input parameter iteration is 3.5: give a whole number"),
-        ("iteration", "three", "input parameter iteration is 'three': give a whole number"),
-        ("iteration", True, "input parameter iteration is True: give a whole number"),
-        ("iteration", [3], "input parameter iteration is [3]: give a whole number"),
-        ("iteration", "inf", "input parameter iteration is 'inf': give a whole number"),
+        ("iteration", 3.5, "input parameter iteration is 3.5: give an integer"),
+        ("iteration", "three", "input parameter iteration is 'three': give an integer"),
+        ("iteration", True, "input parameter iteration is True: give an integer"),
+        ("iteration", [3], "input parameter iteration is [3]: give an integer"),
+        ("iteration", "inf", "input parameter iteration is 'inf': give an integer"),
         ("fast", "maybe", "input parameter fast is 'maybe': give true or false"),
         ("speed", 1, "input parameter speed is not one of campaign, iteration, worker, rate, fast, judge_url: "),
     ],
@@ -363,7 +363,7 @@ def test_a_list_of_artifacts_of_one_iteration_gives_that_iteration(tmp_path: Pat
         (policy(4, 5), "input artifact policy is of iterations 4, 5: give artifacts of one iteration"),
         ({}, "input artifact policy is not there: give artifacts of one iteration"),
         (policy(None), "input artifact policy (/nowhere/policy) has no iteration: give a step's manifest"),
-        (policy("x"), "input parameter policy.iteration is 'x': give a whole number"),
+        (policy("x"), "input parameter policy.iteration is 'x': give an integer"),
     ],
 )
 def test_an_iteration_that_cannot_be_told_is_one_line(
@@ -460,7 +460,7 @@ def test_a_mapping_arrives_as_one_or_as_text(tmp_path: Path, given: Any, expecte
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("update.steps=1", "input parameter overrides is no JSON"),
+        ("update.steps=1", "input parameter overrides is not JSON"),
         ("[1]", "input parameter overrides is [1]: give a JSON object"),
         (3, "input parameter overrides is 3: give a JSON object"),
     ],
@@ -479,7 +479,7 @@ def test_a_mapping_is_json_on_the_command_line(capsys: pytest.CaptureFixture[str
     assert step_main(merge, argv=["--overrides", '{"seed": 3}']) == 0
     assert merged == [{"seed": 3}]
     assert step_main(merge, argv=["--overrides", "seed=3"]) == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --overrides is no JSON")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --overrides is not JSON")
 
 
 def test_an_argument_of_another_type_is_a_defect_of_the_step() -> None:

@@ -54,9 +54,9 @@ def test_no_module_of_a_light_step_imports_torch(package: str) -> None:
     assert python(IMPORT, ",".join(HEAVY), *modules).split() == []
 
 
-@pytest.mark.parametrize("verb", STEPS)
-def test_every_step_starts_without_torch(verb: str) -> None:
-    out = python(START, ",".join(HEAVY), f"layerloop.components.{verb}")
+@pytest.mark.parametrize("step", STEPS)
+def test_every_step_starts_without_torch(step: str) -> None:
+    out = python(START, ",".join(HEAVY), f"layerloop.components.{step}")
     assert "--campaign" in out
     assert out.splitlines()[-1].strip() == "heavy:"
 

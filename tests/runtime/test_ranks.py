@@ -22,28 +22,28 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 @pytest.mark.parametrize(("visible", "processes"), [(0, 1), (1, 1), (8, 8)])
 def test_one_process_per_gpu(visible: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, visible)
-    assert ranks.wanted() == processes
+    assert ranks.num_processes() == processes
 
 
 def test_the_variable_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 8)
     monkeypatch.setenv("LAYERLOOP_PROCESSES", "1")
-    assert ranks.wanted() == 1
+    assert ranks.num_processes() == 1
     gpus(monkeypatch, 0)
     monkeypatch.setenv("LAYERLOOP_PROCESSES", "3")
-    assert ranks.wanted() == 3
+    assert ranks.num_processes() == 3
 
 
 def test_a_rank_starts_no_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 8)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LAYERLOOP_PROCESSES", "8")
-    assert ranks.wanted() == 1
+    assert ranks.num_processes() == 1
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "9"])
 def test_a_number_that_cannot_be_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 8)
     monkeypatch.setenv("LAYERLOOP_PROCESSES", value)
-    with pytest.raises(LayerloopError, match=rf"LAYERLOOP_PROCESSES is '{value}': give a number from 1 to 8"):
-        ranks.wanted()
+    with pytest.raises(LayerloopError, match=rf"LAYERLOOP_PROCESSES is '{value}': give an integer from 1 to 8"):
+        ranks.num_processes()

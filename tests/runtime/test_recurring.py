@@ -77,7 +77,7 @@ def kfp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kfp]:
 
 def test_the_recurring_run_that_started_the_run_is_switched_off(kfp: Kfp, capsys: pytest.CaptureFixture[str]) -> None:
     line = disable_recurring_run("by-chain")
-    assert line == "recurring run chain/1 is switched off: enable it in Kubeflow to go on"
+    assert line == "recurring run chain/1 is switched off: enable it in Kubeflow to continue"
     assert kfp.enabled == {"chain/1": False}
     assert capsys.readouterr().err.splitlines() == [line]
 
@@ -106,7 +106,7 @@ def test_whatever_goes_wrong_is_one_line_and_no_failure(kfp: Kfp, monkeypatch: p
     for url in ("http://127.0.0.1:9", "no url", "http://[::1", "ftp://x"):
         monkeypatch.setenv("LAYERLOOP_KFP_API", url)
         lines.append(disable_recurring_run("by-chain"))
-        assert "cannot be asked" in lines[-1]
+        assert "is not reachable" in lines[-1]
     assert not any("\n" in line for line in lines)
     assert kfp.enabled == {"chain/1": True}
 
@@ -115,7 +115,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(kfp: Kfp, monkeypatch: 
     kfp.wait = 5.0
     monkeypatch.setattr(recurring, "TIMEOUT", 0.2)
     began = time.monotonic()
-    assert "cannot be asked (timed out)" in disable_recurring_run("by-chain")
+    assert "is not reachable (timed out)" in disable_recurring_run("by-chain")
     assert time.monotonic() - began < 4
 
 
@@ -130,4 +130,4 @@ def test_inside_a_cluster_the_stock_server_is_asked(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     monkeypatch.setattr(recurring, "TIMEOUT", 0.5)
     line = disable_recurring_run("by-chain")
-    assert line.startswith("the recurring run goes on, and its runs end at once: http://ml-pipeline.kubeflow.svc")
+    assert line.startswith("the recurring run continues, and its runs end at once: http://ml-pipeline.kubeflow.svc")

@@ -1,4 +1,4 @@
-"""A refused task is not tried again as if it had crashed, and nothing else is held up by its refusal."""
+"""A refused task is not retried like a crashed one, and its refusal affects nothing else."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.refusals import BELIEVED
+from layerloop.components.runtime.refusals import KEPT_SECONDS
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.storage.stores import open_store
 
@@ -71,12 +71,12 @@ def test_another_run_and_a_changed_input_are_tried(attempt: Attempts) -> None:
 
 
 def test_a_run_that_a_person_retries_is_tried_again(attempt: Attempts) -> None:
-    """The UI's retry deletes the failed pods, so Argo counts anew and the first pod's name comes back."""
+    """The UI's retry deletes the failed pods, so Argo counts from the start and the first pod's name comes back."""
     attempt("wf-impl-0")
     attempt("wf-impl-1")
     errors.append(None)
     assert attempt("wf-impl-0")[0] == 0
-    assert attempt("wf-impl-1")[0] == 0  # an eviction after that is no refusal
+    assert attempt("wf-impl-1")[0] == 0  # an eviction after that is not a refusal
     assert len(calls) == 3
 
 
@@ -92,7 +92,7 @@ def test_an_old_refusal_is_not_believed(attempt: Attempts) -> None:
     store = open_store(attempt.campaign)
     (name,) = store.list("refusals/")
     record = json.loads(store.read(name))
-    store.write(name, json.dumps(record | {"at": time.time() - BELIEVED - 1}).encode())
+    store.write(name, json.dumps(record | {"at": time.time() - KEPT_SECONDS - 1}).encode())
     assert "same refusal" not in attempt("wf-impl-1")[1]
     assert len(calls) == 2
 

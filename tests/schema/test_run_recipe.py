@@ -5,32 +5,39 @@ from typing import Any
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.recipe import Recipe, parse_recipe
+from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 
 TINY = parse_recipe(packaged_recipes()["tiny"])
 
 
 def test_changes_are_merged_section_by_section() -> None:
-    changed = overridden(TINY, {"judge": {"phase2": {"enabled": False}, "model": "qwen"}, "seed": 3})
+    changed, free = overridden(TINY, {"judge": {"phase2": {"enabled": False}, "model": "qwen"}, "seed": 3})
     assert (changed.judge.phase2.enabled, changed.judge.model, changed.seed) == (False, "qwen", 3)
     assert changed.judge.phase2.resolution == TINY.judge.phase2.resolution == 64
     assert changed.rollout == TINY.rollout
+    assert free == {}
+
+
+def test_values_of_the_runtime_are_returned_apart() -> None:
+    changed, free = overridden(TINY, {"judge": {"concurrency": 64.0, "model": "qwen"}})
+    assert changed.judge.model == "qwen"
+    assert free == {"judge": {"concurrency": 64}}
 
 
 def test_no_change_is_the_recipe_itself() -> None:
-    assert overridden(TINY, {}) is TINY
+    assert overridden(TINY, {}) == (TINY, {})
 
 
 def test_numbers_of_a_struct_arrive_as_floats() -> None:
     changes = {"rollout": {"groups": 5.0, "window": {"size": 3.0}}, "evaluation": {"layers": [2.0, 3.0]}, "seed": 9.0}
     plain = {"rollout": {"groups": 5, "window": {"size": 3}}, "evaluation": {"layers": [2, 3]}, "seed": 9}
     assert overridden(TINY, changes) == overridden(TINY, plain)
-    assert overridden(TINY, {"update": {"learning_rate": 1}}).update.learning_rate == 1.0
+    assert overridden(TINY, {"update": {"learning_rate": 1}})[0].update.learning_rate == 1.0
 
 
 def test_a_list_is_replaced() -> None:
-    assert overridden(TINY, {"evaluation": {"layers": [2]}}).evaluation.layers == (2,)
+    assert overridden(TINY, {"evaluation": {"layers": [2]}})[0].evaluation.layers == (2,)
 
 
 @pytest.mark.parametrize(
@@ -56,5 +63,5 @@ def test_what_does_not_fit_is_one_line(changes: dict[str, Any], line: str) -> No
 def test_every_packaged_recipe_can_be_changed() -> None:
     for text in packaged_recipes().values():
         recipe = parse_recipe(text)
-        assert overridden(recipe, recipe.model_dump(mode="json")) == recipe
-        assert isinstance(overridden(recipe, {"seed": 5}), Recipe)
+        assert overridden(recipe, recipe.model_dump(mode="json")) == (recipe, {})
+        assert overridden(recipe, {"seed": 5})[0].seed == 5

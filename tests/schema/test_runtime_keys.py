@@ -1,4 +1,4 @@
-"""The runtime is free, and is told from the recipe by its keys, also where recipes held them."""
+"""The runtime is free, and separated from the recipe by its keys, also in recipes that held them."""
 
 from __future__ import annotations
 

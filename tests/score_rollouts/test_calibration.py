@@ -11,7 +11,7 @@ from layerloop.components.score_rollouts.calibration import (
     aggregate,
     position_share,
     reliability,
-    spread,
+    std_over_repeats,
 )
 
 
@@ -34,8 +34,8 @@ def test_the_log_form_pays_more_for_the_criterion_that_is_behind() -> None:
 
 
 def test_spread_needs_two() -> None:
-    assert spread([0.5]) is None and spread([]) is None
-    assert spread([0.4, 0.6]) == pytest.approx(math.sqrt(0.02))
+    assert std_over_repeats([0.5]) is None and std_over_repeats([]) is None
+    assert std_over_repeats([0.4, 0.6]) == pytest.approx(math.sqrt(0.02))
 
 
 def test_reliability_is_the_share_of_variance_that_is_not_the_judges() -> None:

@@ -18,7 +18,7 @@ from ..campaigns import save_tiny_base
 
 
 @pytest.fixture
-def picture() -> Callable[..., Image.Image]:
+def draw_image() -> Callable[..., Image.Image]:
     """Smooth colour with shapes, another for every seed."""
 
     def make(seed: int = 0, width: int = 96, height: int = 64) -> Image.Image:
@@ -33,12 +33,12 @@ def picture() -> Callable[..., Image.Image]:
 
 
 @pytest.fixture
-def encoded(picture: Callable[..., Image.Image]) -> Callable[..., bytes]:
-    """The bytes of such a picture in some format."""
+def encoded(draw_image: Callable[..., Image.Image]) -> Callable[..., bytes]:
+    """The bytes of such an image in some format."""
 
     def encode(seed: int = 0, kind: str = "PNG", width: int = 96, height: int = 64, **options: object) -> bytes:
         buffer = io.BytesIO()
-        picture(seed, width, height).save(buffer, kind, **options)
+        draw_image(seed, width, height).save(buffer, kind, **options)
         return buffer.getvalue()
 
     return encode
@@ -46,7 +46,7 @@ def encoded(picture: Callable[..., Image.Image]) -> Callable[..., bytes]:
 
 @pytest.fixture
 def folder(tmp_path: Path, encoded: Callable[..., bytes]) -> Path:
-    """A folder of seven different pictures, three of them in a subfolder."""
+    """A folder of seven different images, three of them in a subfolder."""
     root = tmp_path / "pictures"
     for seed in range(7):
         path = root / ("more" if seed > 3 else "") / f"{seed}.{'jpg' if seed % 2 else 'png'}"
@@ -75,8 +75,8 @@ def with_prompt() -> Callable[..., str]:
     def put(uri: str, recipe: str = RECIPE) -> str:
         from safetensors.numpy import save
 
-        place = Campaign.create_or_open(uri, parse_recipe(recipe))
-        place.store.write("sources/prompt.safetensors", save({"prompt_embeds": np.ones((3, 4), np.float32)}))
+        opened = Campaign.create_or_open(uri, parse_recipe(recipe))
+        opened.store.write("sources/prompt.safetensors", save({"prompt_embeds": np.ones((3, 4), np.float32)}))
         return uri
 
     return put
@@ -102,5 +102,5 @@ def local_campaign(tmp_path: Path, with_prompt: Callable[..., str]) -> str:
 
 @pytest.fixture
 def campaign_uri(store_uri: str, with_prompt: Callable[..., str]) -> str:
-    """A place for a campaign, in a folder and on S3, that needs no model."""
+    """A URI for a campaign, in a folder and on S3, that needs no model."""
     return with_prompt(f"{store_uri}/campaign")

@@ -19,7 +19,7 @@ FILES = {
     "a.png": b"a", "b.JPG": b"bb", "notes.txt": b"x", "sub/c.webp": b"ccc", "sub/deep/d.png": b"dddd",
     ".hidden/e.png": b"x", "sub/._c.webp": b"x", ".DS_Store": b"x", "[1].png": b"1",
 }  # fmt: skip
-REMEDY = "give a folder of pictures, a glob, WebDataset tars or parquet"
+REMEDY = "give a folder of images, a glob, WebDataset tars or parquet"
 
 
 @pytest.fixture
@@ -48,12 +48,12 @@ def tar_of(members: list[tuple[str, bytes]]) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_folder_gives_its_pictures_all_the_way_down(files_uri: str) -> None:
+def test_a_folder_gives_its_images_all_the_way_down(files_uri: str) -> None:
     for uri in (files_uri, f"{files_uri}/"):
         found = find(uri)
         assert found.uri == files_uri
         assert found.sizes == {"[1].png": 1, "a.png": 1, "b.JPG": 2, "sub/c.webp": 3, "sub/deep/d.png": 4}
-        assert found.pictures == 5
+        assert found.images == 5
     assert read(found) == [
         ("[1].png", b"1"), ("a.png", b"a"), ("b.JPG", b"bb"), ("sub/c.webp", b"ccc"), ("sub/deep/d.png", b"dddd"),
     ]  # fmt: skip
@@ -84,7 +84,7 @@ def test_numbered_tars_are_given_by_braces(files_uri: str) -> None:
         store.write(f"data/train-{number:06d}.tar", tar_of([(f"k{number}.png", b"p")]))
     found = find(f"{files_uri}/data/train-{{000003..000010}}.tar")
     assert list(found.sizes) == [f"train-{number:06d}.tar" for number in range(3, 11)]
-    assert found.pictures is None
+    assert found.images is None
     assert read(found)[0] == ("train-000003.tar:k3.png", b"p")
 
 
@@ -123,12 +123,12 @@ def test_an_empty_place_is_one_line(store_uri: str) -> None:
     assert str(caught.value) == f"images {store_uri} is empty: {REMEDY}"
 
 
-def test_a_folder_without_pictures_is_one_line(store_uri: str) -> None:
+def test_a_folder_without_images_is_one_line(store_uri: str) -> None:
     open_store(store_uri).write("notes.txt", b"x")
     open_store(store_uri).write("table.csv", b"x")
     with pytest.raises(LayerloopError) as caught:
         find(store_uri)
-    assert str(caught.value) == f"images {store_uri} has 2 files but no picture, tar or parquet: {REMEDY}"
+    assert str(caught.value) == f"images {store_uri} has 2 files but no image, tar or parquet: {REMEDY}"
 
 
 def test_a_glob_that_matches_nothing_is_one_line(files_uri: str) -> None:
@@ -151,13 +151,13 @@ def test_the_fingerprint_tells_names_and_sizes(files_uri: str) -> None:
     assert find(files_uri).sha256 != first
 
 
-def test_a_larger_file_than_any_picture_is_a_problem_and_not_read(files_uri: str) -> None:
+def test_a_larger_file_than_any_image_is_a_problem_and_not_read(files_uri: str) -> None:
     items = dict(read(find(f"{files_uri}/sub"), max_bytes=3))
     assert items["c.webp"] == b"ccc"
     assert items["deep/d.png"] == "file has 0 MB, over the 0 allowed: make it smaller"
 
 
-def test_webdataset_samples_give_their_picture_and_not_their_masks(tmp_path: Path) -> None:
+def test_webdataset_samples_give_their_image_and_not_their_masks(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "x.tar")) as tar:
         for key in ("one", "two"):
             tar.write(
@@ -227,7 +227,7 @@ def test_a_damaged_parquet_is_one_problem(tmp_path: Path) -> None:
     assert str(items[0][1]).startswith("parquet is damaged (")
 
 
-def test_pictures_tars_and_parquet_may_lie_in_one_folder(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+def test_images_tars_and_parquet_may_lie_in_one_folder(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
     (tmp_path / "p.png").write_bytes(encoded(1))
     (tmp_path / "t.tar").write_bytes(tar_of([("k.png", encoded(2))]))
     pq.write_table(pa.table({"image": [encoded(3)]}), tmp_path / "u.parquet")

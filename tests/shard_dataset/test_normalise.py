@@ -77,14 +77,14 @@ def test_a_strip_is_refused() -> None:
         normalise(flat("RGB", 0, (4000, 10)), DATA)
 
 
-def test_resizing_is_lanczos(picture: Callable[..., Image.Image]) -> None:
-    image = picture(1, 200, 150)
+def test_resizing_is_lanczos(draw_image: Callable[..., Image.Image]) -> None:
+    image = draw_image(1, 200, 150)
     expected = np.asarray(image.resize((64, 48), Image.Resampling.LANCZOS))
     assert np.array_equal(normalise(image, DATA), expected)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_stand_upright_whatever_their_exif_orientation(orientation: int) -> None:
+def test_images_stand_upright_whatever_their_exif_orientation(orientation: int) -> None:
     upright = Image.new("RGB", (64, 32), "white")
     upright.paste((255, 0, 0), (0, 0, 32, 16))  # red in the top left quarter
     undo = {

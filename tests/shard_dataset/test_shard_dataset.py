@@ -36,23 +36,23 @@ from layerloop.components.storage.stores import open_store
 
 Encoded = Callable[..., bytes]
 
-REMEDY = "give a folder of pictures, a glob, WebDataset tars or parquet"
+REMEDY = "give a folder of images, a glob, WebDataset tars or parquet"
 KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, JPEG 2000 or AVIF"
 
 
 def samples(campaign: str, split: str) -> list[Sample]:
-    place = Campaign.open(campaign)
+    opened = Campaign.open(campaign)
     return [
         s
-        for shard in place.sources().shards_of(split)
-        for s in read_shard(place.store, shard, required=("png", "json"))
+        for shard in opened.sources().shards_of(split)
+        for s in read_shard(opened.store, shard, required=("png", "json"))
     ]
 
 
 def refused(campaign: str) -> dict[str, tuple[str, str]]:
     """(kind, reason) by origin, from rejects.parquet."""
-    place = Campaign.open(campaign)
-    table = pq.read_table(io.BytesIO(read_file(place.store, place.sources().file("rejects.parquet"))))
+    opened = Campaign.open(campaign)
+    table = pq.read_table(io.BytesIO(read_file(opened.store, opened.sources().file("rejects.parquet"))))
     return {row["origin"]: (row["kind"], row["reason"]) for row in table.to_pylist()}
 
 
@@ -126,7 +126,7 @@ def test_webdataset_reads_the_sources(
     assert [(image.mode, image.size) for image in images] == [("RGB", (64, 48))] * 5
 
 
-def test_pictures_come_from_s3(s3_bucket: str, recipe: str, folder: Path, with_prompt: Callable[..., str]) -> None:
+def test_images_come_from_s3(s3_bucket: str, recipe: str, folder: Path, with_prompt: Callable[..., str]) -> None:
     store = open_store(f"{s3_bucket}/pictures")
     for path in folder.rglob("*.*"):
         store.upload(path.relative_to(folder).as_posix(), path)
@@ -136,7 +136,7 @@ def test_pictures_come_from_s3(s3_bucket: str, recipe: str, folder: Path, with_p
     assert len(samples(campaign, "train")) == 5
 
 
-def test_our_own_shards_are_a_webdataset_of_pictures(
+def test_our_own_shards_are_a_webdataset_of_images(
     tmp_path: Path, recipe: str, folder: Path, with_prompt: Callable[..., str]
 ) -> None:
     first, second = with_prompt(f"{tmp_path}/a"), with_prompt(f"{tmp_path}/b")
@@ -166,12 +166,12 @@ def test_what_cannot_be_read_is_listed_with_the_reason_and_counted(
     table = refused(campaign_uri)
     assert set(table) == set(spoiled)
     reasons = {origin: reason for origin, (kind, reason) in table.items() if kind == "reject"}
-    assert reasons["text.png"].startswith("image begins with b'I am no imag', as no known format does")
+    assert reasons["text.png"].startswith("image starts with b'I am no imag', not a known format")
     assert reasons["empty.jpg"].startswith("image is empty (0 bytes)")
     assert reasons["cut.png"].startswith("image is truncated or damaged")
     assert reasons["bomb.png"].startswith("image is more than twice over 100 megapixels")
     assert reasons["strip.png"].startswith("image is 3000 x 2, at most 0.0 pixels on its short side")
-    assert "as no known format does" in reasons["phone.heic"]
+    assert "not a known format" in reasons["phone.heic"]
     log = capsys.readouterr().err
     assert "rejected bomb.png: image is more than twice over 100 megapixels: make it smaller" in log
     assert "rejected 1 more images, listed in rejects.parquet" in log
@@ -184,30 +184,30 @@ def test_too_many_rejects_fail_the_step_with_nothing_committed(store_uri: str, r
         run(campaign=f"{store_uri}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=str(folder))
     assert str(caught.value) == (
         "8 of 15 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input or allow more; "
-        "the first is bad-0.png: image begins with b'text', as no known format does: give a PNG, JPEG, WebP, GIF, BMP, "
+        "the first is bad-0.png: image starts with b'text', not a known format: give a PNG, JPEG, WebP, GIF, BMP, "
         "TIFF, JPEG 2000 or AVIF"
     )
     assert open_store(store_uri).list() == []
 
 
 def test_duplicates_are_dropped_listed_and_never_held_against_the_input(
-    local_campaign: str, recipe: str, folder: Path, picture: Callable[..., Image.Image]
+    local_campaign: str, recipe: str, folder: Path, draw_image: Callable[..., Image.Image]
 ) -> None:
     shutil.copy(folder / "0.png", folder / "x-copy.png")
-    picture(2).save(folder / "x-recompressed.jpg", quality=95, subsampling=0)
-    picture(2).resize((480, 320), Image.Resampling.BICUBIC).save(folder / "x-larger.png")
+    draw_image(2).save(folder / "x-recompressed.jpg", quality=95, subsampling=0)
+    draw_image(2).resize((480, 320), Image.Resampling.BICUBIC).save(folder / "x-larger.png")
     for number in range(9):
         shutil.copy(folder / "0.png", folder / f"y{number}.png")
     result = run(campaign=local_campaign, recipe=recipe, images=str(folder))
     assert (result.metrics["images"], result.metrics["duplicates"], result.metrics["rejects"]) == (19, 12, 0)
     table = refused(local_campaign)
     assert {kind for kind, _ in table.values()} == {"duplicate"}
-    assert table["x-recompressed.jpg"] == ("duplicate", "same picture as 2.png")
-    assert table["x-larger.png"] == ("duplicate", "same picture as 2.png")
-    assert table["x-copy.png"] == ("duplicate", "same picture as 0.png")
+    assert table["x-recompressed.jpg"] == ("duplicate", "same image as 2.png")
+    assert table["x-larger.png"] == ("duplicate", "same image as 2.png")
+    assert table["x-copy.png"] == ("duplicate", "same image as 0.png")
 
 
-def test_flat_pictures_of_different_colours_are_all_kept(
+def test_flat_images_of_different_colours_are_all_kept(
     tmp_path: Path, recipe: str, with_prompt: Callable[..., str]
 ) -> None:
     (tmp_path / "flat").mkdir()
@@ -237,7 +237,7 @@ def test_never_more_than_a_third_is_held_out(images: int, held: int) -> None:
     assert (len(train), len(holdout)) == (images - held, held)
 
 
-def test_one_picture_is_enough(tmp_path: Path, recipe: str, encoded: Encoded, with_prompt: Callable[..., str]) -> None:
+def test_one_image_is_enough(tmp_path: Path, recipe: str, encoded: Encoded, with_prompt: Callable[..., str]) -> None:
     (tmp_path / "one.png").write_bytes(encoded(1))
     result = run(campaign=with_prompt(f"{tmp_path}/c"), recipe=recipe, images=str(tmp_path / "one.png"))
     assert (result.metrics["train"], result.metrics["holdout"]) == (1, 0)
@@ -247,7 +247,7 @@ def test_one_picture_is_enough(tmp_path: Path, recipe: str, encoded: Encoded, wi
 
 
 def check_designs(campaign: str, count: int) -> list[Sample]:
-    """Every design recomposes: its layers, composited, are its picture."""
+    """Every design recomposes: its layers, composited, are its image."""
     designs = samples(campaign, "designs")
     assert len(designs) == count
     for key, members in designs:
@@ -321,7 +321,7 @@ def test_designs_in_folders_of_numbered_layers_become_layered_samples(
     )
 
 
-def test_a_picture_of_a_held_out_design_is_not_trained_on(
+def test_an_image_of_a_held_out_design_is_not_trained_on(
     local_campaign: str, recipe: str, folder: Path, tmp_path: Path
 ) -> None:
     root = layered_folder(tmp_path / "designs")
@@ -330,7 +330,7 @@ def test_a_picture_of_a_held_out_design_is_not_trained_on(
     whole.save(folder / "leak.jpg", quality=90)
     result = run(campaign=local_campaign, recipe=recipe, images=str(folder), designs=str(root))
     assert (result.metrics["designs"], result.metrics["duplicates"]) == (2, 1)
-    assert refused(local_campaign)["leak.jpg"] == ("duplicate", "same picture as first")
+    assert refused(local_campaign)["leak.jpg"] == ("duplicate", "same image as first")
 
 
 def test_designs_that_are_none_are_one_line(tmp_path: Path, recipe: str, folder: Path, encoded: Encoded) -> None:
@@ -374,21 +374,21 @@ def test_a_second_run_returns_the_committed_sources_without_reading_anything(
     assert run(campaign=campaign_uri, recipe=recipe, images=str(folder)) == first
 
 
-def test_other_pictures_than_the_campaigns_are_refused(
+def test_other_images_than_the_campaigns_are_refused(
     local_campaign: str, recipe: str, folder: Path, tmp_path: Path
 ) -> None:
     run(campaign=local_campaign, recipe=recipe, images=str(folder))
-    go_on = "leave it empty to go on with the committed sources, or begin another campaign"
+    remedy = "leave it empty to continue with the committed sources, or start another campaign"
     with pytest.raises(LayerloopError) as caught:
         run(campaign=local_campaign, recipe=recipe, images=str(folder / "more"))
-    assert str(caught.value) == f"images is {folder}/more but the campaign's sources were made of {folder}: {go_on}"
+    assert str(caught.value) == f"images is {folder}/more but the campaign's sources were made of {folder}: {remedy}"
     with pytest.raises(LayerloopError) as caught:
         run(campaign=local_campaign, recipe=recipe, images="", designs=str(tmp_path))
-    assert str(caught.value) == f"designs is {tmp_path} but the campaign's sources were made of none: {go_on}"
+    assert str(caught.value) == f"designs is {tmp_path} but the campaign's sources were made of none: {remedy}"
     (folder / "new.png").write_bytes(b"x")
     with pytest.raises(LayerloopError) as caught:
         run(campaign=local_campaign, recipe=recipe, images=str(folder))
-    assert str(caught.value) == f"images {folder} has other files than when the campaign's sources were made: {go_on}"
+    assert str(caught.value) == f"images {folder} has other files than when the campaign's sources were made: {remedy}"
 
 
 def test_another_recipe_is_refused_before_anything_is_read(local_campaign: str, recipe: str, folder: Path) -> None:
@@ -444,27 +444,27 @@ def test_a_killed_run_leaves_nothing_committed_and_the_next_one_finishes(
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        ("", "images is empty and {campaign} has no sources yet: give a folder of pictures"),
+        ("", "images is empty and {campaign} has no sources yet: give a folder of images"),
         ("{tmp}/nowhere", f"images {{tmp}}/nowhere does not exist: {REMEDY}"),
         ("{tmp}/hollow", f"images {{tmp}}/hollow is empty: {REMEDY}"),
         ("{tmp}/text.png", "1 of 1 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input or "
-         f"allow more; the first is text.png: image begins with b'text', as no known format does: give a {KINDS}"),
+         f"allow more; the first is text.png: image starts with b'text', not a known format: give a {KINDS}"),
         ("{tmp}", "campaign {campaign} lies inside images {tmp}: choose a folder outside"),
     ],
 )  # fmt: skip
 def test_bad_images_are_one_line_and_nothing_is_written(tmp_path: Path, recipe: str, images: str, message: str) -> None:
     (tmp_path / "hollow").mkdir()
     (tmp_path / "text.png").write_bytes(b"text")
-    place = {"tmp": tmp_path, "campaign": tmp_path / "c"}
+    fields = {"tmp": tmp_path, "campaign": tmp_path / "c"}
     with pytest.raises(LayerloopError) as caught:
-        run(campaign=f"{tmp_path}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=images.format(**place))
-    assert str(caught.value) == message.format(**place)
+        run(campaign=f"{tmp_path}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=images.format(**fields))
+    assert str(caught.value) == message.format(**fields)
     assert not (tmp_path / "c").exists()
 
 
 def test_nothing_left_to_train_on_is_one_line(tmp_path: Path, recipe: str) -> None:
     (tmp_path / "text.png").write_bytes(b"text")
-    with pytest.raises(LayerloopError, match=r"text\.png has no picture left to train on: give some that can be read"):
+    with pytest.raises(LayerloopError, match=r"text\.png has no image left to train on: give some that can be read"):
         run(
             campaign=f"{tmp_path}/c",
             recipe=recipe.replace("0.5", "1.0").replace("/no/such/model", "tiny"),
@@ -476,7 +476,7 @@ def test_nothing_left_to_train_on_is_one_line(tmp_path: Path, recipe: str) -> No
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("", "recipe is empty and {tmp}/c has none yet: name one of paper, study, tiny, or give a file's URI"),
+        ("", "recipe is empty and {tmp}/c has none yet: name one of paper, tiny, or give a file's URI"),
         ("{tmp}/nowhere.yaml", "{tmp}/nowhere.yaml does not exist: was it moved or deleted, or is the URI misspelt?"),
         ("name: test\nroll: {}", "recipe.roll is not a known key: did you mean 'rollout'?"),
         ("name: [", "recipe is not YAML: "),
@@ -498,8 +498,8 @@ def test_what_later_steps_would_not_get_of_a_recipe_is_refused(local_campaign: s
     with pytest.raises(LayerloopError) as caught:
         run(campaign=local_campaign, recipe=old, images=str(folder))
     assert str(caught.value) == (
-        "recipe.judge.concurrency is 64: that says where and how fast to run, which no recipe keeps: take it out and "
-        'give the parameter runtime {"judge": {"concurrency": 64, "start_seconds": 0.0}}'
+        "recipe.judge.concurrency is 64: that says where and how fast to run, which is not kept in a recipe: take it "
+        'out and give the parameter runtime {"judge": {"concurrency": 64, "start_seconds": 0.0}}'
     )
     assert Campaign.open(local_campaign).find("sources") is None
     run(campaign=local_campaign, recipe=old, images=str(folder), runtime='{"judge": {"concurrency": 64}}')
@@ -541,17 +541,16 @@ def test_a_campaign_that_cannot_be_written_is_told_before_the_work(tmp_path: Pat
 def test_the_prompt_is_embedded_once_by_the_recipes_model(
     tmp_path: Path, recipe: str, folder: Path, base: Path
 ) -> None:
+    import torch
+    from diffusers import QwenImageLayeredPipeline
     from safetensors.numpy import load
-
-    from layerloop.components.policy.model import LayeredPolicy
 
     text = recipe.replace("/no/such/model", str(base)) + "lora: {rank: 2}\n"
     run(campaign=f"{tmp_path}/c", recipe=text, images=str(folder))
-    place = Campaign.open(f"{tmp_path}/c")
-    embeds = load(read_file(place.store, place.sources().file("prompt.safetensors")))
-    expected = LayeredPolicy.load(parse_recipe(text).model, text_encoder=True).embed_prompt(
-        parse_recipe(text).model.prompt
-    )
+    opened = Campaign.open(f"{tmp_path}/c")
+    embeds = load(read_file(opened.store, opened.sources().file("prompt.safetensors")))
+    pipeline = QwenImageLayeredPipeline.from_pretrained(base, processor=None, dtype=torch.float32)
+    expected = pipeline.encode_prompt(parse_recipe(text).model.prompt)[0][0]
     assert list(embeds) == ["prompt_embeds"]
     assert embeds["prompt_embeds"].dtype == np.float32
     assert np.array_equal(embeds["prompt_embeds"], expected.numpy())
@@ -606,8 +605,8 @@ def test_a_base_and_an_adapter_at_a_uri_are_checked_and_named_by_it(
         ),
         (
             {"lora": {"targets": ["to_k", "to_qq"]}},
-            "recipe.lora.targets has 'to_qq', which is no linear layer of the model: layers of a block are img_mod.1, "
-            "attn.to_q, attn.to_k, attn.to_v,",
+            "recipe.lora.targets has 'to_qq', which is not a linear layer of the model: layers of a block are "
+            "img_mod.1, attn.to_q, attn.to_k, attn.to_v,",
         ),
         (
             {"lora": {"targets": ["txt_mlp.net.2", "to_add_out"]}},
@@ -652,7 +651,7 @@ def test_a_recipe_whose_prompt_could_not_be_embedded_can_be_mended_in_the_same_c
 def test_an_embedding_without_a_recipe_beside_it_is_not_believed(
     tmp_path: Path, recipe: str, folder: Path, base: Path
 ) -> None:
-    """Someone deleted recipe.json to begin anew with another model; what is left of the first attempt is of no use."""
+    """Someone deleted recipe.json to start again with another model; the rest of the first attempt is of no use."""
     text = recipe.replace("/no/such/model", str(base))
     run(campaign=f"{tmp_path}/clean", recipe=text, images=str(folder))
     open_store(f"{tmp_path}/c").write("sources/prompt.safetensors", b"of another model")

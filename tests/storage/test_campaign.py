@@ -42,13 +42,13 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(store_uri: str) -
         Campaign.create_or_open(store_uri, other)
     assert str(caught.value) == (
         f"campaign {store_uri} was made with another recipe (rollout.group_size: 8 -> 4; seed: 0 -> 7): "
-        "go on with its own, or give another campaign URI"
+        "continue with its own, or give another campaign URI"
     )
     assert Campaign.open(store_uri).recipe == recipe()
 
 
 def test_a_folder_without_a_recipe_is_not_a_campaign(store_uri: str) -> None:
-    with pytest.raises(LayerloopError, match=f"campaign {store_uri} has no recipe.json: begin it with shard_dataset"):
+    with pytest.raises(LayerloopError, match=f"campaign {store_uri} has no recipe.json: start it with shard_dataset"):
         Campaign.open(store_uri)
 
 
@@ -108,7 +108,7 @@ def test_groups_beyond_the_recipe_are_not_part_of_an_iteration(tmp_path: Path) -
     assert list(campaign.rollouts(1)) == list(range(6))
 
 
-def test_evaluations_adapters_and_sizes_are_told(store_uri: str) -> None:
+def test_evaluations_adapters_and_sizes_are_listed(store_uri: str) -> None:
     campaign = Campaign.create_or_open(store_uri, recipe())
     for folder, name in (("evaluations", "iteration-000001"), ("published", "my-adapter")):
         manifest = Manifest(kind="evaluation" if folder == "evaluations" else "published", iteration=1)

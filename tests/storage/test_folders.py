@@ -112,7 +112,7 @@ def test_a_folder_of_the_hub_is_its_snapshot(hub: Path) -> None:
     ("uri", "words"),
     [
         ("hf://someone", "hf://someone names no repository: give hf://owner/name"),
-        ("hf://someone/nothing", "hf://someone/nothing cannot be had from the Hugging Face hub"),
+        ("hf://someone/nothing", "hf://someone/nothing is not available on the Hugging Face hub"),
         ("hf://someone/adapters/checkpoint-7", "the repository has no folder checkpoint-7"),
     ],
 )

@@ -58,11 +58,11 @@ def test_arrays_that_are_no_images_are_refused(array: np.ndarray) -> None:
 
 
 def test_a_png_of_another_kind_is_not_one_of_ours() -> None:
-    with pytest.raises(LayerloopError, match="image is JPEG RGB, not an 8-bit PNG of ours"):
+    with pytest.raises(LayerloopError, match="image is JPEG RGB, not an 8-bit PNG of layerloop"):
         decode_png(encoded("JPEG"))
     buffer = io.BytesIO()
     Image.new("P", (4, 4)).save(buffer, "PNG")
-    with pytest.raises(LayerloopError, match="image is PNG P, not an 8-bit PNG of ours"):
+    with pytest.raises(LayerloopError, match="image is PNG P, not an 8-bit PNG of layerloop"):
         decode_png(buffer.getvalue())
 
 
@@ -89,7 +89,7 @@ def test_an_empty_file_is_one_line() -> None:
 def test_text_and_formats_that_are_not_taken_are_told_by_their_first_bytes(data: bytes) -> None:
     with pytest.raises(LayerloopError) as caught:
         decode_image(data)
-    assert str(caught.value).startswith(f"image begins with {data[:12]!r}, as no known format does: give a PNG, JPEG")
+    assert str(caught.value).startswith(f"image starts with {data[:12]!r}, not a known format: give a PNG, JPEG")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
@@ -99,7 +99,9 @@ def test_truncated_images_are_refused_in_one_line(kind: str, share: float) -> No
     with pytest.raises(LayerloopError) as caught:
         decode_image(data[: int(len(data) * share)])
     assert "\n" not in str(caught.value)
-    assert any(word in str(caught.value) for word in ("truncated or damaged", "header is damaged", "no known format"))
+    assert any(
+        word in str(caught.value) for word in ("truncated or damaged", "header is damaged", "not a known format")
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -77,7 +77,7 @@ def test_an_earlier_commit_that_lost_its_shard_is_an_error_and_not_an_output(sto
     replay = add_file(store, "elsewhere/x", b"1")
     second = first.model_copy(update={"shards": (), "files": (replay,)})
     store.delete(first.shards[0].name)
-    with pytest.raises(LayerloopError, match="delete the manifest to have the step done again"):
+    with pytest.raises(LayerloopError, match="delete the manifest to have the step run again"):
         commit(store, NAME, second)
 
 

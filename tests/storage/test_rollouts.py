@@ -408,7 +408,7 @@ TOO_TALL = "48 x 32 x 4, its group's record says 32 x 32 x 4"
         (member(2, "trajectory.safetensors", None), f"c01 lacks trajectory.safetensors: {REMEDY}"),
         (member(0, "source.png", TALL), f"-g000001.source.png is {TOO_TALL}: {REMEDY}"),
         (member(2, "layer1.png", TALL), f"-c01.layer1.png is {TOO_TALL}: {REMEDY}"),
-        (member(1, "layer0.png", b"pixels"), "c00.layer0.png: image begins with b'pixels', as no known format does"),
+        (member(1, "layer0.png", b"pixels"), "c00.layer0.png: image starts with b'pixels', not a known format"),
         (member(1, "trajectory.safetensors", b"latents"), "c00.trajectory.safetensors is not safetensors ("),
         (
             member(1, "trajectory.safetensors", save({"final": NOISE[0]})),

@@ -145,7 +145,7 @@ def test_a_create_whose_answer_was_lost_knows_itself_as_the_winner(faulty: Fault
 
     def lose_first_answer(request: Proxy) -> bool:
         if request.command == "PUT" and not probe(request) and next(lost) == 0:
-            request.forward()  # the object is made, but nobody is told; boto3's second attempt meets a 412
+            request.forward()  # the object is made, but the answer is lost; boto3's second attempt meets a 412
             request.drop()
             return True
         return False

@@ -44,7 +44,7 @@ def test_folders_names_the_subfolders_only(store_uri: str) -> None:
     assert store.folders("nothing") == []
 
 
-def test_a_child_sees_its_own_folder_and_nothing_beside_it(store_uri: str) -> None:
+def test_a_child_sees_its_own_folder_and_nothing_else(store_uri: str) -> None:
     store = open_store(store_uri)
     store.write("inner/a", b"in")
     store.write("inner-too/b", b"out")

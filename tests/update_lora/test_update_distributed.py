@@ -27,7 +27,7 @@ def torchrun(lab: CampaignBuilder, ranks: int = 2) -> subprocess.CompletedProces
 
 
 def own_ranks(lab: CampaignBuilder, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """The step's plain command, told how many processes to run in (on GPUs: one each, by itself)."""
+    """The step's plain command, with the number of processes (on GPUs: one each, by itself)."""
     command = [sys.executable, "-m", "layerloop.components.update_lora", "--campaign", lab.uri, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": str(ranks)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

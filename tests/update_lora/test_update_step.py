@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load, save
 
-from layerloop.components.policy.lora import add_lora
+from layerloop.components.policy.lora import new_adapter, put_adapter
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.policy.sampling import COEFFICIENTS, Plan, rollout
 from layerloop.components.schema.errors import LayerloopError
@@ -112,7 +112,7 @@ def test_gradient_is_that_of_the_textbook_surrogate_in_one_large_batch(make_lab:
     run(campaign=lab.uri, runtime="update: {microbatch: 3}")
 
     policy = LayeredPolicy.load(lab.recipe.model)
-    add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
+    put_adapter(policy.transformer, new_adapter(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed))
     losses = []
     for record, c, condition, advantages, latents in candidates_of(lab):
         window = latents["window"]
@@ -141,7 +141,7 @@ def test_gradient_of_nft_is_that_of_its_authors_loss(make_lab: MakeLab) -> None:
     run(campaign=lab.uri, runtime="update: {microbatch: 3}")
 
     policy = LayeredPolicy.load(lab.recipe.model)
-    add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
+    put_adapter(policy.transformer, new_adapter(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed))
     losses = []
     for record, c, condition, advantages, latents in candidates_of(lab):
         x0 = latents["final"]
@@ -291,16 +291,16 @@ def test_the_adapter_is_peft_layout_and_loads_with_peft_itself(lab: CampaignBuil
 def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
     make_lab: MakeLab, tmp_path: Path, update: dict[str, Any]
 ) -> None:
-    whole = make_lab(update=update)
+    uninterrupted = make_lab(update=update)
     for iteration in (1, 2):
-        whole.ready(iteration)
-        run(campaign=whole.uri)
-    shutil.copytree(whole.uri, tmp_path / "moved")
+        uninterrupted.ready(iteration)
+        run(campaign=uninterrupted.uri)
+    shutil.copytree(uninterrupted.uri, tmp_path / "moved")
     resumed = CampaignBuilder(Campaign.open(str(tmp_path / "moved")))
     for iteration in (3, 4):
-        for lab in (whole, resumed):
+        for lab in (uninterrupted, resumed):
             lab.ready(iteration)
-        run(campaign=whole.uri)
+        run(campaign=uninterrupted.uri)
         if iteration == 3:
             run(campaign=resumed.uri)
             continue
@@ -310,9 +310,9 @@ def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
         )  # fmt: skip
     names = ["adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors", "learner.json"]
     for name in names:
-        path = f"{whole.campaign.policy_dir(4)}/{name}"
-        assert whole.store.read(path) == resumed.store.read(path), name
-    assert whole.adapter_weights(4) != whole.adapter_weights(2)
+        path = f"{uninterrupted.campaign.policy_dir(4)}/{name}"
+        assert uninterrupted.store.read(path) == resumed.store.read(path), name
+    assert uninterrupted.adapter_weights(4) != uninterrupted.adapter_weights(2)
 
 
 @pytest.mark.parametrize(("ema", "decay"), [(0.5, 2 / 11), (0.15, 0.15)], ids=["in-the-warm-up", "after-it"])
@@ -337,7 +337,7 @@ def test_nft_with_decay_samples_from_a_policy_that_lags_behind_the_trained_one(m
     lab.ready(1)
     run(campaign=lab.uri)
     policy = LayeredPolicy.load(lab.recipe.model)
-    add_lora(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed)
+    put_adapter(policy.transformer, new_adapter(policy.transformer, lab.recipe.lora, seed=lab.recipe.seed))
     start = {name.replace(".default", ""): p.detach() for name, p in policy.trainable_parameters().items()}
     trained = state_of(lab, 1)
     for key, sampling in load(lab.adapter_weights(1)).items():
@@ -476,7 +476,7 @@ def foreign_tensor(samples: list[Sample]) -> list[Sample]:
 
 
 def no_tensors(samples: list[Sample]) -> list[Sample]:
-    """Bytes that are no safetensors in the last candidate."""
+    """Bytes that are not safetensors in the last candidate."""
     samples[-1][1]["trajectory.safetensors"] = b"latents"
     return samples
 

@@ -25,7 +25,7 @@ def rubric_of(recipe: JudgeRecipe) -> Rubric:
     """The recipe's rubric, with all that the recipe's methods ask by.
 
     Raises:
-        LayerloopError: there is no such rubric, it has a text of no method, or lacks one of a method in use.
+        LayerloopError: no such rubric, a text that no method uses, or a missing text of a method in use.
     """
     found = load_rubric(recipe.rubric)
     known = [method.TEXT for table in (PHASE1, PHASE2) for method in table.values()]

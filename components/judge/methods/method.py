@@ -1,4 +1,4 @@
-"""What a judge method is: one module of this folder that asks a question, reads the answer and combines answers.
+"""Interface of a judge method: one module of this folder that asks a question, reads the answer and combines answers.
 
 A method of phase 1 scores one candidate at a time, a method of phase 2 several shown together. To add one, write its
 module, add it to the table in `__init__.py` and its name to `schema/judging.py`.
@@ -29,13 +29,13 @@ class GridScore:
 
 
 class Method(Protocol):
-    """What both phases' methods have."""
+    """The part that methods of both phases share."""
 
     TEXT: str  # key of the method's question in a rubric's YAML
     WORDING: tuple[str, ...]  # words that it sends beyond the rubric's and `requests.WORDING`; they enter prompt_sha256
 
     def check(self, rubric: Rubric) -> None:
-        """Raises LayerloopError where the rubric lacks what the method asks by."""
+        """Raises LayerloopError: the rubric lacks a text of the method."""
 
 
 class PhaseOneMethod(Method, Protocol):
@@ -62,7 +62,7 @@ class PhaseTwoMethod(Method, Protocol):
             candidates: Numbers of the candidates to score, two or more.
             shape: (L, h, w): layers of a candidate, and pixels of a grid's cell.
             recipe: How many rows a grid may have.
-            rng: Where a shuffled order comes from.
+            rng: Source of the shuffled order.
         """
 
     def request(
@@ -79,7 +79,7 @@ class PhaseTwoMethod(Method, Protocol):
         """The question about one grid.
 
         Args:
-            rubric: What is judged.
+            rubric: The criteria.
             source: The group's source image.
             grids: Backdrop -> the same grid on that backdrop.
             recipe: How to judge.
@@ -93,5 +93,5 @@ class PhaseTwoMethod(Method, Protocol):
 
 
 def mean_scores(scores: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
-    """criterion -> mean over `scores`, which has at least one."""
+    """Mean of each criterion over `scores`, one dict or more of criterion -> [0, 1]."""
     return {name: sum(s[name] for s in scores) / len(scores) for name in names}

@@ -53,7 +53,7 @@ def request(
     layers: int,
     label: str,
 ) -> Request:
-    """Which of two rows is better: 1, 2, or 0 for no difference. Phase-1 scores and observations are left out."""
+    """Question which of two rows is better: 1, 2, or 0 for no difference. Without phase-1 scores and observations."""
     better = json_object({name: {"type": "integer", "enum": [0, 1, 2]} for name in rubric.names})
     schema, form = answer_schema("better", better, dict.fromkeys(rubric.names, "0, 1 or 2"))
     words = rubric.text(TEXT, method="phase2.method pairwise")

@@ -1,4 +1,4 @@
-"""Phase 1 by the rubric's anchors: a whole number 0..TOP for each criterion."""
+"""Phase 1 by the rubric's anchors: an integer 0..TOP for each criterion."""
 
 from __future__ import annotations
 

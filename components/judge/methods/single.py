@@ -1,4 +1,4 @@
-"""What the methods of phase 1 share: one candidate as the judge is shown it."""
+"""Shared by the methods of phase 1: the parts of a request that show one candidate."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def candidate_parts(source: EncodedImage, candidate: CandidateImages) -> list[st
     parts: list[str | EncodedImage] = [SOURCE, source, RECOMPOSITION, candidate.recomposition]
     for backdrop, layers in candidate.layers.items():
         for index, image in enumerate(layers):
-            place = "background" if index == 0 else "top" if index == len(layers) - 1 else "middle"
-            parts += [LAYER.format(index=index, count=len(layers), place=place, backdrop=backdrop), image]
+            position = "background" if index == 0 else "top" if index == len(layers) - 1 else "middle"
+            parts += [LAYER.format(index=index, count=len(layers), place=position, backdrop=backdrop), image]
     return parts
 
 

@@ -1,8 +1,7 @@
 """Joint attention of the double-stream block in real arithmetic, for training.
 
 On a CPU torch's fused attention has a slow backward pass (seven tenths of a step at 100 tokens), and complex rotations
-cost more than real ones. This one computes the same from the
-same modules: a step takes a third of the time.
+cost more than real ones. This one computes the same from the same modules: a step takes a third of the time.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from layerloop.components.layers.photos import photo_crops
 from layerloop.components.layers.stack import flatten
 from layerloop.components.research.pretraining.training import Schedule, Training
 
-LATENT_NOISE = 0.05  # what the decoder learns to bear: the flow's own errors are of this size
+LATENT_NOISE = 0.05  # added to the decoder's input in training: the flow's own errors are of this size
 
 
 def prepare_autoencoder(vae: AutoencoderKLQwenImage, *, seed: int) -> None:
@@ -158,7 +158,7 @@ def _opaque(rgb: np.ndarray) -> np.ndarray:
     return np.concatenate([rgb, np.full((*rgb.shape[:-1], 1), 255, np.uint8)], axis=-1)
 
 
-def _batch(frames: Tensor, generator: torch.Generator, size: int) -> Tensor:
+def _augmented_batch(frames: Tensor, generator: torch.Generator, size: int) -> Tensor:
     """A batch in [-1, 1], mirrored, its colour channels permuted and inverted at random: more colours than designs."""
     picked = frames[torch.randint(len(frames), (size,), generator=generator)].float() / 127.5 - 1
     for image in picked:
@@ -189,7 +189,7 @@ def train_autoencoder(
     _learn_to_reconstruct(training, vae, encode_too=True, seed=schedule.seed, designs=designs, side=side)
     training.average.copy_to(vae)
     vae.eval().requires_grad_(False)
-    _finish(vae, draw_frames(np.random.default_rng((schedule.seed, 2)), designs=400, side=side))
+    _set_latent_statistics(vae, draw_frames(np.random.default_rng((schedule.seed, 2)), designs=400, side=side))
 
 
 def refine_decoder(
@@ -217,6 +217,7 @@ def _learn_to_reconstruct(
     designs: int,
     side: int,
 ) -> None:
+    """Reconstruct drawn frames until `training` is done; `encode_too` trains the encoder as well."""
     if training.done:
         return
     frames = draw_frames(np.random.default_rng((seed, 1)), designs=designs, side=side)
@@ -224,7 +225,7 @@ def _learn_to_reconstruct(
     training.start_clock()
     while not training.done:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + training.step)
-        images = _batch(frames, generator, training.schedule.batch)
+        images = _augmented_batch(frames, generator, training.schedule.batch)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.set_grad_enabled(encode_too):
                 latents, _ = encode_frames(vae, images)
@@ -236,7 +237,7 @@ def _learn_to_reconstruct(
 
 
 @torch.no_grad()
-def _finish(vae: AutoencoderKLQwenImage, frames: Tensor) -> None:
+def _set_latent_statistics(vae: AutoencoderKLQwenImage, frames: Tensor) -> None:
     """Set the latent statistics from data, and a constant variance: the noise that the decoder was trained with."""
     half = vae.z_dim
     vae.quant_conv.weight[half:] = 0

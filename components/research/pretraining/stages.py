@@ -3,7 +3,7 @@
 Four stages, each resumable from the work folder: the autoencoder learns to carry RGBA frames, the transformer learns to
 decompose on its latents, the decoder alone learns for longer (the latents stay), and the export measures all of it on
 held-out designs and writes the folder that `layerloop.components.policy.tiny.tiny_folder` names. It is not
-a pod of the DAG: it makes what the repository ships.
+a step of the pipeline: it makes the weights that the repository ships.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STAGES = ("autoencoder", "transformer", "decoder", "export")
 
 @dataclass(frozen=True)
 class Pretraining:
-    """What to train, for how long and on how much; the defaults made the weights that ship."""
+    """Stages, lengths and amounts of data of a pretraining; the defaults made the weights that ship."""
 
     work: Path  # checkpoints
     out: Path  # the finished pipeline
@@ -62,6 +62,7 @@ class Pretraining:
     seed: int = 0
 
     def schedule(self, steps: int, *, batch: int, peak: float) -> Schedule:
+        """The schedule of one stage."""
         return Schedule(work=self.work, steps=steps, batch=batch, peak=peak, seed=self.seed)
 
 
@@ -69,7 +70,7 @@ def run(p: Pretraining) -> None:
     """Pretrain by stages.
 
     Raises:
-        FileNotFoundError: a stage lacks what an earlier one makes; the message names that stage.
+        FileNotFoundError: a stage lacks the output of an earlier one; the message names that stage.
     """
     p.work.mkdir(parents=True, exist_ok=True)
     pipeline = build_tiny_pipeline(seed=p.seed)

@@ -1,4 +1,4 @@
-"""What the trainings share: a budget in steps, an averaged copy of the weights, checkpoints, progress lines."""
+"""Shared parts of the trainings: a budget in steps, an averaged copy of the weights, checkpoints, progress lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how hard to train, and where the checkpoints go."""
+    """Length, batch size and learning rate of a training, and the folder of its checkpoints."""
 
     work: Path
     steps: int
@@ -33,11 +33,13 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
+        """Move the average towards the module's parameters after `step` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.shadow, [p.detach() for p in module.parameters()], 1 - decay)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
+        """Put the average into `module`."""
         for parameter, average in zip(module.parameters(), self.shadow, strict=True):
             parameter.copy_(average)
 
@@ -57,8 +59,8 @@ class Training:
         )
         self.average = Averaged(module, decay)
         self.step, self.spent = 0, 0.0
-        self._tick = time.monotonic()
-        self._saved = self._logged = self._tick
+        self._last_step_at = time.monotonic()
+        self._saved_at = self._logged_at = self._last_step_at
         if self.checkpoint.exists():
             state = torch.load(self.checkpoint, weights_only=True)
             module.load_state_dict(state["module"])
@@ -69,14 +71,15 @@ class Training:
 
     @property
     def done(self) -> bool:
+        """Whether all steps are taken."""
         return self.step >= self.schedule.steps
 
     def start_clock(self) -> None:
         """Count from now, so that a step's time does not include making the data."""
-        self._tick = self._saved = self._logged = time.monotonic()
+        self._last_step_at = self._saved_at = self._logged_at = time.monotonic()
 
     def advance(self, loss: torch.Tensor, clip: float = 1.0) -> None:
-        """One optimizer step on `loss`."""
+        """Take one optimizer step on `loss`; a checkpoint is written every two minutes."""
         rate = learning_rate(self.step / self.schedule.steps, self.schedule.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -90,27 +93,28 @@ class Training:
         self.step += 1
         self.average.update(self.module, self.step)
         now = time.monotonic()
-        self.spent += now - self._tick
-        self._tick = now
-        if now - self._saved > 120 or self.done:
+        self.spent += now - self._last_step_at
+        self._last_step_at = now
+        if now - self._saved_at > 120 or self.done:
             self.save()
-            self._saved = now
+            self._saved_at = now
 
     def log(self, figures: dict[str, float], every: float = 20.0) -> None:
         """A progress line every `every` seconds."""
         now = time.monotonic()
-        if now - self._logged < every and not self.done:
+        if now - self._logged_at < every and not self.done:
             return
-        self._logged = now
+        self._logged_at = now
         values = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        a_step = self.spent / max(1, self.step)
+        per_step = self.spent / max(1, self.step)
         print(
-            f"{self.name}: step {self.step} of {self.schedule.steps}  {1000 * a_step:.0f} ms a step  "
-            f"{a_step * (self.schedule.steps - self.step) / 60:.0f} min left  {values}",
+            f"{self.name}: step {self.step} of {self.schedule.steps}  {1000 * per_step:.0f} ms per step  "
+            f"{per_step * (self.schedule.steps - self.step) / 60:.0f} min left  {values}",
             flush=True,
         )
 
     def save(self) -> None:
+        """Write the checkpoint, atomically."""
         state = {
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -1,4 +1,4 @@
-"""Which of a policy's weights are the result: what is evaluated, and what is published."""
+"""The weights of a policy that are evaluated and published."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from layerloop.components.schema.manifest import File, Manifest
 AVERAGE, SAMPLING = "ema.safetensors", "adapter_model.safetensors"
 
 
-def delivered_weights(policy: Manifest) -> File:
+def final_weights(policy: Manifest) -> File:
     """The average, where the recipe keeps one (`update.ema`), else the weights that sample next.
 
     Both are in peft's layout, with the same `adapter_config.json`.

@@ -1,4 +1,4 @@
-"""From an input to a sample of the sources: one picture or design at a time, on a few threads, in order."""
+"""From an input to a sample of the sources: one image or design at a time, on a few threads, in order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
-from layerloop.components.shard_dataset.duplicates import Gallery, Look, look_at
+from layerloop.components.shard_dataset.duplicates import DuplicateIndex, ImageHash, hash_image
 from layerloop.components.shard_dataset.inputs import Item
 from layerloop.components.shard_dataset.layered import DesignItem
 from layerloop.components.shard_dataset.normalise import image_key, normalise
@@ -23,22 +23,22 @@ from layerloop.components.storage.images import decode_image, encode_png
 T = TypeVar("T")
 R = TypeVar("R")
 
-_SHOWN = 5  # rejects named in the log
+_LOGGED = 5  # rejects named in the log
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A normalised picture, or composite of a design, ready to be a sample."""
+    """A normalised image, or composite of a design, ready to be a sample."""
 
     origin: str
     key: str
-    look: Look
+    image_hash: ImageHash
     members: dict[str, bytes]
 
 
 @dataclass(frozen=True)
 class Refused:
-    """What was left out, and why. A duplicate is not at fault; a reject is."""
+    """An input that was left out, and why: a reject is at fault, a duplicate is not."""
 
     origin: str
     kind: Literal["reject", "duplicate"]
@@ -47,27 +47,30 @@ class Refused:
 
 @dataclass(frozen=True)
 class Gathered:
-    """What became of one kind of input: keys in the spool, and everything left out."""
+    """Result for one kind of input: keys in the spool, and everything left out."""
 
     keys: list[str]  # sorted
     refused: list[Refused]
 
     @property
     def rejects(self) -> list[Refused]:
+        """Inputs that cannot be used."""
         return [item for item in self.refused if item.kind == "reject"]
 
     @property
     def duplicates(self) -> int:
+        """Number of duplicates."""
         return len(self.refused) - len(self.rejects)
 
     @property
     def seen(self) -> int:
+        """Number of inputs read."""
         return len(self.keys) + len(self.refused)
 
 
-def prepare_picture(item: Item, data: DataRecipe) -> Prepared | Refused:
-    """Decode, normalise and encode one picture."""
-    loaded = item.load()  # a store that fails is no fault of the picture, and ends the step
+def prepare_image(item: Item, data: DataRecipe) -> Prepared | Refused:
+    """Decode, normalise and encode one image."""
+    loaded = item.load()  # a store that fails is not a fault of the image, and ends the step
     try:
         if item.problem is not None:
             raise LayerloopError(item.problem)
@@ -79,7 +82,7 @@ def prepare_picture(item: Item, data: DataRecipe) -> Prepared | Refused:
 
 
 def prepare_design(item: DesignItem) -> Prepared | Refused:
-    """Render one design; its picture is the composite of its layers."""
+    """Render one design; its image is the composite of its layers."""
     try:
         stack = item.render()
     except LayerloopError as error:
@@ -89,11 +92,11 @@ def prepare_design(item: DesignItem) -> Prepared | Refused:
     return _prepared(item.origin, pixels, (pixels.shape[1], pixels.shape[0]), layers)
 
 
-def gather(prepared: Iterable[Prepared | Refused], spool: Spool, gallery: Gallery, *, near: bool) -> Gathered:
-    """Put what is new into the spool, and note what was left out.
+def gather(prepared: Iterable[Prepared | Refused], spool: Spool, index: DuplicateIndex, *, near: bool) -> Gathered:
+    """Put new images into the spool, and record those left out.
 
     Args:
-        gallery: every picture seen, here and by earlier calls.
+        index: every image seen, here and in earlier calls.
         near: leave out near-exact duplicates too, not only exact ones.
     """
     keys: list[str] = []
@@ -102,11 +105,11 @@ def gather(prepared: Iterable[Prepared | Refused], spool: Spool, gallery: Galler
         if isinstance(item, Refused):
             refused.append(item)
             continue
-        twin = gallery.twin_of(item.key, item.look, near=near)
-        if twin is not None:
-            refused.append(Refused(item.origin, "duplicate", f"same picture as {twin}"))
+        duplicate = index.find_duplicate(item.key, item.image_hash, near=near)
+        if duplicate is not None:
+            refused.append(Refused(item.origin, "duplicate", f"same image as {duplicate}"))
             continue
-        gallery.add(item.key, item.look, item.origin)
+        index.add(item.key, item.image_hash, item.origin)
         spool.add(item.key, item.members)
         keys.append(item.key)
     return Gathered(sorted(keys), refused)
@@ -119,10 +122,10 @@ def check_rejects(gathered: Gathered, data: DataRecipe, *, what: str, log: Calla
         LayerloopError: more than `recipe.data.max_reject_fraction` of what was seen, or nothing is left.
     """
     rejects = gathered.rejects
-    for item in rejects[:_SHOWN]:
+    for item in rejects[:_LOGGED]:
         log(f"rejected {item.origin}: {item.reason}")
-    if len(rejects) > _SHOWN:
-        log(f"rejected {len(rejects) - _SHOWN} more {what}, listed in rejects.parquet")
+    if len(rejects) > _LOGGED:
+        log(f"rejected {len(rejects) - _LOGGED} more {what}, listed in rejects.parquet")
     if len(rejects) > data.max_reject_fraction * gathered.seen:
         raise LayerloopError(
             f"{len(rejects)} of {gathered.seen} {what} are rejected, over recipe.data.max_reject_fraction "
@@ -158,4 +161,4 @@ def _prepared(origin: str, pixels: Pixels, original: tuple[int, int], layers: di
         **({"layers": len(layers)} if layers else {}),
     }
     members = {"png": encode_png(pixels), "json": json.dumps(record, sort_keys=True).encode(), **layers}
-    return Prepared(origin, image_key(pixels), look_at(pixels), members)
+    return Prepared(origin, image_key(pixels), hash_image(pixels), members)
