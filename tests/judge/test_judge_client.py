@@ -263,6 +263,22 @@ def test_what_was_answered_is_never_asked_again_even_if_it_was_unusable(
     assert judge.statistics.tokens_in == 200  # what the iteration cost, whichever run paid it
 
 
+@pytest.mark.parametrize(
+    ("message", "reason", "asked"),
+    [({"refusal": "I must decline."}, "refused", 1), ({"content": ""}, "empty", 3)],
+    ids=["refusal", "empty"],
+)
+def test_a_paid_answer_without_scores_is_stored_too(
+    scripted: Any, one: Request, say: Say, message: dict[str, Any], reason: str, asked: int
+) -> None:
+    replies = ReplyMemory()
+    scripted.answer = say("", **message)
+    for _ in range(2):
+        [error] = asyncio.run(ask_all(Judge(scripted.url, *settings(retries=2), replies=replies), [one]))
+        assert isinstance(error, UnusableError) and error.reason == reason
+        assert len(scripted.bodies) == len(replies) == asked
+
+
 def test_another_model_sample_or_seed_is_another_question(scripted: Any, one: Request, good: bytes) -> None:
     replies = ReplyMemory()
     scripted.answer = good
