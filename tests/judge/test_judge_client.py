@@ -86,8 +86,15 @@ def test_an_unusable_answer_is_asked_again_with_another_seed_and_some_temperatur
     assert judge.statistics.invalid_retries == 2
 
 
-def test_a_refusal_is_not_asked_again(scripted: Any, one: Request, say: Say) -> None:
-    scripted.answer = say(None, refusal="I cannot judge this.")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, {"refusal": "I cannot judge this."}), ("I'm sorry, I cannot evaluate this image.", {})],
+    ids=["in-its-field", "in-words"],
+)
+def test_a_refusal_is_not_asked_again(
+    scripted: Any, one: Request, say: Say, content: str | None, message: dict[str, Any]
+) -> None:
+    scripted.answer = say(content, **message)
     judge = Judge(scripted.url, *settings())
     answers = asyncio.run(ask_all(judge, [one]))
     assert answers[0].reason == "refused" and len(scripted.bodies) == 1
