@@ -89,6 +89,12 @@ def test_flattened_layers_are_merged_before_they_meet_the_backdrop() -> None:
     assert flatten(np.stack([stack] * 3), "black").shape == (3, 1, 3, 3)
 
 
+def test_what_is_laid_on_a_backdrop_is_rounded_to_the_nearest_level() -> None:
+    image = np.array([[[10, 20, 30, 200]]], np.uint8)  # times 200 / 255: 7.84, 15.69, 23.53
+    assert on_backdrop(image, "black").tolist() == [[[8, 16, 24]]]
+    assert on_backdrop(image, "white").tolist() == [[[63, 71, 79]]]  # and 55 more
+
+
 def test_half_transparent_red_on_each_backdrop() -> None:
     image = np.full((16, 16, 4), (255, 0, 0, 51), np.uint8)  # alpha 0.2
     assert (on_backdrop(image, "white") == (255, 204, 204)).all()
@@ -121,9 +127,10 @@ def test_an_unknown_backdrop_is_refused() -> None:
 
 
 @pytest.mark.parametrize("resampling", ["lanczos", "bicubic", "bilinear", "box"])
-def test_resizing_brings_no_hidden_colour_into_the_edges(resampling: str) -> None:
-    """The halo of straight-alpha resampling: black under alpha 0 must not darken a white disc's rim."""
-    image = np.zeros((64, 64, 4), np.uint8)
+@pytest.mark.parametrize("hidden", [(0, 0, 0), (0, 255, 0)], ids=["black", "green"])
+def test_resizing_brings_no_hidden_colour_into_the_edges(resampling: str, hidden: tuple[int, int, int]) -> None:
+    """The halo of straight-alpha resampling: colour under alpha 0 must not change a white disc's rim."""
+    image = np.full((64, 64, 4), (*hidden, 0), np.uint8)
     rows, columns = np.mgrid[:64, :64]
     disc = (rows - 32) ** 2 + (columns - 32) ** 2 < 400
     image[disc] = (255, 255, 255, 255)
