@@ -1,4 +1,4 @@
-"""The list of deliberate faults is applicable and complete, and its runner tells what survives."""
+"""The list of deliberate faults is applicable and complete, and its runner reports what survives."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_names_are_unique_and_faults_are_many() -> None:
 
 @pytest.mark.parametrize("area", AREAS)
 def test_every_area_has_faults(area: str) -> None:
-    prefixes = tuple(place if place.startswith("pipelines/") else f"components/{place}" for place in AREAS[area])
+    prefixes = tuple(name if name.startswith("pipelines/") else f"components/{name}" for name in AREAS[area])
     assert all((ROOT / prefix).exists() for prefix in prefixes)
     assert sum(fault["file"].startswith(prefixes) for fault in FAULTS) >= 2
 
@@ -112,7 +112,7 @@ def run(root: Path, *arguments: str) -> tuple[int, list[str]]:
     return result.returncode, (result.stdout + result.stderr).splitlines()
 
 
-def test_what_survives_and_what_is_stale_is_told_and_is_status_1(tmp_path: Path) -> None:
+def test_what_survives_and_what_is_stale_is_reported_with_status_1(tmp_path: Path) -> None:
     root = checkout(
         tmp_path,
         fault("sign", "a + b", "a - b"),
