@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from layerloop.pipelines.demo import make_images, reference_judge
+from layerloop.pipelines.demo import make_pictures, reference_judge
 from layerloop.pipelines.inputs import packaged_recipes
 from layerloop.pipelines.job import Job, run_job
 from layerloop.pipelines.local import STARTED, LocalRun
@@ -35,7 +35,7 @@ def with_imports(run: LocalRun) -> LocalRun:
 def test_most_of_the_demos_time_is_the_steps_own_work(
     tmp_path: Path, record_benchmark: Callable[[str, float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, designs = make_images(tmp_path)
+    images, designs = make_pictures(tmp_path)
     with reference_judge(tmp_path / "judge.log") as judge_url:
         monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # of the steps, reported in their logs
         job = Job(

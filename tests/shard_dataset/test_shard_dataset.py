@@ -550,7 +550,7 @@ def test_the_prompt_is_embedded_once_by_the_recipes_model(
     opened = Campaign.open(f"{tmp_path}/c")
     embeds = load(read_file(opened.store, opened.sources().file("prompt.safetensors")))
     pipeline = QwenImageLayeredPipeline.from_pretrained(base, processor=None, dtype=torch.float32)
-    expected = pipeline.encode_prompt(parse_recipe(text).model.prompt)[0][0]
+    expected = pipeline.encode_prompt(parse_recipe(text).model.prompt)[0][0].detach()
     assert list(embeds) == ["prompt_embeds"]
     assert embeds["prompt_embeds"].dtype == np.float32
     assert np.array_equal(embeds["prompt_embeds"], expected.numpy())
