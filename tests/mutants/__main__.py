@@ -143,6 +143,7 @@ class Runner:
 
     def __init__(self, root: Path, folder: Path, jobs: int) -> None:
         self.copies: Queue[Path] = Queue()
+        self.running: set[int] = set()  # sessions of tests
         for number in range(jobs):
             self.copies.put(copy_checkout(root, folder / str(number)))
         # One thread a process: jobs share the processors, and a library's threads would not survive a fork.
@@ -158,12 +159,19 @@ class Runner:
         output.touch()
         process = self.context.Process(target=run_pytest, args=(str(copy), tests, str(temporary), str(output)))
         process.start()
+        assert process.pid is not None
+        self.running.add(process.pid)
         process.join(SECONDS)
         status = HUNG if process.exitcode is None else process.exitcode
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid or 0, signal.SIGKILL)  # and what it started
+        self.running.discard(process.pid)
+        _kill(process.pid)  # and what it started
         process.join()
         return status, output.read_text(errors="replace")[-6000:]
+
+    def stop(self) -> None:
+        """End all tests that are running."""
+        for pid in tuple(self.running):
+            _kill(pid)
 
     def outcome(self, fault: Fault) -> Outcome:
         """Apply a fault in a copy, run its tests, take it back."""
@@ -195,6 +203,11 @@ class Runner:
         finally:
             self.copies.put(copy)
         return Outcome("failed" if status else "passed", output)
+
+
+def _kill(session: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(session, signal.SIGKILL)
 
 
 def imported(root: Path) -> set[str]:
@@ -302,19 +315,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         runner = Runner(root, Path(folder), arguments.jobs)
-        if failing := failing_rooms(runner, results, pool, list(todo.values())):
-            print(
-                f"error: tests of {', '.join(sorted(failing))} fail without any fault, so they catch none: repair them"
-            )
-        for name in [name for name, fault in todo.items() if failing & set(map(room, fault.tests))]:
-            states[name] = "no verdict"
-            del todo[name]
-        for count, (name, outcome) in enumerate(finished(pool, runner.outcome, todo), 1):
-            states[name] = outcome.state
-            results.put(name, keys[name], outcome.state)
-            print(f"{count:3}/{len(todo)} {outcome.state:8} {name}", flush=True)
-            if outcome.state != "caught" or arguments.only:
-                print(outcome.output, flush=True)
+        try:
+            if failing := failing_rooms(runner, results, pool, list(todo.values())):
+                rooms = ", ".join(sorted(failing))
+                print(f"error: tests of {rooms} fail without any fault, so they catch none: repair them")
+            for name in [name for name, fault in todo.items() if failing & set(map(room, fault.tests))]:
+                states[name] = "no verdict"
+                del todo[name]
+            for count, (name, outcome) in enumerate(finished(pool, runner.outcome, todo), 1):
+                states[name] = outcome.state
+                results.put(name, keys[name], outcome.state)
+                print(f"{count:3}/{len(todo)} {outcome.state:8} {name}", flush=True)
+                if outcome.state != "caught" or arguments.only:
+                    print(outcome.output, flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            runner.stop()
+            print("interrupted: run it again to continue")
+            return 130
     missed = [f"{name} ({state})" for name, state in states.items() if state != "caught"]
     print(f"{len(faults) - len(missed)} of {len(faults)} faults caught in {time.monotonic() - began:.0f} s")
     if missed:
