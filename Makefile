@@ -26,8 +26,8 @@ $(READY): pyproject.toml constraints.txt
 	  --editable '.[policy,judge,evaluation,pipelines,demo,study,dev]'
 	@touch $(READY)
 
-# FRESH=1 starts anew. IMAGES, JUDGE_URL, CAMPAIGN and ITERATIONS replace the demo's own.
-demo: $(READY) ## run the whole pipeline on this machine and make a report; again: continue (FRESH=1: start anew)
+# FRESH=1 starts again. IMAGES, JUDGE_URL, CAMPAIGN and ITERATIONS replace the demo's own.
+demo: $(READY) ## run the whole pipeline on this machine and make a report; again: continue (FRESH=1: start again)
 	@$(VENV)/bin/layerloop demo $(if $(FRESH),--fresh) $(if $(IMAGES),--images '$(IMAGES)') \
 	  $(if $(JUDGE_URL),--judge-url '$(JUDGE_URL)') $(if $(CAMPAIGN),--campaign '$(CAMPAIGN)') \
 	  $(if $(ITERATIONS),--iterations $(ITERATIONS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ DESCRIPTION = """\
 Fine-tune an image layer decomposition model by reinforcement learning, as a Kubeflow pipeline or on this machine.
 
   layerloop demo                                     everything on embedded defaults, on this machine
-  layerloop run --images photos --campaign mine      the same on your own pictures
+  layerloop run --images photos --campaign mine      the same on your own images
   layerloop compile -o pipeline.yaml                 the pipeline for a Kubeflow cluster
   layerloop submit pipeline.yaml --wait              a run of it there
   layerloop campaign show mine                       how far a campaign is, and its rewards
@@ -47,12 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return int(arguments.handler(arguments) or 0)
+        status = int(arguments.handler(arguments) or 0)
+        sys.stdout.flush()
+        return status
     except LayerloopError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(getattr(error, "status", 2))
+    except BrokenPipeError:  # `layerloop ... | head`: nobody reads on, which is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
-        print("interrupted: what was done is kept, run the same command to go on", file=sys.stderr)
+        print("interrupted: what was done is kept, run the same command to continue", file=sys.stderr)
         return 130
 
 
@@ -69,15 +75,13 @@ def _demo(arguments: argparse.Namespace) -> None:
 
     folder = Path(arguments.folder)
     if arguments.images and not arguments.campaign:
-        raise LayerloopError("--campaign is not given: other pictures need another campaign than the demo's, name it")
+        raise LayerloopError("--campaign is not given: other images need another campaign than the demo's, name it")
     job = _job(arguments, campaign=arguments.campaign or str(folder / "campaign"))
     run_demo(job, folder=folder, fresh=arguments.fresh)
 
 
 def _run(arguments: argparse.Namespace) -> None:
     _need_kfp("layerloop run")
-    import os
-
     from layerloop.components.schema.recipe import parse_recipe
     from layerloop.components.storage.runtime import read_runtime
     from layerloop.pipelines.inputs import check_judge
@@ -263,19 +267,17 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     demo = _command(commands, "demo", _demo, "run everything on this machine with embedded defaults, and make a report")
-    demo.add_argument("--fresh", action="store_true", help="remove the demo's campaign and start anew")
+    demo.add_argument("--fresh", action="store_true", help="remove the demo's campaign and start again")
     demo.add_argument("--folder", default="demo", metavar="DIR", help="where everything goes (default: %(default)s)")
     demo.add_argument("--campaign", default="", metavar="DIR", help="the campaign (default: DIR/campaign of --folder)")
-    demo.add_argument("--images", default="", metavar="URI", help="your own pictures in place of the demo's")
+    demo.add_argument("--images", default="", metavar="URI", help="your own images in place of the demo's")
     _job_options(demo, recipe="tiny")
 
-    run = _command(
-        commands, "run", _run, "run the training pipeline on this machine on your own pictures", RUN_EXAMPLES
-    )
+    run = _command(commands, "run", _run, "run the training pipeline on this machine on your own images", RUN_EXAMPLES)
     run.add_argument(
         "--campaign", required=True, metavar="URI", help="folder or s3://bucket/prefix that holds the state"
     )
-    run.add_argument("--images", required=True, metavar="URI", help="folder, glob, WebDataset or parquet of pictures")
+    run.add_argument("--images", required=True, metavar="URI", help="folder, glob, WebDataset or parquet of images")
     run.add_argument("--runs", default="layerloop-runs", metavar="DIR", help="logs of this run (default: %(default)s)")
     _job_options(run, recipe="tiny")
 

@@ -22,8 +22,8 @@ examples:
   layerloop submit --attach 5f0c6b1e-...
 
 exit status: 0 the run succeeded (or was started, without --wait), 1 it failed, 2 refused (a wrong input, not signed in,
-not KFP), 3 it was cancelled or skipped, or nobody can tell within --timeout or --patience, 130 interrupted. In the last
-two cases the run goes on, and --attach waits for it again.
+not KFP), 3 it was cancelled or skipped, or its end was not seen within --timeout or --patience, 130 interrupted. In the
+last two cases the run continues, and --attach waits for it again.
 """
 
 SCHEDULE_EXAMPLES = """\
@@ -50,7 +50,7 @@ examples:
   layerloop campaign run-until s3://bucket/mine --until 200 --pipeline layerloop-train \\
       -p images='s3://bucket/photos/*' -p judge_url=http://layerloop-judge.team-a.svc.cluster.local:8000/v1
 
-It returns at once: KFP goes on with a recurring run, one run at a time, and nothing of yours has to stay alive.
+It returns at once: KFP keeps a recurring run, one run at a time, and nothing of yours has to stay alive.
 """
 
 
@@ -68,11 +68,11 @@ def add_cluster_commands(commands: Any, campaign: Any, command: Command) -> None
     _run_options(submit)
     _client_options(submit)
     submit.add_argument("--run-name", default=None, help="(default: the pipeline's name and the time)")
-    submit.add_argument("--wait", action="store_true", help="wait for the end and let the exit status tell it")
+    submit.add_argument("--wait", action="store_true", help="wait for the end and return its result as the exit status")
     until = "run after run until the campaign's head is at iteration N; a live run is attached to"
     submit.add_argument("--until", type=int, default=None, metavar="N", help=until)
     _failures_option(submit)
-    submit.add_argument("--attach", default=None, metavar="RUN_ID", help="wait for a run that is there already")
+    submit.add_argument("--attach", default=None, metavar="RUN_ID", help="wait for a run that was started before")
     submit.add_argument("--timeout", type=float, default=None, metavar="SECONDS", help="in all, whatever KFP does")
     patience = "while waiting, how long KFP may be away (default: 2 hours)"
     submit.add_argument("--patience", type=float, default=7200.0, metavar="SECONDS", help=patience)
@@ -88,8 +88,8 @@ def add_cluster_commands(commands: Any, campaign: Any, command: Command) -> None
     listing = command(schedule, "list", _list, "list the experiment's recurring runs", _with(SCHEDULE_EXAMPLES))
     _client_options(listing)
     for what, summary in (
-        ("delete", "delete recurring runs; a run of theirs that is going on is stopped with them"),
-        ("pause", "start no further runs; one that is going on goes on"),
+        ("delete", "delete recurring runs; an active run of theirs is stopped with them"),
+        ("pause", "start no further runs; an active one continues"),
         ("resume", "start runs again"),
     ):
         change = command(schedule, what, _change, summary, _with(SCHEDULE_EXAMPLES))
@@ -115,7 +115,7 @@ def add_cluster_commands(commands: Any, campaign: Any, command: Command) -> None
     chain.add_argument(
         "--every", type=int, default=10, metavar="MINUTES", help="between two looks (default: %(default)s)"
     )
-    chain.add_argument("--replace", action="store_true", help="though the chain's run is going on, which stops it")
+    chain.add_argument("--replace", action="store_true", help="even if the chain's run is active, which stops it")
     _run_options(chain)
     _client_options(chain)
 
@@ -182,8 +182,11 @@ def _submit(arguments: argparse.Namespace) -> int:
     waiting = Waiting(deadline=deadline, patience=arguments.patience)
     if arguments.attach:
         if arguments.pipeline or arguments.until or arguments.parameter:
-            raise LayerloopError("--attach waits for a run that is there: give it no pipeline, parameter or --until")
-        return attach(connect(arguments.host, arguments.namespace, deadline=deadline), arguments.attach, waiting)
+            raise LayerloopError(
+                "--attach waits for a run that was started before: leave out pipeline, parameters and --until"
+            )
+        run_id = arguments.attach.strip().rstrip("/").rpartition("/")[2]  # a run's link is as good
+        return attach(connect(arguments.host, arguments.namespace, deadline=deadline), run_id, waiting)
     if not arguments.pipeline:
         raise LayerloopError("no pipeline is given: name a compiled file or a registered pipeline, or --attach RUN_ID")
     parameters = parameters_given(arguments.parameter)
@@ -235,9 +238,7 @@ def _apply(arguments: argparse.Namespace) -> None:
     }
     if arguments.file:
         if arguments.pipeline or arguments.name or arguments.cron or arguments.parameter:
-            raise LayerloopError(
-                "--file has everything in it: give no pipeline, --name, --cron or --parameter beside it"
-            )
+            raise LayerloopError("--file has everything in it: give no pipeline, --name, --cron or --parameter with it")
         schedules = read_schedules(Path(arguments.file), defaults)
     else:
         needed = {"PIPELINE": arguments.pipeline, "--name": arguments.name, "--cron": arguments.cron}

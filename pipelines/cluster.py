@@ -21,6 +21,7 @@ from layerloop.components.runtime.recurring import VARIABLE as KFP_API
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
 from layerloop.components.schema.steps import STEPS
+from layerloop.components.schema.yaml_text import load_yaml
 
 DIGEST = re.compile(r"^[^\s@]+@sha256:[0-9a-f]{64}$")
 
@@ -31,11 +32,15 @@ PAUSE = 30  # seconds before the first retry, doubled for each further one
 
 # --------------------------------------------------------------------------------------------------- Kubernetes' values
 
-_CPU = re.compile(r"(?P<number>\d+|\d*\.\d+)(?P<unit>m?)")
-_MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>Ki|Mi|Gi|Ti|k|M|G|T|)")
+_CPU = re.compile(r"(?P<number>[0-9]+|[0-9]*\.[0-9]{1,3}(?!m))(?P<unit>m?)")  # in steps of 1m
+_MEMORY = re.compile(r"(?P<number>[0-9]+)(?P<unit>Ki|Mi|Gi|Ti|k|M|G|T|)")
 _BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
-_LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"  # of a domain name
+_NAME = re.compile(rf"(?=.{{1,253}}$){_PART}(?:\.{_PART})*")
+_LABEL_KEY = re.compile(
+    rf"(?:(?=[^/]{{1,253}}/){_PART}(?:\.{_PART})*/)?[A-Za-z0-9](?:[-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?"
+)
+_RESOURCE = re.compile(rf"{_PART}(?:\.{_PART})*/[A-Za-z0-9](?:[-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
 _LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -71,8 +76,14 @@ def _matching(pattern: re.Pattern[str], remedy: str) -> Callable[[Any], Any]:
 Cpu = Annotated[str, BeforeValidator(_cpu)]
 Memory = Annotated[str, BeforeValidator(_memory)]  # bytes, as kfp takes them: whole numbers
 Name = Annotated[str, BeforeValidator(_matching(_NAME, "names no Kubernetes object: use a-z, 0-9 and -, or null"))]
+Queue = Annotated[Name, AfterValidator(_matching(_LABEL, "is longer than a label's value: 63 characters at most"))]
 LabelKey = Annotated[str, AfterValidator(_matching(_LABEL_KEY, "is no key of a label: write name or domain/name"))]
 Label = Annotated[str, AfterValidator(_matching(_LABEL, "is no value of a label: at most 63 of A-Za-z0-9-_."))]
+Gpu = Annotated[str, AfterValidator(_matching(_RESOURCE, "is no extended resource: write it as nvidia.com/gpu"))]
+Api = Annotated[str, AfterValidator(_matching(re.compile(r"https?://[^\s/]+\S*"), "is no URL: write http://host:8888"))]
+Root = Annotated[
+    str, AfterValidator(_matching(re.compile(r"(s3|minio|gs)://[^\s/]+\S*"), "is no bucket: write s3://bucket/prefix"))
+]
 Variable = Annotated[str, AfterValidator(_matching(_VARIABLE, "is no name of a variable: use A-Z, 0-9 and _"))]
 Hours = Annotated[float, Field(ge=1 / 60, le=8760)]
 Gpus = Annotated[int, Field(ge=0)]
@@ -120,12 +131,12 @@ class Secrets(Record):
     hub: Name | None = "layerloop-hub"  # HF_TOKEN: steps that fetch the base
     pull: Name | None = None  # image pull secret
 
-    def of(self, verb: str) -> dict[str, tuple[str, ...]]:
-        """Keys by secret, of those that a step of `verb` uses."""
+    def of(self, step: str) -> dict[str, tuple[str, ...]]:
+        """Keys by secret, of those that a step uses."""
         wanted = [
             (self.store, ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")),
-            (self.judge if STEPS[verb].asks_judge else None, ("OPENAI_API_KEY",)),
-            (self.hub if STEPS[verb].loads_base else None, ("HF_TOKEN",)),
+            (self.judge if STEPS[step].asks_judge else None, ("OPENAI_API_KEY",)),
+            (self.hub if STEPS[step].loads_base else None, ("HF_TOKEN",)),
         ]
         return {secret: keys for secret, keys in wanted if secret}
 
@@ -133,10 +144,16 @@ class Secrets(Record):
 class Toleration(Record):
     """A taint that pods tolerate."""
 
-    key: str = Field(min_length=1)
+    key: LabelKey
     operator: Literal["Exists", "Equal"] = "Exists"
-    value: str | None = None
+    value: Label | None = None
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = "NoSchedule"
+
+    @model_validator(mode="after")
+    def _value_where_it_is_compared(self) -> Self:
+        if self.operator == "Exists" and self.value:
+            raise ValueError(f"operator Exists of {self.key} takes no value: leave it out, or choose Equal")
+        return self
 
 
 class Affinity(Record):
@@ -153,14 +170,16 @@ class Affinity(Record):
         if compared != bool(self.values):
             what = "needs values" if compared else "takes no values"
             raise ValueError(f"operator {self.operator} of {self.key} {what}: change one of the two")
+        if self.operator in ("Gt", "Lt") and not (len(self.values) == 1 and re.fullmatch("[0-9]+", self.values[0])):
+            raise ValueError(f"operator {self.operator} of {self.key} has {list(self.values)}: give one whole number")
         return self
 
     def expression(self) -> dict[str, Any]:
         return {"key": self.key, "operator": self.operator} | ({"values": list(self.values)} if self.values else {})
 
 
-class Verb(Record):
-    """What the pods of one verb need, where it differs from the rest. cpu and memory are the whole pod's."""
+class StepPods(Record):
+    """What the pods of one step need, where it differs. cpu and memory are of the pod, not of each GPU."""
 
     cpu: Cpu | None = None
     memory: Memory | None = None
@@ -174,116 +193,129 @@ class Verb(Record):
     annotations: dict[LabelKey, str] = {}
 
 
+# Variables of a step that are not for `service_urls`, and what they come from.
+_OWNERS = {
+    "AWS_ACCESS_KEY_ID": "the secret of cluster.secrets.store",
+    "AWS_SECRET_ACCESS_KEY": "the secret of cluster.secrets.store",
+    "AWS_SESSION_TOKEN": "the secret of cluster.secrets.store",
+    "OPENAI_API_KEY": "the secret of cluster.secrets.judge", "HF_TOKEN": "the secret of cluster.secrets.hub",
+    "HF_HOME": "cluster.weights_claim", KFP_API: "cluster.kfp_api", "HOME": "the image", "PATH": "the image",
+}  # fmt: skip
+
+
 class Cluster(Record):
-    """The place. The defaults fit manifests/base; `layerloop compile --cluster FILE` reads other values from YAML."""
+    """Where steps run. The defaults fit manifests/base; `layerloop compile --cluster FILE` reads other values."""
 
     images: Images = Images()
     light: Resources = Resources()
     policy: Resources = Resources(cpu="8", memory="96Gi")  # for each GPU of a pod
-    gpu_resource: str = Field(default="nvidia.com/gpu", min_length=1)
+    gpu_resource: Gpu = "nvidia.com/gpu"
     node_gpus: int = Field(default=8, ge=1)  # GPUs of one node, which a pod cannot exceed
     gpus: Gpus = 1  # of each pod of rollouts, updates and evaluation: one process each; 0: on CPUs
     update_gpus: Gpus | None = None  # of update_lora, where it differs
     evaluate_gpus: Gpus | None = None  # of evaluate_adapter, where it differs
     shared_memory: Memory = "16Gi"  # /dev/shm of GPU pods, out of their memory; the container default is 64 MiB
-    verbs: dict[str, Verb] = {}  # what single verbs need
+    steps: dict[str, StepPods] = {}  # what single steps need
     tolerations: tuple[Toleration, ...] = (Toleration(key="nvidia.com/gpu"),)  # of GPU pods, as the next three
     node_selector: Labels = {}
     node_affinity: tuple[Affinity, ...] = ()
-    queue: Name | None = "layerloop"  # Kueue LocalQueue of GPU pods; None where Kueue is not installed
+    queue: Queue | None = "layerloop"  # Kueue LocalQueue of GPU pods; None where Kueue is not installed
     labels: Labels = {}  # of every pod
     annotations: dict[LabelKey, str] = {}
     run_as_user: int | None = Field(default=65532, ge=1, le=2**31 - 1)  # None: the namespace's range says (OpenShift)
     secrets: Secrets = Secrets()
     service_urls: dict[Variable, str] = {}  # variables that are no secret: AWS_ENDPOINT_URL_S3, OPENAI_BASE_URL
     ca_bundle: Name | None = None  # ConfigMap whose key ca.crt holds every certificate that steps are to trust
-    kfp_api: str | None = Field(default=None, pattern=r"^https?://[^\s/]+\S*$")  # None: the stock one, inside a cluster
-    pipeline_root: str | None = Field(default=None, pattern=r"^(s3|minio|gs)://[^\s/]+\S*$")  # None: the installation's
+    kfp_api: Api | None = None  # None: the stock one, inside a cluster
+    pipeline_root: Root | None = None  # None: the installation's
     weights_claim: Name | None = "layerloop-weights"  # PVC with the base model's files, mounted read-write at /weights
     retries: int = Field(default=3, ge=0, le=8)  # steps are idempotent, so a retry continues
-    timeout_hours: dict[str, Hours] = {}  # by verb, where it differs from the step table
+    timeout_hours: dict[str, Hours] = {}  # by step, where it differs from the step table
     forward_seconds: float = Field(default=0.32, gt=0)  # one forward at 640 pixels (public figure: H100), for estimates
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        for field in ("verbs", "timeout_hours"):
-            for verb in getattr(self, field):
-                if verb not in STEPS:
-                    raise ValueError(f"cluster.{field}.{verb} is no step: choose of {', '.join(STEPS)}")
-        for verb in STEPS:
-            if self.gpus_of(verb) > self.node_gpus:
-                raise ValueError(self._too_many_gpus(verb))
-            needs = self.needs(verb)
-            if self.gpus_of(verb) and _bytes(self.shared_memory) >= _bytes(needs.memory):
+        for variable in self.service_urls:
+            if owner := _OWNERS.get(variable) or ("Kubeflow" if variable.startswith("KFP_") else None):
+                raise ValueError(f"cluster.service_urls.{variable} is set by {owner}: leave it out")
+        for field in ("steps", "timeout_hours"):
+            for step in getattr(self, field):
+                if step not in STEPS:
+                    raise ValueError(f"cluster.{field}.{step} is no step: choose of {', '.join(STEPS)}")
+        for step in STEPS:
+            if self.gpus_of(step) > self.node_gpus:
+                raise ValueError(self._too_many_gpus(step))
+            needs = self.needs(step)
+            if self.gpus_of(step) and _bytes(self.shared_memory) >= _bytes(needs.memory):
                 raise ValueError(
-                    f"cluster.shared_memory is {self.shared_memory} but {verb} has {needs.memory} of memory, out of "
+                    f"cluster.shared_memory is {self.shared_memory} but {step} has {needs.memory} of memory, out of "
                     "which it is taken: choose less"
                 )
         return self
 
-    def _too_many_gpus(self, verb: str) -> str:
-        short = {"update_lora": "update_gpus", "evaluate_adapter": "evaluate_gpus"}.get(verb, "gpus")
-        own = self.verbs[verb].gpus if verb in self.verbs else None
-        name = f"verbs.{verb}.gpus" if own is not None else short if getattr(self, short) is not None else "gpus"
+    def _too_many_gpus(self, step: str) -> str:
+        short = {"update_lora": "update_gpus", "evaluate_adapter": "evaluate_gpus"}.get(step, "gpus")
+        own = self.steps[step].gpus if step in self.steps else None
+        name = f"steps.{step}.gpus" if own is not None else short if getattr(self, short) is not None else "gpus"
         several = {
             "generate_rollouts": "rollouts spread over nodes by more workers (layerloop compile --workers)",
             "update_lora": "an update over several nodes is a TrainJob, which no pod of this pipeline is",
-        }.get(verb, "one pod is on one node")
+        }.get(step, "one pod is on one node")
         return (
-            f"cluster.{name} is {self.gpus_of(verb)} but a node has {self.node_gpus} (cluster.node_gpus): choose at "
+            f"cluster.{name} is {self.gpus_of(step)} but a node has {self.node_gpus} (cluster.node_gpus): choose at "
             f"most {self.node_gpus}; {several}"
         )
 
-    def gpus_of(self, verb: str) -> int:
-        """GPUs of a pod of `verb`. Publishing is a single process, which one GPU serves."""
-        own = self._verb(verb).gpus
+    def gpus_of(self, step: str) -> int:
+        """GPUs of a pod of `step`. Publishing is a single process, which one GPU serves."""
+        own = self._own(step).gpus
         if own is not None:
             return own
-        if verb == "update_lora" and self.update_gpus is not None:
+        if step == "update_lora" and self.update_gpus is not None:
             return self.update_gpus
-        if verb == "evaluate_adapter" and self.evaluate_gpus is not None:
+        if step == "evaluate_adapter" and self.evaluate_gpus is not None:
             return self.evaluate_gpus
-        return {"all": self.gpus, "one": min(1, self.gpus), "none": 0}[STEPS[verb].gpus]
+        return {"all": self.gpus, "one": min(1, self.gpus), "none": 0}[STEPS[step].gpus]
 
-    def needs(self, verb: str) -> Resources:
-        """CPU and memory of a pod of `verb`: its own, else its image's for each of its GPUs."""
-        own, step, factor = self._verb(verb), STEPS[verb], max(1, self.gpus_of(verb))
-        kind = self.light if step.image == "light" else self.policy
+    def needs(self, step: str) -> Resources:
+        """CPU and memory of a step's pod: its own, else its image's for each of its GPUs."""
+        own, row, factor = self._own(step), STEPS[step], max(1, self.gpus_of(step))
+        kind = self.light if row.image == "light" else self.policy
         return Resources(
-            cpu=own.cpu or step.cpu or _times(kind.cpu, factor, _CPU),
-            memory=own.memory or step.memory or _times(kind.memory, factor, _MEMORY),
+            cpu=own.cpu or row.cpu or _times(kind.cpu, factor, _CPU),
+            memory=own.memory or row.memory or _times(kind.memory, factor, _MEMORY),
         )
 
-    def hours(self, verb: str) -> float:
-        """Deadline of one attempt of a pod of `verb`."""
-        return self.own_hours(verb) or STEPS[verb].timeout_hours
+    def hours(self, step: str) -> float:
+        """Deadline of one attempt of a pod of `step`."""
+        return self.own_hours(step) or STEPS[step].timeout_hours
 
-    def own_hours(self, verb: str) -> float | None:
-        """The deadline that the file sets for `verb`, if it does."""
-        return self._verb(verb).timeout_hours or self.timeout_hours.get(verb)
+    def own_hours(self, step: str) -> float | None:
+        """The deadline that the file sets for `step`, if it does."""
+        return self._own(step).timeout_hours or self.timeout_hours.get(step)
 
-    def _verb(self, verb: str) -> Verb:
-        return self.verbs.get(verb, Verb())
+    def _own(self, step: str) -> StepPods:
+        return self.steps.get(step, StepPods())
 
-    def place(self, verb: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
-        """Give a task of `verb` its image, resources, secrets, queue, retry and timeout, and return it.
+    def apply(self, step: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
+        """Give a task of `step` its image, resources, secrets, queue, retry and timeout, and return it.
 
         KFP's caching is off: a step that is done finds its manifest and returns, whatever run it belongs to, while a
         cached task would skip a campaign that was removed or moved on.
         """
         task.set_caching_options(enable_caching=False)
-        task.set_display_name(verb.replace("_", " "))
-        self._image(verb, task)
-        self._environment(verb, task)
-        needs = self.needs(verb)
+        task.set_display_name(step.replace("_", " "))
+        self._image(step, task)
+        self._environment(step, task)
+        needs = self.needs(step)
         task.set_cpu_request(needs.cpu).set_memory_request(needs.memory).set_memory_limit(needs.memory)
-        self._nodes(verb, task)
-        self._metadata(verb, task)
-        if scratch := self._verb(verb).ephemeral_storage:
+        self._nodes(step, task)
+        self._metadata(step, task)
+        if scratch := self._own(step).ephemeral_storage:
             kubernetes.empty_dir_mount(task, "scratch", "/tmp", size_limit=scratch)
         # Pod Security `restricted` wants it said; the rest (no capabilities, seccomp) KFP sets itself.
         kubernetes.set_security_context(task, run_as_user=self.run_as_user, run_as_non_root=True)
-        seconds = math.ceil(self.hours(verb) * 3600)
+        seconds = math.ceil(self.hours(step) * 3600)
         if self.retries:
             # Argo counts this from the first attempt's start, so it is the budget of all attempts and not a pause.
             budget = (self.retries + 1) * (seconds + math.ceil(QUEUEING_HOURS * 3600))
@@ -293,30 +325,30 @@ class Cluster(Record):
         kubernetes.set_timeout(task, seconds)
         return task
 
-    def _image(self, verb: str, task: dsl.PipelineTask) -> None:
-        """Replace the image's name in component.py by this place's."""
-        task.set_container_image(getattr(self.images, STEPS[verb].image))
+    def _image(self, step: str, task: dsl.PipelineTask) -> None:
+        """Replace the image's name in component.py by this cluster's."""
+        task.set_container_image(getattr(self.images, STEPS[step].image))
         if self.secrets.pull:
             kubernetes.set_image_pull_secrets(task, [self.secrets.pull])
 
-    def _environment(self, verb: str, task: dsl.PipelineTask) -> None:
+    def _environment(self, step: str, task: dsl.PipelineTask) -> None:
         for name, value in sorted(self.service_urls.items()):
             task.set_env_variable(name, value)
         if self.ca_bundle:
             kubernetes.use_config_map_as_volume(task, self.ca_bundle, mount_path=CA_FOLDER)
             for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
                 task.set_env_variable(name, f"{CA_FOLDER}/ca.crt")
-        if self.kfp_api and verb == "shard_dataset":
+        if self.kfp_api and step == "shard_dataset":
             task.set_env_variable(KFP_API, self.kfp_api)
-        for secret, keys in self.secrets.of(verb).items():
+        for secret, keys in self.secrets.of(step).items():
             kubernetes.use_secret_as_env(task, secret, {key: key for key in keys}, optional=True)
-        if STEPS[verb].loads_base and self.weights_claim:
+        if STEPS[step].loads_base and self.weights_claim:
             kubernetes.mount_pvc(task, pvc_name=self.weights_claim, mount_path="/weights")
-        if STEPS[verb].loads_base:  # without a volume, /tmp is where the image's user may write
+        if STEPS[step].loads_base:  # without a volume, /tmp is where the image's user may write
             task.set_env_variable("HF_HOME", "/weights/huggingface" if self.weights_claim else "/tmp/huggingface")
 
-    def _nodes(self, verb: str, task: dsl.PipelineTask) -> None:
-        gpus, own = self.gpus_of(verb), self._verb(verb)
+    def _nodes(self, step: str, task: dsl.PipelineTask) -> None:
+        gpus, own = self.gpus_of(step), self._own(step)
         if gpus:
             task.set_accelerator_type(self.gpu_resource).set_accelerator_limit(gpus)
             kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=self.shared_memory)
@@ -333,28 +365,24 @@ class Cluster(Record):
             if wish.weight is not None:
                 kubernetes.add_node_affinity(task, match_expressions=[wish.expression()], weight=wish.weight)
 
-    def _metadata(self, verb: str, task: dsl.PipelineTask) -> None:
-        queue = {"kueue.x-k8s.io/queue-name": self.queue} if self.queue and self.gpus_of(verb) else {}
-        for key, value in sorted((queue | self.labels | self._verb(verb).labels).items()):
+    def _metadata(self, step: str, task: dsl.PipelineTask) -> None:
+        queue = {"kueue.x-k8s.io/queue-name": self.queue} if self.queue and self.gpus_of(step) else {}
+        for key, value in sorted((queue | self.labels | self._own(step).labels).items()):
             kubernetes.add_pod_label(task, key, value)
-        for key, value in sorted((self.annotations | self._verb(verb).annotations).items()):
+        for key, value in sorted((self.annotations | self._own(step).annotations).items()):
             kubernetes.add_pod_annotation(task, key, value)
 
 
 def read_cluster(path: str | Path) -> Cluster:
-    """The place described by a YAML file.
+    """The cluster described by a YAML file.
 
     Raises:
         LayerloopError: no such file, not YAML, an unknown key, an impossible value, or an image that is not pinned.
     """
-    import yaml
-
     try:
-        value: Any = yaml.safe_load(Path(path).read_text())
+        value: Any = load_yaml(Path(path).read_bytes(), where=f"cluster file {path}")
     except OSError as error:
         raise LayerloopError(f"cluster file {path} cannot be read ({error.strerror}): name a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LayerloopError(f"cluster file {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value or {}, dict):
         raise LayerloopError(f"cluster file {path} is no mapping: start from manifests/cluster.example.yaml")
     cluster = validate(Cluster, value or {}, where="cluster")

@@ -1,6 +1,6 @@
-"""`layerloop demo`: the whole job on embedded defaults, from pictures to a report, with nothing to set up.
+"""`layerloop demo`: the job on embedded defaults, from images to a report, with nothing to set up.
 
-Pictures: photographs that ship inside scikit-image and scikit-learn, and designs drawn by components/layers/designs.py,
+Images: photographs that ship inside scikit-image and scikit-learn, and designs drawn by components/layers/designs.py,
 whose layers are known. Policy: the tiny one of the package. Judge: the reference judge of the package, over HTTP.
 """
 
@@ -34,11 +34,11 @@ LISTENING = re.compile(r"^listening on (http\S+)$", re.MULTILINE)  # the judge's
 
 
 def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
-    """Run the training pipeline on the demo's own pictures and judge, or on those that `job` names.
+    """Run the training pipeline on the demo's own images and judge, or on those that `job` names.
 
     Args:
         job: What to run; empty `images` and `judge_url` mean the demo's own.
-        folder: Where pictures, campaign and logs go. A campaign that is there is continued from its head.
+        folder: Where images, campaign and logs go. An existing campaign is continued from its head.
         fresh: Remove the demo's campaign first.
 
     Raises:
@@ -64,11 +64,11 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
     say_what_was_made(run, job)
     if judge.model in SCORE_RANGE:
         print(f"The judge was {judge.model}: rules over pixels that stand in for a vision-language model.")
-    print("Again: `make demo` continues this campaign from its head; `make demo FRESH=1` starts anew.")
+    print("Again: `make demo` continues this campaign from its head; `make demo FRESH=1` starts again.")
 
 
 def make_pictures(folder: Path) -> tuple[Path, Path]:
-    """The demo's pictures, made once: `images/*` to train on, and `designs.parquet` held out, with its layers."""
+    """The demo's images, made once: `images/*` to train on, and `designs.parquet` held out, with its layers."""
     images, held_out = folder / "images", folder / "designs.parquet"
     if held_out.exists():  # written last
         return images, held_out

@@ -19,17 +19,17 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
 
     Args:
         recipe: YAML text of the campaign's recipe, for the deadline; what is evaluated, the campaign's own says.
-        cluster: The place; its defaults when None.
+        cluster: Where steps run; the defaults when None.
         runtime: Default of the pipeline's `runtime` parameter; empty when None.
 
     Returns:
         A KFP pipeline (`kfp.dsl.graph_component.GraphComponent`), to be compiled or run.
 
     Raises:
-        LayerloopError: the recipe's evaluation does not fit the deadline that the place sets.
+        LayerloopError: the recipe's evaluation does not fit the deadline that the cluster file sets.
     """
     cluster = with_evaluation_deadline(cluster or Cluster(), recipe)
-    place, free = cluster.place, dict(runtime or {})
+    apply, free = cluster.apply, dict(runtime or {})
 
     # As in train.py: kfp.local takes a condition on another task's output for false.
     @dsl.pipeline(name="evaluation")
@@ -45,7 +45,7 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
             task = evaluate_adapter(
                 campaign=campaign, sources=sources, policy=policy, fail_when_worse=fail_when_worse, runtime=runtime
             )
-            place("evaluate_adapter", task)
+            apply("evaluate_adapter", task)
 
     @dsl.pipeline(
         name="layerloop-evaluate",
@@ -64,7 +64,7 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
             runtime: As in the training pipeline.
         """
         shard = shard_dataset(campaign=campaign, iteration=iteration, evaluate="only", runtime=runtime)
-        place("shard_dataset", shard)
+        apply("shard_dataset", shard)
         evaluation(
             campaign=campaign,
             left=shard.outputs["left"],

@@ -9,7 +9,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.pipelines.cluster import Cluster
 
-VERB = "evaluate_adapter"
+STEP = "evaluate_adapter"
 MODELS = 2  # base and adapter; the base's decompositions are kept, so only a campaign's first evaluation pays both
 RESOLUTION = 640  # pixels, for which cluster.forward_seconds is given
 MARGIN = 2.0  # of the estimate, for slower GPUs and for measuring
@@ -21,7 +21,7 @@ class EvaluationCost:
     """Forwards of the transformer that one evaluation takes, as an upper bound: sources may hold fewer designs."""
 
     designs: int
-    pictures: int
+    images: int
     forwards: int
     gpus: int
     hours: float
@@ -30,37 +30,37 @@ class EvaluationCost:
     def of(cls, recipe: Recipe, cluster: Cluster) -> EvaluationCost:
         """Heun takes two forwards a step, and one in the last. A forward's seconds grow with the tokens, so with the
         square of the resolution; `cluster.forward_seconds` is 0.32 by default: Qwen-Image-Layered at 640 pixels on an
-        H100, from the published figure of vllm-omni's CI (40 forwards with guidance in 14.2 s, loading aside)."""
+        H100, from the published figure of vllm-omni's CI (40 forwards with guidance in 14.2 s, without loading)."""
         wanted = recipe.evaluation
         forwards = (wanted.designs + wanted.pictures) * (2 * wanted.steps - 1) * MODELS
         seconds = cluster.forward_seconds * (recipe.data.resolution / RESOLUTION) ** 2
-        gpus = max(1, cluster.gpus_of(VERB))
+        gpus = max(1, cluster.gpus_of(STEP))
         return cls(wanted.designs, wanted.pictures, forwards, gpus, forwards * seconds / gpus / 3600)
 
     def __str__(self) -> str:
         return (
-            f"{self.designs} designs + {self.pictures} pictures are {self.forwards} forwards of base and adapter, "
+            f"{self.designs} designs + {self.images} images are {self.forwards} forwards of base and adapter, "
             f"about {self.hours:.1f} h on {self.gpus} GPU{'s' if self.gpus > 1 else ''}"
         )
 
 
 def with_evaluation_deadline(cluster: Cluster, recipe: str) -> Cluster:
-    """The place with a deadline for evaluate_adapter that the recipe's evaluation fits; one that the file sets stays.
+    """The cluster with a deadline for evaluate_adapter that the recipe's evaluation fits; one that the file sets stays.
 
     Raises:
         LayerloopError: the deadline that the file sets is shorter than the estimate.
     """
     cost = EvaluationCost.of(parse_recipe(recipe), cluster)
-    own = cluster.own_hours(VERB)
+    own = cluster.own_hours(STEP)
     if own is not None:
         if own < cost.hours:
             raise LayerloopError(
                 f"evaluation does not fit its deadline: {cost} at {cluster.forward_seconds:g} s a forward, but "
-                f"cluster.timeout_hours.{VERB} is {own:g}: give it {_deadline(cost):g}, more evaluate_gpus, or fewer "
+                f"cluster.timeout_hours.{STEP} is {own:g}: give it {_deadline(cost):g}, more evaluate_gpus, or fewer "
                 "recipe.evaluation.designs"
             )
         return cluster
-    return cluster.model_copy(update={"timeout_hours": {**cluster.timeout_hours, VERB: _deadline(cost)}})
+    return cluster.model_copy(update={"timeout_hours": {**cluster.timeout_hours, STEP: _deadline(cost)}})
 
 
 def _deadline(cost: EvaluationCost) -> float:

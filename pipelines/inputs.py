@@ -79,13 +79,13 @@ def _changed(text: str, changes: Sequence[str]) -> tuple[str, dict[str, Any]]:
             raise LayerloopError(f"--set {change!r} is no change: write it as judge.model=name")
         name = runtime_key(*keys[:2]) if len(keys) > 1 else None
         *sections, key = [keys[0], name, *keys[2:]] if name else keys
-        place: Any = runtime if name else recipe
+        section_values: Any = runtime if name else recipe
         for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
+            section_values = section_values.setdefault(section, {})
+            if not isinstance(section_values, dict):
                 raise LayerloopError(f"--set {path}: recipe.{section} is no section of the recipe")
         try:
-            place[key] = yaml.safe_load(value)
+            section_values[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise LayerloopError(f"--set {path}: {value!r} is no YAML value: quote it") from None
     recipe, found = split_runtime(recipe)  # of a change such as judge={...}

@@ -47,7 +47,7 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
         "publish_as": job.publish_as,
         "runtime": dict(job.runtime),
     }
-    print(f"{package}: {job.iterations} iterations, {job.workers} workers; logs beside it", flush=True)
+    print(f"{package}: {job.iterations} iterations, {job.workers} workers; logs in the same folder", flush=True)
     return run_pipeline(package, arguments, folder=folder)
 
 

@@ -29,9 +29,25 @@ from layerloop.pipelines.settings import setting
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0  # of silence
 CALL_SECONDS = 120.0  # of one call in all, however slowly it drips
-PAGE = 50  # of a listing: runs carry their whole pipeline
+PAGE = 50  # of a listing: runs carry their pipeline's spec
 MOUNTED_TOKEN = "/var/run/secrets/kubeflow/pipelines/token"  # where KFP's documentation mounts it in a pod
 IN_CLUSTER = "http://ml-pipeline.kubeflow.svc.cluster.local:8888"
+
+# What the commands read of an answer, by the field's name, wherever it stands; null is as good as absent.
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("run_id", "recurring_run_id", "experiment_id", "pipeline_id", "pipeline_version_id"), str),
+    **dict.fromkeys(("display_name", "name", "description", "state", "storage_state", "mode", "status"), str),
+    **dict.fromkeys(("created_at", "task_id", "pod_name", "next_page_token"), str),
+    **dict.fromkeys(("runs", "recurringRuns", "experiments", "pipelines", "pipeline_versions"), list),
+    **dict.fromkeys(("task_details", "child_tasks"), list),
+    **dict.fromkeys(("run_details", "error", "trigger", "cron_schedule", "periodic_schedule"), dict),
+    **dict.fromkeys(("runtime_config", "pipeline_spec", "pipeline_version_reference"), dict),
+}
+_LISTED = {  # the items of a listing, and what each is known by
+    "runs": "run_id", "recurringRuns": "recurring_run_id", "experiments": "experiment_id", "pipelines": "pipeline_id",
+    "pipeline_versions": "pipeline_version_id",
+}  # fmt: skip
+_OPAQUE = ("runtime_config", "pipeline_spec")  # other people's names are in these
 
 T = TypeVar("T")
 
@@ -201,9 +217,9 @@ class KfpApi:
             there = urlsplit(response.headers.get("Location", "")).netloc or "a login"
             raise RefusedError(f"{here} answers {status}, a redirection to {there}: sign in, {self._how_to_sign_in()}")
         try:
-            body = response.json()
+            body, cut = response.json(), False
         except ValueError:
-            body = None
+            body, cut = None, True
         reason = self._reason(body) or " ".join((response.reason or "no reason given").split())
         if status in (401, 403):
             raise RefusedError(f"refused ({status}) by {here}: {reason}: {self._how_to_sign_in()}")
@@ -212,13 +228,15 @@ class KfpApi:
         if status >= 400:
             kinds = {404: MissingError, 409: TakenError}
             raise kinds.get(status, RefusedError)(f"{here} answers {status}: {reason}")
-        if body is None and "json" in kind:
+        if cut and "json" in kind:
             raise AwayError(f"{here} answers JSON that is cut short")
         if not isinstance(body, dict):
             raise RefusedError(
                 f"{here} answers with {kind}, which is a login page or another server: sign in, "
                 f"{self._how_to_sign_in()}, or check --host"
             )
+        if odd := _misshapen(body):
+            raise RefusedError(f"{here} answers {self._redacted(odd)}, which KFP does not: check --host")
         return body
 
     def _reason(self, body: Any) -> str:
@@ -280,6 +298,25 @@ def connect(host: str | None = None, namespace: str | None = None, *, deadline: 
                 "name your profile's by --namespace or KFP_NAMESPACE"
             )
     return api
+
+
+def _misshapen(value: Any) -> str:
+    """The first field of an answer that is of another kind than KFP's, as `name: value`; empty where there is none."""
+    if isinstance(value, list):
+        return next((odd for item in value if (odd := _misshapen(item))), "")
+    if not isinstance(value, dict):
+        return ""
+    for name, item in value.items():
+        if item is None or name not in _KINDS:
+            continue
+        if not isinstance(item, _KINDS[name]):
+            return f"{name}: {json.dumps(item)[:60]}"
+        for one in item if isinstance(item, list) else ():
+            if not isinstance(one, dict) or (name in _LISTED and not one.get(_LISTED[name])):
+                return f"{name}: [{json.dumps(one)[:60]}]"
+        if name not in _OPAQUE and (odd := _misshapen(item)):
+            return odd
+    return ""
 
 
 def equals(key: str, value: str) -> str:

@@ -45,11 +45,11 @@ class StepFailed(LayerloopError):
 class StepRun:
     """One step that succeeded."""
 
-    verb: str
+    step: str
     title: str
     began: float  # seconds after the run's begin
     start: float  # seconds from its process's start to its first work
-    seconds: float  # of its whole process
+    seconds: float  # of its process
     executor_input: dict[str, Any]
 
     def output(self, artifact: str) -> bytes:
@@ -65,9 +65,9 @@ class LocalRun:
     seconds: float
     steps: tuple[StepRun, ...]
 
-    def last(self, verb: str) -> StepRun:
-        """The last step of a verb."""
-        return next(step for step in reversed(self.steps) if step.verb == verb)
+    def last(self, name: str) -> StepRun:
+        """The last run of a step."""
+        return next(run for run in reversed(self.steps) if run.step == name)
 
     def overhead(self) -> float:
         """Share of the run's time in which no step was at its own work: KFP, process starts, imports."""
@@ -112,7 +112,7 @@ def run_pipeline(package: Path, arguments: dict[str, Any], *, folder: Path, cons
     return LocalRun(run.folder, time.monotonic() - began, tuple(run.steps[number] for number in sorted(run.steps)))
 
 
-# --------------------------------------------------------------------------------------- the one place that changes KFP
+# --------------------------------------------------------------------------------------- the one thing that changes KFP
 
 
 @contextlib.contextmanager
@@ -185,22 +185,22 @@ class _Run:
             StepFailed: it failed, or another step of the run had failed before.
         """
         executor_input = json.loads(argv[argv.index("--executor-input") + 1])
-        verb = argv[2].rpartition(".")[2]
+        step = argv[2].rpartition(".")[2]
         with self.lock:
             if self.failure is not None:
                 raise self.failure
             self.started += 1
             number = self.started
-            title = _title(verb, executor_input)
+            title = _title(step, executor_input)
             self._say(f"[{number:2}/{self.total}] {title}")
-        log, label = self.folder / f"{number:02}-{verb}.log", _label(executor_input)
+        log, label = self.folder / f"{number:02}-{step}.log", _label(executor_input)
         began = time.monotonic()
         exit_status, last, start = self._process(number, argv, environment, log, label)
         seconds = time.monotonic() - began
         with self.lock:
             if exit_status == 0:
                 self._say(f"        {label}done in {seconds:.1f} s")
-                self.steps[number] = StepRun(verb, title, began - self.began, start, seconds, executor_input)
+                self.steps[number] = StepRun(step, title, began - self.began, start, seconds, executor_input)
                 return
             if self.failure is None:
                 self.failure = _failure(title, exit_status, last, log)
@@ -254,21 +254,21 @@ class _Run:
         self.console.flush()
 
 
-def _title(verb: str, executor_input: dict[str, Any]) -> str:
+def _title(step: str, executor_input: dict[str, Any]) -> str:
     """What a step's header line says, such as `iteration 4: generate rollouts, worker 1 of 2`."""
-    words, inputs = verb.replace("_", " "), executor_input.get("inputs", {})
-    step = STEPS.get(verb)
-    artifact = step.iteration_from if step else None
+    words, inputs = step.replace("_", " "), executor_input.get("inputs", {})
+    row = STEPS.get(step)
+    artifact = row.iteration_from if row else None
     listed = inputs.get("artifacts", {}).get(artifact, {}).get("artifacts", [])
     iteration = listed[0].get("metadata", {}).get("iteration") if listed else None
-    if step and iteration is not None:
-        words = f"iteration {int(iteration) + step.iteration_offset}: {words}"
+    if row and iteration is not None:
+        words = f"iteration {int(iteration) + row.iteration_offset}: {words}"
     values = inputs.get("parameterValues", {})
     return f"{words}, worker {values['worker'] + 1} of {values['workers']}" if "workers" in values else words
 
 
 def _label(executor_input: dict[str, Any]) -> str:
-    """What tells the lines of simultaneous workers apart."""
+    """What distinguishes the lines of simultaneous workers."""
     values = executor_input.get("inputs", {}).get("parameterValues", {})
     return f"worker {values['worker'] + 1} | " if values.get("workers", 1) > 1 else ""
 

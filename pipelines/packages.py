@@ -69,12 +69,20 @@ def read_spec(package: Path) -> dict[str, Any]:
         LayerloopError: it cannot be read, or is something else.
     """
     try:
-        spec = next(yaml.safe_load_all(package.read_text()))
-        if not isinstance(spec["pipelineInfo"]["name"], str) or not isinstance(spec["root"]["dag"]["tasks"], dict):
-            raise TypeError
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, StopIteration, TypeError, KeyError):
-        raise LayerloopError(f"{package} is no compiled pipeline: make one with `layerloop compile`") from None
+        spec = next(yaml.safe_load_all(package.read_text()), None)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        spec = None
+    if not is_spec(spec):
+        raise LayerloopError(f"{package} is no compiled pipeline: make one with `layerloop compile`")
     return dict(spec)
+
+
+def is_spec(value: Any) -> bool:
+    """Whether a value is a pipeline spec of KFP's version 2; its version 1 kept workflows of Argo."""
+    try:
+        return isinstance(value["pipelineInfo"]["name"], str) and isinstance(value["root"]["dag"]["tasks"], dict)
+    except (TypeError, KeyError):
+        return False
 
 
 def parameters_of(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:

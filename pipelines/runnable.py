@@ -13,7 +13,7 @@ import yaml
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.kfp_api import KfpApi, TakenError, equals, required
-from layerloop.pipelines.packages import check_parameters, parameters_of, read_spec
+from layerloop.pipelines.packages import check_parameters, is_spec, parameters_of, read_spec
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,12 @@ def find_pipeline(api: KfpApi, text: str) -> Pipeline:
     for version in api.pages(path, "pipeline_versions", sort_by="created_at desc"):  # the latest first
         known.append(version.get("display_name") or version.get("name"))
         if not wanted or wanted in (version.get("display_name"), version.get("name"), version["pipeline_version_id"]):
-            whole = api.get(f"{path}/{version['pipeline_version_id']}")
-            stored = required(api, whole, "pipeline_spec", "a pipeline version")
-            spec = stored.get("pipeline_spec") or stored  # with a platform spec beside it, or alone
+            version_found = api.get(f"{path}/{version['pipeline_version_id']}")
+            stored = required(api, version_found, "pipeline_spec", "a pipeline version")
+            spec = stored.get("pipeline_spec") or stored  # with a platform spec, or alone
             reference = {"pipeline_id": found, "pipeline_version_id": version["pipeline_version_id"]}
+            if not is_spec(spec):
+                raise LayerloopError(f"{name}@{known[-1]} is no pipeline of KFP's version 2: name another")
             return Pipeline(
                 str(spec["pipelineInfo"]["name"]),
                 spec,
@@ -73,8 +75,8 @@ def read_package(path: Path) -> Pipeline:
     """
     spec = read_spec(path)
     documents = [document for document in yaml.load_all(path.read_text(), Loader=_LOADER) if document]
-    whole = spec if len(documents) == 1 else {"pipeline_spec": spec, "platform_spec": documents[1]}
-    return Pipeline(str(spec["pipelineInfo"]["name"]), spec, {"pipeline_spec": whole}, str(path))
+    source = spec if len(documents) == 1 else {"pipeline_spec": spec, "platform_spec": documents[1]}
+    return Pipeline(str(spec["pipelineInfo"]["name"]), spec, {"pipeline_spec": source}, str(path))
 
 
 def upload(api: KfpApi, path: Path, *, name: str | None = None) -> str:
@@ -87,7 +89,7 @@ def upload(api: KfpApi, path: Path, *, name: str | None = None) -> str:
         name: The pipeline's name in the UI; the package's own when None.
 
     Returns:
-        `NAME@VERSION`, as runs and schedules are told it.
+        `NAME@VERSION`, as runs and schedules name it.
 
     Raises:
         LayerloopError: no package, or KFP refuses.

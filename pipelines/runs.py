@@ -1,4 +1,4 @@
-"""Runs of a KFP API server: started, watched until they end, found, and their failures told."""
+"""Runs of a KFP API server: started, watched until they end, found, and their failures reported."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from layerloop.pipelines.kfp_api import AwayError, KfpApi, MissingError, experiment, required
 from layerloop.pipelines.runnable import Pipeline, typed_parameters
@@ -20,14 +21,14 @@ T = TypeVar("T")
 
 
 class LostError(AwayError):
-    """The run may go on, but nobody tells."""
+    """The run may continue, but its state is unknown."""
 
     status = UNFINISHED
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is started with besides its pipeline and parameters."""
+    """What a run is started with in addition to its pipeline and parameters."""
 
     experiment: str = "layerloop"
     run_name: str | None = None  # the pipeline's name and the time when None
@@ -92,7 +93,7 @@ def wait_for(api: KfpApi, run_id: str, waiting: Waiting) -> int:
     began, state = time.monotonic(), None
     contact = Contact(waiting, what=f"run {run_id}")
     while True:
-        run = contact.ask(lambda: api.get(f"runs/{run_id}"))
+        run = contact.ask(lambda: api.get(f"runs/{quote(run_id, safe='')}"))
         if run is not None and run.get("run_id") != run_id:
             required(api, {}, "run_id", f"run {run_id}")
         waited = time.monotonic() - began
@@ -107,7 +108,7 @@ def wait_for(api: KfpApi, run_id: str, waiting: Waiting) -> int:
         time.sleep(max(0.0, min(pause, left)))
         if left <= pause:
             waited = time.monotonic() - began
-            print(f"run {run_id} is still {_said(state)} after {waited:.0f} s: it goes on", flush=True)
+            print(f"run {run_id} is still {_said(state)} after {waited:.0f} s: it continues", flush=True)
             return UNFINISHED
 
 
@@ -134,7 +135,7 @@ class Contact:
                 self._silent_since = now
                 print(f"{self._what}: {error}; trying on for {self._patience:.0f} s", flush=True)
             if now - self._silent_since >= self._patience:
-                raise LostError(f"{self._what} cannot be watched any more, it may go on: {error}") from None
+                raise LostError(f"{self._what} cannot be watched any more, it may continue: {error}") from None
             return None
         if self._silent_since is not None:
             print(f"{self._what}: KFP answers again", flush=True)

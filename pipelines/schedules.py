@@ -12,11 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
+from layerloop.components.schema.yaml_text import load_yaml
 from layerloop.pipelines.kfp_api import KfpApi, equals, experiment, find_experiment, required
 from layerloop.pipelines.runnable import Pipeline, digest, typed_parameters
 from layerloop.pipelines.runs import Settings, live_runs, options_of, request_fields
@@ -120,11 +120,9 @@ def read_schedules(path: Path, defaults: Mapping[str, Any]) -> list[Schedule]:
         LayerloopError: everything that is wrong with it, a line each.
     """
     try:
-        document: Any = yaml.safe_load(path.read_text())
+        document: Any = load_yaml(path.read_text(), where=f"schedule file {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise LayerloopError(f"schedule file {path} cannot be read ({error}): name a YAML file") from None
-    except yaml.YAMLError as error:
-        raise LayerloopError(f"schedule file {path} is not YAML: {' '.join(str(error).split())}") from None
     listed = document.get("schedules") if isinstance(document, dict) else None
     if not isinstance(listed, list) or not listed or set(document) != {"schedules"}:
         raise LayerloopError(f"schedule file {path} must hold one list, `schedules:`, with an entry for each")
@@ -137,7 +135,7 @@ def read_schedules(path: Path, defaults: Mapping[str, Any]) -> list[Schedule]:
             problems += re.split(rf"; (?={re.escape(where)})", str(error))
     names = [schedule.name for schedule in found]
     problems += [
-        f"schedule {name} is there twice: give each a name" for name in sorted(set(names)) if names.count(name) > 1
+        f"schedule {name} is given twice: give each a name" for name in sorted(set(names)) if names.count(name) > 1
     ]
     refuse(problems)
     return found
@@ -152,14 +150,14 @@ def refuse(problems: Sequence[str]) -> None:
 def apply_schedule(
     api: KfpApi, schedule: Schedule, pipeline: Pipeline, *, old_run: Literal["keep", "refuse", "stop"] = "keep"
 ) -> str:
-    """Create the recurring run, one at a time and without catching up; what is there by that name is replaced.
+    """Create the recurring run, one at a time and without catching up; an existing one of that name is replaced.
 
     One that has the very same settings is left as it is (resumed, or paused, as asked). KFP has no call that changes a
-    recurring run, and deleting one also deletes its run that is going on, which belongs to it.
+    recurring run, and deleting one also deletes its active run, which belongs to it.
 
     Args:
-        old_run: What becomes of an old one's run that is going on: `keep` it, for which the old one is paused and goes
-            with the next `apply` or `delete`; `stop` it; or `refuse`, where a second run beside it must not be.
+        old_run: What becomes of an old one's active run: `keep` it, for which the old one is paused and goes
+            with the next `apply` or `delete`; `stop` it; or `refuse`, where there must not be a second run.
 
     Returns:
         What was done, in one line.
@@ -185,7 +183,7 @@ def apply_schedule(
     if alive and old_run == "refuse" and same is None:
         run = next(iter(alive.values()))
         raise LayerloopError(
-            f"schedule {schedule.name} has other settings and its run {run['run_id']} is going on: wait for its end "
+            f"schedule {schedule.name} has other settings and its run {run['run_id']} is active: wait for its end "
             f"(`layerloop schedule pause {schedule.name}` starts no further one), or give --replace, which stops it"
         )
     if same is None:
@@ -201,10 +199,10 @@ def apply_schedule(
         if _paused(same) != schedule.paused:
             _switch(api, same, on=not schedule.paused)
             did = "paused" if schedule.paused else "resumed"
-    for item in others:  # after the new one is there: a refused schedule leaves the old one as it was
+    for item in others:  # after the new one exists: a refused schedule leaves the old one as it was
         if item["recurring_run_id"] in alive and old_run != "stop":
             _switch(api, item, on=False)
-            did += f", the old one is paused while its run {alive[item['recurring_run_id']]['run_id']} goes on"
+            did += f", the old one is paused while its run {alive[item['recurring_run_id']]['run_id']} continues"
         else:
             api.delete(f"recurringruns/{item['recurring_run_id']}")
             did += ", the old one is deleted"
@@ -246,7 +244,7 @@ def change_schedules(api: KfpApi, experiment_name: str, names: Sequence[str], wh
         if name not in names:
             continue
         run = running.get(item["recurring_run_id"])
-        going = f"; its run {run['run_id']} goes on" if run and what == "pause" else ""
+        going = f"; its run {run['run_id']} continues" if run and what == "pause" else ""
         if what == "delete":
             api.delete(f"recurringruns/{item['recurring_run_id']}")
             going = f"; its run {run['run_id']} is stopped with it" if run else ""
@@ -271,12 +269,12 @@ def run_until(
     """Let KFP start run after run of a campaign until its head is at iteration `until`.
 
     The chain is a recurring run with max_concurrency 1 and no_catchup, named by the campaign, so that there is one a
-    campaign: a tick that finds a run going on starts none. What ends it is the run's own first step
+    campaign: while a run is active none is started. What ends it is the run's own first step
     (pipelines/train.py), which ends green once the target is reached, stops after `max_failures` runs in a row without
     progress, and in both cases disables the recurring run.
 
     Raises:
-        LayerloopError: the package has no such first step, a wrong parameter, another chain's run is going on, or KFP
+        LayerloopError: the package has no such first step, a wrong parameter, another chain's run is active, or KFP
             refuses.
     """
     if not pipeline.declares("until") or not pipeline.declares("max_failures"):
@@ -295,7 +293,7 @@ def run_until(
     print(apply_schedule(api, schedule, pipeline, old_run="stop" if replace else "refuse"))
     flags = f"--experiment {settings.experiment} {options_of(api)}"
     print(
-        f"campaign {campaign} goes on until iteration {until}: a run begins within {every_minutes} minutes of the\n"
+        f"campaign {campaign} runs until iteration {until}: a run begins within {every_minutes} minutes of the\n"
         f"last one's end, and {max_failures} in a row without progress end the chain\n"
         f"watch:   {api.ui}/#/recurringruns  or  layerloop campaign show {campaign}\n"
         f"pause:   layerloop schedule pause {schedule.name} {flags}\n"
@@ -306,7 +304,7 @@ def run_until(
 
 
 def chain_name(campaign: str) -> str:
-    """Name of the campaign's one chain: its last part to be read, a hash of the whole to be told apart."""
+    """Name of the campaign's one chain: its last part to be read, a hash of all of it to be distinct."""
     uri = campaign.rstrip("/")
     readable = re.sub(r"[^a-z0-9]+", "-", uri.rpartition("/")[2].lower()).strip("-")[:30] or "campaign"
     return f"until-{readable}-{digest(uri)[:8]}"

@@ -12,7 +12,7 @@ environment:
   KFP_NAMESPACE                the profile's namespace in multi-user mode (default of --namespace)
   KFP_EXPERIMENT, KFP_SERVICE_ACCOUNT, KFP_PIPELINE_ROOT    defaults of the options of that name
   KFP_TOKEN                    bearer token, also KFP_EXISTING_TOKEN
-  KFP_TOKEN_FILE               file with the token, read anew for every call, also KF_PIPELINES_SA_TOKEN_PATH
+  KFP_TOKEN_FILE               file with the token, read again for every call, also KF_PIPELINES_SA_TOKEN_PATH
                                (default: /var/run/secrets/kubeflow/pipelines/token where that is mounted)
   KFP_COOKIE                   session cookie of Dex, oauth2-proxy or the like, as `name=value; name=value`
   KFP_CA_CERT                  CA bundle to trust, also REQUESTS_CA_BUNDLE and SSL_CERT_FILE

@@ -1,4 +1,4 @@
-"""`layerloop submit`: one run, or run after run to a target, told by an exit status.
+"""`layerloop submit`: one run, or run after run to a target, with its result as exit status.
 
 `kfp run create --wait` ends with 0 for a failed run and never returns for a cancelled one (kfp 2.17), so it is done
 here.
@@ -61,12 +61,12 @@ def submit(
 
 
 def attach(api: KfpApi, run_id: str, waiting: Waiting) -> int:
-    """Report a run that is there until it ends; exit status as of `submit`."""
+    """Report an existing run until it ends; exit status as of `submit`."""
     try:
         return wait_for(api, run_id, waiting)
     except KeyboardInterrupt:
         print(
-            f"interrupted: run {run_id} goes on: {run_link(api, run_id)}\n"
+            f"interrupted: run {run_id} continues: {run_link(api, run_id)}\n"
             f"attach to it again:  layerloop submit --attach {run_id} {options_of(api)}",
             flush=True,
         )
@@ -92,7 +92,7 @@ def submit_until(
     """Run after run, until the campaign's head is at iteration `until`.
 
     A run of this campaign that is alive is attached to, whoever started it; only when there is none, one is started.
-    How far the campaign is, its store says, which `head` reads: a run's end tells that it ended, not what it reached.
+    How far the campaign is, its store says, which `head` reads: a run's state says that it ended, not what it reached.
 
     Args:
         head: The last committed iteration of a campaign's URI, 0 where there is no campaign yet.
@@ -103,7 +103,7 @@ def submit_until(
     """
     campaign = str(typed_parameters(pipeline, parameters)["campaign"])
     contact = Contact(waiting, what=f"campaign {campaign}")
-    # Not max_failures: who counts here starts anew, which is how a chain is taken up again after it stopped itself.
+    # Not max_failures: the count here starts from zero, which is how a chain is continued after it stopped itself.
     known = {"until": str(until)} if pipeline.declares("until") else {}
     run_id, fruitless, last = "", 0, SUCCEEDED
     try:
@@ -117,13 +117,13 @@ def submit_until(
                 return last or FAILED
             given = {**parameters, **known}
             ask = functools.partial(_own_run, api, pipeline, campaign, given, settings)
-            run = _wait_until_told(contact, waiting, ask)
+            run = _wait_for_answer(contact, waiting, ask)
             if run is None:
                 print(f"campaign {campaign} is at iteration {reached} of {until}: the time is up", flush=True)
                 return UNFINISHED
             run_id = run
             last = wait_for(api, run_id, waiting)
-            before, seen = reached, _wait_until_told(contact, waiting, lambda: _look(head, campaign))
+            before, seen = reached, _wait_for_answer(contact, waiting, lambda: _look(head, campaign))
             reached = before if seen is None else seen
             print(f"campaign {campaign} is at iteration {reached} of {until}", flush=True)
             if last == UNFINISHED and reached < until:  # cancelled by a person, or out of time
@@ -135,8 +135,8 @@ def submit_until(
         print(f"campaign {campaign} has reached iteration {reached}, the target is {until}: done", flush=True)
         return SUCCEEDED
     except KeyboardInterrupt:
-        going = f"run {run_id} goes on: {run_link(api, run_id)}\n" if run_id else "no run was being waited for\n"
-        print(f"interrupted: {going}the same command attaches to the campaign's run again, and goes on", flush=True)
+        going = f"run {run_id} continues: {run_link(api, run_id)}\n" if run_id else "no run was being waited for\n"
+        print(f"interrupted: {going}the same command attaches to the campaign's run again, and continues", flush=True)
         return INTERRUPTED
 
 
@@ -163,13 +163,13 @@ def patiently(question: Callable[[], T], waiting: Waiting, *, what: str) -> T:
     Raises:
         LostError: it stays away for longer than the patience, or until the time is up. RefusedError passes through.
     """
-    answer = _wait_until_told(Contact(waiting, what=what), waiting, question)
+    answer = _wait_for_answer(Contact(waiting, what=what), waiting, question)
     if answer is None:
         raise LostError(f"{what}: KFP did not answer in time: check --host")
     return answer
 
 
-def _wait_until_told(contact: Contact, waiting: Waiting, question: Callable[[], T]) -> T | None:
+def _wait_for_answer(contact: Contact, waiting: Waiting, question: Callable[[], T]) -> T | None:
     """The answer, however long the server is away; None when the time is up."""
     began = time.monotonic()
     while (answer := contact.ask(question)) is None:

@@ -1,7 +1,7 @@
 """The training DAG: shard -> [rollouts x workers -> score -> update] x iterations -> evaluate -> publish.
 
 KFP has no loop over time, so the number of iterations is fixed when the DAG is compiled. A campaign of hundreds of
-iterations is a chain of such runs: each finds the campaign's head when it starts (`shard_dataset`) and goes on from it.
+iterations is a chain of such runs: each finds the campaign's head when it starts (`shard_dataset`) and continues there.
 Where the head has reached the run's target, everything after the first step is skipped; where fewer iterations are left
 than were compiled, the others pass their policy through (`beyond` in runtime/contract.py), so that a campaign ends
 exactly at its target.
@@ -58,7 +58,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         iterations: Iterations of one run.
         workers: Pods that share an iteration's groups.
         recipe: YAML text, compiled in: the recipe of runs that name no other.
-        cluster: The place; its defaults when None.
+        cluster: Where steps run; the defaults when None.
         evaluate: When a run evaluates and then publishes. `end`: where it reaches its target `until`, or has none;
             `every-run`: always; `never`: no run evaluates, and each publishes.
         runtime: Default of the pipeline's `runtime` parameter; empty when None.
@@ -74,7 +74,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
     recipe_text, cluster = recipe, cluster or Cluster()
     if evaluate != "never":
         cluster = with_evaluation_deadline(cluster, recipe)
-    place, free = cluster.place, dict(runtime or {})
+    apply, free = cluster.apply, dict(runtime or {})
 
     # A sub-pipeline needs at least one parameter: without one, kfp.local 2.17 finds no artifact inputs.
     @dsl.pipeline(name="iteration")
@@ -96,7 +96,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
                 policy=policy,
                 runtime=runtime,
             )
-            place("generate_rollouts", rollouts)
+            apply("generate_rollouts", rollouts)
         scores = score_rollouts(
             campaign=campaign,
             judge_url=judge_url,
@@ -104,17 +104,17 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             rollouts=dsl.Collected(rollouts.outputs["rollouts"]),
             runtime=runtime,
         )
-        place("score_rollouts", scores)
+        apply("score_rollouts", scores)
         update = update_lora(
             campaign=campaign, until=until, scores=scores.outputs["scores"], previous=policy, runtime=runtime
         )
-        place("update_lora", update)
+        apply("update_lora", update)
         return Updated(policy=update.outputs["policy"])
 
     # A sub-pipeline of its own because kfp.local 2.17 finds what a condition compares among a pipeline's parameters
     # and not among the outputs of its tasks: it would take such a condition for false.
-    @dsl.pipeline(name="stretch")
-    def stretch(
+    @dsl.pipeline(name="remaining-work")
+    def remaining_work(
         campaign: str,
         judge_url: str,
         publish_as: str,
@@ -141,12 +141,12 @@ def train_pipeline(  # type: ignore[no-untyped-def]
                 made = {}
                 if evaluate != "never":
                     evaluation = evaluate_adapter(campaign=campaign, sources=sources, policy=policy, runtime=runtime)
-                    place("evaluate_adapter", evaluation)
+                    apply("evaluate_adapter", evaluation)
                     made = {"evaluation": evaluation.outputs["evaluation"]}
                 publish = publish_adapter(
                     campaign=campaign, publish_as=publish_as, policy=policy, runtime=runtime, **made
                 )
-                place("publish_adapter", publish)
+                apply("publish_adapter", publish)
 
     @dsl.pipeline(
         name="layerloop-train",
@@ -187,16 +187,18 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             overrides=overrides,
             images=images,
             designs=designs,
+            judge_url=judge_url,
             default_recipe=recipe_text,
             iterations=iterations,
             evaluate=evaluate,
             until=until,
             max_failures=max_failures,
+            publish_as=publish_as,
             run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
             runtime=runtime,
         )
-        place("shard_dataset", shard)
-        work = stretch(
+        apply("shard_dataset", shard)
+        work = remaining_work(
             campaign=campaign,
             judge_url=judge_url,
             publish_as=publish_as,
@@ -206,7 +208,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             policy=shard.outputs["policy"],
             runtime=runtime,
         )
-        work.set_display_name("what is left to do")
+        work.set_display_name("remaining work")
 
     return train
 

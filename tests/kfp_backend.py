@@ -5,7 +5,7 @@ For tests, where no cluster is at hand; written from what the backend's Go sourc
 - the API server takes no parameter that the pipeline lacks (v2_template.go), the driver none of another type
   (resolve.go);
 - the driver resolves inputs, adds the output artifact `executor-logs` (driver.go), and hands numbers of loops on as
-  protobuf does, as floats; `{{$.pipeline_job_uuid}}` is resolved where it is a constant's whole text;
+  protobuf does, as floats; `{{$.pipeline_job_uuid}}` is resolved where it is a constant's only text;
 - the launcher fills defaults in, holds the log file open, runs the command with `{{$}}` filled in, and reads the output
   file strictly; metadata goes through a store that knows no integers but what it was given, and no booleans;
 - Argo starts a failed pod again up to the task's limit, with the same executor input and another name.

@@ -199,6 +199,16 @@ def test_the_step_that_ends_a_chain_can_have_a_token_where_it_looks_for_it() -> 
     assert "get" in rights["runs"]
 
 
+def test_the_account_of_runs_reads_only_the_secret_that_kfps_launcher_needs() -> None:
+    resources = rendered(MANIFESTS / "overlays" / "multi-user")
+    (role,) = [r for r in resources if (r["kind"], r["metadata"]["name"]) == ("Role", "layerloop-run")]
+    names = {resource: rule.get("resourceNames") for rule in role["rules"] for resource in rule["resources"]}
+    (launcher,) = [r for r in resources if (r["kind"], r["metadata"]["name"]) == ("ConfigMap", "kfp-launcher")]
+    kept = yaml.safe_load(launcher["data"]["providers"])["s3"]["default"]["credentials"]["secretRef"]["secretName"]
+    assert names["secrets"] == ["mlpipeline-minio-artifact", kept]
+    assert names["configmaps"] == [launcher["metadata"]["name"]]
+
+
 def test_no_pod_gets_a_sidecar_of_the_mesh() -> None:
     """Jobs would not end with one; and steps, which have none, would be refused by a judge that has one."""
     for name, template in pods(everything()):

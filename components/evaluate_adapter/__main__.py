@@ -1,5 +1,6 @@
 """`python -m layerloop.components.evaluate_adapter`."""
 
 from layerloop.components.evaluate_adapter.step import main
+from layerloop.components.runtime.contract import end_process
 
-raise SystemExit(main())
+end_process(main())

@@ -1,5 +1,6 @@
 """`python -m layerloop.components.generate_rollouts`."""
 
 from layerloop.components.generate_rollouts.step import main
+from layerloop.components.runtime.contract import end_process
 
-raise SystemExit(main())
+end_process(main())

@@ -1,5 +1,6 @@
 """`python -m layerloop.components.publish_adapter`."""
 
 from layerloop.components.publish_adapter.step import main
+from layerloop.components.runtime.contract import end_process
 
-raise SystemExit(main())
+end_process(main())

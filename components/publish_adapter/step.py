@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
 from layerloop.components.schema.steps import STEPS
-from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.campaign import MANIFEST, Campaign, check_publication_name
 from layerloop.components.storage.final_weights import final_weights
 from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
 from layerloop.components.storage.stores import open_store
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from layerloop.components.policy.adapters import Adapter
     from layerloop.components.publish_adapter.layouts import RoundTrip
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 CARD = "README.md"
 
 
@@ -61,11 +59,8 @@ def run(
             a base that the adapter was not trained on; a layout that does not give the campaign's output when it is
             loaded back. Nothing is committed then.
     """
-    if publish_as and not NAME.fullmatch(publish_as):
-        raise LayerloopError(
-            f"publish_as is {publish_as!r}: give 1 to 96 letters, digits, dots, dashes or underscores, not beginning "
-            "with a sign"
-        )
+    if publish_as:
+        check_publication_name(publish_as)
     opened = Campaign.open(campaign, runtime)
     current = opened.head() if iteration is None else iteration
     if current < 1:

@@ -12,6 +12,7 @@ that the step did not make is left alone. A refusal is remembered for the pod th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import inspect
 import json
@@ -24,7 +25,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from layerloop.components.runtime.progress import log
 from layerloop.components.runtime.refusals import Objects, Refusals
@@ -120,6 +121,19 @@ def step_main(
             refusals.remember(error)
         return 2
     return 0
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process with `status` at once: what a step made is committed, and its threads have been joined.
+
+    The interpreter's own end would run the destructors of torch, pyarrow and CUDA in an order that nobody chose. With
+    both torch and pyarrow loaded it aborts now and then ("terminate called without an active exception", status 134),
+    and a step that has done its work counts as failed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
 
 
 # --------------------------------------------------------------------------------------------------------- command line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from typing import Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -63,27 +64,43 @@ def _one_line(cls: type[Record], item: Any, where: str) -> str:
     if item["type"] == "extra_forbidden":
         known = _fields_at(cls, item["loc"][:-1])
         close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+        section, dot, key = str(item["loc"][-1]).partition(".")
+        if dot and section in known:  # as `--set` writes it
+            remedy = f'write it as {{"{section}": {{"{key}": ...}}}}'
+        else:
+            remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
         return f"{where}.{path} is not a known key: {remedy}"
     if item["type"] == "missing":
         return f"{where}.{path} is missing: set it"
     if item["type"] == "value_error":  # raised by our own validators, already a full sentence
         message = str(item["ctx"]["error"])
         return message if message.startswith(where) else f"{where}.{path}: {message}" if path else f"{where}: {message}"
-    return f"{where}.{path} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+    wanted = _WANTED.get(item["type"]) or item["msg"][0].lower() + item["msg"][1:]
+    return f"{where}.{path} is {item['input']!r}: {wanted}"
+
+
+# In place of pydantic's words, which name classes of ours and of Python.
+_MAPPING, _LIST = "give a mapping, keys with values", "give a list"
+_WANTED = {
+    "model_type": _MAPPING, "model_attributes_type": _MAPPING, "dict_type": _MAPPING, "mapping_type": _MAPPING,
+    "list_type": _LIST, "tuple_type": _LIST, "string_type": "give text, in quotes",
+}  # fmt: skip
 
 
 def _fields_at(cls: type[Record], loc: tuple[Any, ...]) -> list[str]:
     """Names of the fields of the (nested) record that `loc` points at."""
     current: Any = cls
     for part in loc:
-        field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
-        if field is None:
-            return []
-        current = next(
-            (a for a in (field.annotation, *getattr(field.annotation, "__args__", ())) if hasattr(a, "model_fields")),
-            None,
-        )
-        if current is None:
-            return []
-    return list(current.model_fields)
+        if hasattr(current, "model_fields"):
+            field = current.model_fields.get(part)
+            current = field.annotation if field is not None else None
+        else:  # what a dictionary's key or a list's index leads to
+            current = next(iter(_records_in(current)), None)
+    return list(getattr(next(iter(_records_in(current)), None), "model_fields", ()))
+
+
+def _records_in(annotation: Any) -> list[Any]:
+    """Records that an annotation mentions: itself, of `X | None`, of `dict[str, X]`, of `tuple[X, ...]`."""
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [found for argument in typing.get_args(annotation) for found in _records_in(argument)]

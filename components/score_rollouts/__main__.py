@@ -1,5 +1,6 @@
 """`python -m layerloop.components.score_rollouts`."""
 
+from layerloop.components.runtime.contract import end_process
 from layerloop.components.score_rollouts.step import main
 
-raise SystemExit(main())
+end_process(main())

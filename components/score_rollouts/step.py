@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import time
 from collections.abc import Sequence
 
 from pydantic import JsonValue
 
+from layerloop.components.judge.address import judge_address
 from layerloop.components.judge.canaries import FOOLED
 from layerloop.components.judge.client import Judge
 from layerloop.components.judge.methods import prompt_hash, rubric_of
@@ -61,7 +61,7 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
     if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
         return _result(done)
 
-    url = _url(judge_url)
+    url = judge_address(judge_url)
     rubric = rubric_of(recipe.judge)
     replies = StoredReplies(opened.store, f"{folder}/replies")
     total = len(opened.rollouts(current))
@@ -97,15 +97,6 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
     }
     return _result(_commit(opened, current, rows, rubric, metadata))
-
-
-def _url(judge_url: str) -> str:
-    url = judge_url or os.environ.get("OPENAI_BASE_URL", "")
-    if not url:
-        raise LayerloopError(
-            "judge_url is empty and OPENAI_BASE_URL is not set: give the URL of `layerloop judge serve`"
-        )
-    return url
 
 
 def _provenance(recipe: JudgeRecipe, rubric: Rubric, version: str) -> dict[str, JsonValue]:

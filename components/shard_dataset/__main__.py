@@ -1,5 +1,6 @@
 """`python -m layerloop.components.shard_dataset`."""
 
+from layerloop.components.runtime.contract import end_process
 from layerloop.components.shard_dataset.step import main
 
-raise SystemExit(main())
+end_process(main())

@@ -17,12 +17,14 @@ def shard_dataset(
     overrides: dict[str, Any] = {},  # noqa: B006
     images: str = "",
     designs: str = "",
+    judge_url: str = "",
     default_recipe: str = "",
     iterations: int = 1,
     evaluate: str = "end",
     iteration: int = 0,
     until: int = 0,
     max_failures: int = 0,
+    publish_as: str = "",
     run_id: str = "",
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
@@ -39,12 +41,14 @@ def shard_dataset(
         overrides: Changes of the recipe, section by section.
         images: Unlabelled images: a folder, glob, WebDataset or parquet with an image column.
         designs: Held-out designs with ground-truth layers (parquet in Crello's columns); empty for none.
+        judge_url: Base URL of the judge that the run will ask; checked before hours of work.
         default_recipe: YAML text of the recipe that the pipeline was compiled with.
         iterations: Iterations of this run.
         evaluate: When a run evaluates: `end`, `every-run`, `never`; `only` is a run that does nothing else.
         iteration: With `only`, whose adapter; 0 for the head.
         until: The campaign's target; 0 for none.
         max_failures: Runs in a row without progress after which no further one starts; 0 for no limit.
+        publish_as: Folder under `published/` in which the run will publish; checked before hours of work.
         run_id: KFP's id of the run.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """

@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerloop.components.judge.address import judge_address
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
@@ -27,6 +28,7 @@ from layerloop.components.shard_dataset.base import CheckedBase
 from layerloop.components.shard_dataset.duplicates import DuplicateIndex
 from layerloop.components.shard_dataset.inputs import Inputs, absolute_uri, find_inputs, read_items
 from layerloop.components.shard_dataset.layered import find_designs, read_designs
+from layerloop.components.shard_dataset.run_target import RunTarget, refuse_ephemeral_folder
 from layerloop.components.shard_dataset.samples import (
     Gathered,
     Refused,
@@ -37,7 +39,6 @@ from layerloop.components.shard_dataset.samples import (
     prepare_image,
 )
 from layerloop.components.shard_dataset.spool import Spool
-from layerloop.components.shard_dataset.stretch import Stretch, refuse_ephemeral_folder
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.manifests import add_file, already_committed, commit, describe_file
 from layerloop.components.storage.runtime import read_runtime
@@ -54,12 +55,14 @@ def run(
     overrides: Mapping[str, Any] | None = None,
     images: str = "",
     designs: str = "",
+    judge_url: str = "",
     default_recipe: str = "",
     iterations: int = 1,
     evaluate: str = "end",
     iteration: int = 0,
     until: int = 0,
     max_failures: int = 0,
+    publish_as: str = "",
     run_id: str = "",
     runtime: str = "",
 ) -> StepResult:
@@ -78,6 +81,8 @@ def run(
             or s3://.
         designs: Designs with their true layers, to evaluate on: parquet in Crello's columns, or a folder with a
             subfolder of numbered PNG layers for each. Optional.
+        judge_url: Of the judge that a pipeline's run (one with a `run_id`) will ask: refused here, before hours of
+            sampling, where it is no URL. By default the environment's OPENAI_BASE_URL.
         default_recipe: YAML text, of the recipe that a pipeline was compiled with.
         iterations: How many iterations the run has.
         evaluate: When a run evaluates: `end` (where it reaches `until`, or has no target), `every-run`, `never`; `only`
@@ -85,34 +90,40 @@ def run(
         iteration: With `only`, whose adapter; 0 for the head.
         until: The campaign's target: a run whose head is there has nothing left to do. 0 for none.
         max_failures: After this many runs in a row without progress no further one starts. 0 for no limit.
+        publish_as: Folder under `published/` in which the run will publish; empty for a name of its own.
         run_id: KFP's id of this run.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults. Of the recipe's, what later steps would not get is refused.
 
     Raises:
-        LayerloopError: nothing at `images`, too many that cannot be read, a base that the recipe does not fit, another
-            recipe or other images than the campaign's, a store that cannot be written to, or too many runs without
-            progress. Nothing is committed then.
+        LayerloopError: no judge's URL, nothing at `images`, too many that cannot be read, a base that the recipe does
+            not fit, another recipe or other images than the campaign's, a store that cannot be written to, or too many
+            runs without progress. Nothing is committed then.
     """
     refuse_ephemeral_folder(campaign)
-    stretch = Stretch.of(
-        run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures
-    )
+    target = RunTarget.of(
+        run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures,
+        publish_as=publish_as,
+    )  # fmt: skip
     if evaluate == "only":
         return _to_evaluate(Campaign.open(campaign, runtime), iteration)
     store = open_store(campaign)
+    if (reached := _at_its_target(store, target)) is not None:
+        return reached
+    target.begin(store)  # before anything can be refused: a run that is refused counts among those that got nowhere
+    if run_id:
+        judge_address(judge_url)
     chosen, moved = choose_recipe(recipe, overrides or {}, default=default_recipe, store=store)
     found = Campaign.create_or_open(campaign, chosen, runtime) if store.exists(RECIPE) else None
     opened = found or Campaign(store, chosen, read_runtime(runtime, chosen))  # not stored yet
     check_nothing_lost(moved, opened.runtime)
     done = already_committed(store, f"{opened.sources_dir}/{MANIFEST}", log=log) if found else None
-    if done and stretch.is_done(opened):
-        return _result(opened, done, stretch, proceed=False)
-    stretch.begin(store)
+    if found:
+        target.check_publication(found)
     if done:
         check_same_inputs(done, images=images, designs=designs)
-        return _result(opened, done, stretch)
-    return _result(opened, shard_sources(opened, images=images, designs=designs, runtime=runtime), stretch)
+        return _result(opened, done, target)
+    return _result(opened, shard_sources(opened, images=images, designs=designs, runtime=runtime), target)
 
 
 def shard_sources(campaign: Campaign, *, images: str, designs: str, runtime: str = "") -> Manifest:
@@ -330,12 +341,21 @@ def _to_evaluate(campaign: Campaign, iteration: int) -> StepResult:
     )
 
 
-def _result(campaign: Campaign, sources: Manifest, stretch: Stretch, *, proceed: bool = True) -> StepResult:
+def _at_its_target(store: Store, target: RunTarget) -> StepResult | None:
+    """Result of a run whose campaign has reached its target; None where there is work left."""
+    campaign = Campaign.open(store.uri) if target.until and store.exists(RECIPE) else None
+    sources = campaign.find(campaign.sources_dir) if campaign else None
+    if campaign is None or sources is None or not target.is_done(campaign):
+        return None
+    return _result(campaign, sources, target, proceed=False)
+
+
+def _result(campaign: Campaign, sources: Manifest, target: RunTarget, *, proceed: bool = True) -> StepResult:
     megabytes, head = sum(shard.bytes for shard in sources.shards) / 1e6, campaign.head()
     return StepResult(
         manifests={"sources": sources, "policy": campaign.policy(head)},
         metrics={**sources.counts, "megabytes": megabytes, "iteration": head},
-        parameters={"left": stretch.left(head) if proceed else "nothing"},
+        parameters={"left": target.left(head) if proceed else "nothing"},
     )
 
 

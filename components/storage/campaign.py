@@ -19,6 +19,7 @@ from layerloop.components.storage.stores import MissingObjectError, Store, open_
 RECIPE = "recipe.json"
 MANIFEST = "manifest.json"
 _ITERATION = re.compile(r"\d{6}")
+_PUBLICATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 class Campaign:
@@ -197,3 +198,16 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join("-".join(str(n) for n in dict.fromkeys(part)) for part in parts)
+
+
+def check_publication_name(name: str) -> None:
+    """Refuse a name that is no folder under `published/`.
+
+    Raises:
+        LayerloopError: it is not 1 to 96 letters, digits, dots, dashes and underscores, or begins with a sign.
+    """
+    if not _PUBLICATION.fullmatch(name):
+        raise LayerloopError(
+            f"publish_as is {name!r}: give 1 to 96 letters, digits, dots, dashes or underscores, not beginning "
+            "with a sign"
+        )

@@ -1,5 +1,6 @@
 """`python -m layerloop.components.update_lora`."""
 
+from layerloop.components.runtime.contract import end_process
 from layerloop.components.update_lora.step import main
 
-raise SystemExit(main())
+end_process(main())

@@ -38,9 +38,9 @@ def judge_url() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Eight pictures that differ."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Eight images that differ."""
+    folder = tmp_path_factory.mktemp("images")
     for number in range(8):
         pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((64, 64)).save(folder / f"{number}.png")
@@ -102,30 +102,30 @@ def kfp_server() -> Iterator[KfpServer]:
 
 
 def test_two_iterations_of_two_workers_stop_at_a_target_of_one_and_deliver_it(
-    tmp_path: Path, pictures: str, judge_url: str
+    tmp_path: Path, images: str, judge_url: str
 ) -> None:
     campaign = str(tmp_path / "campaign")
     backend = train(tmp_path, iterations=2, workers=2, pods_have_names=False)
-    backend.run(campaign=campaign, images=pictures, judge_url=judge_url, until=1, overrides={"seed": 11.0})
+    backend.run(campaign=campaign, images=images, judge_url=judge_url, until=1, overrides={"seed": 11.0})
     ends = ["evaluate-adapter", "publish-adapter"]
     assert backend.steps() == ["shard-dataset", *ITERATION_OF_TWO, *ITERATION_OF_TWO, *ends]
     surplus = backend.pods[5:9]
     assert all("iteration 2 is past the run's target 1: nothing to do" in pod.output for pod in surplus)
-    place = Campaign.open(campaign)
-    assert (place.head(), place.iterations(), place.recipe.seed) == (1, [1], 11)
-    assert place.evaluations() == ["iteration-000001"]
-    assert place.published() == ["tiny-000001"]
+    opened = Campaign.open(campaign)
+    assert (opened.head(), opened.iterations(), opened.recipe.seed) == (1, [1], 11)
+    assert opened.evaluations() == ["iteration-000001"]
+    assert opened.published() == ["tiny-000001"]
 
 
 def test_on_s3_a_campaign_ends_at_its_target_and_switches_its_recurring_run_off(
-    s3_bucket: str, tmp_path: Path, pictures: str, judge_url: str, kfp_server: KfpServer
+    s3_bucket: str, tmp_path: Path, images: str, judge_url: str, kfp_server: KfpServer
 ) -> None:
     api = {"LAYERLOOP_KFP_API": f"http://127.0.0.1:{kfp_server.server_address[1]}"}
     nightly = evaluation(tmp_path, environment=api)
     with pytest.raises(TaskFailed, match=r"has no recipe.json: start it with shard_dataset, or correct the URI"):
         nightly.run(campaign=s3_bucket)
 
-    job = {"campaign": s3_bucket, "images": pictures, "judge_url": judge_url, "until": 1, "max_failures": 2}
+    job = {"campaign": s3_bucket, "images": images, "judge_url": judge_url, "until": 1, "max_failures": 2}
     first = train(tmp_path, environment=api)
     first.run(**job)
     assert first.steps()[-2:] == ["evaluate-adapter", "publish-adapter"]
@@ -145,9 +145,9 @@ def test_on_s3_a_campaign_ends_at_its_target_and_switches_its_recurring_run_off(
 
 
 def test_a_refusal_is_repeated_by_the_next_pods_and_forgotten_by_the_next_run(
-    s3_bucket: str, tmp_path: Path, pictures: str
+    s3_bucket: str, tmp_path: Path, images: str
 ) -> None:
-    job = {"campaign": s3_bucket, "images": f"{pictures}/*.none", "overrides": {"rollout": {"groups": 3}}}
+    job = {"campaign": s3_bucket, "images": f"{images}/*.none", "overrides": {"rollout": {"groups": 3}}}
     backend = train(tmp_path)
     with pytest.raises(TaskFailed, match="the same refusal as .* s ago in pod .*-shard-dataset-0, not tried again"):
         backend.run(**job)
@@ -160,30 +160,30 @@ def test_a_refusal_is_repeated_by_the_next_pods_and_forgotten_by_the_next_run(
     assert "same refusal" not in again.pods[0].output
 
 
-def test_a_misspelt_override_is_one_line(tmp_path: Path, s3_bucket: str, pictures: str) -> None:
+def test_a_misspelt_override_is_one_line(tmp_path: Path, s3_bucket: str, images: str) -> None:
     backend = train(tmp_path)
     with pytest.raises(TaskFailed, match="recipe.update.learning_rat is not a known key: did you mean 'learning_rate'"):
-        backend.run(campaign=s3_bucket, images=pictures, overrides={"update": {"learning_rat": 1e-4}})
+        backend.run(campaign=s3_bucket, images=images, overrides={"update": {"learning_rat": 1e-4}})
 
 
-def test_a_folder_as_campaign_is_refused_in_a_pod(tmp_path: Path, pictures: str) -> None:
+def test_a_folder_as_campaign_is_refused_in_a_pod(tmp_path: Path, images: str) -> None:
     fleeting = Path("/var/tmp") if Path("/var/tmp").stat().st_dev == Path("/").stat().st_dev else Path("/")
     backend = train(tmp_path)
     with pytest.raises(TaskFailed, match="a folder of this pod, gone with it: give s3://bucket/prefix"):
-        backend.run(campaign=str(fleeting / "layerloop-none"), images=pictures)
+        backend.run(campaign=str(fleeting / "layerloop-none"), images=images)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["folder", "s3"])
+@pytest.mark.parametrize("store", ["folder", "s3"])
 @pytest.mark.parametrize("iterations", [1, 3])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_shape_trains_and_evaluates(
-    place: str, iterations: int, workers: int, tmp_path: Path, request: Any, pictures: str, judge_url: str
+    store: str, iterations: int, workers: int, tmp_path: Path, request: Any, images: str, judge_url: str
 ) -> None:
-    campaign = str(tmp_path / "campaign") if place == "folder" else request.getfixturevalue("s3_bucket")
-    options = {"pods_have_names": place == "s3"}
+    campaign = str(tmp_path / "campaign") if store == "folder" else request.getfixturevalue("s3_bucket")
+    options = {"pods_have_names": store == "s3"}
     backend = train(tmp_path, iterations=iterations, workers=workers, evaluate="every-run", **options)
-    backend.run(campaign=campaign, images=pictures, judge_url=judge_url, publish_as="best")
+    backend.run(campaign=campaign, images=images, judge_url=judge_url, publish_as="best")
     assert len(backend.pods) == 1 + iterations * (workers + 2) + 2
     assert (Campaign.open(campaign).head(), Campaign.open(campaign).published()) == (iterations, ["best"])
     nightly = evaluation(tmp_path, **options)
@@ -192,10 +192,8 @@ def test_every_shape_trains_and_evaluates(
 
 
 @pytest.mark.slow
-def test_without_evaluation_the_adapter_is_published_all_the_same(
-    tmp_path: Path, pictures: str, judge_url: str
-) -> None:
+def test_without_evaluation_the_adapter_is_published_all_the_same(tmp_path: Path, images: str, judge_url: str) -> None:
     backend = train(tmp_path, evaluate="never", pods_have_names=False)
-    backend.run(campaign=str(tmp_path / "c"), images=pictures, judge_url=judge_url)
+    backend.run(campaign=str(tmp_path / "c"), images=images, judge_url=judge_url)
     assert backend.steps()[-2:] == ["update-lora", "publish-adapter"]
     assert Campaign.open(str(tmp_path / "c")).evaluations() == []

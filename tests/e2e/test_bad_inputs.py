@@ -23,9 +23,9 @@ def judge_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Four pictures that differ."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> Path:
+    """Four images that differ."""
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
         pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -64,68 +64,68 @@ def test_an_empty_folder(tmp_path: Path, judge_url: str) -> None:
     assert str(tmp_path / "empty") in run_on(tmp_path / "empty", judge_url, tmp_path)
 
 
-def test_an_image_that_is_text(tmp_path: Path, pictures: Path, judge_url: str) -> None:
-    (pictures / "4.png").write_text("not a picture")
-    line = run_on(pictures, judge_url, tmp_path)
+def test_an_image_that_is_text(tmp_path: Path, images: Path, judge_url: str) -> None:
+    (images / "4.png").write_text("not an image")
+    line = run_on(images, judge_url, tmp_path)
     assert "1 of 5" in line
     assert "max_reject_fraction" in line
 
 
-def test_a_recipe_with_a_misspelt_key(tmp_path: Path, pictures: Path, judge_url: str) -> None:
+def test_a_recipe_with_a_misspelt_key(tmp_path: Path, images: Path, judge_url: str) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(packaged_recipes()["tiny"].replace("rollout:", "rolout:"))
-    line = run_on(pictures, judge_url, tmp_path, "--recipe", str(recipe))
+    line = run_on(images, judge_url, tmp_path, "--recipe", str(recipe))
     assert line == "error: recipe.rolout is not a known key: did you mean 'rollout'?"
 
 
-def test_a_window_larger_than_the_steps(tmp_path: Path, pictures: Path, judge_url: str) -> None:
-    line = run_on(pictures, judge_url, tmp_path, "--set", "rollout.window.size=12")
+def test_a_window_larger_than_the_steps(tmp_path: Path, images: Path, judge_url: str) -> None:
+    line = run_on(images, judge_url, tmp_path, "--set", "rollout.window.size=12")
     assert line == "error: recipe.rollout.window.size is 12 but steps is 8: choose 1..7"
 
 
-def test_a_group_of_one(tmp_path: Path, pictures: Path, judge_url: str) -> None:
-    line = run_on(pictures, judge_url, tmp_path, "--set", "rollout.group_size=1")
+def test_a_group_of_one(tmp_path: Path, images: Path, judge_url: str) -> None:
+    line = run_on(images, judge_url, tmp_path, "--set", "rollout.group_size=1")
     assert line.startswith("error: recipe.rollout.group_size is 1: ")
 
 
-def test_a_recipe_that_is_not_there(tmp_path: Path, pictures: Path, judge_url: str) -> None:
-    line = run_on(pictures, judge_url, tmp_path, "--recipe", "tiy")
+def test_a_recipe_that_is_not_there(tmp_path: Path, images: Path, judge_url: str) -> None:
+    line = run_on(images, judge_url, tmp_path, "--recipe", "tiy")
     assert line.startswith("error: recipe tiy cannot be read (No such file or directory): name a YAML file or one of ")
 
 
-def test_a_rubric_without_the_text_of_the_method_in_use(tmp_path: Path, pictures: Path, judge_url: str) -> None:
+def test_a_rubric_without_the_text_of_the_method_in_use(tmp_path: Path, images: Path, judge_url: str) -> None:
     shipped = (resources.files("layerloop.components.judge") / "rubrics" / "default.yaml").read_text()
     rubric = tmp_path / "mine.yaml"
     rubric.write_text(re.sub(r"\npairwise: \|\n(  .*\n)+", "\n", shipped))
     line = run_on(
-        pictures, judge_url, tmp_path, "--set", f"judge.rubric={rubric}", "--set", "judge.phase2.method=pairwise"
+        images, judge_url, tmp_path, "--set", f"judge.rubric={rubric}", "--set", "judge.phase2.method=pairwise"
     )
     assert "rubric default has no text pairwise, which recipe.judge.phase2.method pairwise needs" in line
 
 
-def test_a_judge_that_refuses_connections(tmp_path: Path, pictures: Path) -> None:
-    line = run_on(pictures, "http://127.0.0.1:9/v1", tmp_path)
+def test_a_judge_that_refuses_connections(tmp_path: Path, images: Path) -> None:
+    line = run_on(images, "http://127.0.0.1:9/v1", tmp_path)
     assert line.startswith("error: judge http://127.0.0.1:9/v1 does not answer")
 
 
-def test_a_judge_that_is_no_url(tmp_path: Path, pictures: Path) -> None:
-    assert "judge URL is 'localhost:8788'" in run_on(pictures, "localhost:8788", tmp_path)
+def test_a_judge_that_is_no_url(tmp_path: Path, images: Path) -> None:
+    assert "judge URL is 'localhost:8788'" in run_on(images, "localhost:8788", tmp_path)
 
 
-def test_no_judge_at_all(tmp_path: Path, pictures: Path) -> None:
+def test_no_judge_at_all(tmp_path: Path, images: Path) -> None:
     campaign = tmp_path / "campaign"
-    line = refused("run", "--images", str(pictures), "--campaign", str(campaign), campaign=campaign)
+    line = refused("run", "--images", str(images), "--campaign", str(campaign), campaign=campaign)
     assert line.startswith("error: --judge-url is empty")
 
 
-def test_a_model_that_the_judge_does_not_serve(tmp_path: Path, pictures: Path, judge_url: str) -> None:
-    line = run_on(pictures, judge_url, tmp_path, "--set", "judge.model=qwen")
+def test_a_model_that_the_judge_does_not_serve(tmp_path: Path, images: Path, judge_url: str) -> None:
+    line = run_on(images, judge_url, tmp_path, "--set", "judge.model=qwen")
     assert "recipe.judge.model is 'qwen'" in line
     assert "layerloop-reference-judge" in line
 
 
-def test_more_iterations_than_one_run_carries(tmp_path: Path, pictures: Path, judge_url: str) -> None:
-    line = run_on(pictures, judge_url, tmp_path, "--iterations", "100")
+def test_more_iterations_than_one_run_carries(tmp_path: Path, images: Path, judge_url: str) -> None:
+    line = run_on(images, judge_url, tmp_path, "--iterations", "100")
     assert line.endswith("choose at most 9 iterations and chain runs")
 
 

@@ -1,4 +1,4 @@
-"""The whole job: `layerloop demo` runs the compiled pipeline, every step a process, then continues its campaign."""
+"""The job: `layerloop demo` runs the compiled pipeline, every step a process, then continues its campaign."""
 
 import json
 import os

@@ -271,3 +271,14 @@ def test_a_refused_compile_is_one_line_and_status_two(
     assert printed.startswith("error: ")
     assert line in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_stops_reading_is_no_traceback() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "layerloop.pipelines.cli", "recipe", "paper"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()  # as `| head` does
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 128 + 13

@@ -1,4 +1,4 @@
-"""Where steps are placed: what a cluster file becomes in the compiled platform spec, and what is refused before."""
+"""Where steps run: what a cluster file becomes in the compiled platform spec, and what is refused before."""
 
 import itertools
 from pathlib import Path
@@ -27,8 +27,8 @@ def cluster_of(folder: Path, text: str = "") -> Cluster:
     return read_cluster(path)
 
 
-class Placed:
-    """Container, Kubernetes settings and task of every verb of a compiled training pipeline with one iteration."""
+class Compiled:
+    """Container, Kubernetes settings and task of every step of a compiled training pipeline with one iteration."""
 
     def __init__(self, folder: Path, text: str = "", recipe: str = TINY) -> None:
         pipeline = train_pipeline(iterations=1, workers=1, recipe=recipe, cluster=cluster_of(folder, text))
@@ -64,17 +64,17 @@ class Placed:
 
 
 def test_every_step_runs_as_no_root(tmp_path: Path) -> None:
-    for verb, settings in Placed(tmp_path).settings.items():
+    for verb, settings in Compiled(tmp_path).settings.items():
         assert settings["securityContext"] == {"runAsNonRoot": True, "runAsUser": "65532"}, verb
 
 
 def test_where_the_namespace_gives_users_none_is_named(tmp_path: Path) -> None:
-    for settings in Placed(tmp_path, "run_as_user: null").settings.values():
+    for settings in Compiled(tmp_path, "run_as_user: null").settings.values():
         assert settings["securityContext"] == {"runAsNonRoot": True}
 
 
 def test_a_step_gets_only_the_secrets_that_it_uses(tmp_path: Path) -> None:
-    for verb, settings in Placed(tmp_path).settings.items():
+    for verb, settings in Compiled(tmp_path).settings.items():
         found = {s["secretName"]: {k["secretKey"] for k in s["keyToEnv"]} for s in settings["secretAsEnv"]}
         assert all(secret["optional"] for secret in settings["secretAsEnv"])
         store = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
@@ -86,36 +86,36 @@ def test_a_step_gets_only_the_secrets_that_it_uses(tmp_path: Path) -> None:
 
 
 def test_a_secret_can_be_left_out(tmp_path: Path) -> None:
-    placed = Placed(tmp_path, "secrets: {judge: null, store: null, hub: theirs}")
-    assert "secretAsEnv" not in placed.settings["score_rollouts"]
-    assert [s["secretName"] for s in placed.settings["update_lora"]["secretAsEnv"]] == ["theirs"]
+    compiled = Compiled(tmp_path, "secrets: {judge: null, store: null, hub: theirs}")
+    assert "secretAsEnv" not in compiled.settings["score_rollouts"]
+    assert [s["secretName"] for s in compiled.settings["update_lora"]["secretAsEnv"]] == ["theirs"]
 
 
 # ------------------------------------------------------------------------------------------------------------ resources
 
 
 def test_sharding_and_scoring_ask_for_little_and_for_no_gpu(tmp_path: Path) -> None:
-    placed = Placed(tmp_path)
+    compiled = Compiled(tmp_path)
     without = {"shard_dataset": 0, "score_rollouts": 0}
     assert (
-        placed.gpus()
+        compiled.gpus()
         == {"generate_rollouts": 1, "update_lora": 1, "evaluate_adapter": 1, "publish_adapter": 1} | without
     )
-    assert placed.resources("shard_dataset") == ("4", "24Gi")
-    assert placed.resources("score_rollouts") == ("2", "8Gi")
-    assert placed.resources("update_lora") == ("8", "96Gi")
+    assert compiled.resources("shard_dataset") == ("4", "24Gi")
+    assert compiled.resources("score_rollouts") == ("2", "8Gi")
+    assert compiled.resources("update_lora") == ("8", "96Gi")
     for verb in ("shard_dataset", "score_rollouts"):
-        assert not placed.settings[verb].keys() & {"tolerations", "nodeSelector", "emptyDirMounts", "podMetadata"}
+        assert not compiled.settings[verb].keys() & {"tolerations", "nodeSelector", "emptyDirMounts", "podMetadata"}
 
 
 def test_cpu_and_memory_grow_with_the_gpus(tmp_path: Path) -> None:
-    placed = Placed(tmp_path, "gpus: 8\nupdate_gpus: 4\nevaluate_gpus: 2\npolicy: {cpu: 7500m, memory: 90Gi}")
+    compiled = Compiled(tmp_path, "gpus: 8\nupdate_gpus: 4\nevaluate_gpus: 2\npolicy: {cpu: 7500m, memory: 90Gi}")
     counts = {"generate_rollouts": 8, "update_lora": 4, "evaluate_adapter": 2, "publish_adapter": 1}
-    assert {verb: count for verb, count in placed.gpus().items() if count} == counts
-    assert placed.resources("generate_rollouts") == ("60000m", "720Gi")
-    assert placed.resources("update_lora") == ("30000m", "360Gi")
-    assert placed.resources("publish_adapter") == ("7500m", "90Gi")
-    assert placed.resources("shard_dataset") == ("4", "24Gi")
+    assert {verb: count for verb, count in compiled.gpus().items() if count} == counts
+    assert compiled.resources("generate_rollouts") == ("60000m", "720Gi")
+    assert compiled.resources("update_lora") == ("30000m", "360Gi")
+    assert compiled.resources("publish_adapter") == ("7500m", "90Gi")
+    assert compiled.resources("shard_dataset") == ("4", "24Gi")
 
 
 def test_what_a_verb_says_of_itself_goes_before(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_what_a_verb_says_of_itself_goes_before(tmp_path: Path) -> None:
 gpus: 8
 node_selector: {pool: a100}
 labels: {team: vision}
-verbs:
+steps:
   generate_rollouts:
     {gpus: 2, cpu: 3, memory: 64Gi, timeout_hours: 1.5, node_selector: {pool: h100}, labels: {team: rl},
      annotations: {cluster-autoscaler.kubernetes.io/safe-to-evict: "false"}}
@@ -132,11 +132,11 @@ verbs:
     node_affinity: [{key: zone, values: [a, b]}, {key: disk, operator: Exists}, {key: spot, values: ["1"], weight: 5}]
     ephemeral_storage: 20Gi
 """
-    placed = Placed(tmp_path, text)
-    rollouts, scores, update = (placed.settings[v] for v in ("generate_rollouts", "score_rollouts", "update_lora"))
-    assert placed.gpus()["generate_rollouts"] == 2
-    assert placed.resources("generate_rollouts") == ("3", "64Gi")
-    assert placed.resources("update_lora") == ("64", "768Gi")
+    compiled = Compiled(tmp_path, text)
+    rollouts, scores, update = (compiled.settings[v] for v in ("generate_rollouts", "score_rollouts", "update_lora"))
+    assert compiled.gpus()["generate_rollouts"] == 2
+    assert compiled.resources("generate_rollouts") == ("3", "64Gi")
+    assert compiled.resources("update_lora") == ("64", "768Gi")
     assert rollouts["activeDeadlineSeconds"] == "5400"
     assert rollouts["nodeSelector"] == {"labels": {"pool": "h100"}}
     assert update["nodeSelector"] == {"labels": {"pool": "a100"}}
@@ -158,9 +158,9 @@ verbs:
 
 
 def test_gpu_pods_get_shared_memory_tolerations_and_the_queue(tmp_path: Path) -> None:
-    placed = Placed(tmp_path)
+    compiled = Compiled(tmp_path)
     for verb in (name for name, step in STEPS.items() if step.gpus != "none"):
-        settings = placed.settings[verb]
+        settings = compiled.settings[verb]
         (shm,) = settings["emptyDirMounts"]
         assert (shm["mountPath"], shm["medium"], shm["sizeLimit"]) == ("/dev/shm", "Memory", "16Gi")
         assert [taint["key"] for taint in settings["tolerations"]] == ["nvidia.com/gpu"]
@@ -168,14 +168,14 @@ def test_gpu_pods_get_shared_memory_tolerations_and_the_queue(tmp_path: Path) ->
 
 
 def test_on_cpus_nothing_asks_for_a_gpu(tmp_path: Path) -> None:
-    placed = Placed(tmp_path, "gpus: 0")
-    assert set(placed.gpus().values()) == {0}
-    assert placed.resources("update_lora") == ("8", "96Gi")
-    assert not any("emptyDirMounts" in settings for settings in placed.settings.values())
+    compiled = Compiled(tmp_path, "gpus: 0")
+    assert set(compiled.gpus().values()) == {0}
+    assert compiled.resources("update_lora") == ("8", "96Gi")
+    assert not any("emptyDirMounts" in settings for settings in compiled.settings.values())
 
 
 def test_without_a_volume_of_weights_the_models_go_where_the_user_may_write(tmp_path: Path) -> None:
-    with_volume, without = Placed(tmp_path), Placed(tmp_path, "weights_claim: null")
+    with_volume, without = Compiled(tmp_path), Compiled(tmp_path, "weights_claim: null")
     assert with_volume.variables("update_lora")["HF_HOME"] == "/weights/huggingface"
     assert with_volume.settings["update_lora"]["pvcMount"][0]["constant"] == "layerloop-weights"
     assert without.variables("update_lora")["HF_HOME"] == "/tmp/huggingface"
@@ -185,27 +185,27 @@ def test_without_a_volume_of_weights_the_models_go_where_the_user_may_write(tmp_
 
 def test_service_urls_go_to_every_step_and_kfps_own_to_the_first(tmp_path: Path) -> None:
     text = "service_urls: {AWS_REGION: eu-1}\nkfp_api: https://kfp.example.com\npipeline_root: s3://bucket/kfp"
-    placed = Placed(tmp_path, text)
+    compiled = Compiled(tmp_path, text)
     for verb in STEPS:
-        variables = placed.variables(verb)
+        variables = compiled.variables(verb)
         assert variables["AWS_REGION"] == "eu-1"
         assert variables.get("LAYERLOOP_KFP_API") == ("https://kfp.example.com" if verb == "shard_dataset" else None)
-    assert placed.spec["defaultPipelineRoot"] == "s3://bucket/kfp"
+    assert compiled.spec["defaultPipelineRoot"] == "s3://bucket/kfp"
 
 
-def test_certificates_of_the_place_are_trusted_by_every_client(tmp_path: Path) -> None:
-    placed = Placed(tmp_path, "ca_bundle: company-ca")
+def test_certificates_of_the_cluster_are_trusted_by_every_client(tmp_path: Path) -> None:
+    compiled = Compiled(tmp_path, "ca_bundle: company-ca")
     for verb in STEPS:
-        (mount,) = placed.settings[verb]["configMapAsVolume"]
+        (mount,) = compiled.settings[verb]["configMapAsVolume"]
         assert (mount["configMapName"], mount["mountPath"]) == ("company-ca", "/etc/layerloop/ca")
-        variables = placed.variables(verb)
+        variables = compiled.variables(verb)
         for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"):
             assert variables[name] == "/etc/layerloop/ca/ca.crt"
 
 
 def test_images_are_by_verb(tmp_path: Path) -> None:
-    placed = Placed(tmp_path)
-    light = {verb for verb, container in placed.containers.items() if container["image"].startswith("r/light@")}
+    compiled = Compiled(tmp_path)
+    light = {verb for verb, container in compiled.containers.items() if container["image"].startswith("r/light@")}
     assert light == {"score_rollouts"}
 
 
@@ -219,17 +219,17 @@ def test_images_are_by_verb(tmp_path: Path) -> None:
         "retries: 1",
         "retries: 8\ntimeout_hours: {update_lora: 200}",
         "timeout_hours: {shard_dataset: 0.1, update_lora: 8760}",
-        "verbs: {score_rollouts: {timeout_hours: 100}}",
+        "steps: {score_rollouts: {timeout_hours: 100}}",
         "retries: 2\ntimeout_hours: {evaluate_adapter: 1000}",
     ],
 )
 @pytest.mark.parametrize("recipe", [TINY, PAPER], ids=["tiny", "paper"])
 def test_the_budget_of_all_attempts_holds_every_attempt(tmp_path: Path, text: str, recipe: str) -> None:
     """Argo's backoff.maxDuration counts from the first attempt's start, so it holds all of them, pauses included."""
-    placed = Placed(tmp_path, text, recipe)
+    compiled = Compiled(tmp_path, text, recipe)
     for verb in STEPS:
-        retry = placed.tasks[verb]["retryPolicy"]
-        retries, timeout = retry["maxRetryCount"], int(placed.settings[verb]["activeDeadlineSeconds"])
+        retry = compiled.tasks[verb]["retryPolicy"]
+        retries, timeout = retry["maxRetryCount"], int(compiled.settings[verb]["activeDeadlineSeconds"])
         pauses = sum(int(retry["backoffDuration"].rstrip("s")) * retry["backoffFactor"] ** n for n in range(retries))
         assert timeout >= 60
         budget = int(retry["backoffMaxDuration"].rstrip("s"))
@@ -237,7 +237,7 @@ def test_the_budget_of_all_attempts_holds_every_attempt(tmp_path: Path, text: st
 
 
 def test_without_retries_nothing_is_said_of_them(tmp_path: Path) -> None:
-    assert not any("retryPolicy" in task for task in Placed(tmp_path, "retries: 0").tasks.values())
+    assert not any("retryPolicy" in task for task in Compiled(tmp_path, "retries: 0").tasks.values())
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation
@@ -245,12 +245,10 @@ def test_without_retries_nothing_is_said_of_them(tmp_path: Path) -> None:
 
 def test_the_cost_of_an_evaluation_is_forwards_times_designs() -> None:
     cost = EvaluationCost.of(parse_recipe(PAPER), Cluster())
-    # Heun: 50 steps are 99 forwards; 480 designs and 64 pictures; base and adapter.
-    assert (cost.designs, cost.pictures, cost.forwards) == (480, 64, 544 * 99 * 2)
+    # Heun: 50 steps are 99 forwards; 480 designs and 64 images; base and adapter.
+    assert (cost.designs, cost.images, cost.forwards) == (480, 64, 544 * 99 * 2)
     assert cost.hours == pytest.approx(544 * 99 * 2 * 0.32 / 3600)
-    assert str(cost).startswith(
-        "480 designs + 64 pictures are 107712 forwards of base and adapter, about 9.6 h on 1 GPU"
-    )
+    assert str(cost).startswith("480 designs + 64 images are 107712 forwards of base and adapter, about 9.6 h on 1 GPU")
 
 
 def test_more_gpus_and_fewer_pixels_make_it_cheaper() -> None:
@@ -279,12 +277,12 @@ def test_the_deadline_fits_by_construction(tmp_path: Path, name: str, gpus: int)
 def test_a_deadline_of_the_file_stays_and_one_that_is_too_short_is_refused(tmp_path: Path) -> None:
     long = cluster_of(tmp_path, "timeout_hours: {evaluate_adapter: 10}")
     assert with_evaluation_deadline(long, PAPER).hours("evaluate_adapter") == 10
-    for text in ("timeout_hours: {evaluate_adapter: 4}", "verbs: {evaluate_adapter: {timeout_hours: 4}}"):
+    for text in ("timeout_hours: {evaluate_adapter: 4}", "steps: {evaluate_adapter: {timeout_hours: 4}}"):
         cluster = cluster_of(tmp_path, text)
         with pytest.raises(LayerloopError) as caught:
             train_pipeline(iterations=1, workers=1, recipe=PAPER, cluster=cluster)
         line = str(caught.value)
-        assert line.startswith("evaluation does not fit its deadline: 480 designs + 64 pictures are 107712 forwards")
+        assert line.startswith("evaluation does not fit its deadline: 480 designs + 64 images are 107712 forwards")
         assert "is 4: give it 22, more evaluate_gpus, or fewer recipe.evaluation.designs" in line
         train_pipeline(iterations=1, workers=1, recipe=PAPER, cluster=cluster, evaluate="never")
 
@@ -301,10 +299,10 @@ def test_the_example_holds_the_defaults() -> None:
 
 def test_what_the_example_offers_in_comments_is_taken(tmp_path: Path) -> None:
     lines = EXAMPLE.read_text().splitlines()
-    start = lines.index("# verbs:")
+    start = lines.index("# steps:")
     block = [line.removeprefix("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines[start:])]
     cluster = cluster_of(tmp_path, "\n".join(block))
-    assert set(cluster.verbs) == {"shard_dataset", "generate_rollouts"}
+    assert set(cluster.steps) == {"shard_dataset", "generate_rollouts"}
 
 
 @pytest.mark.parametrize(
@@ -319,15 +317,15 @@ def test_what_the_example_offers_in_comments_is_taken(tmp_path: Path) -> None:
         ("light: {memory: true}", "cluster.light.memory is True: "),
         ("light: {cpu: two}", "cluster.light.cpu: 'two' is no number of CPUs: write 8, 0.5 or 500m"),
         ("light: {cpu: 0}", "cluster.light.cpu: '0' is no number of CPUs"),
-        ("verbs: {update_lora: {ephemeral_storage: big}}", "cluster.verbs.update_lora.ephemeral_storage: 'big' is no"),
+        ("steps: {update_lora: {ephemeral_storage: big}}", "cluster.steps.update_lora.ephemeral_storage: 'big' is no"),
         ("timeout_hours: {update_lora: -1}", "cluster.timeout_hours.update_lora is -1: "),
         ("timeout_hours: {update_lora: .inf}", "cluster.timeout_hours.update_lora is inf: "),
         ("timeout_hours: {update_lora: .nan}", "cluster.timeout_hours.update_lora is nan: "),
         ("timeout_hours: {update_lora: 1e12}", "cluster.timeout_hours.update_lora is "),
         ("timeout_hours: {update_lora: 0.001}", "cluster.timeout_hours.update_lora is 0.001: "),
         ("timeout_hours: {update: 1}", "cluster.timeout_hours.update is no step: choose of shard_dataset, "),
-        ("verbs: {updatelora: {gpus: 1}}", "cluster.verbs.updatelora is no step: choose of "),
-        ("verbs: {update_lora: {gpu: 1}}", "cluster.verbs.update_lora.gpu is not a known key"),
+        ("steps: {updatelora: {gpus: 1}}", "cluster.steps.updatelora is no step: choose of "),
+        ("steps: {update_lora: {gpu: 1}}", "cluster.steps.update_lora.gpu is not a known key"),
         ("secrets: {judge: ''}", "cluster.secrets.judge: '' names no Kubernetes object: use a-z, 0-9 and -, or null"),
         ("weights_claim: ''", "cluster.weights_claim: '' names no Kubernetes object"),
         ("queue: My Queue", "cluster.queue: 'My Queue' names no Kubernetes object"),
@@ -338,18 +336,36 @@ def test_what_the_example_offers_in_comments_is_taken(tmp_path: Path) -> None:
         ("node_affinity: [{key: zone}]", "operator In of zone needs values: change one of the two"),
         ("node_affinity: [{key: z, operator: Exists, values: [a]}]", "operator Exists of z takes no values"),
         ("run_as_user: 0", "cluster.run_as_user is 0: "),
-        ("pipeline_root: /tmp/x", "cluster.pipeline_root is '/tmp/x': "),
-        ("kfp_api: ml-pipeline", "cluster.kfp_api is 'ml-pipeline': "),
+        ("pipeline_root: /tmp/x", "cluster.pipeline_root: '/tmp/x' is no bucket: write s3://bucket/prefix"),
+        ("kfp_api: ml-pipeline", "cluster.kfp_api: 'ml-pipeline' is no URL: write http://host:8888"),
         ("gpus: -1", "cluster.gpus is -1: "),
         ("gpu: 1", "cluster.gpu is not a known key: did you mean 'gpus'"),
         ("gpus: 16", "cluster.gpus is 16 but a node has 8 (cluster.node_gpus): choose at most 8; rollouts "),
         ("update_gpus: 16", "cluster.update_gpus is 16 but a node has 8 (cluster.node_gpus): choose at most 8; an up"),
-        ("verbs: {publish_adapter: {gpus: 9}}", "cluster.verbs.publish_adapter.gpus is 9 but a node has 8"),
+        ("steps: {publish_adapter: {gpus: 9}}", "cluster.steps.publish_adapter.gpus is 9 but a node has 8"),
         ("node_gpus: 4\nevaluate_gpus: 8", "cluster.evaluate_gpus is 8 but a node has 4"),
         ("shared_memory: 96Gi", "cluster.shared_memory is 96Gi but generate_rollouts has 96Gi of memory"),
         ("retries: -1", "cluster.retries is -1: "),
         ("retries: 9", "cluster.retries is 9: "),
         ("forward_seconds: 0", "cluster.forward_seconds is 0: "),
+        ("steps: {update_lora: {cpus: 4}}", "cluster.steps.update_lora.cpus is not a known key: did you mean 'cpu'"),
+        ("steps: [a]", "cluster.steps is ['a']: give a mapping, keys with values"),
+        ("tolerations: {key: a}", "cluster.tolerations is {'key': 'a'}: give a list"),
+        ("light: {cpu: '\u0663'}", "cluster.light.cpu: '\u0663' is no number of CPUs"),
+        ("light: {cpu: 0.0001}", "cluster.light.cpu: '0.0001' is no number of CPUs"),
+        ("light: {cpu: 1.5m}", "cluster.light.cpu: '1.5m' is no number of CPUs"),
+        ("tolerations: [{key: a b}]", "cluster.tolerations.0.key: 'a b' is no key of a label"),
+        ("tolerations: [{key: a, value: b}]", "operator Exists of a takes no value: leave it out, or choose Equal"),
+        ("node_affinity: [{key: a, operator: Gt, values: [x]}]", "operator Gt of a has ['x']: give one whole number"),
+        ("node_affinity: [{key: a, operator: Lt, values: ['1', '2']}]", "operator Lt of a has ['1', '2']: give one"),
+        ("queue: a..b", "cluster.queue: 'a..b' names no Kubernetes object"),
+        (f"queue: {'a' * 64}", "is longer than a label's value: 63 characters at most"),
+        ("gpu_resource: gpu", "cluster.gpu_resource: 'gpu' is no extended resource: write it as nvidia.com/gpu"),
+        ("gpu_resource: nvidia gpu", "cluster.gpu_resource: 'nvidia gpu' is no extended resource"),
+        ("service_urls: {AWS_SECRET_ACCESS_KEY: x}", "AWS_SECRET_ACCESS_KEY is set by the secret of cluster.secr"),
+        ("service_urls: {HF_HOME: /x}", "cluster.service_urls.HF_HOME is set by cluster.weights_claim: leave it out"),
+        ("service_urls: {KFP_POD_NAME: x}", "cluster.service_urls.KFP_POD_NAME is set by Kubeflow: leave it out"),
+        ("gpus: 1\ngpus: 2", "has the key gpus twice (line 3): keep one of them"),
     ],
 )  # fmt: skip
 def test_a_value_that_a_cluster_would_choke_on_is_one_line(tmp_path: Path, text: str, line: str) -> None:

@@ -175,7 +175,7 @@ def test_the_script_gives_up_in_time_and_says_that_the_run_goes_on(script: Path,
     kfp_api.states = ["RUNNING"]
     result = run_script(script, kfp_api, package, "text=a", LIMIT_SECONDS="1")
     assert result.returncode == 3
-    assert "run run-0 goes on" in result.stderr
+    assert "run run-0 continues" in result.stderr
 
 
 def test_the_shell_takes_the_script_as_it_is(script: Path) -> None:

@@ -4,6 +4,7 @@ import datetime
 import http.server
 import ipaddress
 import json
+import re
 import socket
 import ssl
 import threading
@@ -37,7 +38,7 @@ def test_a_token_is_sent_as_a_bearer_token_whatever_a_netrc_says(
     assert kfp_api.authorizations == {"Bearer given"}
 
 
-def test_a_token_file_is_read_anew_so_a_renewed_token_is_used(kfp_api: Any, tmp_path: Path) -> None:
+def test_a_token_file_is_read_again_so_a_renewed_token_is_used(kfp_api: Any, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.write_text("first")
     kfp_api.tokens = {"first"}
@@ -125,11 +126,39 @@ def test_what_is_worth_another_try_is_told_from_what_is_not(kfp_api: Any, status
         ask(kfp_api)
 
 
-@pytest.mark.parametrize("body, kind", [("[]", "application/json"), ("ok", "text/plain"), ("<p>", "text/html")])
+@pytest.mark.parametrize(
+    "body, kind", [("[]", "application/json"), ("null", "application/json"), ("ok", "text/plain"), ("<p>", "text/html")]
+)
 def test_what_is_no_json_object_is_no_answer_of_kfp(kfp_api: Any, body: str, kind: str) -> None:
     kfp_api.before = lambda handler: handler.reply(200, body, kind=kind) or True
     with pytest.raises(RefusedError, match=f"answers with {kind}, which is a login page or another server"):
         ask(kfp_api)
+
+
+@pytest.mark.parametrize(
+    "body, odd",
+    [
+        ({"run_id": 7}, "run_id: 7"),
+        ({"run_id": "r", "state": ["SUCCEEDED"]}, 'state: ["SUCCEEDED"]'),
+        ({"run_id": "r", "run_details": {"task_details": [{"state": 5}]}}, "state: 5"),
+        ({"run_id": "r", "run_details": {"task_details": ["x"]}}, 'task_details: ["x"]'),
+        ({"run_id": "r", "run_details": {"task_details": [{"error": "x"}]}}, 'error: "x"'),
+        ({"runs": [{"state": "RUNNING"}]}, 'runs: [{"state": "RUNNING"}]'),
+        ({"runs": {"run_id": "r"}}, 'runs: {"run_id": "r"}'),
+        ({"recurringRuns": [{"recurring_run_id": "a", "trigger": "daily"}]}, 'trigger: "daily"'),
+        ({"pipeline_version_id": "v", "pipeline_spec": "text"}, 'pipeline_spec: "text"'),
+    ],
+)
+def test_fields_of_another_kind_than_kfps_are_one_line_and_no_traceback(kfp_api: Any, body: Any, odd: str) -> None:
+    kfp_api.before = lambda handler: handler.reply(200, body) or True
+    with pytest.raises(RefusedError, match=rf"answers {re.escape(odd)}, which KFP does not: check --host"):
+        ask(kfp_api)
+
+
+def test_what_others_named_and_what_is_null_is_no_field_of_kfps(kfp_api: Any) -> None:
+    body = {"run_id": "r", "error": None, "runtime_config": {"parameters": {"state": 3}}, "plugins": {"error": "x"}}
+    kfp_api.before = lambda handler: handler.reply(200, body) or True
+    assert ask(kfp_api) == body
 
 
 def test_json_that_is_cut_short_is_worth_another_try(kfp_api: Any) -> None:

@@ -103,7 +103,7 @@ def test_kfp_still_refuses_container_components_so_the_handler_must_be_replaced(
 
 def test_a_loop_and_a_collected_list_run_and_every_step_is_reported_once(runner: Runner) -> None:
     run = runner(two_workers, text="hello")
-    assert [step.verb for step in run.steps] == ["make_step", "make_step", "gather_step"]
+    assert [step.step for step in run.steps] == ["make_step", "make_step", "gather_step"]
     lines = runner.console.getvalue().splitlines()
     titles = [line.removeprefix("[").split("] ") for line in lines if line.startswith("[")]
     assert [number for number, _ in titles] == [" 1/3", " 2/3", " 3/3"]
@@ -162,7 +162,7 @@ def test_a_missing_and_an_unknown_parameter_are_named_before_anything_runs(runne
 
 def test_overhead_is_the_time_in_which_no_step_works() -> None:
     def step(began: float, start: float, seconds: float) -> StepRun:
-        return StepRun("verb", "title", began, start, seconds, {})
+        return StepRun("step", "title", began, start, seconds, {})
 
     # Works during [2, 5], [3, 8] (overlapping workers) and [9, 10] of 20 seconds.
     run = LocalRun(Path(), 20.0, (step(1, 1, 4), step(1, 2, 7), step(8, 1, 2)))

@@ -106,6 +106,14 @@ def test_what_is_not_there_is_one_line(kfp_api: Any, package: Path, name: str, l
         find_pipeline(api, name)
 
 
+def test_a_pipeline_of_kfps_version_1_is_one_line(kfp_api: Any, package: Path) -> None:
+    api = connect(kfp_api.url)
+    upload(api, package)
+    kfp_api.versions["version-0"]["pipeline_spec"] = {"kind": "Workflow", "apiVersion": "argoproj.io/v1alpha1"}
+    with pytest.raises(LayerloopError, match=r"work@work-\w+ is no pipeline of KFP's version 2: name another"):
+        find_pipeline(api, "work")
+
+
 def test_in_multi_user_mode_a_pipeline_is_the_profiles_own_and_shared_ones_are_found(
     kfp_api: Any, package: Path
 ) -> None:

@@ -80,7 +80,7 @@ def test_replacing_does_not_stop_a_run_that_is_going_on(kfp_api: Any, package: P
     (old,) = kfp_api.schedules
     home = next(iter(kfp_api.experiments))
     run = kfp_api.add_run(recurring_run_id=old, experiment_id=home, state="RUNNING")
-    assert f"the old one is paused while its run {run} goes on" in apply(kfp_api, package, cron="0 0 4 * * *")
+    assert f"the old one is paused while its run {run} continues" in apply(kfp_api, package, cron="0 0 4 * * *")
     assert kfp_api.runs[run]["state"] == "RUNNING"
     assert sorted(by_name(kfp_api)) == [("nightly", "DISABLE"), ("nightly", "ENABLE")]
     kfp_api.runs[run]["state"] = "SUCCEEDED"
@@ -213,7 +213,7 @@ def test_everything_wrong_with_a_file_is_said_a_line_each_and_nothing_is_applied
             "schedules[1].nmae is not a known key: did you mean 'name'?",
             "schedules[2]: schedule c needs either cron or every_minutes",
             "schedules[3]",
-            "schedule a is there twice",
+            "schedule a is given twice",
         ),
         strict=True,
     ):
@@ -282,7 +282,7 @@ def test_another_target_waits_for_the_chains_run_unless_it_may_be_stopped(
     run = kfp_api.add_run(recurring_run_id=old, experiment_id=home, state="RUNNING")
     assert run_until(kfp_api, train_package) == 0  # nothing is changed, so nothing is in the way
     assert run_until(kfp_api, train_package, until=300) == 2
-    assert f"its run {run} is going on: wait for its end" in capsys.readouterr().err
+    assert f"its run {run} is active: wait for its end" in capsys.readouterr().err
     assert list(kfp_api.schedules) == [old]
     assert run_until(kfp_api, train_package, "--replace", until=300) == 0
     assert kfp_api.runs[run]["state"] == "CANCELED"

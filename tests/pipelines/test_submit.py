@@ -303,6 +303,11 @@ def test_an_interrupted_wait_says_how_to_attach_and_attaching_ends_with_the_run(
     assert len(kfp_api.runs) == 1
 
 
+def test_a_runs_link_is_as_good_as_its_id(kfp_api: Any, package: Path) -> None:
+    assert start(kfp_api, package) == 0
+    assert main(["submit", "--attach", f"{kfp_api.url}/#/runs/details/run-0", "--host", kfp_api.url]) == 0
+
+
 def test_attaching_to_a_run_that_is_not_there_is_one_line(kfp_api: Any, capsys: Any) -> None:
     assert main(["submit", "--attach", "run-9", "--host", kfp_api.url]) == 2
     assert "answers 404: Run run-9 not found" in capsys.readouterr().err
@@ -312,7 +317,7 @@ def test_attaching_to_a_run_that_is_not_there_is_one_line(kfp_api: Any, capsys: 
     "arguments, line",
     [
         (["submit"], "no pipeline is given"),
-        (["submit", "--attach", "run-0", "-p", "a=b"], "--attach waits for a run that is there"),
+        (["submit", "--attach", "run-0", "-p", "a=b"], "--attach waits for a run that was started before"),
         (["submit", "x.yaml", "--timeout", "-1"], "--timeout is -1: give a number above 0"),
         (["submit", "x.yaml", "--until", "0"], "--until is 0: give a number above 0"),
         (["submit", "x.yaml", "-p", "text"], "parameter 'text' has no value"),
@@ -414,7 +419,9 @@ def test_of_two_runs_started_at_the_same_moment_the_later_is_withdrawn(
     assert "run run-0 is withdrawn" in capsys.readouterr().out
 
 
-def test_runs_without_progress_end_it_and_progress_counts_anew(kfp_api: Any, train_package: Path, capsys: Any) -> None:
+def test_runs_without_progress_end_it_and_progress_counts_from_zero(
+    kfp_api: Any, train_package: Path, capsys: Any
+) -> None:
     campaign = Campaign(kfp_api, step=1)
     ends = ["FAILED", "FAILED", "SUCCEEDED", "FAILED", "FAILED", "FAILED"]
     kfp_api.states = list(ends)
@@ -514,7 +521,7 @@ def test_an_interrupt_says_that_the_same_command_attaches(kfp_api: Any, train_pa
     status = go_on(kfp_api, train_package, lambda uri: 0, waiting=Waiting(poll=interrupt))
     assert status == 130
     out = capsys.readouterr().out
-    assert "interrupted: run run-0 goes on: " in out
+    assert "interrupted: run run-0 continues: " in out
     assert "the same command attaches to the campaign's run again" in out
 
 

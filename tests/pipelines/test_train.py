@@ -1,4 +1,4 @@
-"""The compiled DAGs: their shape, their size and their parameters. Where steps are placed: test_cluster.py."""
+"""The compiled DAGs: their shape, their size and their parameters. Where steps run: test_cluster.py."""
 
 import hashlib
 import os
@@ -43,7 +43,7 @@ def verb_of(executor: str) -> str:
 
 
 def dags(spec: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Tasks of every DAG by its component: `root`, `comp-stretch` ..."""
+    """Tasks of every DAG by its component: `root`, `comp-remaining-work` ..."""
     inner = {name: component["dag"]["tasks"] for name, component in spec["components"].items() if "dag" in component}
     return {"root": spec["root"]["dag"]["tasks"], **inner}
 
@@ -62,8 +62,8 @@ def condition_of(spec: dict[str, Any], name: str) -> str:
 def test_a_run_is_shard_then_iterations_in_a_row_then_evaluate_and_publish(tmp_path: Path) -> None:
     spec, _ = compiled(tmp_path)
     found = dags(spec)
-    assert order(found["root"]) == {"shard-dataset": [], "stretch": ["shard-dataset"]}
-    assert order(found["comp-stretch"]) == {"condition-1": []}
+    assert order(found["root"]) == {"shard-dataset": [], "remaining-work": ["shard-dataset"]}
+    assert order(found["comp-remaining-work"]) == {"condition-1": []}
     assert order(found["comp-condition-1"]) == {
         "iteration": [],
         "iteration-2": ["iteration"],
@@ -82,7 +82,7 @@ def test_nothing_but_the_first_step_runs_where_nothing_is_left_and_the_end_only_
     value = "inputs.parameter_values['pipelinechannel--left']"
     assert condition_of(spec, "comp-condition-1") == f"{value} != 'nothing'"
     assert condition_of(spec, "comp-condition-2") == f"{value} == 'everything'"
-    source = spec["root"]["dag"]["tasks"]["stretch"]["inputs"]["parameters"]["left"]["taskOutputParameter"]
+    source = spec["root"]["dag"]["tasks"]["remaining-work"]["inputs"]["parameters"]["left"]["taskOutputParameter"]
     assert source == {"outputParameterKey": "left", "producerTask": "shard-dataset"}
 
 
@@ -91,7 +91,7 @@ def test_no_artifact_leaves_a_condition(tmp_path: Path) -> None:
     for evaluate in EVALUATE:
         spec, _ = compiled(tmp_path, evaluate=evaluate)
         for name, component in spec["components"].items():
-            if name.startswith(("comp-condition", "comp-stretch")):
+            if name.startswith(("comp-condition", "comp-remaining-work")):
                 assert "outputDefinitions" not in component, name
 
 
@@ -237,11 +237,14 @@ def test_compiling_twice_in_processes_with_other_hash_seeds_gives_the_same_bytes
     assert len(digests) == 1
 
 
+FORM_OF_EVALUATE = ["campaign", "iteration", "fail_when_worse", "runtime"]
+
+
 def test_the_evaluation_pipeline_finds_the_head_and_evaluates_it(tmp_path: Path) -> None:
     path = write_pipeline(evaluate_pipeline(recipe=RECIPE), tmp_path / "evaluate.yaml")
     spec = next(yaml.safe_load_all(path.read_text()))
     assert count_tasks(spec) == 2
-    assert list(spec["root"]["inputDefinitions"]["parameters"]) == ["campaign", "iteration"]
+    assert list(spec["root"]["inputDefinitions"]["parameters"]) == FORM_OF_EVALUATE
     assert condition_of(spec, "comp-condition-1") == "inputs.parameter_values['pipelinechannel--left'] != 'nothing'"
     source = spec["root"]["dag"]["tasks"]["evaluation"]["inputs"]["artifacts"]["policy"]["taskOutputArtifact"]
     assert source == {"outputArtifactKey": "policy", "producerTask": "shard-dataset"}

@@ -488,3 +488,22 @@ def test_an_argument_of_another_type_is_a_defect_of_the_step() -> None:
 
     with pytest.raises(TypeError, match="use str, int, float, bool or dict"):
         step_main(listy, argv=[])
+
+
+ABORTING = """
+import ctypes
+import runpy
+import sys
+
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)  # as the destructor of a library's thread does
+runpy.run_module(f"layerloop.components.{sys.argv.pop(1)}", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_library_that_aborts_while_the_process_ends_does_not_change_the_status_of_a_step(step: str) -> None:
+    command = [sys.executable, "-c", ABORTING, step, "--executor-input", "[]"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith("error: --executor-input is not an executor input: pass the placeholder {{$}}\n")

@@ -48,7 +48,11 @@ def test_a_list_is_replaced() -> None:
             "overrides: recipe.update.learning_rat is not a known key: did you mean ",
         ),
         ({"updat": {}}, "overrides: recipe.updat is not a known key: did you mean 'update'?"),
-        ({"update": 3}, "overrides: recipe.update is 3: "),
+        ({"update": 3}, "overrides: recipe.update is 3: give a mapping, keys with values"),
+        (
+            {"update.learning_rate": 1e-4},
+            'overrides: recipe.update.learning_rate is not a known key: write it as {"update": {"learning_rate": ...}}',
+        ),
         ({"rollout": {"groups": 2.5}}, "overrides: recipe.rollout.groups is 2.5: "),
         ({"rollout": {"window": {"size": 99}}}, "overrides: recipe.rollout.window.size is 99 but steps is 8"),
     ],

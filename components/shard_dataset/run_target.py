@@ -20,7 +20,7 @@ from layerloop.components.runtime.progress import log
 from layerloop.components.runtime.recurring import disable_recurring_run
 from layerloop.components.runtime.refusals import POD
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.storage.campaign import RECIPE, Campaign
+from layerloop.components.storage.campaign import RECIPE, Campaign, check_publication_name
 from layerloop.components.storage.stores import Store
 
 RUNS = "runs"  # folder of the records of runs that were started
@@ -29,7 +29,7 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
+class RunTarget:
     """The part of a campaign that one run covers."""
 
     run_id: str  # KFP's; one of its own where there is none
@@ -37,13 +37,16 @@ class Stretch:
     evaluate: str  # one of MODES; "only" is a run that trains nothing
     until: int = 0  # the campaign's target, an iteration; 0 for none
     max_failures: int = 0  # runs in a row without progress after which no further one starts; 0 for no limit
+    publish_as: str = ""  # folder under published/; the recipe's name with the iteration where it is empty
 
     @classmethod
-    def of(cls, *, run_id: str, iterations: int, evaluate: str, until: int, max_failures: int) -> Stretch:
-        """The run's stretch, checked.
+    def of(
+        cls, *, run_id: str, iterations: int, evaluate: str, until: int, max_failures: int, publish_as: str = ""
+    ) -> RunTarget:
+        """The run's target, checked.
 
         Raises:
-            LayerloopError: a negative number, or an unknown mode.
+            LayerloopError: a negative number, an unknown mode, or a name that cannot be published under.
         """
         for name, value in (("until", until), ("max_failures", max_failures)):
             if value < 0:
@@ -54,13 +57,36 @@ class Stretch:
             raise LayerloopError(f"evaluate is {evaluate!r}: choose one of {', '.join(MODES)}")
         if not _RUN_ID.fullmatch(run_id):  # a placeholder that nothing resolved: kfp.local and other runners
             run_id = f"local-{uuid.uuid4()}"
-        return cls(run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures)
+        if publish_as:
+            check_publication_name(publish_as)
+        return cls(
+            run_id=run_id, iterations=iterations, evaluate=evaluate, until=until, max_failures=max_failures,
+            publish_as=publish_as,
+        )  # fmt: skip
 
     def left(self, head: int) -> str:
         """The work of this run: `iterations`, or `everything`: it evaluates and publishes after them, in mode `end`
         not before the target."""
         finishes = self.evaluate != "end" or not self.until or head + self.iterations >= self.until
         return "everything" if finishes else "iterations"
+
+    def check_publication(self, campaign: Campaign) -> None:
+        """Refuse a name that the run could not publish under at its end, many hours later.
+
+        Raises:
+            LayerloopError: the name holds the adapter of another iteration than the run ends with.
+        """
+        head = campaign.head()
+        if not self.publish_as or self.left(head) != "everything":
+            return
+        last = max(head, min(head + self.iterations, self.until or head + self.iterations))
+        taken = campaign.find(campaign.published_dir(self.publish_as))
+        if taken is not None and taken.iteration != last:
+            raise LayerloopError(
+                f"{campaign.uri}/{campaign.published_dir(self.publish_as)} already holds the adapter of iteration "
+                f"{taken.iteration}, and this run ends with iteration {last}: choose another "
+                "publish_as, or leave it empty"
+            )
 
     def is_done(self, campaign: Campaign) -> bool:
         """Whether the campaign has reached the target and all that follows it; if so, log it and end the chain of runs.
@@ -146,7 +172,7 @@ def _progress_mark(campaign: Campaign | None) -> str:
         return "not started"
     head = campaign.head()
     following = head + 1
-    committed = len(campaign.committed_groups(following)) + (campaign.find(campaign.scores_dir(following)) is not None)
+    committed = len(campaign.sampled_groups(following)) + (campaign.find(campaign.scores_dir(following)) is not None)
     after = (campaign.find(_evaluation(campaign, head)) is not None) + len(campaign.published())
     sources = "with" if campaign.find(campaign.sources_dir) else "without"
     return f"iteration {head}, {committed} outputs of the next, {after} evaluated or published, {sources} sources"

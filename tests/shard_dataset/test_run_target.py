@@ -9,8 +9,8 @@ import pytest
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe, parse_recipe
+from layerloop.components.shard_dataset.run_target import RunTarget, refuse_ephemeral_folder
 from layerloop.components.shard_dataset.step import choose_recipe, read_recipe, run
-from layerloop.components.shard_dataset.stretch import Stretch, refuse_ephemeral_folder
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import commit
 from layerloop.components.storage.stores import open_store
@@ -24,7 +24,9 @@ RECIPE = "name: mine\nrollout: {groups: 2}\n"
 def campaign(store_uri: str) -> Campaign:
     """A campaign with its sources and no iteration."""
     campaign = Campaign.create_or_open(store_uri, parse_recipe(RECIPE))
-    sources = Manifest(kind="sources", counts={"train": 5}, metadata={"images": "/p", "designs": ""})
+    sources = Manifest(
+        kind="sources", counts={"train": 5}, metadata={"images": "/p", "images_sha256": "", "designs": ""}
+    )
     commit(campaign.store, f"{campaign.sources_dir}/{MANIFEST}", sources)
     return campaign
 
@@ -45,7 +47,8 @@ def published(campaign: Campaign, iteration: int) -> None:
 
 def start(campaign: Campaign, run_id: str = "run", **options: Any) -> Any:
     """The first step of a run of two iterations; what is left and the policy it hands on."""
-    result = run(campaign=campaign.uri, default_recipe=RECIPE, iterations=2, run_id=run_id, **options)
+    options = {"judge_url": "http://judge:8000/v1", "iterations": 2} | options
+    result = run(campaign=campaign.uri, default_recipe=RECIPE, run_id=run_id, **options)
     return result.parameters["left"], result.manifests["policy"].iteration
 
 
@@ -153,9 +156,56 @@ def test_a_campaign_that_was_put_back_is_not_held_to_what_was_before(campaign: C
 def test_a_first_run_that_fails_before_there_is_a_campaign_counts(store_uri: str) -> None:
     for number in (1, 2):
         with pytest.raises(LayerloopError, match="images is empty"):
-            run(campaign=store_uri, recipe="tiny", run_id=f"run-{number}", max_failures=2)
+            run(campaign=store_uri, recipe="tiny", run_id=f"run-{number}", max_failures=2, judge_url="http://judge/v1")
     with pytest.raises(LayerloopError, match=r"2 runs in a row \(run-1, run-2\).*not started"):
-        run(campaign=store_uri, recipe="tiny", run_id="run-3", max_failures=2)
+        run(campaign=store_uri, recipe="tiny", run_id="run-3", max_failures=2, judge_url="http://judge/v1")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"overrides": {"seed": 99}}, "seed"),
+        ({"overrides": {"sead": 1}}, "did you mean 'seed'"),
+        ({"recipe": "none"}, "none, which is none of"),
+        ({"runtime": "{judge: {concurency: 1}}"}, "did you mean 'concurrency'"),
+        ({"images": "/elsewhere"}, "images is /elsewhere but"),
+        ({"judge_url": "judge:8000/v1"}, "judge_url is 'judge:8000/v1': give a base URL"),
+    ],
+)
+def test_a_run_that_is_refused_for_whatever_it_is_given_counts(
+    campaign: Campaign, options: dict[str, Any], line: str
+) -> None:
+    trained(campaign, 1)
+    for number in (1, 2):
+        with pytest.raises(LayerloopError, match=line):
+            start(campaign, f"run-{number}", max_failures=2, **options)
+    with pytest.raises(LayerloopError, match=r"2 runs in a row \(run-1, run-2\)"):
+        start(campaign, "run-3", max_failures=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("my best", {}, "publish_as is 'my best': give 1 to 96 letters"),
+        ("v2", {}, "already holds the adapter of iteration 2, and this run ends with iteration 4: choose another"),
+        ("v2", {"until": 3}, "already holds the adapter of iteration 2, and this run ends with iteration 3"),
+    ],
+)
+def test_a_name_that_cannot_be_published_under_is_refused_before_the_work(
+    campaign: Campaign, name: str, options: dict[str, Any], line: str
+) -> None:
+    trained(campaign, 2)
+    published(campaign, 2)
+    with pytest.raises(LayerloopError, match=line):
+        start(campaign, publish_as=name, **options)
+
+
+def test_a_name_that_the_run_would_publish_under_again_or_not_at_all_is_taken(campaign: Campaign) -> None:
+    trained(campaign, 2)
+    published(campaign, 2)
+    assert start(campaign, publish_as="best") == ("everything", 2)
+    assert start(campaign, publish_as="v2", until=9) == ("iterations", 2)  # a later run of the chain will refuse it
+    assert start(campaign, publish_as="v2", until=2) == ("everything", 2)  # its evaluation is missing
 
 
 def test_without_a_limit_nothing_is_written(campaign: Campaign) -> None:
@@ -166,7 +216,7 @@ def test_without_a_limit_nothing_is_written(campaign: Campaign) -> None:
 @pytest.mark.parametrize("run_id", ["", "{{$.pipeline_job_uuid}}", "../../x"])
 def test_a_run_without_an_id_of_kfp_gets_one_of_its_own(run_id: str) -> None:
     options = {"iterations": 1, "evaluate": "end", "until": 0, "max_failures": 0}
-    ids = {Stretch.of(run_id=run_id, **options).run_id for _ in range(2)}  # type: ignore[arg-type]
+    ids = {RunTarget.of(run_id=run_id, **options).run_id for _ in range(2)}  # type: ignore[arg-type]
     assert len(ids) == 2
     assert all(made.startswith("local-") for made in ids)
 
