@@ -32,7 +32,7 @@ AREAS = {
     "rollouts": ("storage/rollouts.py", "storage/groups.py"),
     "sources of the runtime": ("storage/runtime.py",),
     "contract": ("runtime/contract.py",),
-    "target of a run": ("shard_dataset/stretch.py",),
+    "target of a run": ("shard_dataset/run_target.py",),
     "measures": ("layers/measure.py", "layers/layerd.py", "layers/stack.py"),
     "statistics": ("evaluate_adapter/statistics.py",),
     "publishing": ("publish_adapter",),
