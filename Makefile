@@ -1,6 +1,6 @@
 # The workflow, a target a step. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow lint bench study lock wheel compile pretrain clean
+.PHONY: help install demo test slow lint mutants bench study lock wheel compile pretrain clean
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
@@ -40,6 +40,10 @@ slow: $(READY) ## run the long tests too, which `make test` leaves out
 
 lint: $(READY) ## only formatting, lint, types and the arrows between packages
 	@$(VENV)/bin/python -m pytest tests/test_house.py
+
+# PART=1/4 runs a quarter of them, ONLY=name one; what was caught is kept in build/mutants.json.
+mutants: $(READY) ## check that the tests catch every deliberate fault of tests/mutants/faults.yaml; resumable
+	@$(VENV)/bin/python tests/mutants $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY)) $(if $(JOBS),--jobs $(JOBS))
 
 bench: $(READY) ## measure; writes build/benchmarks.json
 	@$(VENV)/bin/python -m pytest tests/benchmarks

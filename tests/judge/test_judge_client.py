@@ -86,8 +86,15 @@ def test_an_unusable_answer_is_asked_again_with_another_seed_and_some_temperatur
     assert judge.statistics.invalid_retries == 2
 
 
-def test_a_refusal_is_not_asked_again(scripted: Any, one: Request, say: Say) -> None:
-    scripted.answer = say(None, refusal="I cannot judge this.")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, {"refusal": "I cannot judge this."}), ("I'm sorry, I cannot evaluate this image.", {})],
+    ids=["in-its-field", "in-words"],
+)
+def test_a_refusal_is_not_asked_again(
+    scripted: Any, one: Request, say: Say, content: str | None, message: dict[str, Any]
+) -> None:
+    scripted.answer = say(content, **message)
     judge = Judge(scripted.url, *settings())
     answers = asyncio.run(ask_all(judge, [one]))
     assert answers[0].reason == "refused" and len(scripted.bodies) == 1
@@ -261,6 +268,22 @@ def test_what_was_answered_is_never_asked_again_even_if_it_was_unusable(
     assert again[0][0] == first[0][0] and len(scripted.bodies) == 2
     assert judge.statistics.sent == 0 and judge.statistics.cache_hits == 2
     assert judge.statistics.tokens_in == 200  # what the iteration cost, whichever run paid it
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "asked"),
+    [({"refusal": "I must decline."}, "refused", 1), ({"content": ""}, "empty", 3)],
+    ids=["refusal", "empty"],
+)
+def test_a_paid_answer_without_scores_is_stored_too(
+    scripted: Any, one: Request, say: Say, message: dict[str, Any], reason: str, asked: int
+) -> None:
+    replies = ReplyMemory()
+    scripted.answer = say("", **message)
+    for _ in range(2):
+        [error] = asyncio.run(ask_all(Judge(scripted.url, *settings(retries=2), replies=replies), [one]))
+        assert isinstance(error, UnusableError) and error.reason == reason
+        assert len(scripted.bodies) == len(replies) == asked
 
 
 def test_another_model_sample_or_seed_is_another_question(scripted: Any, one: Request, good: bytes) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from layerloop.components.judge.features import EndpointFeatures
+from layerloop.components.judge.images import EncodedImage, encode_image
 from layerloop.components.judge.parsing import expected_scores
 from layerloop.components.judge.replies import Reply, Usage
 from layerloop.components.judge.requests import Request
@@ -115,12 +118,16 @@ def test_a_request_begins_with_what_its_group_shares(one: Request, three: Reques
 
 
 def test_the_digest_is_of_words_and_images_and_nothing_else(one: Request, three: Request) -> None:
-    from dataclasses import replace
-
     assert one.digest == replace(one, label="other").digest
     assert (
         len({one.digest, three.digest, replace(one, system="x").digest, replace(one, parts=one.parts[:-1]).digest}) == 4
     )
+
+
+def test_a_request_with_other_pixels_has_another_digest(one: Request) -> None:
+    index = next(index for index, part in enumerate(one.parts) if isinstance(part, EncodedImage))
+    other = encode_image(np.zeros((8, 8, 3), np.uint8))
+    assert replace(one, parts=(*one.parts[:index], other, *one.parts[index + 1 :])).digest != one.digest
 
 
 def test_the_payload_is_json_by_any_features(one: Request) -> None:

@@ -72,3 +72,13 @@ def test_the_hash_of_a_prompt_covers_the_words_that_the_methods_in_use_add(phase
     recipe = JudgeRecipe.model_validate({"method": phase1, "phase2": {"method": phase2}})
     own = [*PHASE1[phase1].WORDING, *PHASE2[phase2].WORDING]
     assert (prompt_hash(RUBRIC, recipe) == GOLDEN["prompt_sha256"]) == (own == [])
+
+
+@pytest.mark.parametrize(("phase1", "phase2"), [("rubric", "grid"), ("checklist", "pairwise")])
+def test_a_word_that_a_method_adds_is_another_prompt(monkeypatch: pytest.MonkeyPatch, phase1: str, phase2: str) -> None:
+    recipe = JudgeRecipe.model_validate({"method": phase1, "phase2": {"method": phase2}})
+    hashes = {prompt_hash(RUBRIC, recipe)}
+    for method in (PHASE1[phase1], PHASE2[phase2]):
+        monkeypatch.setattr(method, "WORDING", (*method.WORDING, "Look closely."))
+        hashes.add(prompt_hash(RUBRIC, recipe))
+    assert len(hashes) == 3

@@ -136,6 +136,7 @@ ALONE: dict[str, tuple[bytes, str | None]] = {
     "negative": (says(having(A, -1)), "out_of_range"),
     "six of five": (says(having(A, 6)), "out_of_range"),
     "of ten": (says(having(A, "8/10")), "out_of_range"),
+    "of ten, and under five": (says(having(A, "4/10")), "out_of_range"),
     "true": (says(having(A, True)), "not_a_number"),
     "null score": (says(having(A, None)), "not_a_number"),
     "a word": (says(having(A, "good")), "not_a_number"),

@@ -101,6 +101,12 @@ def test_a_very_faint_layer_is_blank_and_therefore_not_glazed() -> None:
     assert (blank(stack).item(), glazed(stack).item(), bad(stack).item()) == (True, False, True)
 
 
+def test_a_wide_layer_of_three_levels_is_blank_and_not_glazed_too() -> None:
+    stack = layer((200, 0, 0), 3, (0, SIDE // 4 + 4, 0, SIDE))[None]  # over 31 % of the canvas, mean alpha 0.0037
+    assert coverage(stack).item() == 0.3125
+    assert (blank(stack).item(), glazed(stack).item(), bad(stack).item()) == (True, False, True)
+
+
 def test_coverage_and_translucency_ignore_alpha_of_two_levels() -> None:
     stack = layer((1, 1, 1), 2)[None]
     assert (coverage(stack).item(), semi_transparent(stack).item()) == (0.0, 0.0)

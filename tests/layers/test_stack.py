@@ -89,6 +89,12 @@ def test_flattened_layers_are_merged_before_they_meet_the_backdrop() -> None:
     assert flatten(np.stack([stack] * 3), "black").shape == (3, 1, 3, 3)
 
 
+def test_what_is_laid_on_a_backdrop_is_rounded_to_the_nearest_level() -> None:
+    image = np.array([[[10, 20, 30, 200]]], np.uint8)  # times 200 / 255: 7.84, 15.69, 23.53
+    assert on_backdrop(image, "black").tolist() == [[[8, 16, 24]]]
+    assert on_backdrop(image, "white").tolist() == [[[63, 71, 79]]]  # and 55 more
+
+
 def test_half_transparent_red_on_each_backdrop() -> None:
     image = np.full((16, 16, 4), (255, 0, 0, 51), np.uint8)  # alpha 0.2
     assert (on_backdrop(image, "white") == (255, 204, 204)).all()
@@ -133,6 +139,17 @@ def test_resizing_brings_no_hidden_colour_into_the_edges(resampling: str) -> Non
         assert resized.shape == (size[1], size[0], 4)
     straight = np.asarray(Image.fromarray(image[..., :3]).resize((24, 24), Image.Resampling.LANCZOS))
     assert straight[resize(image, (24, 24))[..., 3] > 0].min() < 128  # what the premultiplying prevents
+
+
+@pytest.mark.parametrize(("resampling", "most"), [("lanczos", 64), ("bicubic", 64), ("bilinear", 1), ("box", 1)])
+def test_hidden_green_does_not_colour_the_rim_of_an_orange_disc(resampling: str, most: int) -> None:
+    image = np.full((64, 64, 4), (0, 255, 0, 0), np.uint8)
+    rows, columns = np.mgrid[:64, :64]
+    image[(rows - 32) ** 2 + (columns - 32) ** 2 < 400] = (255, 128, 0, 255)
+    for size in ((24, 24), (150, 100)):
+        resized = resize(image, size, resampling)  # type: ignore[arg-type]
+        seen = resized[resized[..., 3] >= 8][:, :3].astype(int)
+        assert np.abs(seen - (255, 128, 0)).max() <= most  # green is 127 away; filters with negative lobes overshoot
 
 
 def test_resizing_commutes_with_compositing() -> None:

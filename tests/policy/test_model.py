@@ -15,7 +15,7 @@ from PIL import Image
 
 from layerloop.components.policy import sampling
 from layerloop.components.policy.autoencoder import FrameDecoder
-from layerloop.components.policy.lora import new_adapter, put_adapter
+from layerloop.components.policy.lora import new_adapter, put_adapter, train_adapter
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.policy.sampling import Plan
 from layerloop.components.schema.errors import LayerloopError
@@ -353,6 +353,17 @@ def test_without_the_adapter_the_policy_is_the_base_bit_for_bit(policy, frozen_p
             assert torch.equal(policy.velocity(noise, 0.7, condition), base)
         assert torch.equal(policy.velocity(noise, 0.7, condition), adapted)
     assert (adapted - base).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("trainable", [True, False], ids=["learning", "frozen"])
+def test_without_the_adapter_nothing_becomes_trainable(policy, trainable) -> None:  # type: ignore[no-untyped-def]
+    put_adapter(policy.transformer, new_adapter(policy.transformer, LoraRecipe(), seed=1))
+    train_adapter(policy.transformer, trainable)
+    before = policy.trainable_parameters().keys()
+    with policy.without_adapter():
+        pass
+    assert policy.trainable_parameters().keys() == before
+    assert bool(before) == trainable
 
 
 def test_compiled_blocks_take_all_that_a_campaign_asks_of_them_and_change_no_bit(

@@ -56,3 +56,9 @@ def test_position_share_sees_order_bias_and_only_that() -> None:
     assert position_share(biased)[1] > 0.3
     assert position_share([(p, float(p)) for _ in range(3) for p in range(4)]) == pytest.approx((1.0, 1.0))
     assert position_share([]) == (0.0, 0.0)
+
+
+def test_position_share_is_eta_squared_and_epsilon_squared() -> None:
+    # Positions 0 and 1 have means 1 and 3: between 4 * 1 = 4, within 2 * (0.5^2 + 0.5^2) = 1, 2 degrees of freedom.
+    observations = [(0, 0.5), (0, 1.5), (1, 2.5), (1, 3.5)]
+    assert position_share(observations) == pytest.approx((4 / 5, (4 - 1 * (1 / 2)) / 5))

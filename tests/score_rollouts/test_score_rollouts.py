@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pyarrow.parquet as pq
 import pytest
 
+from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.runtime import JudgeRuntime
 from layerloop.components.score_rollouts.step import run
@@ -54,6 +55,11 @@ def test_phase_one_is_whole_numbers_and_phase_two_spreads_what_it_compares(
     rows = rows_of(campaign)
     assert all((5 * score).is_integer() for row in rows for score in (row.phase1 or {}).values())
     assert any(not (5 * score).is_integer() for row in rows for score in (row.phase2 or {}).values())
+    weights = load_rubric("default").weights
+    for row in rows:
+        assert row.phase1 is not None and row.phase2 is not None
+        assert row.reward == pytest.approx(sum(weights[name] * row.phase2[name] for name in weights))
+        assert row.reward_phase1 == pytest.approx(sum(weights[name] * row.phase1[name] for name in weights))
 
 
 def test_a_second_run_asks_nothing_and_changes_nothing(make_campaign: MakeCampaign, judge_url: str) -> None:

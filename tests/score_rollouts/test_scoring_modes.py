@@ -177,6 +177,16 @@ def test_too_many_dropped_groups_fail_the_step_in_one_line(make_campaign: MakeCa
     assert campaign.find(campaign.scores_dir(1)) is None
 
 
+def test_dropped_groups_beyond_the_recipes_share_fail_the_step(make_campaign: MakeCampaign, meddling: Any) -> None:
+    campaign = make_campaign(
+        groups=3, size=2, retries=0, canaries=False, concurrency=1, give_up_seconds=1e6, max_dropped_fraction=0.3
+    )
+    meddling.change = lambda body, number, text: None if number == 0 else text
+    with pytest.raises(LayerloopError, match=r"1 of 3 groups have fewer than 2 valid.*max_dropped_fraction 0\.3"):
+        run(campaign=campaign.uri, judge_url=meddling.url)
+    assert campaign.find(campaign.scores_dir(1)) is None
+
+
 def test_a_judge_that_goes_away_fails_the_step_and_loses_nothing(make_campaign: MakeCampaign, meddling: Any) -> None:
     campaign = make_campaign(groups=2, size=4, retries=3, canaries=False, concurrency=1, give_up_seconds=0.0)
     meddling.change = lambda body, number, text: text if number < 5 else None

@@ -315,6 +315,23 @@ def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
     assert uninterrupted.adapter_weights(4) != uninterrupted.adapter_weights(2)
 
 
+def test_adamws_moments_and_their_count_continue_in_the_next_iteration(make_lab: MakeLab) -> None:
+    lab = make_lab(update={"steps": 1, "learning_rate": 1e-3, "adam_betas": (0.9, 0.95)})
+    for iteration in (1, 2):
+        lab.ready(iteration)
+        run(campaign=lab.uri)
+    before, after = (state_of(lab, iteration) for iteration in (1, 2))
+    start, end = (load(lab.adapter_weights(iteration)) for iteration in (1, 2))
+    for key in start:
+        name = key.removeprefix("base_model.model.")
+        mean, square = after[f"exp_avg.{name}"].double(), after[f"exp_avg_sq.{name}"].double()
+        gradient = (mean - 0.9 * before[f"exp_avg.{name}"].double()) / 0.1
+        expected = 0.95 * before[f"exp_avg_sq.{name}"].double() + 0.05 * gradient**2
+        torch.testing.assert_close(square, expected, rtol=1e-4, atol=1e-16)
+        move = 1e-3 * (mean / (1 - 0.9**2)) / ((square / (1 - 0.95**2)).sqrt() + lab.recipe.update.adam_epsilon)
+        torch.testing.assert_close(end[key].double(), start[key].double() - move, rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize(("ema", "decay"), [(0.5, 2 / 11), (0.15, 0.15)], ids=["in-the-warm-up", "after-it"])
 def test_the_average_follows_the_adapter(make_lab: MakeLab, ema: float, decay: float) -> None:
     """Decays of the warm-up are 1/10, 2/11, ..., and never more than `ema`."""
@@ -575,6 +592,17 @@ def test_a_shard_that_this_policy_did_not_sample_is_refused(
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not lab.committed(1)
+
+
+def test_trajectories_of_another_iterations_adapter_are_refused(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    lab.ready(1)
+    own = str(run(campaign=lab.uri).manifests["policy"].metadata["adapter_sha256"])
+    lab.rollouts(2, change=changed_record(everywhere=True, adapter_sha256="0" * 64))
+    lab.scores(2)
+    with pytest.raises(LayerloopError, match=rf"with adapter 000000000000, the policy of iteration 1 has {own[:12]}: "):
+        run(campaign=lab.uri)
+    assert not lab.committed(2)
 
 
 def test_final_latents_of_another_model_are_refused_where_they_are_learnt_from(make_lab: MakeLab) -> None:
