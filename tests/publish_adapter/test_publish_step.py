@@ -22,7 +22,7 @@ from layerloop.components.evaluate_adapter.results import metrics_json
 from layerloop.components.evaluate_adapter.statistics import Comparison
 from layerloop.components.layers.columns import COLUMNS, quoted, title_of
 from layerloop.components.policy.adapters import read_adapter
-from layerloop.components.policy.lora import put_adapter
+from layerloop.components.policy.lora import put_adapter, write_layouts
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.publish_adapter.step import run
 from layerloop.components.schema.errors import LayerloopError
@@ -152,6 +152,26 @@ def test_publishing_again_under_the_same_name_changes_nothing(make_campaign: Mak
     assert again.manifests == first.manifests
     assert again.files == first.files
     assert before == {name: campaign.store.read(name) for name in campaign.store.list("published/")}
+
+
+def test_an_old_publication_is_found_again_as_it_is(make_campaign: MakeCampaign) -> None:
+    """One of before the weights lay at the root: a folder per layout, fewer numbers."""
+    campaign = make_campaign()
+    write_layouts(read_adapter(Path(campaign.uri) / campaign.policy_dir(1)), folder := published(campaign, "old"))
+    (folder / "diffusers").mkdir()
+    (folder / "pytorch_lora_weights.safetensors").rename(folder / "diffusers/pytorch_lora_weights.safetensors")
+    (folder / "pytorch_lora_weights.bf16.safetensors").unlink()
+    names = ("peft/adapter_model.safetensors", "peft/adapter_config.json", "diffusers/pytorch_lora_weights.safetensors")
+    files = tuple(add_file(campaign.store, f"published/old/{name}", (folder / name).read_bytes()) for name in names)
+    files += (add_file(campaign.store, "published/old/README.md", b"# old"),)
+    numbers = {"adapter_effect": 0.1, "difference_peft": 0.0, "difference_diffusers": 0.0, "name": "old"}
+    source = campaign.policy(1).file("adapter_model.safetensors").sha256
+    manifest = Manifest(kind="published", iteration=1, files=files, metadata=numbers | {"source_sha256": source})
+    commit(campaign.store, f"published/old/{MANIFEST}", manifest)
+    result = run(campaign=campaign.uri, publish_as="old")
+    assert result.manifests["adapter"] == manifest and result.files["card"] == b"# old"
+    assert result.metrics["adapter_effect"] == 0.1
+    assert read_adapter(folder).alpha == 8.0
 
 
 def test_a_name_that_holds_another_adapter_is_not_overwritten(make_campaign: MakeCampaign) -> None:
