@@ -26,6 +26,9 @@ from layerloop.components.schema.errors import LayerloopError
 NAME = "default"  # peft's name for the one adapter of a model
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+# No name that ends as the one above: of several such files in a repository diffusers takes any.
+DIFFUSERS_BFLOAT16 = "pytorch_lora_weights.bf16.safetensors"
+PEFT, DIFFUSERS = "peft", "diffusers"  # subfolders by layout: peft's of every publication, diffusers' of old ones
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
 UNSUPPORTED = {"use_dora": False, "lora_bias": False, "modules_to_save": None, "bias": "none", "fan_in_fan_out": False}
 
@@ -50,11 +53,25 @@ class Adapter:
         return sum(tensor.numel() for tensor in self.state.values())
 
 
+def folded(adapter: Adapter) -> Adapter:
+    """The same function with alpha equal to the rank: B takes the scale, rounded once, exact for powers of two.
+
+    Readers that know no alpha (ComfyUI without `.alpha` tensors, diffusers without metadata) take a scale of 1.
+    """
+    scale = adapter.alpha / adapter.rank
+    if scale == 1:
+        return adapter
+    state = {k: (v.double() * scale).float() if k.endswith("lora_B.weight") else v for k, v in adapter.state.items()}
+    return Adapter(state, adapter.rank, float(adapter.rank))
+
+
 # ---- reading
 
 
 def read_adapter(path: Path | str) -> Adapter:
     """Read an adapter: a folder or a safetensors file, in peft's or diffusers' layout, or one that diffusers converts.
+
+    A publication or a merge is read as it stands; old ones have no weights at their root, but a subfolder per layout.
 
     Ranks and scales that differ between modules are made uniform without changing the function: B takes the scale, and
     smaller ranks are padded with zeros.
@@ -78,10 +95,11 @@ def read_adapter(path: Path | str) -> Adapter:
 
 def _weights_file(path: Path) -> Path:
     names = (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)
+    inside = (*names, f"{PEFT}/{PEFT_WEIGHTS}", f"{DIFFUSERS}/{DIFFUSERS_WEIGHTS}")
     try:
         if path.is_file():
             return path
-        for name in names:
+        for name in inside:
             if (path / name).is_file():
                 return path / name
         exists = path.exists()
@@ -90,7 +108,7 @@ def _weights_file(path: Path) -> Path:
         raise LayerloopError(f"{path} cannot be read ({error.strerror}): give an adapter that can") from None
     if not exists:
         raise LayerloopError(f"{path} is not an adapter: there is no such file or folder; correct the path")
-    if inner:  # a publication or a merge: one folder per layout
+    if inner:
         raise LayerloopError(f"{path} is not an adapter itself, but {inner[0]} is one: give that")
     raise LayerloopError(
         f"{path} is not an adapter: it has neither {' nor '.join(names)}; give the folder that has one, or the "

@@ -16,13 +16,16 @@ import torch
 from safetensors.torch import save_file
 
 from layerloop.components.policy.adapters import (
+    DIFFUSERS_BFLOAT16,
     DIFFUSERS_PREFIX,
     DIFFUSERS_WEIGHTS,
     NAME,
+    PEFT,
     PEFT_CONFIG,
     PEFT_PREFIX,
     PEFT_WEIGHTS,
     Adapter,
+    folded,
     merge_adapters,
     read_adapter,
     shape_text,
@@ -49,6 +52,7 @@ __all__ = [
     "target_modules",
     "train_adapter",
     "write_diffusers",
+    "write_layouts",
     "write_peft",
 ]
 
@@ -381,21 +385,40 @@ def write_peft(adapter: Adapter, folder: Path | str, *, transformer: Any = None,
 
 
 def write_diffusers(adapter: Adapter, folder: Path | str, *, transformer: Any = None) -> None:
-    """Write `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights(folder)` reads it, with the complete
-    config in its metadata (diffusers fails on a part of one, and takes alpha = r without one). Layers are named in
-    full: diffusers warns of excluded ones.
+    """Write `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights(folder)` reads it, and a bfloat16 copy.
+
+    The scale is folded into B, since readers that ignore the metadata take a scale of 1 (`folded`). The metadata has
+    the complete config (diffusers fails on a part of one). Layers are named in full: diffusers warns of excluded ones.
 
     Raises:
         LayerloopError: NaN in the adapter, or weights that do not fit the base; nothing is written then.
     """
-    _check_finite(adapter)
     if transformer is not None:
         fitted(transformer, adapter, where="adapter")
+    adapter = folded(adapter)
+    _check_finite(adapter)
     config = {DIFFUSERS_PREFIX + key: value for key, value in _config(adapter, None, None).items()}
     # one key only: safetensors writes several in any order, and equal adapters must give equal bytes
     metadata = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
     state = {DIFFUSERS_PREFIX + key: value.contiguous() for key, value in adapter.state.items()}
-    _replace_files(Path(folder), {DIFFUSERS_WEIGHTS: lambda file: save_file(state, file, metadata=metadata)})
+    halves = {key: value.bfloat16() for key, value in state.items()}
+    _replace_files(
+        Path(folder),
+        {
+            DIFFUSERS_BFLOAT16: lambda file: save_file(halves, file, metadata=metadata),
+            DIFFUSERS_WEIGHTS: lambda file: save_file(state, file, metadata=metadata),
+        },
+    )
+
+
+def write_layouts(adapter: Adapter, folder: Path | str, *, transformer: Any = None, base: str | None = None) -> None:
+    """Write a folder that people's programs load as it stands: diffusers' layout at the root, peft's in `peft/`.
+
+    Raises:
+        LayerloopError: NaN in the adapter, or weights that do not fit the base.
+    """
+    write_peft(adapter, Path(folder) / PEFT, transformer=transformer, base=base)
+    write_diffusers(adapter, folder, transformer=transformer)
 
 
 def _config(adapter: Adapter, transformer: Any, base: str | None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Merge adapters into one: `python -m layerloop.components.policy.merge OUT ADAPTER=WEIGHT ...`.
 
-The weighted sum of their updates, exactly, in both layouts: `OUT/peft` and `OUT/diffusers`. No model is loaded.
+The weighted sum of their updates, exactly, in both layouts: diffusers' in `OUT`, peft's in `OUT/peft`. No model is
+loaded.
 """
 
 from __future__ import annotations
@@ -77,19 +78,18 @@ def merge(out: Path, parts: Sequence[tuple[str, float]], *, rank: int | None = N
         LayerloopError: an adapter that cannot be read, adapters of different bases, or an `out` that is not empty or
             cannot be written.
     """
-    from layerloop.components.policy.lora import merge_adapters, write_diffusers, write_peft
+    from layerloop.components.policy.lora import merge_adapters, write_layouts
 
     with output_folder(out) as folder:
         adapter = merge_adapters(parts, rank=rank)
-        write_peft(adapter, folder / "peft")
-        write_diffusers(adapter, folder / "diffusers")
+        write_layouts(adapter, folder)
     of = ", ".join(f"{path} x {weight:g}" for path, weight in parts)
     return f"{out}: rank {adapter.rank}, {len(adapter.modules)} layers, {adapter.parameters / 1e6:.1f} M, of {of}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m layerloop.components.policy.merge", description=__doc__)
-    parser.add_argument("out", metavar="OUT", help="folder to make, with peft/ and diffusers/ in it")
+    parser.add_argument("out", metavar="OUT", help="folder to make: diffusers' weights, and peft's in peft/")
     parser.add_argument(
         "adapters", nargs="+", metavar="ADAPTER=WEIGHT", help="folder or file in either layout; weight 1 if not given"
     )

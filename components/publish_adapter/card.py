@@ -104,13 +104,17 @@ def _loading(p: Publication) -> str:
         )
     return (
         "## How to load it\n\n"
-        "Both layouts hold the same weights; take the one your program reads. `folder` is where these files are.\n\n"
+        "All files hold the same weights; take the one your program reads. `folder` is this repository's name on the "
+        "hub, or the folder of these files.\n\n"
         f"```python\n{load}\n```\n\n"
-        "With diffusers (`diffusers/pytorch_lora_weights.safetensors`):\n\n"
-        '```python\npipeline.load_lora_weights(f"{folder}/diffusers")\n```\n\n'
+        "With diffusers (`pytorch_lora_weights.safetensors`):\n\n"
+        "```python\npipeline.load_lora_weights(folder)\n```\n\n"
         "or with peft (`peft/adapter_model.safetensors`):\n\n"
         "```python\nfrom peft import PeftModel\n\n"
-        'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, f"{folder}/peft")\n```\n\n'
+        'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, folder, subfolder="peft")\n```\n\n'
+        "ComfyUI takes either `pytorch_lora_weights.safetensors` or, at half the size, "
+        "`pytorch_lora_weights.bf16.safetensors` (in diffusers `weight_name=`). The scale alpha / rank is part of "
+        "these weights already, for readers that know none; in peft's layout it is in `adapter_config.json`.\n\n"
         f"Use it as it was trained: prompt “{p.recipe.model.prompt}”, no guidance (`true_cfg_scale=1.0`), longest side "
         f"{p.recipe.data.resolution} pixels, {_layers(p.recipe)} layers. It was evaluated with Heun's method, "
         f"{p.recipe.evaluation.steps} steps; the pipeline's own sampler is Euler's, which needs more steps for the "

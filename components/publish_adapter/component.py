@@ -17,14 +17,14 @@ def publish_adapter(
     publish_as: str = "",
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
-    """Write the adapter in peft and in diffusers layout with a model card, each loaded back and compared first.
+    """Write the adapter in peft and in diffusers layout with a model card, each loaded back and proven equal first.
 
     Args:
         campaign: Root URI of the campaign.
         policy: Manifest of the policy to publish.
         adapter: Manifest of the published files.
         card: The model card.
-        metrics: Sizes, and the largest difference between the layouts' outputs.
+        metrics: Sizes, the adapter's effect on velocities, and what loading back and rounding change.
         evaluation: Manifest of its evaluation, which the model card quotes; none where the run does not evaluate.
         publish_as: Folder under `published/`; empty for the recipe's name with the iteration.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.

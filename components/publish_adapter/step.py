@@ -1,5 +1,10 @@
-"""The step `publish_adapter`: the same weights in peft's and in diffusers' layout, each loaded back and compared before
-it is committed, with a model card on their identity, training and evaluation.
+"""The step `publish_adapter`: the same weights in peft's and in diffusers' layout, each loaded back and proven equal to
+the campaign's before it is committed, with a model card on their identity, training and evaluation.
+
+    README.md                                the card
+    pytorch_lora_weights.safetensors         diffusers' layout, float32: `pipeline.load_lora_weights(folder)`, ComfyUI
+    pytorch_lora_weights.bf16.safetensors    the same in bfloat16
+    peft/                                    peft's layout: `PeftModel.from_pretrained(transformer, folder + "/peft")`
 """
 
 from __future__ import annotations
@@ -56,8 +61,8 @@ def run(
 
     Raises:
         LayerloopError: a name that is not a folder name, or that holds another adapter already; no adapter to publish;
-            a base that the adapter was not trained on; a layout that does not give the campaign's output when it is
-            loaded back. Nothing is committed then.
+            a base that the adapter was not trained on; a file that is not the campaign's adapter when its library
+            loads it back. Nothing is committed then.
     """
     if publish_as:
         check_publication_name(publish_as)
@@ -78,9 +83,11 @@ def run(
         layouts = _write_and_verify(opened, loaded, Path(temporary))
         if rank() != 0:
             return StepResult()
+        round_trip = layouts.round_trip
         log(
-            f"{name}: both layouts give the campaign's output, differences {layouts.round_trip.peft:g} and "
-            f"{layouts.round_trip.diffusers:g}"
+            f"{name}: loaded back by peft and by diffusers every layer, scale and weight is the campaign's; velocities "
+            f"differ by {round_trip.peft:.3g} and {round_trip.diffusers:.3g}, by rounding alone {round_trip.noise:.3g} "
+            f"(the adapter changes them by {round_trip.effect:.3g})"
         )
         return _result(opened, _commit(opened, name, current, loaded, layouts))
 
@@ -98,11 +105,11 @@ class VerifiedLayouts:
 def _write_and_verify(campaign: Campaign, loaded: LoadedPolicy, root: Path) -> VerifiedLayouts:
     """Write both layouts and load them back; the policy is the base alone afterwards."""
     from layerloop.components.policy.lora import adapter_of, remove_adapter
-    from layerloop.components.publish_adapter.layouts import verify_round_trip, write_layouts
+    from layerloop.components.publish_adapter.layouts import publish_files, verify_round_trip
 
     adapter = adapter_of(loaded.policy.transformer)
     remove_adapter(loaded.policy.transformer)
-    paths = write_layouts(adapter, root, policy=loaded.policy, base=campaign.recipe.model.base)
+    paths = publish_files(adapter, root, policy=loaded.policy, base=campaign.recipe.model.base)
     return VerifiedLayouts(
         adapter, root, paths, verify_round_trip(adapter, root, policy=loaded.policy, prompt_embeds=loaded.prompt)
     )
@@ -130,6 +137,8 @@ def _commit(campaign: Campaign, name: str, iteration: int, loaded: LoadedPolicy,
             "adapter_effect": layouts.round_trip.effect,
             "difference_peft": layouts.round_trip.peft,
             "difference_diffusers": layouts.round_trip.diffusers,
+            "difference_bfloat16": layouts.round_trip.bfloat16,
+            "rounding_noise": layouts.round_trip.noise,
         },
     )
     return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
@@ -158,13 +167,6 @@ def _card(
     iteration = policy.iteration or 0
     evaluation = campaign.find(campaign.evaluation_dir(f"iteration-{iteration:06d}"))
     scores = [campaign.find(campaign.scores_dir(earlier)) for earlier in range(1, iteration + 1)]
-    if round_trip.peft == round_trip.diffusers == 0:
-        agreement = "bit for bit"
-    else:
-        agreement = (
-            f"to {max(round_trip.peft, round_trip.diffusers):.2g} of a velocity that the adapter changes by "
-            f"{round_trip.effect:.2g} (root mean squares, in {campaign.recipe.model.dtype})"
-        )
     publication = Publication(
         name=name,
         recipe=campaign.recipe,
@@ -176,10 +178,19 @@ def _card(
         sha256=weights_sha256(root / "peft"),
         scores=[manifest for manifest in scores if manifest is not None],
         evaluation=json.loads(read_file(campaign.store, evaluation.file("metrics.json"))) if evaluation else None,
-        verification=f"Before it was published each layout was loaded back and gave the training run's own output, "
-        f"{agreement}.",
+        verification=_verification(round_trip, campaign.recipe.model.dtype),
     )
     return model_card(publication).encode()
+
+
+def _verification(found: RoundTrip, dtype: str) -> str:
+    return (
+        "Before it was published each file was loaded back by its library: every adapted layer, scale and weight is "
+        f"the training run's, exactly. Velocities in {dtype} differ from the training run's by "
+        f"{found.peft:.2g} (peft), {found.diffusers:.2g} (diffusers) and {found.bfloat16:.2g} (the bfloat16 file); two "
+        f"equal forms of the training run's own arithmetic differ by {found.noise:.2g}, and the adapter changes them "
+        f"by {found.effect:.2g} (root mean squares)."
+    )
 
 
 def _result(campaign: Campaign, manifest: Manifest) -> StepResult:

@@ -73,7 +73,7 @@ def test_it_ends_by_naming_a_report_and_an_adapter_that_are_there(demo: Demo) ->
         assert named["report"].read_text().lstrip().lower().startswith("<!doctype html>")
         with safe_open(named["adapter"] / "peft" / "adapter_model.safetensors", "np") as weights:
             assert any("lora_A" in key for key in weights.keys())  # noqa: SIM118
-        assert (named["adapter"] / "diffusers" / "pytorch_lora_weights.safetensors").exists()
+        assert (named["adapter"] / "pytorch_lora_weights.safetensors").exists()
         assert (named["adapter"] / "README.md").exists()
 
 

@@ -238,7 +238,7 @@ def test_an_adapter_on_s3_is_fetched_to_be_merged(
     assert main(["adapter", "merge", str(out), f"{s3_bucket}/mine=0.5"]) == 0
     printed = capfd.readouterr().out
     assert f"{s3_bucket}/mine is in {tmp_path}/cache/" in printed and f"{out}: rank 2, 1 layers" in printed
-    merged = load_file(out / "diffusers" / "pytorch_lora_weights.safetensors")
+    merged = load_file(out / "pytorch_lora_weights.safetensors")
     product = merged["transformer.proj.lora_B.weight"] @ merged["transformer.proj.lora_A.weight"]
     assert np.array_equal(product, 0.5 * b @ a)
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from layerloop.components.policy import lora
-from layerloop.components.policy.adapters import read_adapter
+from layerloop.components.policy.adapters import read_adapter, weights_sha256
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
 
@@ -160,6 +160,18 @@ def test_quantised_weights_are_refused_by_key_and_dtype(adapter_folder: Path, te
 # ---- places
 
 
+def test_a_publication_is_read_as_it_stands_also_an_old_one(adapter_folder: Path, tmp_path: Path) -> None:
+    adapter = read_adapter(adapter_folder)
+    lora.write_layouts(adapter, tmp_path / "new")
+    lora.write_diffusers(adapter, tmp_path / "old" / "diffusers")
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        again = read_adapter(folder)
+        assert all(torch.equal(again.state[key], value) for key, value in adapter.state.items())
+        assert weights_sha256(folder) == weights_sha256(next(folder.rglob("pytorch_lora_weights.safetensors")))
+    lora.write_peft(adapter, tmp_path / "old" / "peft")
+    assert weights_sha256(tmp_path / "old") == weights_sha256(tmp_path / "old" / "peft")
+
+
 def test_a_path_that_is_no_adapter_says_what_to_give(adapter_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(LayerloopError, match=r"absent is not an adapter: there is no such file or folder; correct the"):
         read_adapter(tmp_path / "absent")
@@ -170,11 +182,8 @@ def test_a_path_that_is_no_adapter_says_what_to_give(adapter_folder: Path, tmp_p
     ):
         read_adapter(published)
     adapter = read_adapter(adapter_folder)
-    lora.write_diffusers(adapter, published / "diffusers")
-    with pytest.raises(LayerloopError, match=r"is not an adapter itself, but .*/published/diffusers is one: give that"):
-        read_adapter(published)
-    lora.write_peft(adapter, published / "peft")
-    with pytest.raises(LayerloopError, match=r"is not an adapter itself, but .*/published/peft is one: give that"):
+    lora.write_diffusers(adapter, published / "mine")
+    with pytest.raises(LayerloopError, match=r"is not an adapter itself, but .*/published/mine is one: give that"):
         read_adapter(published)
     with pytest.raises(LayerloopError, match=r"x{300} cannot be read \(File name too long\)"):
         read_adapter(tmp_path / ("x" * 300))

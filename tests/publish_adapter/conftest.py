@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.storage.campaign import Campaign
 
-from ..campaigns import CampaignBuilder
+from ..campaigns import CampaignBuilder, prompt_embeds
 
 MakeCampaign = Callable[..., Campaign]
 
@@ -39,3 +41,11 @@ def make_campaign(tiny_base: Path, tmp_path: Path) -> MakeCampaign:
         return lab.campaign
 
     return make
+
+
+def velocity(policy: LayeredPolicy) -> torch.Tensor:
+    h, w = policy.tokens(32, 48)
+    seen = torch.randn(1, h * w, 64, generator=torch.Generator().manual_seed(1))
+    condition = Condition(seen, prompt_embeds()[None].to(policy.dtype), 32, 48)
+    with torch.no_grad():
+        return policy.velocity(policy.noise(3, 2, 32, 48), 0.8, condition)
