@@ -22,6 +22,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_FILTER_UP = 2
 ZLIB_HEADER = b"\x78\x01"
 DEFLATE_END = b"\x03\x00"  # an empty last block
+LEAST_SIDE = 32  # pixels; VLMs refuse less than two patches a side (Qwen3-VL: 32, Qwen2.5-VL: 28)
 WORTHWHILE = 8  # rows like the one above them from which a piece of their own pays
 
 
@@ -92,8 +93,9 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def fitted_size(height: int, width: int, longest: int) -> tuple[int, int]:
-    """(width, height) with the longest side exactly `longest` and the shape kept, at least one pixel a side."""
-    scale = longest / max(height, width)
+    """(width, height) with the longest side exactly `longest` and the shape kept; longer where a strip's short side
+    would be under `LEAST_SIDE` (or half of `longest`, if that is less)."""
+    scale = max(longest / max(height, width), min(LEAST_SIDE, longest // 2) / min(height, width))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
@@ -110,7 +112,7 @@ def fitted(pixels: Pixels, longest: int) -> Pixels:
     size = fitted_size(height, width, longest)
     if size == (width, height):
         return pixels
-    if longest > max(height, width):
+    if size[0] > width or size[1] > height:
         return resize(pixels, size, "bicubic")
     flat = np.ascontiguousarray(pixels).reshape(-1, *pixels.shape[-3:])
     resized = np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in flat])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,14 +138,24 @@ def _image_bytes(image: Any) -> bytes | None:
     return bytes(image) if image else None
 
 
+def _decode(encoded: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(encoded)) as opened:
+        return opened.convert("RGBA")
+
+
 def render_design(
-    design: Design, *, longest_side: int | None = None, size: tuple[int, int] | None = None
+    design: Design,
+    *,
+    longest_side: int | None = None,
+    size: tuple[int, int] | None = None,
+    decode: Callable[[bytes], Image.Image] = _decode,
 ) -> np.ndarray:
     """The layers of a row in Crello v5's columns: (L, H, W, 4) uint8, straight RGBA, bottom first, 0 where transparent.
 
     As LayerD renders ground truth: for every element a transparent canvas, translated to (left, top), rotated by
     `angle` degrees clockwise about the element's centre, its image stretched over (width, height), anti-aliased, at
     `opacity`. Give `longest_side` in pixels, or `size` as (width, height), or neither for the design's own canvas.
+    `decode` makes an RGBA image of an element's bytes, where they are not our own.
 
     Raises ValueError naming the element where it has no image (a real Crello text element has a font instead).
     """
@@ -161,8 +171,7 @@ def render_design(
         if encoded is None:
             kind = design["type"][index] if "type" in design else "element"
             raise ValueError(f"element {index} ({kind}) of design {design['id']} has no image: it cannot be rendered")
-        with Image.open(io.BytesIO(encoded)) as opened:
-            image = opened.convert("RGBA")
+        image = decode(encoded)
         box = tuple(float(design[name][index]) for name in ("left", "top", "width", "height"))
         if box[2] > 0 and box[3] > 0:
             out[index] = _place_element(image, box, float(design["angle"][index]), canvas, size)

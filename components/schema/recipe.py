@@ -34,6 +34,7 @@ class DataRecipe(Record):
     max_megapixels: float = Field(default=100.0, gt=0)  # a larger image is rejected before it is decoded
     max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
     duplicate_bits: int = Field(default=3, ge=0, le=64)  # difference-hash distance up to which images are duplicates
+    duplicates: Literal["near", "exact"] = "near"  # which are left out; exact: only those of equal pixels
     holdout: int = Field(default=8, ge=0)  # images set aside for evaluation
 
 

@@ -1,53 +1,74 @@
 """Sources of images: files in a folder, a glob, WebDataset tars or parquet tables, here or on S3.
 
 Inputs are found by listing only, so that a wrong path is reported at once; then read one by one. An image that cannot
-be read is an item with a problem, never the end of the step.
+be read is an item with a problem, never the end of the step; a file that is not read is passed over, counted and said.
 """
 
 from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.storage.stores import LocalStore, Store, open_store
+from layerloop.components.shard_dataset.files import (
+    Files,
+    InputError,
+    Listing,
+    LocalFiles,
+    Passed,
+    open_files,
+    printable,
+    suffix_of,
+)
 
 _DECODABLE = ("png", "jpg", "jpeg", "jfif", "webp", "avif", "gif", "bmp", "tif", "tiff", "jp2", "j2k", "ppm", "pgm")
 IMAGE_SUFFIXES = frozenset((*_DECODABLE, "heic", "heif"))  # the last two are rejected by name, not passed over
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "data")
 _CONTAINERS = ("tar", "parquet")
+_PACKED = ("gz", "tgz", "bz2", "tbz2", "xz", "txz", "zst", "zip", "7z", "rar")
 _PATTERN = re.compile(r"[*?\[]|\{[^{}]*(?:\.\.|,)[^{}]*\}")  # a glob, or braces that braceexpand would expand
+_RANGE = re.compile(r"\{[^{},]*\.\.[^{},]*\}")  # {000..099}
+
+# `<key>.<word>.png` beside other files of the key is what WebDataset keeps about an image, not the image.
+_ROLES = re.compile(
+    r"(?:mask|matte|alpha|depth|disparity|normals?|seg|segm|segmentation|labels?|annotations?|edges?|canny|pose|flow"
+    r"|layer)[-_]?\d*",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """The files behind a URI, listed and not yet read."""
 
-    uri: str  # as recorded: absolute, so that another run can compare it with its own
-    store: Store
+    uri: str  # as recorded: absolute and printable, so that another run can compare it with its own
+    store: Files
     sizes: dict[str, int]  # bytes by name, sorted
+    passed: list[Passed] = field(default_factory=list, compare=False)  # what is not read; tars add theirs when read
 
     @property
     def sha256(self) -> str:
         """SHA-256 of all names and sizes: identifies an unchanged input without reading it."""
-        return hashlib.sha256("".join(f"{name}\t{size}\n" for name, size in self.sizes.items()).encode()).hexdigest()
+        text = "".join(f"{name}\t{size}\n" for name, size in self.sizes.items())
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
     @property
     def images(self) -> int | None:
         """Number of images; None where containers have yet to be opened."""
-        return None if any(_suffix(name) in _CONTAINERS for name in self.sizes) else len(self.sizes)
+        return None if any(suffix_of(name) in _CONTAINERS for name in self.sizes) else len(self.sizes)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image: its origin, and either how to get its bytes or why that is impossible."""
+    """One image: its origin (printable), and either how to get its bytes or why that is impossible."""
 
     origin: str
     load: Callable[[], bytes]
@@ -55,108 +76,172 @@ class Item:
 
 
 def absolute_uri(uri: str) -> str:
-    """The URI by which inputs are recorded: local paths absolute, everything without a trailing slash."""
-    text = uri.strip().removeprefix("file://")
-    return text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute())
+    """The URI by which inputs are recorded: local paths absolute, everything without a trailing slash, printable."""
+    return printable(_absolute(uri))
 
 
 def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Inputs:
     """List the files at a file, folder (all the way down) or glob (`*`, `?`, `[...]`, `**`, `{000..099}`).
 
     In a folder, files that are neither an image by their suffix nor a container are passed over, and hidden files
-    everywhere; a file that a glob or the URI itself names is always taken.
+    everywhere; a file that a glob or the URI itself names is always taken. A place that exists under the very name is
+    no glob.
 
     Args:
         what: what the argument is called in errors, "images".
 
     Raises:
-        LayerloopError: nothing there, or nothing usable.
+        LayerloopError: nothing there, nothing usable, or not every number of a range.
     """
     remedy = "give a folder of images, a glob, WebDataset tars or parquet"
-    text = absolute_uri(uri)
-    if _PATTERN.search(text) and not ("://" not in text and Path(text).exists()):
-        found = _find_glob(text)
+    text = _absolute(uri)
+    literal = _find_plain(text) if not _PATTERN.search(text) or _exists(text) else None
+    if literal is None:
+        found = _find_glob(text, what=what)
         if not found.sizes:
-            raise LayerloopError(f"{what} {uri} matches no file: {remedy}")
+            raise LayerloopError(f"{what} {printable(uri)} matches no file: {remedy}")
         return found
-    store, sizes, named = _find_plain(text)
+    store, listing, named = literal
     if named:
-        return Inputs(text, store, sizes)
-    if isinstance(store, LocalStore) and not store.root.exists():
-        raise LayerloopError(f"{what} {uri} does not exist: {remedy}")
-    if not sizes:
-        raise LayerloopError(f"{what} {uri} is empty: {remedy}")
+        return Inputs(printable(text), store, listing.sizes)
+    if isinstance(store, LocalFiles) and not store.root.exists():
+        raise LayerloopError(f"{what} {printable(uri)} does not exist: {remedy}")
+    if not listing.sizes and not listing.passed:
+        raise LayerloopError(f"{what} {printable(uri)} is empty: {remedy}")
     useful = {
-        name: size for name, size in sizes.items() if _suffix(name) in (*suffixes, *_CONTAINERS) and not _hidden(name)
+        name: size
+        for name, size in listing.sizes.items()
+        if suffix_of(name) in (*suffixes, *_CONTAINERS) and not _hidden(name)
     }
+    passed = [*listing.passed, *(_passed(name) for name in listing.sizes if name not in useful)]
     if not useful:
-        raise LayerloopError(f"{what} {uri} has {len(sizes)} files but no image, tar or parquet: {remedy}")
-    return Inputs(text, store, useful)
+        raise LayerloopError(
+            f"{what} {printable(uri)} has {len(listing.sizes)} files but no image, tar or parquet: {remedy}"
+        )
+    return Inputs(printable(text), store, useful, passed)
 
 
 def read_items(inputs: Inputs, *, max_bytes: int) -> Iterator[Item]:
     """The images of all files, in the order of their names. One over `max_bytes` encoded is a problem, and not read."""
     for name, size in inputs.sizes.items():
-        match _suffix(name):
-            case "tar":
-                yield from _tar_items(inputs.store, name, max_bytes)
-            case "parquet":
-                yield from _parquet_items(inputs.store, name, max_bytes)
-            case _:
-                yield _item(name, size, max_bytes, _loader(inputs.store, name))
+        try:
+            match suffix_of(name):
+                case "tar":
+                    yield from _tar_items(inputs, name, max_bytes)
+                case "parquet":
+                    yield from _parquet_items(inputs.store, name, max_bytes)
+                case _:
+                    yield _item(printable(name), size, max_bytes, _loader(inputs.store, name))
+        except InputError as error:  # the container itself cannot be opened
+            yield _broken(printable(name), str(error))
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
 
 
-def _find_plain(text: str) -> tuple[Store, dict[str, int], bool]:
-    """(store, sizes, whether the URI is that of one file)."""
+def _absolute(uri: str) -> str:
+    text = uri.strip().removeprefix("file://")
+    return text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute())
+
+
+def _exists(text: str) -> bool:
+    """Whether there is a file, a folder or a bucket's prefix of this very name, brackets and all."""
+    if "://" not in text:
+        return os.path.lexists(text)
+    return "?" not in text and bool(_find_plain(text)[1].sizes)
+
+
+def _find_plain(text: str) -> tuple[Files, Listing, bool]:
+    """(store, listing, whether the URI is that of one file)."""
     if "://" not in text and Path(text).is_file():
-        return open_store(Path(text).parent), {Path(text).name: Path(text).stat().st_size}, True
-    store = open_store(text)
-    sizes = store.sizes()
+        return LocalFiles(Path(text).parent), Listing({Path(text).name: Path(text).stat().st_size}), True
+    store = open_files(text)
+    listing = store.listed()
     folder, _, name = text.rpartition("/")
-    if not sizes and "://" in folder:
-        parent = open_store(folder)
-        if parent.exists(name):
-            return parent, {name: parent.size(name)}, True
-    return store, sizes, False
+    if not listing.sizes and "://" in folder and not folder.endswith(":/"):
+        parent = open_files(folder)
+        beside = parent.listed(name).sizes
+        if name in beside:
+            return parent, Listing({name: beside[name]}), True
+    return store, listing, False
 
 
-def _find_glob(text: str) -> Inputs:
+def _find_glob(text: str, *, what: str) -> Inputs:
+    parts = text.split("/")
+    last = len(parts) - 1
+    fixed = next(
+        n
+        for n, part in enumerate(parts)
+        if _PATTERN.search(part) and (n == last or not _exists("/".join(parts[: n + 1])))
+    )
+    root, inner = "/".join(parts[:fixed]), "/".join(parts[fixed:])
+    store = open_files(root or "/")
+    patterns = _expanded(inner)
+    if isinstance(store, LocalFiles):  # looks no deeper than the pattern does
+        names = {name for pattern in patterns for name in glob.iglob(pattern, root_dir=store.root, recursive=True)}
+        paths = {name: os.path.join(store.root, name) for name in sorted(names)}
+        sizes = {name: os.stat(path).st_size for name, path in paths.items() if os.path.isfile(path)}
+    else:
+        literal = re.split(r"[*?\[{]", parts[fixed])[0]
+        wanted = [re.compile(_regex(pattern)) for pattern in patterns]
+        listed = store.listed(literal).sizes
+        sizes = {name: size for name, size in listed.items() if any(regex.fullmatch(name) for regex in wanted)}
+    _check_ranges(inner, list(sizes), f"{what} {printable(text)}")
+    shown = {name: size for name, size in sizes.items() if not _hidden(name)}
+    return Inputs(printable(text), store, shown, [_passed(name) for name in sizes if name not in shown])
+
+
+def _expanded(text: str) -> list[str]:
     from braceexpand import braceexpand
 
     try:
-        patterns = list(braceexpand(text))
+        return list(braceexpand(text, escape=False))
     except ValueError:
-        raise LayerloopError(f"{text} has unbalanced braces: close them, or write the folder's name without") from None
-    parts = text.split("/")
-    fixed = next(n for n, part in enumerate(parts) if _PATTERN.search(part))
-    root = "/".join(parts[:fixed])
-    store = open_store(root or "/")
-    if isinstance(store, LocalStore):  # looks no deeper than the pattern does
-        found = sorted({path for pattern in patterns for path in glob.iglob(pattern, recursive=True)})
-        sizes = {path[len(root) + 1 :]: os.stat(path).st_size for path in found if os.path.isfile(path)}
-    else:
-        literal = re.split(r"[*?\[{]", parts[fixed])[0]
-        wanted = [re.compile(_regex(pattern[len(root) + 1 :])) for pattern in patterns]
-        listed = store.sizes(literal)
-        sizes = {name: size for name, size in listed.items() if any(regex.fullmatch(name) for regex in wanted)}
-    return Inputs(text, store, {name: size for name, size in sizes.items() if not _hidden(name)})
+        raise LayerloopError(
+            f"{printable(text)} has unbalanced braces: close them, or write the folder's name without"
+        ) from None
+
+
+def _check_ranges(pattern: str, names: Sequence[str], where: str) -> None:
+    """Every number of `{000..099}` must match something; of `{png,jpg}` the words are alternatives.
+
+    Raises:
+        LayerloopError: naming the first that matches nothing.
+    """
+    ranges = _RANGE.findall(pattern)
+    if not ranges or not names:
+        return
+    pieces = _RANGE.split(pattern)
+    lost = []
+    for values in itertools.product(*(_expanded(part) for part in ranges)):
+        one = "".join(itertools.chain(*itertools.zip_longest(pieces, values, fillvalue="")))
+        wanted = re.compile("|".join(f"(?:{_regex(alternative)})" for alternative in _expanded(one)))
+        if not any(wanted.fullmatch(name) for name in names):
+            lost.append(one)
+    if lost:
+        more = f" and {len(lost) - 1} more of its range" if len(lost) > 1 else ""
+        raise LayerloopError(f"{where}: {printable(lost[0])}{more} does not exist: restore it, or narrow the range")
 
 
 def _regex(pattern: str) -> str:
     """A glob over `/`-separated names as a regular expression; `**/` is any number of folders."""
-    tokens = re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern)
+    tokens = re.findall(r"\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\]|.", pattern, re.DOTALL)
     known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return "".join(
-        known.get(t) or (f"[^{t[2:]}" if t.startswith("[!") else t if len(t) > 1 and t[0] == "[" else re.escape(t))
-        for t in tokens
+        known.get(t) or (_character_class(t) if len(t) > 1 and t[0] == "[" else re.escape(t)) for t in tokens
     )
 
 
-def _suffix(name: str) -> str:
-    return name.rpartition("/")[2].rpartition(".")[2].lower()
+def _character_class(token: str) -> str:
+    """`[a-z]` or `[!a]` of a glob; one that means nothing as a class stands for itself."""
+    inner = token[1:-1].replace("\\", "\\\\").replace("[", "\\[")
+    inner = f"^{inner[1:]}" if inner.startswith("!") else f"\\{inner}" if inner.startswith("^") else inner
+    inner = inner.replace("]", "\\]")
+    try:
+        re.compile(f"[{inner}]")
+    except re.error:
+        return re.escape(token)
+    return f"[{inner}]"
 
 
 def _hidden(name: str) -> bool:
@@ -164,10 +249,23 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
+def _passed(name: str) -> Passed:
+    """A file that is not read, for its name."""
+    if _hidden(name):
+        return Passed(printable(name), "hidden", "hidden files are not read")
+    suffix = suffix_of(name)
+    if not suffix:
+        return Passed(printable(name), "without suffix", "a file without a suffix is not read: name it .png or .jpg")
+    kind = f".{printable(suffix)}"
+    if suffix in _PACKED:
+        return Passed(printable(name), kind, f"{kind} is packed, which is not read: unpack it")
+    return Passed(printable(name), kind, f"{kind} is not read: convert it to PNG or JPEG if it is an image")
+
+
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def _loader(store: Store, name: str) -> Callable[[], bytes]:
+def _loader(store: Files, name: str) -> Callable[[], bytes]:
     return lambda: store.read(name)
 
 
@@ -181,36 +279,110 @@ def _broken(origin: str, problem: str) -> Item:
     return Item(origin, lambda: b"", problem)
 
 
-def _tar_items(store: Store, name: str, max_bytes: int) -> Iterator[Item]:
-    """Members `<key>.<image suffix>` of a WebDataset tar; `<key>.mask.png` and the like are not its image."""
-    with store.open(name) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for info in tar:
-                    base = info.name.rpartition("/")[2]
-                    if info.isreg() and base.partition(".")[2].lower() in IMAGE_SUFFIXES and not _hidden(base):
-                        file.seek(info.offset_data)
-                        data = file.read(info.size) if info.size <= max_bytes else b""
-                        yield _item(f"{name}:{info.name}", info.size, max_bytes, lambda data=data: data)  # type: ignore[misc]
-                end = tar.offset
-            file.seek(end)
-            complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-        except (tarfile.TarError, EOFError) as error:
-            yield _broken(name, f"tar is damaged ({error}): make it again")
-            return
-    if not complete:
-        yield _broken(name, "tar has no end-of-archive mark, it was cut short: make it again")
+def one_line(error: BaseException, most: int = 120) -> str:
+    """What an exception of a library says, in `most` characters at most, printable."""
+    return printable(" ".join(str(error).split()))[:most] or type(error).__name__
 
 
-def _parquet_items(store: Store, name: str, max_bytes: int) -> Iterator[Item]:
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    offset: int
+    size: int
+    plain: bool  # whether its data are stored at `offset` as they are
+
+    @property
+    def key(self) -> str:
+        """WebDataset's key: the name up to the first dot of its last part."""
+        folder, slash, base = self.name.rpartition("/")
+        return f"{folder}{slash}{base.partition('.')[0]}"
+
+    @property
+    def extension(self) -> str:
+        """WebDataset's extension: the rest."""
+        return self.name.rpartition("/")[2].partition(".")[2].lower()
+
+
+def _tar_items(inputs: Inputs, name: str, max_bytes: int) -> Iterator[Item]:
+    """The image of every sample of a WebDataset tar.
+
+    WebDataset cuts a name at its first dot. `<key>.png` is the image of its sample, and `<key>.mask.png` beside it is
+    not; where a key has no `<key>.<image suffix>`, its dot belongs to a name, `22.05.png` or `photo.v2.png`.
+    """
+    where = printable(name)
+    with inputs.store.open(name) as file:
+        members, problem = _members(file)
+        keys = {member.key for member in members if member.extension in IMAGE_SUFFIXES}
+        for member in members:
+            origin = f"{where}:{printable(member.name)}"
+            reason = _no_image(member, keys)
+            if reason is not None:
+                if member.key not in keys or suffix_of(member.name) in IMAGE_SUFFIXES:
+                    inputs.passed.append(Passed(origin, reason[0], reason[1]))
+                continue
+            data = b""
+            if member.size <= max_bytes:
+                try:
+                    file.seek(member.offset)
+                    data = file.read(member.size)
+                except (OSError, ValueError, OverflowError, MemoryError) as error:
+                    yield _broken(origin, f"member cannot be read ({one_line(error)}): make the tar again")
+                    continue
+            yield _item(origin, member.size, max_bytes, lambda data=data: data)  # type: ignore[misc]
+    if problem is not None:
+        yield _broken(where, problem)
+
+
+def _members(file: BinaryIO) -> tuple[list[_Member], str | None]:
+    """The members of a tar as far as its headers can be read, and what is wrong with it."""
+    members: list[_Member] = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                plain = info.isreg() and not info.issparse()
+                if not info.isdir():
+                    members.append(_Member(info.name, info.offset_data, info.size, plain))
+            end = tar.offset
+        file.seek(end)
+        complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    except Exception as error:  # hostile headers raise nearly anything
+        return members, f"tar is damaged ({one_line(error)}): make it again"
+    return members, None if complete else "tar has no end-of-archive mark, it was cut short: make it again"
+
+
+def _no_image(member: _Member, keys: set[str]) -> tuple[str, str] | None:
+    """(kind, reason) where a member is not the image of its sample."""
+    base = member.name.rpartition("/")[2]
+    suffix = suffix_of(base)
+    if base.startswith(".") or suffix not in IMAGE_SUFFIXES:
+        passed = _passed(base)
+        return passed.kind, passed.reason
+    if not member.plain:
+        return "links in tars", "a link, sparse or special member is not read: store the file itself"
+    if member.extension in IMAGE_SUFFIXES:
+        return None
+    if member.key in keys:
+        return "parts of samples", f"belongs to the sample {printable(member.key)}, which has an image of its own"
+    word = member.extension.rpartition(".")[0].rpartition(".")[2]
+    if _ROLES.fullmatch(word):
+        return "parts of samples", f"{word!r} is not an image but about one: name the image <key>.png"
+    return None
+
+
+def _parquet_items(store: Files, name: str, max_bytes: int) -> Iterator[Item]:
+    where = printable(name)
     with store.open(name) as file:
-        table = _open_parquet(file, name)
+        table = open_parquet(file)
         if isinstance(table, str):
-            yield _broken(name, table)
+            yield _broken(where, table)
             return
-        column = _image_column(table.schema_arrow, f"{store.uri}/{name}")
-        for number, cell in enumerate(_cells(table, column)):
-            origin = f"{name}:{number}"
+        column = _image_column(table.schema_arrow, f"{store.uri}/{where}")
+        for number, row in parquet_rows(table, [column], batch=16):  # a few images in memory, not a row group
+            origin = f"{where}:{number}"
+            if isinstance(row, str):
+                yield _broken(origin, row)
+                continue
+            cell = row[column]
             data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
             if data is None:
                 yield _broken(origin, f"row has no image bytes (path {path!r}): embed them")
@@ -218,20 +390,41 @@ def _parquet_items(store: Store, name: str, max_bytes: int) -> Iterator[Item]:
                 yield _item(origin, len(data), max_bytes, lambda data=data: data)  # type: ignore[misc]
 
 
-def _open_parquet(file: BinaryIO, name: str) -> Any:
+def open_parquet(file: BinaryIO) -> Any:
     """The table, or a description of its fault."""
-    import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        return f"parquet is damaged ({' '.join(str(error).split())[:120]}): make it again"
+        table = pyarrow.parquet.ParquetFile(file)
+        table.schema_arrow.names  # noqa: B018 - read here, where it may fail
+    except Exception as error:  # Arrow raises its own kinds, OSError, ValueError and others on hostile bytes
+        return f"parquet is damaged ({one_line(error)}): make it again"
+    return table
 
 
-def _cells(table: Any, column: str) -> Iterator[Any]:
-    for batch in table.iter_batches(batch_size=16, columns=[column]):  # a few images in memory, not a row group
-        yield from batch.column(0).to_pylist()
+def parquet_rows(table: Any, columns: list[str] | None, *, batch: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(number, row) of all rows, or instead of a row why it cannot be read: a damaged page spoils its rows only."""
+    first = 0
+    for group in range(table.num_row_groups):
+        count = table.metadata.row_group(group).num_rows
+        done = 0
+        problem = "row is missing"
+        for size in (batch, 1):  # one by one where a batch cannot be read, up to the row at fault
+            try:
+                start = 0
+                for part in table.iter_batches(batch_size=size, row_groups=[group], columns=columns):
+                    rows = part.to_pylist() if start + part.num_rows > done else []
+                    for row in rows[max(0, done - start) :]:
+                        yield first + done, row
+                        done += 1
+                    start += part.num_rows
+            except Exception as error:  # as in `open_parquet`
+                problem = f"row cannot be read, the parquet is damaged ({one_line(error)}): make it again"
+                continue
+            break
+        for number in range(done, count):
+            yield first + number, problem
+        first += count
 
 
 def _image_column(schema: Any, where: str) -> str:

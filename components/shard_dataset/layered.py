@@ -1,11 +1,14 @@
-"""Designs with their true layers: Crello's column layout in parquet, or folders of numbered PNGs."""
+"""Designs with their true layers: Crello's column layout in parquet, or folders of numbered images."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,48 +16,110 @@ from PIL import Image
 from layerloop.components.layers.stack import Pixels, composite, resize
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
-from layerloop.components.shard_dataset.inputs import Inputs, find_inputs
-from layerloop.components.shard_dataset.normalise import target_size
-from layerloop.components.storage.images import decode_image, open_image
-from layerloop.components.storage.stores import Store
+from layerloop.components.shard_dataset.files import Files, InputError, Passed, printable, suffix_of
+from layerloop.components.shard_dataset.inputs import (
+    IMAGE_SUFFIXES,
+    Inputs,
+    find_inputs,
+    one_line,
+    open_parquet,
+    parquet_rows,
+)
+from layerloop.components.shard_dataset.normalise import target_size, upright_srgb
+from layerloop.components.storage.images import decode_image
 
-_NUMBER = re.compile(r"(?:.*\D)?(\d+)\.png", re.IGNORECASE)
 _REMEDY = "give parquet in Crello's columns, or a folder with a subfolder of numbered PNG layers for each design"
+
+# What a folder of layers holds besides them, numbered or not.
+_FLAT = re.compile(
+    r"(?:composite|preview|flat|flattened|merged|thumb|thumbnail|full|original|result|render|rendered)(?![a-z])",
+    re.IGNORECASE,
+)
+_LEADING, _TRAILING = re.compile(r"(\d+)(?!\d)"), re.compile(r"(.*?)(\d+)", re.DOTALL)
+_NORMALISED = 2.0  # design pixels; no element's box is so small, unless it is a share of the canvas
 
 
 @dataclass(frozen=True)
 class DesignItem:
-    """One design: its origin, and how to get its layers `(L, H, W, 4)` uint8 at the recipe's size."""
+    """One design: its origin (printable), how to get what it is made of, and of that its layers `(L, H, W, 4)` uint8
+    at the recipe's size."""
 
     origin: str
-    render: Callable[[], Pixels]
+    load: Callable[[], Any]
+    render: Callable[[Any], Pixels]
 
 
 def find_designs(uri: str) -> Inputs:
     """List the files of layered designs.
 
     Raises:
-        LayerloopError: nothing there, or neither parquet nor numbered PNGs.
+        LayerloopError: nothing there, or neither parquet nor numbered layers.
     """
-    found = find_inputs(uri, what="designs", suffixes=frozenset({"png"}))
-    useful = {n: s for n, s in found.sizes.items() if n.endswith(".parquet") or (_NUMBER.fullmatch(n) and "/" in n)}
+    found = find_inputs(uri, what="designs", suffixes=IMAGE_SUFFIXES)
+    images = [name for name in found.sizes if suffix_of(name) in IMAGE_SUFFIXES]
+    folders = {folder: list(names) for folder, names in groupby(images, key=_folder_of)}
+    layers = {name for folder, names in folders.items() if folder for name in layer_order(names)}
+    if not layers and len(alone := layer_order(folders.get("", []))) > 1:
+        layers = set(alone)  # the folder is itself one design
+    useful = {name: size for name, size in found.sizes.items() if name.endswith(".parquet") or name in layers}
     if not useful:
-        raise LayerloopError(f"designs {uri} has no designs: {_REMEDY}")
-    return Inputs(found.uri, found.store, useful)
+        raise LayerloopError(f"designs {printable(uri)} has no designs: {_REMEDY}")
+    rest = [name for name in found.sizes if name not in useful]
+    passed = [Passed(printable(name), f".{suffix_of(name)}", "not a layer of a design") for name in rest]
+    return Inputs(found.uri, found.store, useful, [*found.passed, *passed])
+
+
+def layer_order(names: Sequence[str]) -> list[str]:
+    """Of one folder's images the layers, bottom first: by the number that their names begin with (`0-background.png`),
+    else by the one that they end with (`layer_10.png`).
+
+    Flat images (`composite_512.png`) are none, nor is what stands outside a row of numbers with a name of its own.
+    """
+    stems = {name: name.rpartition("/")[2].rpartition(".")[0] for name in names}
+    named = {name: stem for name, stem in stems.items() if not _FLAT.match(stem)} or stems
+    for leading in (True, False):
+        numbers = {name: number for name, stem in named.items() if (number := _number(stem, leading)) is not None}
+        if len(set(numbers.values())) == len(numbers):
+            break
+    ordered = sorted(numbers, key=lambda name: (numbers[name], name))
+    if not ordered or numbers[ordered[-1]] - numbers[ordered[0]] < len(ordered):
+        return ordered  # one row of numbers (or numbers given twice, which is told when the design is read)
+    prefixes = {name: _prefix(named[name]) for name in ordered}
+    most, count = Counter(prefixes.values()).most_common(1)[0]
+    row = [name for name in ordered if prefixes[name] == most]
+    whole = numbers[row[-1]] - numbers[row[0]] == len(row) - 1
+    return row if whole and count > 1 else ordered
 
 
 def read_designs(inputs: Inputs, data: DataRecipe) -> Iterator[DesignItem]:
-    """All designs, in the order of their names; `render` raises LayerloopError where a design is damaged.
+    """All designs, in the order of their names.
 
     Raises:
-        LayerloopError: a parquet file without the columns of designs.
+        LayerloopError: a parquet file without the columns of designs, or of an older revision of Crello.
     """
     for name in inputs.sizes:
         if name.endswith(".parquet"):
             yield from _parquet_designs(inputs.store, name, data)
     layers = [name for name in inputs.sizes if not name.endswith(".parquet")]
-    for folder, names in groupby(layers, key=lambda name: name.rpartition("/")[0]):
-        yield _folder_design(inputs.store, folder, list(names), data)
+    for folder, names in groupby(layers, key=_folder_of):
+        yield _folder_design(inputs.store, folder or inputs.uri.rpartition("/")[2], layer_order(list(names)), data)
+
+
+def _folder_of(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _number(stem: str, leading: bool) -> int | None:
+    match = (_LEADING.match(stem) if leading else None) or _TRAILING.fullmatch(stem)
+    return int(match[match.re.groups]) if match else None
+
+
+def _prefix(stem: str) -> str:
+    """What a layer's name says besides its number."""
+    if _LEADING.match(stem):
+        return ""
+    match = _TRAILING.fullmatch(stem)
+    return match[1] if match else stem
 
 
 def complete(stack: Pixels) -> Pixels:
@@ -73,59 +138,114 @@ def complete(stack: Pixels) -> Pixels:
     return np.concatenate([np.full_like(visible[:1], 255), visible])
 
 
-def _parquet_designs(store: Store, name: str, data: DataRecipe) -> Iterator[DesignItem]:
-    import pyarrow
-    import pyarrow.parquet
-
+def _parquet_designs(store: Files, name: str, data: DataRecipe) -> Iterator[DesignItem]:
     from layerloop.components.layers.crello import NEEDED_COLUMNS
 
-    where = f"{store.uri}/{name}"
+    where = f"{store.uri}/{printable(name)}"
     with store.open(name) as file:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise LayerloopError(f"{where} is not parquet ({' '.join(str(error).split())[:120]}): {_REMEDY}") from None
+        table = open_parquet(file)
+        if isinstance(table, str):
+            raise LayerloopError(f"{where}: {table}; {_REMEDY}")
         missing = [column for column in NEEDED_COLUMNS if column not in table.schema_arrow.names]
         if missing:
             raise LayerloopError(f"{where} lacks the columns {', '.join(missing)}: {_REMEDY}")
-        for batch in table.iter_batches(batch_size=4):
-            for row in batch.to_pylist():
-                yield DesignItem(f"{name}:{row['id']}", lambda row=row: _render_row(row, data))  # type: ignore[misc]
+        _refuse_old_revision(table, where)
+        for number, row in parquet_rows(table, None, batch=4):
+            if isinstance(row, str):
+                yield DesignItem(f"{printable(name)}:{number}", lambda row=row: _unreadable(row), _nothing)  # type: ignore[misc]
+            else:
+                yield DesignItem(
+                    f"{printable(name)}:{printable(str(row['id']))}",
+                    lambda row=row: row,  # type: ignore[misc]
+                    lambda row: _render_row(row, data),
+                )
 
 
-def _render_row(row: dict[str, object], data: DataRecipe) -> Pixels:
+def _unreadable(problem: str) -> Any:
+    raise InputError(problem)
+
+
+def _nothing(_: Any) -> Pixels:
+    raise AssertionError("what cannot be loaded is not rendered")
+
+
+def _refuse_old_revision(table: Any, where: str) -> None:
+    """Refuse a table all of whose boxes are shares of the canvas, as Crello had them before v5.
+
+    Raises:
+        LayerloopError: it is one.
+    """
+    columns = ["canvas_width", "canvas_height", "left", "top", "width", "height"]
+    rows = [row for _, row in parquet_rows(table, columns, batch=1024) if isinstance(row, dict)]
+    boxed = [row for row in rows if _values(row)]
+    if boxed and all(_has_shares(row) for row in boxed):
+        first = boxed[0]
+        raise LayerloopError(
+            f"{where} has boxes within 0..1 on a canvas of {first['canvas_width']} x {first['canvas_height']}, shares "
+            "and not pixels: an older revision of Crello; take revision 5.0.0 of cyberagent/crello"
+        )
+
+
+def _values(row: Mapping[str, Any]) -> list[float]:
+    cells = (row.get(name) for name in ("left", "top", "width", "height"))
+    return [float(v) for cell in cells for v in (cell if isinstance(cell, list) else ()) if _is_number(v)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _has_shares(row: Mapping[str, Any]) -> bool:
+    return max(map(abs, _values(row)), default=math.inf) <= _NORMALISED
+
+
+def _render_row(row: dict[str, Any], data: DataRecipe) -> Pixels:
     from layerloop.components.layers.crello import render_design
 
+    if _values(row) and _has_shares(row):
+        raise LayerloopError("design has boxes within 0..1, of an older revision of Crello: take revision 5.0.0")
     limit = int(data.max_megapixels * 1e6)
     try:
-        for cell in row["image"]:  # type: ignore[attr-defined]
-            encoded = cell.get("bytes") if isinstance(cell, dict) else cell
-            if encoded:
-                open_image(encoded, max_pixels=limit)
-        size = target_size(int(row["canvas_width"]), int(row["canvas_height"]), data)  # type: ignore[call-overload]
-        return complete(render_design(row, size=size))
-    except (ValueError, TypeError, KeyError, IndexError, OSError, ZeroDivisionError) as error:
-        raise LayerloopError(" ".join(str(error).split())[:300]) from None
+        size = target_size(int(row["canvas_width"]), int(row["canvas_height"]), data)
+        return complete(render_design(row, size=size, decode=lambda encoded: _layer(encoded, limit)))
+    except LayerloopError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:  # told in full by render_design
+        raise LayerloopError(one_line(error, most=300)) from None
 
 
-def _folder_design(store: Store, folder: str, names: list[str], data: DataRecipe) -> DesignItem:
-    def number(name: str) -> int:
-        match = _NUMBER.fullmatch(name)
-        assert match is not None  # `find_designs` took no other
-        return int(match[1])
+def _layer(encoded: bytes, limit: int) -> Image.Image:
+    return upright_srgb(decode_image(encoded, max_pixels=limit)).convert("RGBA")
 
-    def render() -> Pixels:
+
+def _folder_design(store: Files, folder: str, names: list[str], data: DataRecipe) -> DesignItem:
+    origin = printable(folder)
+
+    def load() -> dict[str, bytes]:
+        return {name: store.read(name) for name in names}
+
+    def render(files: dict[str, bytes]) -> Pixels:
         limit = int(data.max_megapixels * 1e6)
         layers: list[Image.Image] = []
-        for name in sorted(names, key=number):
-            image = decode_image(store.read(name), max_pixels=limit).convert("RGBA")
+        numbers: dict[int | None, str] = {}
+        for name, encoded in files.items():
+            try:
+                image = _layer(encoded, limit)
+            except LayerloopError as error:
+                raise LayerloopError(f"layer {printable(name)}: {error}") from None
             if layers and image.size != layers[0].size:
-                raise LayerloopError(f"layer {name} is {image.size}, the first is {layers[0].size}: give one size")
+                raise LayerloopError(
+                    f"layer {printable(name)} is {image.size}, the first is {layers[0].size}: give one size"
+                )
             layers.append(image)
-        numbers = [number(name) for name in names]
-        if len(set(numbers)) != len(numbers):
-            raise LayerloopError(f"folder {folder} has two layers of one number: number them bottom to top")
+        stems = [name.rpartition("/")[2].rpartition(".")[0] for name in names]
+        for leading in (True, False):
+            numbers = {_number(stem, leading): stem for stem in stems}
+            if len(numbers) == len(stems):
+                break
+        else:
+            raise LayerloopError(f"folder {origin} has two layers of one number: number them bottom to top")
         size = target_size(*layers[0].size, data)
         return complete(np.stack([resize(np.asarray(layer), size) for layer in layers]))
 
-    return DesignItem(folder, render)
+    return DesignItem(origin, load, render)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,22 +19,45 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 
+_ORIENTATION = 0x0112  # tag of EXIF
+
 
 def normalise(image: Image.Image, data: DataRecipe) -> Pixels:
     """`(H, W, 3)` uint8 of a decoded image, as the authors feed theirs: LANCZOS to `target_size`.
 
-    The EXIF orientation is applied, an embedded ICC profile is converted to sRGB, and alpha is flattened onto white.
+    Raises:
+        LayerloopError: an extreme aspect ratio, or as `upright_srgb`.
+    """
+    return resized(on_white(upright_srgb(image)), data)
+
+
+def resized(image: Image.Image, data: DataRecipe) -> Pixels:
+    """`(H, W, 3)` uint8 of an RGB image at `target_size`.
 
     Raises:
-        LayerloopError: an extreme aspect ratio, or a pixel format that has no sensible 8-bit form.
+        LayerloopError: an extreme aspect ratio.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    target_size(*image.size, data)  # refused before the work is done
-    profile = image.info.get("icc_profile")
-    image = ImageOps.exif_transpose(image)
-    image = _on_white(_to_srgb(_eight_bit(image), profile))
     return np.asarray(image.resize(target_size(*image.size, data), Image.Resampling.LANCZOS))
+
+
+def upright_srgb(image: Image.Image) -> Image.Image:
+    """A decoded image as 8-bit RGB or RGBA: the one form of source images, of layers and of elements.
+
+    The EXIF orientation is applied and an embedded ICC profile is converted to sRGB. Metadata that are damaged say
+    nothing, and spoil no image.
+
+    Raises:
+        LayerloopError: a pixel format that has no sensible 8-bit form.
+    """
+    profile = image.info.get("icc_profile")
+    image = _upright(image)
+    image, alpha = _eight_bit(image)
+    image = _to_srgb(image, profile)
+    if alpha is not None:
+        image.putalpha(alpha)
+    return image
 
 
 def target_size(width: int, height: int, data: DataRecipe) -> tuple[int, int]:
@@ -60,27 +84,78 @@ def image_key(pixels: Pixels) -> str:
     return hashlib.sha256(f"{width}x{height}:".encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()[:16]
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """The image in one of 8-bit L, RGB, RGBA or CMYK, its values scaled and not clipped; transparency becomes alpha."""
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says, whatever else stands in the EXIF."""
     from PIL import Image
 
+    turned = Image.Transpose
+    method = {
+        2: turned.FLIP_LEFT_RIGHT, 3: turned.ROTATE_180, 4: turned.FLIP_TOP_BOTTOM, 5: turned.TRANSPOSE,
+        6: turned.ROTATE_270, 7: turned.TRANSVERSE, 8: turned.ROTATE_90,
+    }.get(_orientation(image))  # fmt: skip
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 where there is none that can be read."""
+    try:
+        value: object = image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow raises nearly anything on hostile EXIF, struct.error and SyntaxError among them
+        value = None
+    if value is None:
+        exif = image.info.get("exif")
+        value = _raw_orientation(exif) if isinstance(exif, bytes) else None
+    try:
+        return int(float(value)) if value is not None else 1  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        return 1
+
+
+def _raw_orientation(exif: bytes) -> int | None:
+    """The orientation of the first directory, read without a look at any other tag (TIFF 6.0, section 2)."""
+    data = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(data[:2])
+    try:
+        if order is None:
+            return None
+        (start,) = struct.unpack_from(f"{order}I", data, 4)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, length = struct.unpack_from(f"{order}HHI", data, entry)
+            if (tag, kind, length) == (_ORIENTATION, 3, 1):  # one SHORT, which lies in the entry itself
+                return int(struct.unpack_from(f"{order}H", data, entry + 8)[0])
+    except struct.error:  # the directory ends early
+        return None
+    return None
+
+
+def _eight_bit(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """(image in 8-bit L, RGB, RGBA or CMYK, its values scaled and not clipped; alpha of its own for grey)."""
+    from PIL import Image
+
+    clear = image.info.get("transparency")
     if image.mode.startswith("I;16"):
-        return Image.fromarray(_scaled(np.asarray(image), 65535))
+        values = np.asarray(image)
+        alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)) if clear is not None else None
+        return Image.fromarray(_scaled(values, 65535)), alpha
     if image.mode in ("I", "F"):
         values = np.asarray(image)
         top = {"I": 65535.0, "F": 1.0}[image.mode]
         if values.min() < 0 or values.max() > top or not np.isfinite(values).all():
             raise LayerloopError(f"image has 32-bit values outside 0..{top:g}: save it with 8 or 16 bits")
-        return Image.fromarray(_scaled(values, top))
-    if image.mode in ("L", "RGB", "RGBA", "CMYK") and "transparency" not in image.info:
-        return image
-    if image.mode in ("LA", "La", "PA", "RGBa", "RGBX") or "transparency" in image.info:
-        return image.convert("RGBA" if image.mode != "RGBX" else "RGB")
+        return Image.fromarray(_scaled(values, top)), None
+    if image.mode in ("L", "RGB", "RGBA", "CMYK") and clear is None:
+        return image, None
+    if image.mode in ("LA", "La", "L"):  # grey with alpha keeps its colour space, which its profile is of
+        both = image.convert("LA")
+        return both.getchannel("L"), both.getchannel("A")
+    if image.mode in ("PA", "RGBa", "RGBX") or clear is not None:
+        return image.convert("RGBA" if image.mode != "RGBX" else "RGB"), None
     if image.mode == "1":
-        return image.convert("L")
+        return image.convert("L"), None
     if image.mode == "LAB":
-        return _lab_to_srgb(image)
-    return image.convert("RGB")  # P, YCbCr, HSV
+        return _lab_to_srgb(image), None
+    return image.convert("RGB"), None  # P, YCbCr, HSV
 
 
 def _scaled(values: npt.NDArray[np.generic], top: float) -> Pixels:
@@ -96,7 +171,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=target)
-        except (ImageCms.PyCMSError, OSError, ValueError):
+        except Exception:  # hostile profiles make lcms and Pillow raise several kinds
             converted = None
         if converted is not None:
             return converted
@@ -113,7 +188,8 @@ def _lab_to_srgb(image: Image.Image) -> Image.Image:
     return converted
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB of an RGB or RGBA image, laid on white."""
     from PIL import Image
 
     if image.mode == "RGB":

@@ -5,18 +5,20 @@ from __future__ import annotations
 import collections
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.shard_dataset.duplicates import DuplicateIndex, ImageHash, hash_image
-from layerloop.components.shard_dataset.inputs import Item
+from layerloop.components.shard_dataset.files import InputError, Passed, printable
+from layerloop.components.shard_dataset.inputs import Item, one_line
 from layerloop.components.shard_dataset.layered import DesignItem
-from layerloop.components.shard_dataset.normalise import image_key, normalise
+from layerloop.components.shard_dataset.normalise import image_key, on_white, resized, target_size, upright_srgb
 from layerloop.components.shard_dataset.spool import Spool
 from layerloop.components.storage.images import decode_image, encode_png
 
@@ -38,10 +40,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Refused:
-    """An input that was left out, and why: a reject is at fault, a duplicate is not."""
+    """An input that was left out, and why: a reject is at fault, a duplicate and what is not read are not."""
 
     origin: str
-    kind: Literal["reject", "duplicate"]
+    kind: Literal["reject", "duplicate", "passed over"]
     reason: str
 
 
@@ -50,7 +52,7 @@ class Gathered:
     """Result for one kind of input: keys in the spool, and everything left out."""
 
     keys: list[str]  # sorted
-    refused: list[Refused]
+    refused: list[Refused]  # rejects and duplicates
 
     @property
     def rejects(self) -> list[Refused]:
@@ -68,28 +70,60 @@ class Gathered:
         return len(self.keys) + len(self.refused)
 
 
+def guarded(origin: str, load: Callable[[], T], work: Callable[[T], Prepared]) -> Prepared | Refused:
+    """One input's sample, or why it has none, whatever it raises: an input that cannot be used ends no step.
+
+    What a store raises that fails as a whole is no fault of the input, and does end the step: `load` lets it through.
+
+    Raises:
+        LayerloopError: from `load`, unless it is an InputError.
+    """
+    try:
+        loaded = load()
+    except InputError as error:
+        return Refused(origin, "reject", printable(str(error)))
+    except LayerloopError:
+        raise
+    except Exception as error:  # OSError and MemoryError of a single file
+        return Refused(origin, "reject", f"file cannot be read ({_named(error)}): restore it, or make it smaller")
+    try:
+        return work(loaded)
+    except LayerloopError as error:
+        return Refused(origin, "reject", printable(str(error)))
+    except Exception as error:  # decoders raise nearly anything on hostile bytes
+        return Refused(origin, "reject", f"image cannot be used ({_named(error)}): save it again")
+
+
+def _named(error: Exception) -> str:
+    text = one_line(error)
+    return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"
+
+
 def prepare_image(item: Item, data: DataRecipe) -> Prepared | Refused:
     """Decode, normalise and encode one image."""
-    loaded = item.load()  # a store that fails is not a fault of the image, and ends the step
-    try:
+
+    def work(loaded: bytes) -> Prepared:
         if item.problem is not None:
             raise LayerloopError(item.problem)
         image = decode_image(loaded, max_pixels=int(data.max_megapixels * 1e6))
-        pixels = normalise(image, data)
-    except LayerloopError as error:
-        return Refused(item.origin, "reject", str(error))
-    return _prepared(item.origin, pixels, image.size, {})
+        target_size(*image.size, data)  # refused before the work is done
+        flat = on_white(upright_srgb(image))
+        return _prepared(item.origin, resized(flat, data), hash_image(flat), image.size, {})
+
+    return guarded(item.origin, item.load, work)
 
 
 def prepare_design(item: DesignItem) -> Prepared | Refused:
     """Render one design; its image is the composite of its layers."""
-    try:
-        stack = item.render()
-    except LayerloopError as error:
-        return Refused(item.origin, "reject", str(error))
-    layers = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(stack)}
-    pixels = on_backdrop(composite(stack), "white")
-    return _prepared(item.origin, pixels, (pixels.shape[1], pixels.shape[0]), layers)
+
+    def work(loaded: Any) -> Prepared:
+        stack = item.render(loaded)
+        layers = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(stack)}
+        pixels = on_backdrop(composite(stack), "white")
+        image_hash = hash_image(pixels)
+        return _prepared(item.origin, pixels, image_hash, (pixels.shape[1], pixels.shape[0]), layers)
+
+    return guarded(item.origin, item.load, work)
 
 
 def gather(prepared: Iterable[Prepared | Refused], spool: Spool, index: DuplicateIndex, *, near: bool) -> Gathered:
@@ -134,6 +168,30 @@ def check_rejects(gathered: Gathered, data: DataRecipe, *, what: str, log: Calla
         )
 
 
+def account(gathered: Gathered, passed: Sequence[Passed], *, what: str) -> str:
+    """One line of what became of everything: used, duplicates, rejects by reason, passed over by suffix."""
+    rejects = collections.Counter(_sort_of(item.reason) for item in gathered.rejects)
+    over = collections.Counter(item.kind for item in passed)
+    return (
+        f"{what}: {len(gathered.keys)} used, {_counted('duplicates', gathered.duplicates)}, "
+        f"{_counted('rejects', len(gathered.rejects), rejects)}, {_counted('passed over', len(passed), over)}"
+    )
+
+
+def _counted(what: str, total: int, parts: Mapping[str, int] | None = None) -> str:
+    ranked = sorted((parts or {}).items(), key=lambda part: (-part[1], part[0]))
+    listed = ", ".join(f"{count} {name}" for name, count in ranked)
+    return f"{total} {what}" + (f" ({listed})" if listed else "")
+
+
+def _sort_of(reason: str) -> str:
+    """A reason without what is this input's own: numbers, quotations, names, and the remedy."""
+    text = re.sub(r"\(.*?\)|b?'.*?'|b?\".*?\"", "...", reason.partition(": ")[0])
+    text = re.sub(r"[\d.,]*\d", "N", text)
+    text = re.sub(r"element \S+ .*? has no image", "an element has no image", text)
+    return re.sub(r"\S*/\S+", "...", text).replace("... ...", "...").replace(" ,", ",").strip()[:80]
+
+
 def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map`, lazily, on up to 8 threads (Pillow works outside the interpreter's lock), with few items in flight."""
     threads = min(8, os.cpu_count() or 1)
@@ -150,7 +208,9 @@ def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _prepared(origin: str, pixels: Pixels, original: tuple[int, int], layers: dict[str, bytes]) -> Prepared:
+def _prepared(
+    origin: str, pixels: Pixels, image_hash: ImageHash, original: tuple[int, int], layers: dict[str, bytes]
+) -> Prepared:
     height, width = pixels.shape[:2]
     record = {
         "origin": origin,
@@ -161,4 +221,4 @@ def _prepared(origin: str, pixels: Pixels, original: tuple[int, int], layers: di
         **({"layers": len(layers)} if layers else {}),
     }
     members = {"png": encode_png(pixels), "json": json.dumps(record, sort_keys=True).encode(), **layers}
-    return Prepared(origin, image_key(pixels), hash_image(pixels), members)
+    return Prepared(origin, image_key(pixels), image_hash, members)

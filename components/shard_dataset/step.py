@@ -8,6 +8,7 @@ As the first step of every run it also finds the head to continue from, and whet
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -26,12 +27,14 @@ from layerloop.components.schema.seeds import seed_for
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.shard_dataset.base import CheckedBase
 from layerloop.components.shard_dataset.duplicates import DuplicateIndex
+from layerloop.components.shard_dataset.files import printable
 from layerloop.components.shard_dataset.inputs import Inputs, absolute_uri, find_inputs, read_items
 from layerloop.components.shard_dataset.layered import find_designs, read_designs
 from layerloop.components.shard_dataset.run_target import RunTarget, refuse_ephemeral_folder
 from layerloop.components.shard_dataset.samples import (
     Gathered,
     Refused,
+    account,
     check_rejects,
     gather,
     in_order,
@@ -45,6 +48,7 @@ from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.shards import existing_shard, write_shard
 from layerloop.components.storage.stores import MissingObjectError, Store, open_store, read_uri
 
+REJECTS = "rejects.parquet"
 PROMPT = f"{Campaign.sources_dir}/prompt.safetensors"
 
 
@@ -141,7 +145,7 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, runtime: str
     if not images.strip():
         raise LayerloopError(f"images is empty and {store.uri} has no sources yet: give a folder of images")
     unlabelled = find_inputs(images, what="images")
-    if f"{store.uri}/".startswith(f"{unlabelled.uri}/"):
+    if printable(f"{store.uri}/").startswith(f"{unlabelled.uri}/"):
         raise LayerloopError(f"campaign {store.uri} lies inside images {images}: choose a folder outside")
     layered = find_designs(designs) if designs.strip() else None
     store.check_writable()
@@ -152,22 +156,30 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, runtime: str
         index = DuplicateIndex(chosen.data.duplicate_bits)
         truths = _gather_designs(layered, chosen, spool, index)
         found = _gather_images(unlabelled, chosen, spool, index)
-        check_rejects(truths, chosen.data, what="designs", log=log)
-        check_rejects(found, chosen.data, what="images", log=log)
-        train, holdout = hold_out(found.keys, chosen.data.holdout, chosen.seed)
-        if not train:
-            raise LayerloopError(f"images {images} has no image left to train on: give some that can be read")
+        table = _table(_left_out(truths, layered) + _left_out(found, unlabelled))
+        try:
+            _say_what_became(truths, layered, found, unlabelled)
+            check_rejects(truths, chosen.data, what="designs", log=log)
+            check_rejects(found, chosen.data, what="images", log=log)
+            train, holdout = hold_out(found.keys, chosen.data.holdout, chosen.seed)
+            if not train:
+                raise LayerloopError(f"images {images} has no image left to train on: give some that can be read")
+        except LayerloopError:  # the table is what such a refusal is mended by
+            with contextlib.suppress(LayerloopError):  # the refusal says more than that its table cannot be kept
+                store.write(f"{campaign.sources_dir}/{REJECTS}", table)
+                log(f"all that was left out is listed in {store.uri}/{campaign.sources_dir}/{REJECTS}")
+            raise
 
         embedding = base.embed_prompt() if base else None
         campaign = Campaign.create_or_open(store.uri, chosen, runtime)
         prompt = add_file(store, PROMPT, embedding) if embedding is not None else describe_file(store, PROMPT)
         splits = {"train": train, "holdout": holdout, "designs": truths.keys}
         shards = [shard for split, keys in splits.items() for shard in _write_split(campaign, spool, split, keys)]
-    table = add_file(store, f"{campaign.sources_dir}/rejects.parquet", _table([*truths.refused, *found.refused]))
+    rejects = add_file(store, f"{campaign.sources_dir}/{REJECTS}", table)
     manifest = Manifest(
         kind="sources",
         shards=tuple(shards),
-        files=(table, prompt),
+        files=(rejects, prompt),
         counts={
             "images": found.seen,
             "duplicates": found.duplicates + truths.duplicates,
@@ -286,7 +298,8 @@ def _gather_images(inputs: Inputs, recipe: Recipe, spool: Spool, index: Duplicat
     # No image needs more: 16-bit RGBA without any compression is 8 bytes a pixel.
     items = read_items(inputs, max_bytes=int(recipe.data.max_megapixels * 8e6) + 1_000_000)
     prepared = in_order(functools.partial(prepare_image, data=recipe.data), items)
-    return gather(progress(prepared, what="normalising", unit="images", total=inputs.images), spool, index, near=True)
+    shown = progress(prepared, what="normalising", unit="images", total=inputs.images)
+    return gather(shown, spool, index, near=recipe.data.duplicates == "near")
 
 
 def _gather_designs(layered: Inputs | None, recipe: Recipe, spool: Spool, index: DuplicateIndex) -> Gathered:
@@ -308,8 +321,24 @@ def _write_split(campaign: Campaign, spool: Spool, split: str, keys: Sequence[st
     return shards
 
 
+def _left_out(gathered: Gathered, inputs: Inputs | None) -> list[Refused]:
+    """Everything of one kind of input that is no sample, with the reason."""
+    passed = inputs.passed if inputs else []
+    return [*gathered.refused, *(Refused(item.origin, "passed over", item.reason) for item in passed)]
+
+
+def _say_what_became(truths: Gathered, layered: Inputs | None, found: Gathered, unlabelled: Inputs) -> None:
+    parts = [account(found, unlabelled.passed, what="images")]
+    if layered:
+        parts.append(account(truths, layered.passed, what="designs"))
+    log("; ".join(parts))
+    for item in [*unlabelled.passed, *(layered.passed if layered else [])]:
+        if item.kind in ("unreadable folders", "linked folders") or item.reason.endswith("unpack it"):
+            log(f"passed over {item.origin}: {item.reason}")
+
+
 def _table(refused: Sequence[Refused]) -> bytes:
-    """`rejects.parquet`: origin, kind (reject or duplicate) and reason of everything left out."""
+    """`rejects.parquet`: origin, kind (reject, duplicate or passed over) and reason of everything left out."""
     import pyarrow
     import pyarrow.parquet
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import io
+import struct
 import warnings
+import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +19,10 @@ if TYPE_CHECKING:
 # What photographs and designs come as. Not EPS (runs Ghostscript) nor formats that are not in use.
 _KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, JPEG 2000 or AVIF"
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_MAX_PROFILE = 1 << 20  # bytes; Pillow's own limit of an unpacked chunk
 
 MAX_PIXELS = 100_000_000  # of our own PNGs too: a shard may have been made by someone else
 
@@ -58,9 +64,25 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the first frame of an untrusted image; its size is checked before any pixel is decoded.
 
+    A PNG whose ancillary chunks (texts, profiles, EXIF) cannot be read is decoded without them.
+
     Raises:
         LayerloopError: as `open_image`, or truncated or damaged.
     """
+    try:
+        return _decoded(data, max_pixels)
+    except LayerloopError:
+        bare = _bare_png(data)
+        if bare is None:
+            raise
+        try:
+            return _decoded(bare, max_pixels)
+        except LayerloopError:
+            pass
+        raise
+
+
+def _decoded(data: bytes, max_pixels: int) -> Image.Image:
     image = open_image(data, max_pixels=max_pixels)
     try:
         image.load()
@@ -70,6 +92,40 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:  # as above, on hostile pixels
         raise LayerloopError(f"image is truncated or damaged ({_short(error)}): save it again") from None
     return image
+
+
+def _bare_png(data: bytes) -> bytes | None:
+    """A PNG's chunks that make its pixels, and those of its colours and orientation that are whole; None where nothing
+    is left out. Nothing is decompressed beyond what Pillow itself allows."""
+    if not data.startswith(_PNG):
+        return None
+    kept, position, left_out = [_PNG], len(_PNG), False
+    while position + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if kind in _PIXEL_CHUNKS or (kind in (b"iCCP", b"eXIf") and _is_whole(data[position + 4 : end])):
+            kept.append(data[position:end])
+        else:
+            left_out = True
+        position = end
+        if kind == b"IEND":
+            break
+    return b"".join(kept) if left_out else None
+
+
+def _is_whole(chunk: bytes) -> bool:
+    """Whether a chunk (its name, data and CRC) has the right CRC and, if it is a profile, unpacks to a usual size."""
+    if len(chunk) < 8 or zlib.crc32(chunk[:-4]) != int.from_bytes(chunk[-4:], "big"):
+        return False
+    if not chunk.startswith(b"iCCP"):
+        return True
+    packed = chunk[4:-4].partition(b"\0")[2][1:]
+    try:
+        unpacker = zlib.decompressobj()
+        unpacker.decompress(packed, _MAX_PROFILE)
+    except zlib.error:
+        return False
+    return not unpacker.unconsumed_tail
 
 
 def encode_png(array: np.ndarray) -> bytes:

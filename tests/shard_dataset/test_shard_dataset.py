@@ -177,7 +177,7 @@ def test_what_cannot_be_read_is_listed_with_the_reason_and_counted(
     assert "rejected 1 more images, listed in rejects.parquet" in log
 
 
-def test_too_many_rejects_fail_the_step_with_nothing_committed(store_uri: str, recipe: str, folder: Path) -> None:
+def test_too_many_rejects_fail_the_step_with_its_rejects_and_nothing_committed(store_uri: str, recipe: str, folder: Path) -> None:
     for number in range(8):
         (folder / f"bad-{number}.png").write_bytes(b"text")
     with pytest.raises(LayerloopError) as caught:
@@ -187,7 +187,13 @@ def test_too_many_rejects_fail_the_step_with_nothing_committed(store_uri: str, r
         "the first is bad-0.png: image starts with b'text', not a known format: give a PNG, JPEG, WebP, GIF, BMP, "
         "TIFF, JPEG 2000 or AVIF"
     )
-    assert open_store(store_uri).list() == []
+    assert open_store(store_uri).list() == ["c/sources/rejects.parquet"]
+    table = pq.read_table(io.BytesIO(open_store(store_uri).read("c/sources/rejects.parquet"))).to_pylist()
+    assert [row["origin"] for row in table] == [f"bad-{number}.png" for number in range(8)]
+    for number in range(8):
+        (folder / f"bad-{number}.png").unlink()
+    run(campaign=f"{store_uri}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=str(folder))
+    assert refused(f"{store_uri}/c") == {}, "the table of the refused attempt is replaced"
 
 
 def test_duplicates_are_dropped_listed_and_never_held_against_the_input(
@@ -459,7 +465,12 @@ def test_bad_images_are_one_line_and_nothing_is_written(tmp_path: Path, recipe: 
     with pytest.raises(LayerloopError) as caught:
         run(campaign=f"{tmp_path}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=images.format(**fields))
     assert str(caught.value) == message.format(**fields)
-    assert not (tmp_path / "c").exists()
+    assert _all_but_rejects(tmp_path / "c") == []
+
+
+def _all_but_rejects(campaign: Path) -> list[Path]:
+    """Files of a campaign that was refused: the table of what was left out is what it is mended by."""
+    return [path for path in campaign.rglob("*") if path.is_file() and path.name != "rejects.parquet"]
 
 
 def test_nothing_left_to_train_on_is_one_line(tmp_path: Path, recipe: str) -> None:
@@ -470,7 +481,7 @@ def test_nothing_left_to_train_on_is_one_line(tmp_path: Path, recipe: str) -> No
             recipe=recipe.replace("0.5", "1.0").replace("/no/such/model", "tiny"),
             images=str(tmp_path / "text.png"),
         )
-    assert not (tmp_path / "c").exists()
+    assert _all_but_rejects(tmp_path / "c") == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,190 @@
+"""Files of inputs under the names that the file system or the bucket has for them, whatever they are.
+
+The store of a campaign refuses names that might lead out of it; inputs belong to others, and their names are only read.
+A local name that is not UTF-8 is a string with surrogates (PEP 383) on its way in, and `printable` on its way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.stores import MissingObjectError, open_store
+
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: control characters, surrogates, line breaks
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # direction marks, which disguise a name
+
+
+class InputError(LayerloopError):
+    """One input cannot be read, which ends no step; what else a store raises does."""
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A file that is not read, and why; no fault of the input."""
+
+    origin: str  # printable
+    kind: str  # what it is counted as: its suffix, `without suffix`, or a word for what it is
+    reason: str
+
+
+@dataclass
+class Listing:
+    """Names of files with their bytes, sorted, and what of the place cannot be read."""
+
+    sizes: dict[str, int]
+    passed: list[Passed] = field(default_factory=list)
+
+
+class Files(Protocol):
+    """A folder or a bucket's prefix, read only."""
+
+    uri: str
+
+    def listed(self, prefix: str = "") -> Listing:
+        """All files whose name begins with `prefix`."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file. Raises InputError where the fault is the file's."""
+        ...
+
+    def open(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
+        """A seekable file. Raises InputError where the fault is the file's."""
+        ...
+
+
+def printable(name: str) -> str:
+    r"""A name as it may stand in a table, a log or JSON: bytes that are not UTF-8 and control characters as `\xe9`."""
+    return "".join(_escaped(c) if c in _TURNING or unicodedata.category(c) in _UNSEEN else c for c in name)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte, as `os.fsdecode` keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a file name in lower case, without its dot; empty without one."""
+    base = name.rpartition("/")[2]
+    return base.rpartition(".")[2].lower() if "." in base.lstrip(".") else ""
+
+
+def open_files(uri: str) -> Files:
+    """The files at a folder path, `file://` URI or `s3://bucket/prefix`.
+
+    Raises:
+        LayerloopError: an empty or unsupported URI.
+    """
+    if "://" not in uri:
+        return LocalFiles(Path(uri))
+    store = open_store(uri)
+    from layerloop.components.storage.local import LocalStore
+
+    return LocalFiles(store.root) if isinstance(store, LocalStore) else _bucket_files(uri)
+
+
+class LocalFiles:
+    """A folder. Linked files are followed, linked folders are not, and are said."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().absolute()
+        self.uri = str(self.root)
+
+    def listed(self, prefix: str = "") -> Listing:
+        found = Listing({})
+        unreadable: list[OSError] = []
+        root = os.fspath(self.root)
+        for directory, folders, files in os.walk(root, onerror=unreadable.append):
+            base = directory[len(root) :].lstrip("/")
+            inside = f"{base}/" if base else ""
+            for folder in sorted(folders):
+                if os.path.islink(os.path.join(directory, folder)):
+                    reason = "a link to a folder is not followed: give the folder itself"
+                    found.passed.append(Passed(printable(f"{inside}{folder}/"), "linked folders", reason))
+            for file in files:
+                self._add(f"{inside}{file}", found)
+        for error in unreadable:
+            name = printable(str(error.filename)[len(root) :].lstrip("/"))
+            reason = f"folder cannot be read ({error.strerror}): allow it"
+            found.passed.append(Passed(f"{name}/", "unreadable folders", reason))
+        found.sizes = {name: size for name, size in sorted(found.sizes.items()) if name.startswith(prefix)}
+        found.passed.sort(key=lambda item: item.origin)
+        return found
+
+    def _add(self, name: str, found: Listing) -> None:
+        try:
+            status = os.stat(self._path(name))
+        except FileNotFoundError:
+            if os.path.islink(self._path(name)):
+                found.passed.append(Passed(printable(name), "broken links", "link leads nowhere: mend or delete it"))
+            return  # else deleted while we walked
+        except OSError as error:  # ELOOP of a link to itself, EACCES, EIO
+            reason = f"file cannot be reached ({error.strerror}): mend or delete it"
+            found.passed.append(Passed(printable(name), "broken links", reason))
+            return
+        if stat.S_ISREG(status.st_mode):
+            found.sizes[name] = status.st_size
+        else:  # a pipe or a device would be read without end
+            found.passed.append(Passed(printable(name), "special files", "not a regular file"))
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[BinaryIO]:
+        try:
+            file = open(self._path(name), "rb")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise InputError(f"file cannot be read ({error.strerror}): allow it, or restore it") from None
+        with file:
+            yield file
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+
+def _bucket_files(uri: str) -> Files:
+    """Objects of a bucket by their keys, those with empty parts such as `d//b.png` among them."""
+    from layerloop.components.storage.s3 import S3Store
+
+    class BucketFiles(S3Store):
+        def listed(self, prefix: str = "") -> Listing:
+            root = self._key("")
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + prefix)
+            with self._one_line(prefix):
+                keys = {item["Key"]: int(item["Size"]) for page in pages for item in page.get("Contents", ())}
+            names = {key[len(root) :]: size for key, size in keys.items()}  # consoles make "folder/" objects, too
+            return Listing({name: names[name] for name in sorted(names) if name and not name.endswith("/")})
+
+        def read(self, name: str) -> bytes:
+            try:
+                return super().read(name)
+            except MissingObjectError as error:
+                raise InputError(str(error)) from None
+
+        @contextlib.contextmanager
+        def open(self, name: str) -> Iterator[BinaryIO]:
+            with contextlib.ExitStack() as stack:
+                try:
+                    file = stack.enter_context(super().open(name))
+                except MissingObjectError as error:
+                    raise InputError(str(error)) from None
+                yield file
+
+        def _key(self, name: str) -> str:
+            return f"{self.prefix}/{name}" if self.prefix else name
+
+    bucket, _, prefix = uri.partition("://")[2].partition("/")
+    checked = S3Store.from_uri(uri if "?" in prefix else f"s3://{bucket}")  # a query may hold a signature
+    return BucketFiles(checked.bucket, prefix, checked._client)
