@@ -1,7 +1,7 @@
-"""Whether a run is to go on: its campaign's target, and what the runs before it came to.
+"""Whether a run has anything to do: its campaign's target, and what the runs before it achieved.
 
 A campaign of hundreds of iterations is a chain of runs that nobody watches. So each run first asks whether there is
-anything left to do, and whether the runs before it got anywhere.
+anything left to do, and whether the runs before it made progress.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class RunTarget:
         return True
 
     def begin(self, store: Store) -> None:
-        """Write down that this run begins and where the campaign is; refuse where the runs before it got nowhere.
+        """Write down that this run begins and where the campaign is; refuse where the runs before it made no progress.
 
         Nothing is written where there is no limit, and nothing twice by a step that is tried again.
 
@@ -125,9 +125,10 @@ class RunTarget:
         if len(idle) >= self.max_failures:
             self._end_chain()
             raise LayerloopError(
-                f"{len(idle)} runs in a row ({', '.join(idle[-5:])}) brought campaign {store.uri} nowhere ({mark}) "
-                f"and max_failures is {self.max_failures}: look at their logs, mend the cause, and start a run with "
-                f"max_failures 0; when it gets on, the count begins anew (so does deleting {RUNS}/ of the campaign)"
+                f"{len(idle)} runs in a row ({', '.join(idle[-5:])}) made no progress on campaign {store.uri} "
+                f"({mark}) and max_failures is {self.max_failures}: look at their logs, fix the cause, and start a run "
+                f"with max_failures 0; once it makes progress, the count starts from zero (as after deleting {RUNS}/ of "
+                "the campaign)"
             )
         record = {"run": self.run_id, "started": time.time(), "mark": mark}
         store.create(f"{RUNS}/{self.run_id}.json", (json.dumps(record, sort_keys=True) + "\n").encode())
