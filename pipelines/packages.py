@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from kfp import compiler
@@ -74,10 +74,10 @@ def read_spec(package: Path) -> dict[str, Any]:
         spec = None
     if not is_spec(spec):
         raise LayerloopError(f"{package} is no compiled pipeline: make one with `layerloop compile`")
-    return dict(spec)
+    return spec
 
 
-def is_spec(value: Any) -> bool:
+def is_spec(value: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a value is a pipeline spec of KFP's version 2; its version 1 kept workflows of Argo."""
     try:
         return isinstance(value["pipelineInfo"]["name"], str) and isinstance(value["root"]["dag"]["tasks"], dict)

@@ -125,9 +125,10 @@ class RunTarget:
         if len(idle) >= self.max_failures:
             self._end_chain()
             raise LayerloopError(
-                f"{len(idle)} runs in a row ({', '.join(idle[-5:])}) left campaign {store.uri} without progress "
-                f"({mark}) and max_failures is {self.max_failures}: look at their logs, fix the cause, and start a "
-                f"run with max_failures 0; its progress resets the count (so does deleting {RUNS}/ of the campaign)"
+                f"{len(idle)} runs in a row ({', '.join(idle[-5:])}) made no progress on campaign {store.uri} "
+                f"({mark}) and max_failures is {self.max_failures}: look at their logs, fix the cause, and start a run "
+                "with max_failures 0; once it makes progress, the count starts from zero (as after deleting "
+                f"{RUNS}/ of the campaign)"
             )
         record = {"run": self.run_id, "started": time.time(), "mark": mark}
         store.create(f"{RUNS}/{self.run_id}.json", (json.dumps(record, sort_keys=True) + "\n").encode())

@@ -29,6 +29,7 @@ SMALL = [
     "evaluation.bootstrap=100", "judge.min_valid=2",
 ]  # fmt: skip
 RECIPE = recipe_text("tiny", SMALL)
+JUDGE = "http://judge.invalid:8000/v1"  # for runs that end before they ask it
 ITERATION_OF_TWO = ["generate-rollouts", "generate-rollouts", "score-rollouts", "update-lora"]
 
 
@@ -148,13 +149,14 @@ def test_on_s3_a_campaign_ends_at_its_target_and_switches_its_recurring_run_off(
 def test_a_refusal_is_repeated_by_the_next_pods_and_forgotten_by_the_next_run(
     s3_bucket: str, tmp_path: Path, images: str
 ) -> None:
-    job = {"campaign": s3_bucket, "images": f"{images}/*.none", "overrides": {"rollout": {"groups": 3}}}
+    job = {"campaign": s3_bucket, "images": f"{images}/*.none", "judge_url": JUDGE}
     backend = train(tmp_path)
     with pytest.raises(TaskFailed, match="the same refusal as .* s ago in pod .*-shard-dataset-0, not tried again"):
         backend.run(**job)
     outputs = [pod.output for pod in backend.pods]
     assert [pod.status for pod in backend.pods] == [2, 2]
     assert ["same refusal" in output for output in outputs] == [False, True]
+    assert all(output.splitlines()[-1].startswith(f"error: images {images}/*.none") for output in outputs)
     again = train(tmp_path)
     with pytest.raises(TaskFailed):
         again.run(**job)
@@ -164,7 +166,7 @@ def test_a_refusal_is_repeated_by_the_next_pods_and_forgotten_by_the_next_run(
 def test_a_misspelt_override_is_one_line(tmp_path: Path, s3_bucket: str, images: str) -> None:
     backend = train(tmp_path)
     with pytest.raises(TaskFailed, match="recipe.update.learning_rat is not a known key: did you mean 'learning_rate'"):
-        backend.run(campaign=s3_bucket, images=images, overrides={"update": {"learning_rat": 1e-4}})
+        backend.run(campaign=s3_bucket, images=images, judge_url=JUDGE, overrides={"update": {"learning_rat": 1e-4}})
 
 
 def test_a_folder_as_campaign_is_refused_in_a_pod(tmp_path: Path, images: str) -> None:
