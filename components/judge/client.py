@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import random
 import re
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
 from layerloop.components.judge.batch import Batches, Ledger, LedgerMemory
+from layerloop.components.judge.errors import shown
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.limiter import AdaptiveTimeout, Breaker, Limiter
 from layerloop.components.judge.parsing import expected_scores, parse
-from layerloop.components.judge.replies import Reply, UnusableError, read_body
+from layerloop.components.judge.replies import PAID, Reply, UnusableError, read_body
 from layerloop.components.judge.requests import Request, Scores
 from layerloop.components.judge.statistics import Statistics
 from layerloop.components.judge.transport import BUSY, Connection, TransportError
@@ -32,6 +35,8 @@ from layerloop.components.schema.seeds import seed_for
 
 NO_KEY = "none"  # sent where OPENAI_API_KEY is not set: local servers take any
 RETRY_TEMPERATURE = 0.4  # at least, when an answer was unusable: at 0 the same one would come again
+REFUSALS = frozenset({400, 404, 415, 422, 501})  # statuses that may be about a parameter of the request
+NO_ROUTE = frozenset({404, 405, 410})  # statuses of a URL or model that does not exist
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds between attempts, doubling, times a random 0.5..1
 ABOUT_CONTENT = re.compile(r"image|picture|token|context|length|large|model", re.IGNORECASE)  # of a refused request
 
@@ -69,6 +74,7 @@ class Judge:
         api_key: The environment's OPENAI_API_KEY by default.
         seed: Of the campaign; the sampling seed of every request follows from it.
         ledger: Storage of the batches in progress, in batch mode.
+        log: Takes a line about each feature that the endpoint refuses, once.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class Judge:
         api_key: str | None = None,
         seed: int = 0,
         ledger: Ledger | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         self.url, self.recipe, self.seed = url, recipe, seed
         self.runtime = runtime = runtime or JudgeRuntime()
@@ -94,7 +101,8 @@ class Judge:
         self.features = EndpointFeatures(logprobs=recipe.extraction == "expected")
         self.batches: Batches | None = None
         self._ledger: Ledger = ledger if ledger is not None else LedgerMemory()
-        self._key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
+        self._log = log
+        self._key = _key(api_key) or _key(os.environ.get("OPENAI_API_KEY")) or NO_KEY
         self._jitter = random.Random()
 
     async def __aenter__(self) -> Self:
@@ -111,11 +119,15 @@ class Judge:
             await self.batches.close()
         await self.connection.close()
 
-    async def check_reachable(self) -> list[str]:
+    async def check_reachable(self, *, probe: bool = False) -> list[str]:
         """Ids of the models that are served; empty where the endpoint does not list them.
 
+        A list that lacks the recipe's model, or that is refused, decides nothing: then a short question to the model
+        does. With `probe` it is always asked.
+
         Raises:
-            LayerloopError: nothing answers at the URL, it refuses the key, or it does not serve the recipe's model.
+            LayerloopError: nothing answers at the URL, it is not that of the API, it refuses the key, or it does not
+                serve the recipe's model.
         """
         until = time.monotonic() + self.runtime.start_seconds
         while True:
@@ -127,11 +139,61 @@ class Judge:
                 if time.monotonic() >= until:
                     raise
             await asyncio.sleep(min(5.0, self.runtime.start_seconds / 20))
-        if models and self.recipe.model not in models:
-            served = ", ".join(sorted(models)[:6])
-            what = f"recipe.judge.model is {self.recipe.model!r}, judge {self.url} serves {served}"
-            raise LayerloopError(f"{what}: choose one of these")
+        listed = any(_same_model(self.recipe.model, model) for model in models)
+        if probe or not listed:
+            answers = await self._probe()
+            if models and not listed and not answers:
+                served = ", ".join(sorted(models)[:6])
+                what = f"recipe.judge.model is {self.recipe.model!r}, judge {self.url} serves {served}"
+                raise LayerloopError(f"{what}: choose one of these")
         return models
+
+    async def _probe(self) -> bool:
+        """Whether the model answers a short question. What only says that the question was bad, or that the judge is
+        busy, is no answer and no error.
+
+        Raises:
+            LayerloopError: nothing is served at the URL, or the key is refused.
+        """
+        features = EndpointFeatures(response_format="none", seed=False, temperature=False)
+        for _ in range(4):
+            question = {"model": self.recipe.model, "messages": [{"role": "user", "content": "Say yes."}]}
+            if features.limit_name:
+                question[features.limit_name] = 16  # type: ignore[assignment]
+            try:
+                body = await self.connection.post(
+                    json.dumps(question).encode(), timeout=min(60.0, self.runtime.timeout_seconds)
+                )
+            except TransportError as error:
+                if error.status in NO_ROUTE:
+                    raise self._not_served(error) from None
+                simpler = features.without(error.text) if error.status in REFUSALS else None
+                if simpler is None:
+                    return False
+                features = simpler
+                continue
+            try:
+                read_body(body)
+            except UnusableError as error:
+                return error.reason in PAID
+            return True
+        return False
+
+    def _not_served(self, error: TransportError) -> LayerloopError:
+        """The refusal of a URL behind which there is no judge, or not this model."""
+        said = f"HTTP {error.status}{': ' if error.text else ''}{shown(error.text)}"
+        if "model" in error.text.lower():
+            return LayerloopError(
+                f"judge {self.url} does not serve recipe.judge.model {self.recipe.model!r} ({said}): choose another"
+            )
+        base = self.url.rstrip("/")
+        if base.endswith("/chat/completions"):
+            hint = f"leave out /chat/completions: {base.removesuffix('/chat/completions')}"
+        elif not re.search(r"/v\d+(?:beta\d*|alpha\d*)?(?:/|$)", base):
+            hint = f"the base URL of most servers ends in /v1: try {base}/v1"
+        else:
+            hint = "give the base URL of an OpenAI-compatible API, such as http://127.0.0.1:8788/v1"
+        return LayerloopError(f"judge {self.url} has no /chat/completions ({said}): {hint}")
 
     async def ask(self, request: Request, *, sample: int = 0, priority: int = 0) -> tuple[Scores, Reply]:
         """The scores of a request's rows, and the reply they were read from.
@@ -189,15 +251,15 @@ class Judge:
                         body = await self._send(payload, (request.kind, request.rows, request.images), given_up)
                 return await self._accept(key, body)
             except TransportError as error:
-                problem = error.problem
+                failure, problem = error, error.problem
             self.statistics.failures[problem.reason] += 1
             if problem.reason == "slow":
                 given_up += 1
                 continue
-            if problem.reason in ("http_400", "http_404", "http_422") and self._downgrade_request(
-                features, problem.detail
-            ):
+            if failure.status in REFUSALS and self._downgrade_request(features, failure.text):
                 continue
+            if failure.status in NO_ROUTE and not self.statistics.answered:
+                raise self._not_served(failure)
             attempts += 1
             if not problem.retry or attempts > self.runtime.retries:
                 problem.retry = False  # without an answer there is nothing to redraw
@@ -250,11 +312,12 @@ class Judge:
         try:
             reply = read_body(body)
         except UnusableError as error:
-            if error.reason not in ("refused", "empty"):
+            if error.reason not in PAID:
                 self.breaker.bad(error.reason)
-                raise TransportError(error) from None
+                raise self.connection.error_in_body(error, body) from None
             problem = error
         self.breaker.good()
+        self.connection.saw_answer()
         self.statistics.answered += 1
         self.statistics.count(body)
         await asyncio.to_thread(self.replies.put, key, body)
@@ -265,14 +328,35 @@ class Judge:
     def _downgrade_request(self, used: EndpointFeatures, message: str) -> bool:
         """Give up the feature that a 4xx names, for all requests; returns whether to send the refused one again.
 
-        A 4xx that names neither a parameter nor the content is taken for one about the JSON schema, as long as nothing
-        was answered.
+        A 4xx without any reason is taken for one about some feature, as long as nothing was answered.
         """
         if self.features == used:
-            simpler = used.without(message)
+            simpler = used.without(message.replace(self.recipe.model, ""))
             if simpler is None and not self.statistics.answered and not ABOUT_CONTENT.search(message):
-                simpler = used.plainer()
+                simpler = used.blindly()
             if simpler is None:
                 return False
             self.features = simpler
+            if self._log is not None:
+                what = ", ".join(simpler.given_up(used))
+                self._log(f"judge {self.url} refuses {what}: goes on without ({shown(message) or 'no reason given'})")
         return True  # another request has changed the features meanwhile
+
+
+def _key(text: str | None) -> str:
+    """A key without the blanks and newlines around it that files and clipboards add.
+
+    Raises:
+        LayerloopError: it has characters that no HTTP header can carry.
+    """
+    key = (text or "").strip().strip("\ufeff\u200b").strip()
+    if not all("!" <= char <= "~" for char in key):
+        raise LayerloopError("OPENAI_API_KEY has a blank or another character inside that no key has: copy it again")
+    return key
+
+
+def _same_model(wanted: str, listed: str) -> bool:
+    """Whether a listed id is the wanted model: Ollama adds `:latest`, Gemini puts `models/` before."""
+    return wanted.removeprefix("models/").removesuffix(":latest") == listed.removeprefix("models/").removesuffix(
+        ":latest"
+    )
