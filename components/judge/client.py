@@ -256,7 +256,7 @@ class Judge:
             if problem.reason == "slow":
                 given_up += 1
                 continue
-            if failure.status in REFUSALS and self._downgrade_request(features, failure.text):
+            if failure.status in REFUSALS and self._downgrade_request(features, failure):
                 continue
             if failure.status in NO_ROUTE and not self.statistics.answered:
                 raise self._not_served(failure)
@@ -325,22 +325,28 @@ class Judge:
             raise problem
         return reply
 
-    def _downgrade_request(self, used: EndpointFeatures, message: str) -> bool:
-        """Give up the feature that a 4xx names, for all requests; returns whether to send the refused one again.
-
-        A 4xx without any reason is taken for one about some feature, as long as nothing was answered.
-        """
+    def _downgrade_request(self, used: EndpointFeatures, failure: TransportError) -> bool:
+        """Give up the feature that a 4xx names, for all requests; returns whether to send the refused one again."""
         if self.features == used:
-            simpler = used.without(message.replace(self.recipe.model, ""))
-            if simpler is None and not self.statistics.answered and not ABOUT_CONTENT.search(message):
-                simpler = used.blindly()
+            simpler = self.simpler(used, failure)
             if simpler is None:
                 return False
             self.features = simpler
-            if self._log is not None:
-                what = ", ".join(simpler.given_up(used))
-                self._log(f"judge {self.url} refuses {what}: goes on without ({shown(message) or 'no reason given'})")
         return True  # another request has changed the features meanwhile
+
+    def simpler(self, used: EndpointFeatures, failure: TransportError) -> EndpointFeatures | None:
+        """The features to try after a 4xx, said in one line; None where there is nothing to give up.
+
+        A 4xx without any reason is taken for one about some feature, as long as nothing was answered.
+        """
+        message = failure.text.replace(self.recipe.model, "")
+        simpler = used.without(message)
+        if simpler is None and not self.connection.answered and not ABOUT_CONTENT.search(message):
+            simpler = used.blindly()
+        if simpler is not None and self._log is not None:
+            what, why = ", ".join(simpler.given_up(used)), shown(failure.text) or f"HTTP {failure.status}"
+            self._log(f"judge {self.url} refuses {what}: goes on without ({why})")
+        return simpler
 
 
 def _key(text: str | None) -> str:

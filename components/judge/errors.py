@@ -34,7 +34,7 @@ _TITLE = re.compile(r"<title[^<>]*>([^<]*)", re.IGNORECASE)
 
 
 def read_error(body: Any) -> str:
-    """All useful words of an error body, as bytes, text or decoded, in one line, without repetition; empty if it has none."""
+    """All useful words of an error body (bytes, text or decoded) in one line, none twice; empty if it has none."""
     if isinstance(body, bytes):
         body = body.decode("utf-8", "replace")
     found: list[str] = []

@@ -7,12 +7,13 @@ import hashlib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
+from layerloop.components.schema.yaml_text import read_yaml
 
 TOP = 5  # the anchors go from 0 to TOP
 
@@ -94,8 +95,6 @@ def load_rubric(name: str) -> Rubric:
     Raises:
         LayerloopError: no such rubric, not YAML, or a missing or wrong key.
     """
-    import yaml
-
     shipped = resources.files("layerloop.components.judge").joinpath("rubrics")
     if name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
@@ -110,10 +109,7 @@ def load_rubric(name: str) -> Rubric:
             )
             raise LayerloopError(f"recipe.judge.rubric is {name!r}: choose {known}, or the path of a .yaml file")
         data = entry.read_bytes()
-    try:
-        value: Any = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LayerloopError(f"rubric {name} is not YAML: {' '.join(str(error).split())}") from None
+    value = read_yaml(data, what=f"rubric {name}")
     if not isinstance(value, dict) or {"sha256", "texts"} & value.keys():
         raise LayerloopError(f"rubric {name} is not a mapping of a rubric's keys: start from rubrics/default.yaml")
     others = value.keys() - Rubric.model_fields.keys()

@@ -61,6 +61,7 @@ class Connection:
     """
 
     def __init__(self, url: str, key: str) -> None:
+        import httpx2
         from openai import AsyncOpenAI
 
         self.url = url
@@ -68,13 +69,14 @@ class Connection:
         self._verify = False if url.lower().startswith("http://") else _certificates()
         try:
             client = self._client()
-        except (ValueError, ImportError) as error:  # of a proxy in the environment: SOCKS, or no URL
-            names = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
-            given = next((n for name in names for n in (name, name.lower()) if os.environ.get(n)), "the proxy")
+        except (ValueError, ImportError, httpx2.InvalidURL) as error:  # of a proxy: SOCKS, or no URL
+            names = [n for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY") for n in (name, name.lower())]
+            given = [name for name in names if os.environ.get(name)]
+            odd = [n for n in given if not os.environ[n].startswith(("http://", "https://"))]
+            name = (odd or given or ["the proxy"])[0]
             raise LayerloopError(
-                f"{given} is {_without_password(os.environ.get(given, ''))}, which cannot be used for judge {url} "
-                f"({' '.join(str(error).split())[:160]}): unset it, give an http:// proxy, or put the judge's host into "
-                "NO_PROXY"
+                f"{name} is {_without_password(os.environ.get(name, ''))}, which cannot be used for judge {url} "
+                f"({' '.join(str(error).split())[:100]}): unset it, give an http:// proxy, or put the host in NO_PROXY"
             ) from None
         self.openai = AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=client)
         self._lanes = [_Lane(self.openai)]
@@ -87,7 +89,7 @@ class Connection:
 
         return DefaultAsyncHttpxClient(
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=LANE),
-            trust_env=not _is_loopback(self.url),
+            trust_env=not _is_direct(self.url),
             follow_redirects=False,  # a redirect would send images and key to another host
             verify=self._verify,
             headers={
@@ -267,12 +269,13 @@ async def _bound_body(response: Any) -> None:
     response.stream = Bounded(response.stream)
 
 
-def _is_loopback(url: str) -> bool:
-    """Whether the URL is of this machine, which is called without the environment's proxy."""
+def _is_direct(url: str) -> bool:
+    """Whether the environment's proxy has no part in calling the URL: of this machine, or named in NO_PROXY."""
     from urllib.parse import urlsplit
+    from urllib.request import proxy_bypass_environment
 
     host = urlsplit(url).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.")
+    return host in {"localhost", "::1"} or host.startswith("127.") or bool(proxy_bypass_environment(host))
 
 
 def read_retry_after(headers: Any) -> float | None:

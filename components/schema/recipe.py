@@ -12,6 +12,7 @@ from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.learning import LoraRecipe, UpdateRecipe
 from layerloop.components.schema.record import Record, validate
 from layerloop.components.schema.runtime import checked_values, flat, split_runtime
+from layerloop.components.schema.yaml_text import read_yaml
 
 
 class ModelRecipe(Record):
@@ -162,12 +163,7 @@ def parse_recipe_runtime(text: str | bytes) -> tuple[Recipe, dict[str, Any]]:
     Raises:
         LayerloopError: not YAML, a misspelt key, or an impossible value, in one line that names it and the remedy.
     """
-    import yaml
-
-    try:
-        value: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise LayerloopError(f"recipe is not YAML: {' '.join(str(error).split())}") from None
+    value = read_yaml(text, what="recipe")
     if not isinstance(value, dict):
         raise LayerloopError(f"recipe is {type(value).__name__}, not a mapping: start from a file of pipelines/recipes")
     return split_recipe(value, where="recipe")

@@ -9,6 +9,7 @@ from typing import Any, Final
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.runtime import TINY, Runtime, checked_values, merged
+from layerloop.components.schema.yaml_text import read_yaml
 from layerloop.components.storage.stores import read_uri
 
 VARIABLE: Final = "LAYERLOOP_RUNTIME"
@@ -57,8 +58,6 @@ def runtime_values(given: str | Mapping[str, Any], *, where: str = "runtime") ->
     Raises:
         LayerloopError: a file that cannot be read, not a mapping, an unknown key, or an impossible value.
     """
-    import yaml
-
     value: Any = given
     if isinstance(given, str):
         text = given.strip()
@@ -71,10 +70,7 @@ def runtime_values(given: str | Mapping[str, Any], *, where: str = "runtime") ->
                     f"{where} is {given.strip()}, which cannot be read ({reason}): give YAML or JSON text, or the path "
                     "or URI of a file"
                 ) from None
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise LayerloopError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+        value = read_yaml(text, what=where)
     if value is None:
         return {}
     if not isinstance(value, Mapping):
