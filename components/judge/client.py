@@ -28,7 +28,7 @@ from layerloop.components.judge.replies import PAID, Reply, UnusableError, read_
 from layerloop.components.judge.requests import Request, Scores
 from layerloop.components.judge.statistics import Statistics
 from layerloop.components.judge.transport import BUSY, Connection, TransportError
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
 from layerloop.components.schema.seeds import seed_for
@@ -36,6 +36,7 @@ from layerloop.components.schema.seeds import seed_for
 NO_KEY = "none"  # sent where OPENAI_API_KEY is not set: local servers take any
 RETRY_TEMPERATURE = 0.4  # at least, when an answer was unusable: at 0 the same one would come again
 REFUSALS = frozenset({400, 404, 415, 422, 501})  # statuses that may be about a parameter of the request
+NEVER = 1e6  # runtime.judge.give_up_seconds from which a judge never counts as gone, and every failure is a mask
 NO_ROUTE = frozenset({404, 405, 410})  # statuses of a URL or model that does not exist
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds between attempts, doubling, times a random 0.5..1
 ABOUT_CONTENT = re.compile(r"image|picture|token|context|length|large|model", re.IGNORECASE)  # of a refused request
@@ -141,14 +142,14 @@ class Judge:
             await asyncio.sleep(min(5.0, self.runtime.start_seconds / 20))
         listed = any(_same_model(self.recipe.model, model) for model in models)
         if probe or not listed:
-            answers = await self._probe()
+            answers = await self._probe(models)
             if models and not listed and not answers:
                 served = ", ".join(sorted(models)[:6])
                 what = f"recipe.judge.model is {self.recipe.model!r}, judge {self.url} serves {served}"
                 raise LayerloopError(f"{what}: choose one of these")
         return models
 
-    async def _probe(self) -> bool:
+    async def _probe(self, models: list[str]) -> bool:
         """Whether the model answers a short question. What only says that the question was bad, or that the judge is
         busy, is no answer and no error.
 
@@ -166,6 +167,8 @@ class Judge:
                 )
             except TransportError as error:
                 if error.status in NO_ROUTE:
+                    if models and "model" in error.text.lower():
+                        return False
                     raise self._not_served(error) from None
                 simpler = features.without(error.text) if error.status in REFUSALS else None
                 if simpler is None:
@@ -234,9 +237,12 @@ class Judge:
         """One stored reply, over as many attempts as the runtime allows.
 
         A body that is not a completion (HTML of a proxy, half a body) counts as a failure of transport: nothing was
-        paid, so nothing is stored. A completion is stored before it is read for scores.
+        paid, so nothing is stored. A completion is stored before it is read for scores. Only a request that fails while
+        the judge answers others is masked: as long as nothing is answered it waits.
         """
         attempts, given_up, delay = 0, 0, FIRST_DELAY
+        began = before = time.monotonic()  # of the first failure, and of the one before the last
+        last_chance = False
         ticket = self.limiter.ticket()
         while True:
             try:
@@ -261,11 +267,38 @@ class Judge:
             if failure.status in NO_ROUTE and not self.statistics.answered:
                 raise self._not_served(failure)
             attempts += 1
-            if not problem.retry or attempts > self.runtime.retries:
+            now = time.monotonic()
+            began, before, since = (now if attempts == 1 else began), now, before
+            final = not problem.retry or attempts > self.runtime.retries
+            if final and problem.retry and not last_chance and self._waits_out_outages:
+                if failure.status not in BUSY:
+                    last_chance = self.breaker.good_since(since) or await self._is_alive()
+                if not last_chance and now - max(began, self.breaker.last_good) >= self.runtime.give_up_seconds:
+                    raise UnavailableError(
+                        f"judge {self.url} answered nothing for {now - began:.0f} s (last: {problem}): see its log; "
+                        "what it has answered is stored, so run the step again when it is back"
+                    )
+                final = False
+            if final:
                 problem.retry = False  # without an answer there is nothing to redraw
                 raise problem
             await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
             delay = min(2 * delay, LONGEST_DELAY)
+
+    @property
+    def _waits_out_outages(self) -> bool:
+        return self.batches is None and self.runtime.give_up_seconds < NEVER
+
+    async def _is_alive(self) -> bool:
+        """Whether the judge answers a short question, be it by saying that the question is bad."""
+        question = {"model": self.recipe.model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 16}
+        try:
+            read_body(await self.connection.post(json.dumps(question).encode(), timeout=self.runtime.timeout_seconds))
+        except TransportError as error:
+            return error.status is not None and not error.problem.retry
+        except UnusableError as error:
+            return error.reason in PAID
+        return True
 
     def _payload(self, request: Request, features: EndpointFeatures, sample: int, redraw: int) -> bytes:
         seed = seed_for(request.digest, self.seed, sample, redraw) & 0x7FFFFFFF
