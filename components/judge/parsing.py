@@ -60,7 +60,7 @@ def expected_scores(request: Request, reply: Reply, scores: Scores) -> tuple[Sco
     if request.answer.expected is None:
         return scores, 0
     answer = answer_of(reply.text)
-    if answer is None or not reply.text.rstrip().endswith(answer.rstrip()):
+    if answer is None or not reply.text.rstrip().endswith(answer.strip()):
         reply = replace(reply, tokens=())  # something follows the answer, so that the last digits may not be its own
     return request.answer.expected(request, TokenProbabilities(reply), scores)
 

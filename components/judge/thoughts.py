@@ -37,7 +37,7 @@ _TAG = re.compile(
       (?:<|&lt;)\s*(?P<slash>/?)\s*{_NAME}(?:\s[^<>]*?)?(?P<empty>/?)\s*(?:>|&gt;)
     | [\[【]\s*(?P<slash2>/?)\s*{_NAME}\s*[\]】]
     | ◁\s*(?P<slash3>/?)\s*{_NAME}\s*▷
-    | <\|\s*(?P<slash4>/?|(?:begin|start|end)(?:_of)?_){_NAME}\s*\|>
+    | <\|\s*(?P<slash4>(?:begin|start|end)(?:_of)?_|/?){_NAME}\s*\|>
     | (?P<gemma><\|channel>\s*[a-z]+|<channel\|>)
     """,
     re.IGNORECASE | re.VERBOSE,
