@@ -242,7 +242,7 @@ class Judge:
         """
         attempts, given_up, delay = 0, 0, FIRST_DELAY
         began = before = time.monotonic()  # of the first failure, and of the one before the last
-        last_chance = False
+        alone = 0  # failures in a row, after all retries, while the judge answered others
         ticket = self.limiter.ticket()
         while True:
             try:
@@ -270,15 +270,16 @@ class Judge:
             now = time.monotonic()
             began, before, since = (now if attempts == 1 else began), now, before
             final = not problem.retry or attempts > self.runtime.retries
-            if final and problem.retry and not last_chance and self._waits_out_outages:
-                if failure.status not in BUSY:
-                    last_chance = self.breaker.good_since(since) or await self._is_alive()
-                if not last_chance and now - max(began, self.breaker.last_good) >= self.runtime.give_up_seconds:
+            if final and problem.retry and self._waits_out_outages:
+                # Twice, because a success just after the first failure may be the last before an outage.
+                alive = failure.status not in BUSY and (self.breaker.good_since(since) or await self._is_alive())
+                alone = alone + 1 if alive else 0
+                if not alive and now - max(began, self.breaker.last_good) >= self.runtime.give_up_seconds:
                     raise UnavailableError(
                         f"judge {self.url} answered nothing for {now - began:.0f} s (last: {problem}): see its log; "
                         "what it has answered is stored, so run the step again when it is back"
                     )
-                final = False
+                final = alone > 1
             if final:
                 problem.retry = False  # without an answer there is nothing to redraw
                 raise problem
