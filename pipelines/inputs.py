@@ -100,7 +100,8 @@ def absolute(uri: str) -> str:
 
 
 def check_judge(url: str, recipe: JudgeRecipe, runtime: JudgeRuntime) -> list[str]:
-    """Ask the judge for its models before a run, so that a wrong URL, key or model costs seconds and not rollouts.
+    """Ask the judge for its models, and one of them a short question, before a run, so that a wrong URL, key or model
+    costs seconds and not rollouts.
 
     The key is taken from OPENAI_API_KEY.
 
@@ -117,6 +118,6 @@ def check_judge(url: str, recipe: JudgeRecipe, runtime: JudgeRuntime) -> list[st
 
     async def models() -> list[str]:
         async with Judge(url, recipe, runtime) as judge:
-            return await judge.check_reachable()
+            return await judge.check_reachable(probe=True)
 
     return asyncio.run(models())

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
 from layerloop.components.judge.replies import UnusableError
-from layerloop.components.judge.transport import FATAL, TRANSIENT, Connection, TransportError
+from layerloop.components.judge.transport import Connection, TransportError
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.runtime import BatchRuntime
 
@@ -241,6 +241,8 @@ class Batches:
     def _deliver(
         self, answers: Mapping[str, tuple[int, bytes]], waiting: Mapping[str, asyncio.Future[bytes]], missing: str
     ) -> None:
+        if any(status == 200 for status, _ in answers.values()):
+            self.connection.saw_answer()
         for key, future in waiting.items():
             if future.done():
                 continue
@@ -250,13 +252,11 @@ class Batches:
             status, body = answers[key]
             if status == 200:
                 future.set_result(body)
-            elif status in FATAL:
-                future.set_exception(LayerloopError(f"judge {self.connection.url} {FATAL[status]} (HTTP {status})"))
             else:
-                problem = UnusableError(
-                    f"http_{status}", _error_message(body), retry=status in TRANSIENT or status >= 500
-                )
-                future.set_exception(TransportError(problem, status=status))
+                try:
+                    future.set_exception(self.connection.refusal(status, body, {}))
+                except LayerloopError as error:
+                    future.set_exception(error)
         self._early |= {key: body for key, (status, body) in answers.items() if status == 200 and key not in waiting}
 
     async def _call_with_retries(self, call: Any) -> Any:
@@ -295,10 +295,3 @@ def read_output(data: bytes) -> dict[str, tuple[int, bytes]]:
         else:
             answers[key] = (500, json.dumps({"error": value.get("error")}).encode())
     return answers
-
-
-def _error_message(body: bytes) -> str:
-    """The message of an error body, at most 200 characters."""
-    value = json.loads(body)
-    error = value.get("error") if isinstance(value, dict) else None
-    return str(error.get("message") if isinstance(error, dict) else error)[:200]

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from layerloop.components.judge.canaries import FOOLED, CanaryReport, make_canaries, score_canaries
-from layerloop.components.judge.client import Judge
+from layerloop.components.judge.client import REFUSALS, RETRY_TEMPERATURE, Judge
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.images import candidate_images, encode_image, fitted
 from layerloop.components.judge.methods import PHASE1, rubric_of
 from layerloop.components.judge.parsing import parse
-from layerloop.components.judge.replies import Reply, UnusableError, read_body
+from layerloop.components.judge.replies import PAID, Reply, UnusableError, read_body
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.judge.transport import TransportError
@@ -26,6 +26,8 @@ from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
 
 IMAGE_COUNTS = (4, 8, 16, 32)  # images in one request that are tried, in order, until one is refused
+ATTEMPTS = 3  # of a probe whose answer is unusable: one bad answer is no finding
+MOST_REFUSALS = 8  # features that are given up one after another
 NEEDED_IMAGES = 8  # source, recomposition and the layers of L = 5 on one backdrop, with room for one
 GOOD_AGREEMENT, POOR_AGREEMENT = 0.8, 0.5  # rank agreement with the canaries' grades
 
@@ -49,6 +51,7 @@ class CheckReport:
     tokens_output: int
     canaries: CanaryReport
     seconds: float
+    given_up: list[str] = field(default_factory=list)  # a line about each feature that it refuses
     problems: list[str] = field(default_factory=list)
     verdict: str = ""
 
@@ -73,6 +76,7 @@ class CheckReport:
             rows[f"  {name}"] = f"{_number(reward)} phase 1, {_number(canaries.phase2.get(name))} phase 2"
         out = [f"{label:<22}{text}" for label, text in rows.items()]
         out += [f"  no judgement of {name}: {why}" for name, why in canaries.failures.items()]
+        out += self.given_up
         out += [f"problem: {problem}" for problem in self.problems]
         return [*out, f"verdict: {self.verdict} ({self.requests} requests in {self.seconds:.1f} s)"]
 
@@ -111,11 +115,13 @@ def check(
 async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe, designs: int) -> CheckReport:
     start = time.monotonic()
     recipe = recipe.model_copy(update={"redraws": min(recipe.redraws, 2)})
-    async with Judge(url, recipe, JudgeRuntime(give_up_seconds=5.0, retries=2), api_key=api_key) as judge:
+    given_up: list[str] = []
+    runtime = JudgeRuntime(give_up_seconds=5.0, retries=2)
+    async with Judge(url, recipe, runtime, api_key=api_key, log=given_up.append) as judge:
         models = await judge.connection.models(timeout=20.0)
         model = model or (models[0] if len(models) == 1 else recipe.model)
         judge.recipe = recipe = recipe.model_copy(update={"model": model})
-        await judge.check_reachable()
+        await judge.check_reachable(probe=True)
         rubric = rubric_of(recipe)
         probe = _probe(rubric, recipe, layers=3)
         json_schema = await _answers(judge, probe, EndpointFeatures())
@@ -142,6 +148,7 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
         tokens_input=statistics.tokens_in,
         tokens_output=statistics.tokens_out,
         canaries=canaries,
+        given_up=list(dict.fromkeys(given_up)),
         seconds=time.monotonic() - start,
     )
     return _judged(report)
@@ -183,38 +190,61 @@ def _probe(rubric: Rubric, recipe: JudgeRecipe, *, layers: int) -> Request:
     return PHASE1[recipe.method].request(rubric, source, images, recipe, label=f"probe of {layers + 2} images")
 
 
-async def _post(judge: Judge, request: Request, features: EndpointFeatures) -> Reply:
-    """A reply by exactly these features. Raises UnusableError."""
-    payload = features.payload(request, judge.recipe, seed=1, temperature=judge.recipe.temperature)
-    try:
-        return read_body(await judge.connection.post(payload, timeout=judge.runtime.timeout_seconds))
-    except TransportError as error:
-        raise error.problem from None
+async def _post(judge: Judge, request: Request, wanted: EndpointFeatures, *, attempt: int = 0) -> tuple[Reply, bool]:
+    """A reply, and whether it came by the wanted format and log-probabilities.
+
+    Other features that the endpoint refuses are given up, as in a campaign, and remembered for all that follows. Raises
+    UnusableError.
+    """
+    kept = replace(judge.features, response_format=wanted.response_format, logprobs=wanted.logprobs)
+    for _ in range(MOST_REFUSALS):
+        temperature = judge.recipe.temperature if not attempt else max(judge.recipe.temperature, RETRY_TEMPERATURE)
+        payload = kept.payload(request, judge.recipe, seed=1 + attempt, temperature=temperature)
+        try:
+            reply = read_body(await judge.connection.post(payload, timeout=judge.runtime.timeout_seconds))
+            judge.connection.saw_answer()
+        except TransportError as error:
+            simpler = judge.simpler(kept, error) if error.status in REFUSALS else None
+            if simpler is None:
+                raise error.problem from None
+            kept = simpler
+            continue
+        judge.features = replace(
+            judge.features, seed=kept.seed, temperature=kept.temperature, limit_name=kept.limit_name
+        )
+        return reply, (kept.response_format, kept.logprobs) == (wanted.response_format, wanted.logprobs)
+    raise UnusableError("http_400", "every feature is refused")
 
 
 async def _answers(judge: Judge, request: Request, features: EndpointFeatures) -> bool:
-    """Whether the reply is usable, in the newer name of the token limit if it must be. The name is remembered."""
-    for limit_name in dict.fromkeys((judge.features.limit_name, "max_completion_tokens")):
-        tried = replace(features, limit_name=limit_name)
+    """Whether the endpoint answers with usable JSON by this format; a bad answer is asked for again."""
+    for attempt in range(ATTEMPTS):
         try:
-            reply = await _post(judge, request, tried)
+            reply, as_wanted = await _post(judge, request, features, attempt=attempt)
+            if not as_wanted:
+                return False
             parse(request, reply)
         except UnusableError as error:
-            if "max_completion_tokens" in error.detail:
-                continue
-            return False
-        judge.features = replace(judge.features, limit_name=limit_name)
-        return reply.text.lstrip().startswith("{")
+            if error.reason.startswith("http_4") and not error.retry:
+                return False
+            continue
+        if reply.text.lstrip().startswith("{"):
+            return True
     return False
 
 
 async def _has_logprobs(judge: Judge, request: Request, json_schema: bool) -> bool:
     features = replace(judge.features, logprobs=True, response_format="json_schema" if json_schema else "none")
-    try:
-        reply = await _post(judge, request, features)
-    except UnusableError:
-        return False
-    return any(len(token.get("top_logprobs") or []) > 1 for token in reply.tokens)
+    for attempt in range(ATTEMPTS):
+        try:
+            reply, as_wanted = await _post(judge, request, features, attempt=attempt)
+        except UnusableError:
+            continue
+        if not as_wanted:
+            return False
+        if any(len(token.get("top_logprobs") or []) > 1 for token in reply.tokens):
+            return True
+    return False
 
 
 async def _images(judge: Judge, rubric: Rubric, recipe: JudgeRecipe) -> int:
@@ -222,14 +252,18 @@ async def _images(judge: Judge, rubric: Rubric, recipe: JudgeRecipe) -> int:
     most = 0
     for count in IMAGE_COUNTS:
         request = _probe(rubric, recipe, layers=count - 2)
-        try:
-            await _post(judge, request, judge.features)
-        except UnusableError as error:
-            if error.reason in ("refused", "empty") or not error.reason.startswith("http_4"):
-                most = count  # it accepted the images, whatever it answered
-                continue
+        for attempt in range(ATTEMPTS):
+            try:
+                await _post(judge, request, judge.features, attempt=attempt)
+            except UnusableError as error:
+                if error.reason not in PAID and (error.retry is False or error.reason.startswith("http_")):
+                    if error.retry:  # busy, or an error of the moment
+                        continue
+                    return most
+            most = count  # it accepted the images, whatever it answered
             break
-        most = count
+        else:
+            return most
     return most
 
 

@@ -10,28 +10,34 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import random
 import re
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol, Self
 
 from layerloop.components.judge.batch import Batches, Ledger, LedgerMemory
+from layerloop.components.judge.errors import shown
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.limiter import AdaptiveTimeout, Breaker, Limiter
 from layerloop.components.judge.parsing import expected_scores, parse
-from layerloop.components.judge.replies import Reply, UnusableError, read_body
+from layerloop.components.judge.replies import PAID, Reply, UnusableError, read_body
 from layerloop.components.judge.requests import Request, Scores
 from layerloop.components.judge.statistics import Statistics
 from layerloop.components.judge.transport import BUSY, Connection, TransportError
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
 from layerloop.components.schema.seeds import seed_for
 
 NO_KEY = "none"  # sent where OPENAI_API_KEY is not set: local servers take any
 RETRY_TEMPERATURE = 0.4  # at least, when an answer was unusable: at 0 the same one would come again
+REFUSALS = frozenset({400, 404, 415, 422, 501})  # statuses that may be about a parameter of the request
+NEVER = 1e6  # runtime.judge.give_up_seconds from which a judge never counts as gone, and every failure is a mask
+NO_ROUTE = frozenset({404, 405, 410})  # statuses of a URL or model that does not exist
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds between attempts, doubling, times a random 0.5..1
 ABOUT_CONTENT = re.compile(r"image|picture|token|context|length|large|model", re.IGNORECASE)  # of a refused request
 
@@ -69,6 +75,7 @@ class Judge:
         api_key: The environment's OPENAI_API_KEY by default.
         seed: Of the campaign; the sampling seed of every request follows from it.
         ledger: Storage of the batches in progress, in batch mode.
+        log: Takes a line about each feature that the endpoint refuses, once.
     """
 
     def __init__(
@@ -81,6 +88,7 @@ class Judge:
         api_key: str | None = None,
         seed: int = 0,
         ledger: Ledger | None = None,
+        log: Callable[[str], None] | None = None,
     ) -> None:
         self.url, self.recipe, self.seed = url, recipe, seed
         self.runtime = runtime = runtime or JudgeRuntime()
@@ -94,7 +102,8 @@ class Judge:
         self.features = EndpointFeatures(logprobs=recipe.extraction == "expected")
         self.batches: Batches | None = None
         self._ledger: Ledger = ledger if ledger is not None else LedgerMemory()
-        self._key = api_key or os.environ.get("OPENAI_API_KEY") or NO_KEY
+        self._log = log
+        self._key = _key(api_key) or _key(os.environ.get("OPENAI_API_KEY")) or NO_KEY
         self._jitter = random.Random()
 
     async def __aenter__(self) -> Self:
@@ -111,11 +120,15 @@ class Judge:
             await self.batches.close()
         await self.connection.close()
 
-    async def check_reachable(self) -> list[str]:
+    async def check_reachable(self, *, probe: bool = False) -> list[str]:
         """Ids of the models that are served; empty where the endpoint does not list them.
 
+        A list that lacks the recipe's model, or that is refused, decides nothing: then a short question to the model
+        does. With `probe` it is always asked.
+
         Raises:
-            LayerloopError: nothing answers at the URL, it refuses the key, or it does not serve the recipe's model.
+            LayerloopError: nothing answers at the URL, it is not that of the API, it refuses the key, or it does not
+                serve the recipe's model.
         """
         until = time.monotonic() + self.runtime.start_seconds
         while True:
@@ -127,11 +140,63 @@ class Judge:
                 if time.monotonic() >= until:
                     raise
             await asyncio.sleep(min(5.0, self.runtime.start_seconds / 20))
-        if models and self.recipe.model not in models:
-            served = ", ".join(sorted(models)[:6])
-            what = f"recipe.judge.model is {self.recipe.model!r}, judge {self.url} serves {served}"
-            raise LayerloopError(f"{what}: choose one of these")
+        listed = any(_same_model(self.recipe.model, model) for model in models)
+        if probe or not listed:
+            answers = await self._probe(models)
+            if models and not listed and not answers:
+                served = ", ".join(sorted(models)[:6])
+                what = f"recipe.judge.model is {self.recipe.model!r}, judge {self.url} serves {served}"
+                raise LayerloopError(f"{what}: choose one of these")
         return models
+
+    async def _probe(self, models: list[str]) -> bool:
+        """Whether the model answers a short question. What only says that the question was bad, or that the judge is
+        busy, is no answer and no error.
+
+        Raises:
+            LayerloopError: nothing is served at the URL, or the key is refused.
+        """
+        features = EndpointFeatures(response_format="none", seed=False, temperature=False)
+        for _ in range(4):
+            question = {"model": self.recipe.model, "messages": [{"role": "user", "content": "Say yes."}]}
+            if features.limit_name:
+                question[features.limit_name] = 16  # type: ignore[assignment]
+            try:
+                body = await self.connection.post(
+                    json.dumps(question).encode(), timeout=min(60.0, self.runtime.timeout_seconds)
+                )
+            except TransportError as error:
+                if error.status in NO_ROUTE:
+                    if models and "model" in error.text.lower():
+                        return False
+                    raise self._not_served(error) from None
+                simpler = features.without(error.text) if error.status in REFUSALS else None
+                if simpler is None:
+                    return False
+                features = simpler
+                continue
+            try:
+                read_body(body)
+            except UnusableError as error:
+                return error.reason in PAID
+            return True
+        return False
+
+    def _not_served(self, error: TransportError) -> LayerloopError:
+        """The refusal of a URL behind which there is no judge, or not this model."""
+        said = f"HTTP {error.status}{': ' if error.text else ''}{shown(error.text)}"
+        if "model" in error.text.lower():
+            return LayerloopError(
+                f"judge {self.url} does not serve recipe.judge.model {self.recipe.model!r} ({said}): choose another"
+            )
+        base = self.url.rstrip("/")
+        if base.endswith("/chat/completions"):
+            hint = f"leave out /chat/completions: {base.removesuffix('/chat/completions')}"
+        elif not re.search(r"/v\d+(?:beta\d*|alpha\d*)?(?:/|$)", base):
+            hint = f"the base URL of most servers ends in /v1: try {base}/v1"
+        else:
+            hint = "give the base URL of an OpenAI-compatible API, such as http://127.0.0.1:8788/v1"
+        return LayerloopError(f"judge {self.url} has no /chat/completions ({said}): {hint}")
 
     async def ask(self, request: Request, *, sample: int = 0, priority: int = 0) -> tuple[Scores, Reply]:
         """The scores of a request's rows, and the reply they were read from.
@@ -172,9 +237,12 @@ class Judge:
         """One stored reply, over as many attempts as the runtime allows.
 
         A body that is not a completion (HTML of a proxy, half a body) counts as a failure of transport: nothing was
-        paid, so nothing is stored. A completion is stored before it is read for scores.
+        paid, so nothing is stored. A completion is stored before it is read for scores. Only a request that fails while
+        the judge answers others is masked: as long as nothing is answered it waits.
         """
         attempts, given_up, delay = 0, 0, FIRST_DELAY
+        began = before = time.monotonic()  # of the first failure, and of the one before the last
+        alone = 0  # failures in a row, after all retries, while the judge answered others
         ticket = self.limiter.ticket()
         while True:
             try:
@@ -189,21 +257,49 @@ class Judge:
                         body = await self._send(payload, (request.kind, request.rows, request.images), given_up)
                 return await self._accept(key, body)
             except TransportError as error:
-                problem = error.problem
+                failure, problem = error, error.problem
             self.statistics.failures[problem.reason] += 1
             if problem.reason == "slow":
                 given_up += 1
                 continue
-            if problem.reason in ("http_400", "http_404", "http_422") and self._downgrade_request(
-                features, problem.detail
-            ):
+            if failure.status in REFUSALS and self._downgrade_request(features, failure):
                 continue
+            if failure.status in NO_ROUTE and not self.statistics.answered:
+                raise self._not_served(failure)
             attempts += 1
-            if not problem.retry or attempts > self.runtime.retries:
+            now = time.monotonic()
+            began, before, since = (now if attempts == 1 else began), now, before
+            final = not problem.retry or attempts > self.runtime.retries
+            if final and problem.retry and self._waits_out_outages:
+                # Twice, because a success just after the first failure may be the last before an outage.
+                alive = failure.status not in BUSY and (self.breaker.good_since(since) or await self._is_alive())
+                alone = alone + 1 if alive else 0
+                if not alive and now - max(began, self.breaker.last_good) >= self.runtime.give_up_seconds:
+                    raise UnavailableError(
+                        f"judge {self.url} answered nothing for {now - began:.0f} s (last: {problem}): see its log; "
+                        "what it has answered is stored, so run the step again when it is back"
+                    )
+                final = alone > 1
+            if final:
                 problem.retry = False  # without an answer there is nothing to redraw
                 raise problem
             await asyncio.sleep(delay * self._jitter.uniform(0.5, 1.0))
             delay = min(2 * delay, LONGEST_DELAY)
+
+    @property
+    def _waits_out_outages(self) -> bool:
+        return self.batches is None and self.runtime.give_up_seconds < NEVER
+
+    async def _is_alive(self) -> bool:
+        """Whether the judge answers a short question, be it by saying that the question is bad."""
+        question = {"model": self.recipe.model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 16}
+        try:
+            read_body(await self.connection.post(json.dumps(question).encode(), timeout=self.runtime.timeout_seconds))
+        except TransportError as error:
+            return error.status is not None and not error.problem.retry
+        except UnusableError as error:
+            return error.reason in PAID
+        return True
 
     def _payload(self, request: Request, features: EndpointFeatures, sample: int, redraw: int) -> bytes:
         seed = seed_for(request.digest, self.seed, sample, redraw) & 0x7FFFFFFF
@@ -250,11 +346,12 @@ class Judge:
         try:
             reply = read_body(body)
         except UnusableError as error:
-            if error.reason not in ("refused", "empty"):
+            if error.reason not in PAID:
                 self.breaker.bad(error.reason)
-                raise TransportError(error) from None
+                raise self.connection.error_in_body(error, body) from None
             problem = error
         self.breaker.good()
+        self.connection.saw_answer()
         self.statistics.answered += 1
         self.statistics.count(body)
         await asyncio.to_thread(self.replies.put, key, body)
@@ -262,17 +359,44 @@ class Judge:
             raise problem
         return reply
 
-    def _downgrade_request(self, used: EndpointFeatures, message: str) -> bool:
-        """Give up the feature that a 4xx names, for all requests; returns whether to send the refused one again.
-
-        A 4xx that names neither a parameter nor the content is taken for one about the JSON schema, as long as nothing
-        was answered.
-        """
+    def _downgrade_request(self, used: EndpointFeatures, failure: TransportError) -> bool:
+        """Give up the feature that a 4xx names, for all requests; returns whether to send the refused one again."""
         if self.features == used:
-            simpler = used.without(message)
-            if simpler is None and not self.statistics.answered and not ABOUT_CONTENT.search(message):
-                simpler = used.plainer()
+            simpler = self.simpler(used, failure)
             if simpler is None:
                 return False
             self.features = simpler
         return True  # another request has changed the features meanwhile
+
+    def simpler(self, used: EndpointFeatures, failure: TransportError) -> EndpointFeatures | None:
+        """The features to try after a 4xx, said in one line; None where there is nothing to give up.
+
+        A 4xx without any reason is taken for one about some feature, as long as nothing was answered.
+        """
+        message = failure.text.replace(self.recipe.model, "")
+        simpler = used.without(message)
+        if simpler is None and not self.connection.answered and not ABOUT_CONTENT.search(message):
+            simpler = used.blindly()
+        if simpler is not None and self._log is not None:
+            what, why = ", ".join(simpler.given_up(used)), shown(failure.text) or f"HTTP {failure.status}"
+            self._log(f"judge {self.url} refuses {what}: goes on without ({why})")
+        return simpler
+
+
+def _key(text: str | None) -> str:
+    """A key without the blanks and newlines around it that files and clipboards add.
+
+    Raises:
+        LayerloopError: it has characters that no HTTP header can carry.
+    """
+    key = (text or "").strip().strip("\ufeff\u200b").strip()
+    if not all("!" <= char <= "~" for char in key):
+        raise LayerloopError("OPENAI_API_KEY has a blank or another character inside that no key has: copy it again")
+    return key
+
+
+def _same_model(wanted: str, listed: str) -> bool:
+    """Whether a listed id is the wanted model: Ollama adds `:latest`, Gemini puts `models/` before."""
+    return wanted.removeprefix("models/").removesuffix(":latest") == listed.removeprefix("models/").removesuffix(
+        ":latest"
+    )

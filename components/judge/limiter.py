@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import heapq
 import itertools
+import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Hashable
 
@@ -117,11 +118,17 @@ class Breaker:
         self.where, self.failures, self.seconds = where, failures, seconds
         self._row = 0
         self._last_good: float | None = None
+        self.last_good = float("-inf")  # monotonic seconds of the last success
+
+    def good_since(self, moment: float) -> bool:
+        """Whether any request succeeded after `moment`, in monotonic seconds."""
+        return self.last_good > moment
 
     def good(self) -> None:
         """Record a success, which resets the count of failures."""
         self._row = 0
         self._last_good = asyncio.get_running_loop().time()
+        self.last_good = time.monotonic()
 
     def bad(self, reason: str) -> None:
         """Count a failure of the judge or of the way to it (not an unusable answer).

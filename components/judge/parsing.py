@@ -1,7 +1,11 @@
 """From the text of a reply to scores in [0, 1]: repaired where only one reading is possible, refused otherwise.
 
-Here the JSON is found; `values.py` reads its values. A reply is never completed with a number of our own: what cannot
-be read becomes `UnusableError` with a reason, which the client answers by asking again and, in the end, by a mask.
+`thoughts.py` says what of a reply is answer, here the JSON is found in it, and `values.py` reads its values. A reply is
+never completed with a number of our own: what cannot be read becomes `UnusableError` with a reason, which the client
+answers by asking again and, in the end, by a mask.
+
+In the answer every form counts, fenced or plain: equal ones are one answer, different ones are ambiguous. Where there
+is no JSON at all, a list in words that gives every criterion one number ("Alpha cleanliness: 4/5") is a form too.
 """
 
 from __future__ import annotations
@@ -10,16 +14,20 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from layerloop.components.judge.logprobs import TokenProbabilities
 from layerloop.components.judge.replies import Reply, UnusableError, looks_like_refusal
 from layerloop.components.judge.requests import Request, Scores
+from layerloop.components.judge.thoughts import answer_of
 from layerloop.components.judge.values import is_candidate_label, plain
 
-_FENCE = re.compile(r"```[A-Za-z]*\s*(.*?)(?:```|\Z)", re.DOTALL)
-_THINKING = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"(```|~~~)[A-Za-z]*\s*(.*?)(?:\1|\Z)", re.DOTALL)
 _TRAILING_COMMA = re.compile(r",(\s*[}\]])")
+_GIVES = (
+    r"[\s*_`'\"|]*(?:[:=|]|\bis\b|[\u2013\u2014-])[\s*_`'\"]*(\d+(?:\.\d+)?(?:\s*(?:/|out of)\s*\d+)?)(?![\w%]|\.\d)"
+)
 LONGEST = 100_000  # characters of a reply that are read; a judgement has a few thousand
 BRACKETS = 400  # that open no JSON, until the rest of a reply is taken for words
 REPAIRS = 8  # of these that are looked at again with leniency
@@ -51,6 +59,9 @@ def expected_scores(request: Request, reply: Reply, scores: Scores) -> tuple[Sco
     """
     if request.answer.expected is None:
         return scores, 0
+    answer = answer_of(reply.text)
+    if answer is None or not reply.text.rstrip().endswith(answer.strip()):
+        reply = replace(reply, tokens=())  # something follows the answer, so that the last digits may not be its own
     return request.answer.expected(request, TokenProbabilities(reply), scores)
 
 
@@ -65,15 +76,22 @@ def _find_answer(request: Request, reply: Reply) -> tuple[Any, bool]:
     """
     if len(reply.text) > LONGEST:
         raise UnusableError("no_json", f"{len(reply.text)} characters")
-    text = _THINKING.sub("", reply.text.lstrip("\ufeff"))
+    text = answer_of(reply.text.lstrip("\ufeff"))
+    if text is None:
+        raise UnusableError(
+            "truncated" if reply.cut else "no_json",
+            "it ends inside a thought, where drafts do not count: raise recipe.judge.max_tokens or switch thinking off",
+        )
     key, complete = request.answer.key, True
     try:
-        fenced = [value for block in _FENCE.findall(text) for value in _values(block)]
-        found = [value for value in fenced if _is_answer(value, request)]
-        found = found or [value for value in _values(text) if _is_answer(value, request)]
+        found, tail = _forms(text, request)
+        if reply.cut and found and _begins_another(tail, request):
+            raise UnusableError("truncated", "a second form after the first is cut off")
         if not found:
             rest = _closed(text, decimals=request.answer.decimals)
             found, complete = [rest] if _is_answer(rest, request) else [], False
+        if not found and "{" not in text:
+            found, complete = _in_words(text, request), True
     except RecursionError:
         raise UnusableError("no_json", "nested too deep") from None
     if not found:
@@ -86,8 +104,46 @@ def _find_answer(request: Request, reply: Reply) -> tuple[Any, bool]:
     return (inner[0] if inner else found[0]), complete
 
 
-def _values(text: str) -> Iterator[Any]:
-    """Outermost JSON (or Python literal) objects and arrays in `text`, in order."""
+def _forms(text: str, request: Request) -> tuple[list[Any], str]:
+    """Every JSON value that can be the answer, fenced and plain, and what follows the last of them."""
+    fences = list(_FENCE.finditer(text))
+    outside = "\n".join(
+        text[start:end]
+        for start, end in zip(
+            [0, *(fence.end() for fence in fences)], [*(fence.start() for fence in fences), len(text)], strict=True
+        )
+    )
+    found, tail = [], text
+    for part in (*(fence[2] for fence in fences), outside):
+        for value, end in _values(part):
+            if _is_answer(value, request):
+                found.append(value)
+                tail = part[end:]
+    return found, tail
+
+
+def _begins_another(tail: str, request: Request) -> bool:
+    """Whether a form was begun in what follows a complete one."""
+    start = tail.find("{")
+    return start >= 0 and any(f'"{word}' in tail[start:] for word in (request.answer.key, *request.names, "candidate"))
+
+
+def _in_words(text: str, request: Request) -> list[dict[str, str]]:
+    """Scores in words, `name: number` for every criterion; empty where one is missing or has two numbers."""
+    if request.answer.by_candidate or request.answer.key != "scores":
+        return []
+    form = {}
+    for name in request.names:
+        words = r"[\s_-]+".join(map(re.escape, name.split("_")))
+        found = {match[1] for match in re.finditer(rf"(?<!\w){words}{_GIVES}", text, re.IGNORECASE)}
+        if len(found) != 1:
+            return []
+        form[name] = found.pop()
+    return [form]
+
+
+def _values(text: str) -> Iterator[tuple[Any, int]]:
+    """Outermost JSON (or Python literal) objects and arrays in `text`, in order, each with the index behind it."""
     decoder = json.JSONDecoder(object_pairs_hook=_unique)
     at, failed = 0, 0
     while (start := _next_open(text, at)) >= 0:
@@ -102,7 +158,7 @@ def _values(text: str) -> Iterator[Any]:
             if value is None:
                 at = start + 1
                 continue
-        yield value
+        yield value, end
         at = end
 
 

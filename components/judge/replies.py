@@ -7,14 +7,29 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-MAX_BODY = 8 << 20  # bytes; a judgement with logprobs is under a megabyte
+from layerloop.components.judge.errors import read_error, shown
 
-_REFUSAL = re.compile(
-    r"\b(i['\u2019]?m|i am|we['\u2019]re) (very )?(sorry|unable|not able)\b"
-    r"|\bi (can['\u2019]?t|cannot|can not|won['\u2019]?t|will not|must decline|decline to)\b"
-    r"|\b(unable|not able) to (assist|help|comply|evaluate|judge|score|process)\b"
-    r"|\bagainst (my|our|the) (guidelines|policy|policies)\b",
+MAX_BODY = 8 << 20  # bytes; a judgement with logprobs is under a megabyte
+PAID = frozenset({"refused", "empty", "truncated"})  # what `read_body` raises about a completion, which was paid
+
+_DO = (
+    r"(?:assist|help|comply|evaluate|judge|score|rate|grade|assess|process|provide|give|do|fulfil|fulfill|complete|"
+    r"continue|answer|respond|engage|analy[sz]e|describe|discuss|identify|review|see|view|offer|participate|make|support|"
+    r"perform|look|work|comment|say|share|generate|produce|return)"
+)
+_REFUSAL = re.compile(  # declines the task; "I can't find any fault" does not
+    r"\b(?:i['\u2019]?m|i am|we['\u2019]re|we are) (?:very |so )?(?:sorry|unable|not able)\b"
+    rf"|\bi (?:can['\u2019]?t|cannot|can not|won['\u2019]?t|will not|am not able to) (?:\w+ly )?{_DO}\b"
+    r"|\bi (?:must|have to)? ?(?:decline|refuse) to\b|\bi must decline\b"
+    rf"|\b(?:unable|not able) to {_DO}\b"
+    r"|\bagainst (?:my|our|the) (?:guidelines|policy|policies)\b",
     re.IGNORECASE,
+)
+_IS_THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)  # types of a message's parts
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # fields of a message
+SWITCH = (
+    "switch thinking off at the server (vLLM: --default-chat-template-kwargs '{\"enable_thinking\":false}', llama.cpp: "
+    "--reasoning-budget 0, Ollama: a model without thinking), or raise recipe.judge.max_tokens"
 )
 
 
@@ -56,8 +71,8 @@ def read_body(body: bytes) -> Reply:
     """A chat completion from a response body.
 
     Raises:
-        UnusableError: body_too_large, body_not_utf8, body_not_json, empty_body, error_body, no_choices, empty or
-            refused.
+        UnusableError: body_too_large, body_not_utf8, body_not_json, empty_body, error_body, no_choices, empty,
+            truncated (a thought took all tokens) or refused.
     """
     if len(body) > MAX_BODY:
         raise UnusableError("body_too_large", f"over {MAX_BODY >> 20} MB")
@@ -69,17 +84,19 @@ def read_body(body: bytes) -> Reply:
         raise UnusableError("body_not_utf8", repr(body[:40])) from None
     except (ValueError, RecursionError):
         raise UnusableError("body_not_json", repr(body[:60])) from None
+    if isinstance(value, list) and value and isinstance(value[0], dict) and value[0].get("error"):
+        value = value[0]  # Gemini's way to say an error
     if not isinstance(value, dict):
         raise UnusableError("body_not_json", f"a JSON {type(value).__name__}")
     if value.get("error"):
-        error = value["error"]
-        message = error.get("message") if isinstance(error, dict) else error
-        raise UnusableError("error_body", str(message)[:200])
+        raise UnusableError("error_body", shown(read_error(value["error"])))
     choices = value.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise UnusableError("no_choices", f"keys {sorted(map(str, value))[:8]}")
     choice = choices[0]
     message = choice.get("message")
+    if choice.get("error"):  # of OpenRouter, where a provider failed on the way
+        raise UnusableError("error_body", shown(read_error(choice["error"])))
     if not isinstance(message, dict):
         raise UnusableError("no_choices", "a choice without a message")
     finish = str(choice.get("finish_reason") or "")
@@ -89,6 +106,10 @@ def read_body(body: bytes) -> Reply:
         raise UnusableError("refused", "finish_reason content_filter", retry=False)
     text = _text_of(message.get("content"))
     if not text.strip():
+        where = next((name for name in _THOUGHTS if message.get(name)), None)
+        if where is not None:
+            what = f"content is empty, the text is in {where}, which is thought and not read: {SWITCH}"
+            raise UnusableError("truncated" if finish == "length" else "empty", what)
         raise UnusableError("empty", f"no text, finish_reason {finish or 'missing'}")
     return Reply(
         text=text,
@@ -132,7 +153,8 @@ def _text_of(content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):  # some servers answer in parts
-        return "".join(part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
+        parts = [part for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        return "".join(part["text"] for part in parts if not _IS_THOUGHT.search(str(part.get("type"))))
     return ""
 
 

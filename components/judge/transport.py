@@ -6,11 +6,15 @@ typed `create` spends 2 ms per request on traversing the images.
 
 from __future__ import annotations
 
+import asyncio
+import os
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from layerloop.components.judge.errors import read_error, shown
 from layerloop.components.judge.replies import MAX_BODY, UnusableError
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
@@ -18,20 +22,27 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 FATAL = {401: "refuses the key", 403: "refuses access"}
+NO_CREDIT = re.compile(
+    r"insufficient[_ ](?:quota|credits?|balance|funds)|not enough credits?|credit balance|out of credits?|"
+    r"billing_hard_limit|payment required",
+    re.IGNORECASE,
+)
 TRANSIENT = frozenset({408, 409, 425, 429})  # besides all 5xx
 BUSY = frozenset({429, 503, 529})
 LONGEST_RETRY_AFTER = 120.0  # seconds of Retry-After that are obeyed
-
+FORBIDDEN = 8  # answers 403 in a row after good ones, until it is the key and not the requests
 
 LANE = 8  # connections of one HTTP client
 
 
 class TransportError(Exception):
-    """An attempt that brought no reply."""
+    """An attempt that brought no reply. `text` is all that the error's body says, of which the problem shows a part."""
 
-    def __init__(self, problem: UnusableError, *, status: int | None = None, retry_after: float | None = None) -> None:
+    def __init__(
+        self, problem: UnusableError, *, status: int | None = None, retry_after: float | None = None, text: str = ""
+    ) -> None:
         super().__init__(str(problem))
-        self.problem, self.status, self.retry_after = problem, status, retry_after
+        self.problem, self.status, self.retry_after, self.text = problem, status, retry_after, text
 
 
 @dataclass
@@ -55,9 +66,22 @@ class Connection:
 
         self.url = url
         # Loading the certificates takes 50 ms, so it is done once, and not for plain HTTP.
-        self._verify = False if url.lower().startswith("http://") else httpx2.create_ssl_context()
-        self.openai = AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=self._client())
+        self._verify = False if url.lower().startswith("http://") else _certificates()
+        try:
+            client = self._client()
+        except (ValueError, ImportError, httpx2.InvalidURL) as error:  # of a proxy: SOCKS, or no URL
+            names = [n for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY") for n in (name, name.lower())]
+            given = [name for name in names if os.environ.get(name)]
+            odd = [n for n in given if not os.environ[n].startswith(("http://", "https://"))]
+            name = (odd or given or ["the proxy"])[0]
+            raise LayerloopError(
+                f"{name} is {_without_password(os.environ.get(name, ''))}, which cannot be used for judge {url} "
+                f"({' '.join(str(error).split())[:100]}): unset it, give an http:// proxy, or put the host in NO_PROXY"
+            ) from None
+        self.openai = AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=client)
         self._lanes = [_Lane(self.openai)]
+        self.answered = False  # by a completion, since this was opened
+        self.forbidden = 0  # answers 403 in a row
 
     def _client(self) -> Any:
         import httpx2
@@ -65,7 +89,7 @@ class Connection:
 
         return DefaultAsyncHttpxClient(
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=LANE),
-            trust_env=not _is_loopback(self.url),
+            trust_env=not _is_direct(self.url),
             follow_redirects=False,  # a redirect would send images and key to another host
             verify=self._verify,
             headers={
@@ -122,40 +146,99 @@ class Connection:
             lane.active -= 1
 
     def status_error(self, error: Any) -> TransportError:
-        """A 4xx or 5xx as a TransportError. Raises LayerloopError where no request could succeed."""
-        status, message = int(error.status_code), " ".join(str(error.message).split())[:300]
-        self.stop_if_fatal(status)
-        problem = UnusableError(f"http_{status}", message, retry=status in TRANSIENT or status >= 500)
-        return TransportError(problem, status=status, retry_after=read_retry_after(error.response.headers))
+        """A 3xx, 4xx or 5xx as a TransportError. Raises LayerloopError where no request could succeed."""
+        return self.refusal(int(error.status_code), error.response.content, error.response.headers)
 
-    def stop_if_fatal(self, status: int) -> None:
-        """Raises LayerloopError: the status means that the key is refused."""
-        if status in FATAL:
-            what = f"judge {self.url} {FATAL[status]} (HTTP {status})"
-            raise LayerloopError(f"{what}: set OPENAI_API_KEY to a key that it takes")
-
-    async def models(self, *, timeout: float) -> list[str]:
-        """Ids of the models that are served; empty where the endpoint does not list them.
+    def refusal(self, status: int, body: bytes, headers: Mapping[str, str]) -> TransportError:
+        """The TransportError of a status and its body.
 
         Raises:
-            LayerloopError: nothing answers at the URL, or it refuses the key.
+            LayerloopError: no request could succeed: the key is refused, or there is no credit.
+        """
+        text = read_error(body)
+        if status == 402 or (status in (400, 403, 429) and NO_CREDIT.search(text)):
+            raise UnavailableError(
+                f"judge {self.url} has no credit (HTTP {status}: {shown(text) or 'no reason given'}): add some and run "
+                "the step again; what it has answered is stored, and only the rest is sent"
+            )
+        if status == 401 or (status == 403 and not self.answered):
+            raise LayerloopError(
+                f"judge {self.url} {FATAL[status]} (HTTP {status}{': ' if text else ''}{shown(_without_keys(text))}): "
+                "set OPENAI_API_KEY to a key that it takes"
+            )
+        if status == 403:
+            self.forbidden += 1
+            if self.forbidden >= FORBIDDEN:
+                raise LayerloopError(
+                    f"judge {self.url} refuses access (HTTP 403, {self.forbidden} times in a row: {shown(text)}): see "
+                    "what it says; what it has answered is stored, so run the step again when that is settled"
+                )
+        problem = UnusableError(f"http_{status}", shown(text), retry=status in TRANSIENT or status >= 500)
+        return TransportError(problem, status=status, retry_after=read_retry_after(headers), text=text)
+
+    def error_in_body(self, problem: UnusableError, body: bytes) -> TransportError:
+        """The TransportError of a body with status 200 that is no completion but may be an error.
+
+        Raises:
+            UnavailableError: it says that there is no credit.
+        """
+        if problem.reason != "error_body":
+            return TransportError(problem)
+        text = read_error(body)
+        code = re.search(r"\bcode (\d{3})\b", text)
+        status = int(code[1]) if code else None
+        if status == 402:
+            self.refusal(status, body, {})
+        return TransportError(problem, status=status, text=text)
+
+    def saw_answer(self) -> None:
+        """A completion came: the key is good, and a later 403 is about its request."""
+        self.answered, self.forbidden = True, 0
+
+    async def models(self, *, timeout: float) -> list[str]:
+        """Ids of the models that are served; empty where the endpoint does not list them, or not for this key.
+
+        Raises:
+            LayerloopError: nothing answers at the URL.
         """
         import openai
 
         try:
-            page = await self.openai.models.list(timeout=timeout)
+            async with asyncio.timeout(timeout):
+                page = await self.openai.models.list(timeout=timeout)
             return [str(model.id) for model in page.data or []]
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
+        except (openai.APIConnectionError, TimeoutError) as error:
+            cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
             raise UnavailableError(
                 f"judge {self.url} does not answer ({type(cause).__name__}): start it (`layerloop judge serve`), "
                 "or give its URL as judge_url or OPENAI_BASE_URL"
             ) from None
-        except openai.APIStatusError as error:
-            self.stop_if_fatal(error.status_code)
+        except Exception:  # refused, or not a list of models: it only serves a better message
             return []
-        except Exception:  # not a list of models: it only serves a better message
-            return []
+
+
+def _without_keys(text: str) -> str:
+    """A refusal of a key without the key, of which some endpoints show a part."""
+    return re.sub(r"\b(?:sk|key|gsk|hf|AIza)[-_][\w*.-]+|[\w-]*\*{3,}[\w-]*", "...", text)
+
+
+def _certificates() -> Any:
+    """The TLS context of the environment. Raises LayerloopError: SSL_CERT_FILE or SSL_CERT_DIR names nothing usable."""
+    import httpx2
+
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        path = os.environ.get(name)
+        if path and not os.path.exists(path):
+            raise LayerloopError(f"{name} is {path}, which does not exist: correct it, or unset it")
+    try:
+        return httpx2.create_ssl_context()
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        path = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR") or "certifi's"
+        raise LayerloopError(f"the certificates of {path} cannot be loaded ({error}): correct SSL_CERT_FILE") from None
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//...@", url)
 
 
 class _TooLargeError(Exception):
@@ -186,12 +269,13 @@ async def _bound_body(response: Any) -> None:
     response.stream = Bounded(response.stream)
 
 
-def _is_loopback(url: str) -> bool:
-    """Whether the URL is of this machine, which is called without the environment's proxy."""
+def _is_direct(url: str) -> bool:
+    """Whether the environment's proxy has no part in calling the URL: of this machine, or named in NO_PROXY."""
     from urllib.parse import urlsplit
+    from urllib.request import proxy_bypass_environment
 
     host = urlsplit(url).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.")
+    return host in {"localhost", "::1"} or host.startswith("127.") or bool(proxy_bypass_environment(host))
 
 
 def read_retry_after(headers: Any) -> float | None:

@@ -14,13 +14,14 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from layerloop.components.policy.layouts import plain_state
 from layerloop.components.schema.errors import LayerloopError
 
 NAME = "default"  # peft's name for the one adapter of a model
@@ -69,7 +70,7 @@ def folded(adapter: Adapter) -> Adapter:
 
 
 def read_adapter(path: Path | str) -> Adapter:
-    """Read an adapter: a folder or a safetensors file, in peft's or diffusers' layout, or one that diffusers converts.
+    """Read an adapter: a folder or a safetensors file, in peft's or diffusers' layout or one of `layouts.py`.
 
     A publication or a merge is read as it stands; old ones have no weights at their root, but a subfolder per layout.
 
@@ -86,11 +87,12 @@ def read_adapter(path: Path | str) -> Adapter:
         config, config_of = _peft_config(file), file.parent / PEFT_CONFIG
     elif "lora_adapter_metadata" in metadata:
         config = _transformer_metadata(metadata["lora_adapter_metadata"], file) or None
-    if any(key.startswith(PEFT_PREFIX) for key in tensors):
-        tensors = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
-    else:
-        tensors = _diffusers_state(tensors, file)
-    return _uniform(tensors, config, file, config_of)
+    tensors, alphas = plain_state(tensors, file)
+    if alphas and config is not None:
+        raise LayerloopError(
+            f"{file}: {next(iter(alphas))}.alpha and {config_of.name} both give a scale: leave out one of them"
+        )
+    return _uniform(tensors, config, file, config_of, alphas)
 
 
 def _weights_file(path: Path) -> Path:
@@ -178,22 +180,15 @@ def _transformer_metadata(text: str, file: Path) -> dict[str, Any]:
         raise LayerloopError(f"{file} has lora_adapter_metadata that is not JSON: write the adapter again") from None
 
 
-def _diffusers_state(tensors: dict[str, torch.Tensor], file: Path) -> dict[str, torch.Tensor]:
-    """Keys without `transformer.`; formats of other trainers through diffusers' own conversion."""
-    if not all(key.startswith(DIFFUSERS_PREFIX) and (".lora_A." in key or ".lora_B." in key) for key in tensors):
-        from diffusers import QwenImageLayeredPipeline
-
-        try:
-            tensors = QwenImageLayeredPipeline.lora_state_dict(dict(tensors))
-        except Exception as error:  # its converters raise many kinds on foreign files
-            reason = " ".join(str(error).split())[:200]
-            raise LayerloopError(f"{file} is in an adapter layout that diffusers does not know: {reason}") from None
-    return {key.removeprefix(DIFFUSERS_PREFIX): value for key, value in tensors.items()}
-
-
-def _uniform(tensors: dict[str, torch.Tensor], config: dict[str, Any] | None, file: Path, config_of: Path) -> Adapter:
-    """An adapter of one rank and one scale from checked tensors; `file` and `config_of` are named in errors."""
-    tensors = {key.replace(f".{NAME}.weight", ".weight"): value for key, value in tensors.items()}
+def _uniform(
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, Any] | None,
+    file: Path,
+    config_of: Path,
+    alphas: Mapping[str, float],
+) -> Adapter:
+    """An adapter of one rank and one scale from checked tensors; `file` and `config_of` are named in errors. `alphas`
+    are those of modules that have their own in the file."""
     modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
     for key in tensors:
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
@@ -215,7 +210,10 @@ def _uniform(tensors: dict[str, torch.Tensor], config: dict[str, Any] | None, fi
     if not modules:
         raise LayerloopError(f"{file} has no LoRA weights")
     ranks = {module: tensors[f"{module}.lora_A.weight"].shape[0] for module in modules}
-    scales = {module: _scale(module, rank, config, config_of) for module, rank in ranks.items()}
+    scales = {
+        module: alphas[module] / rank if module in alphas else _scale(module, rank, config, config_of)
+        for module, rank in ranks.items()
+    }
     rank = max(ranks.values())
     if len(set(scales.values())) == 1 and len(set(ranks.values())) == 1:
         return Adapter(dict(sorted(tensors.items())), rank, next(iter(scales.values())) * rank)

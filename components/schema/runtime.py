@@ -73,7 +73,8 @@ class JudgeRuntime(Record):
     timeout_factor: float = Field(default=1.5, ge=0)  # give up after so many times what 9 of 10 requests take; 0: never
     retries: int = Field(default=4, ge=0)  # of a request that got no answer; an unusable answer is recipe.judge.redraws
     start_seconds: float = Field(default=0.0, ge=0)  # wait this long for a judge that is being started
-    give_up_seconds: float = Field(default=60.0, ge=0)  # without any success, before the circuit breaker may open
+    # Without any answer, until the step fails, to be run again; until then it waits. 1e6: never, failures are masks.
+    give_up_seconds: float = Field(default=60.0, ge=0)
     price: PriceRuntime = PriceRuntime()
     batch: BatchRuntime = BatchRuntime()
 

@@ -73,7 +73,7 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
     log(f"judging iteration {current} by {recipe.judge.model} at {url}; {len(replies)} replies are stored already")
 
     start = time.monotonic()
-    judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed)
+    judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed, log=log)
     judged = asyncio.run(
         judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, current, total)
     )
@@ -83,8 +83,8 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
     rows = [row.model_copy(update={"judge_version": version}) for group in judged.groups for row in group.rows]
     reasons = mask_reasons(rows)
     for reason, count in reasons.most_common():
-        log(f"masked {count} of {len(rows)} candidates: {reason}")
-    _refuse_too_many_dropped(judged.groups, recipe, reasons)
+        log(f"masked {count} of {len(rows)} candidates: {_example(rows, reason)}")
+    _refuse_too_many_dropped(judged.groups, recipe, rows, reasons)
 
     metrics = {
         **reward_metrics(rows, rubric.names),
@@ -141,15 +141,23 @@ def _canaries_before(campaign: Campaign, iteration: int) -> dict[str, float]:
     return _numbers(canaries)
 
 
-def _refuse_too_many_dropped(groups: list[ScoredGroup], recipe: Recipe, reasons: dict[str, int]) -> None:
+def _example(rows: Sequence[ScoreRow], reason: str) -> str:
+    """The first full reason of a mask that has this short form."""
+    full = next(row.reason for row in rows if row.reason is not None and row.reason.startswith(reason))
+    return " ".join(full.split())[:400]
+
+
+def _refuse_too_many_dropped(
+    groups: list[ScoredGroup], recipe: Recipe, rows: Sequence[ScoreRow], reasons: dict[str, int]
+) -> None:
     dropped = sum(group.dropped for group in groups)
     allowed = recipe.judge.max_dropped_fraction
     if dropped > allowed * len(groups) or dropped == len(groups):
         common = max(reasons, key=lambda reason: reasons[reason])
         raise LayerloopError(
             f"{dropped} of {len(groups)} groups have fewer than {recipe.judge.min_valid} valid candidates "
-            f"(most often {common}), over recipe.judge.max_dropped_fraction {allowed:g}: look at the judge's answers "
-            "in scores/replies, or try `layerloop judge check`"
+            f"(most often {_example(rows, common)}), over recipe.judge.max_dropped_fraction {allowed:g}: look at the "
+            "judge's answers in scores/replies, or try `layerloop judge check`"
         )
 
 

@@ -87,3 +87,25 @@ def test_differences_name_each_field_with_both_values() -> None:
     ours = parse_recipe("name: x\nseed: 2\nrollout: {window: {size: 4}}")
     assert recipe_differences(ours, theirs) == ["rollout.window.size: 3 -> 4", "seed: 1 -> 2"]
     assert recipe_differences(ours, ours) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("name: x\nseed: 1\nname: y\n", "name", 3),
+        ("name: x\njudge:\n  model: a\n  samples: 1\n  model: a\n", "model", 5),
+        ('{"name": "x", "judge": {"model": "a", "model": "b"}}', "model", 1),
+    ],
+)
+def test_a_key_given_twice_is_one_line(text: str, key: str, line: int) -> None:
+    with pytest.raises(
+        LayerloopError, match=rf"recipe has the key {key} twice \(line {line}\): keep one of them"
+    ) as caught:
+        parse_recipe(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_yaml_merge_is_no_key_given_twice() -> None:
+    text = "name: x\njudge: {phase2: &p {repeats: 2, resolution: 64}}\n"
+    assert parse_recipe(text).judge.phase2.repeats == 2
+    assert parse_recipe("name: x\njudge:\n  phase2:\n    <<: {repeats: 2}\n    repeats: 3\n").judge.phase2.repeats == 3
