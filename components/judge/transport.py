@@ -272,10 +272,10 @@ async def _bound_body(response: Any) -> None:
 def _is_direct(url: str) -> bool:
     """Whether the environment's proxy has no part in calling the URL: of this machine, or named in NO_PROXY."""
     from urllib.parse import urlsplit
-    from urllib.request import proxy_bypass_environment
+    from urllib.request import proxy_bypass
 
     host = urlsplit(url).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.") or bool(proxy_bypass_environment(host))
+    return host in {"localhost", "::1"} or host.startswith("127.") or bool(proxy_bypass(host))
 
 
 def read_retry_after(headers: Any) -> float | None:
