@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from layerloop.components.runtime.environment import usable_environment
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli_cluster import add_cluster_commands
 
@@ -47,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return int(arguments.handler(arguments) or 0)
+        with usable_environment():
+            return int(arguments.handler(arguments) or 0)
     except LayerloopError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(getattr(error, "status", 2))

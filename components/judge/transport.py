@@ -169,7 +169,7 @@ class Connection:
         if status == 403:
             self.forbidden += 1
             if self.forbidden >= FORBIDDEN:
-                raise LayerloopError(
+                raise UnavailableError(
                     f"judge {self.url} refuses access (HTTP 403, {self.forbidden} times in a row: {shown(text)}): see "
                     "what it says; what it has answered is stored, so run the step again when that is settled"
                 )
