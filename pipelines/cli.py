@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from layerloop.components.runtime.environment import usable_environment
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli_cluster import add_cluster_commands
 
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        status = int(arguments.handler(arguments) or 0)
+        with usable_environment():
+            status = int(arguments.handler(arguments) or 0)
         sys.stdout.flush()
         return status
     except LayerloopError as error:

@@ -13,7 +13,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Hashable
 
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import UnavailableError
 
 LATENCIES = 200  # of a shape of request that are remembered
 PROBE = 20  # rounds of successes at a limit that was once too much, before one more is tried
@@ -134,7 +134,7 @@ class Breaker:
         """Count a failure of the judge or of the way to it (not an unusable answer).
 
         Raises:
-            LayerloopError: that was one too many.
+            UnavailableError: that was one too many.
         """
         now = asyncio.get_running_loop().time()
         if self._last_good is None:
@@ -142,7 +142,7 @@ class Breaker:
         self._row += 1
         silent = now - self._last_good
         if self._row >= self.failures and silent >= self.seconds:
-            raise LayerloopError(
+            raise UnavailableError(
                 f"judge {self.where} failed {self._row} requests in a row, none succeeded for {silent:.0f} s "
                 f"(last: {reason}): see its log; what it has answered is stored, so run the step again when it is back"
             )

@@ -169,7 +169,7 @@ class Connection:
         if status == 403:
             self.forbidden += 1
             if self.forbidden >= FORBIDDEN:
-                raise LayerloopError(
+                raise UnavailableError(
                     f"judge {self.url} refuses access (HTTP 403, {self.forbidden} times in a row: {shown(text)}): see "
                     "what it says; what it has answered is stored, so run the step again when that is settled"
                 )
@@ -272,10 +272,10 @@ async def _bound_body(response: Any) -> None:
 def _is_direct(url: str) -> bool:
     """Whether the environment's proxy has no part in calling the URL: of this machine, or named in NO_PROXY."""
     from urllib.parse import urlsplit
-    from urllib.request import proxy_bypass_environment
+    from urllib.request import proxy_bypass
 
     host = urlsplit(url).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.") or bool(proxy_bypass_environment(host))
+    return host in {"localhost", "::1"} or host.startswith("127.") or bool(proxy_bypass(host))
 
 
 def read_retry_after(headers: Any) -> float | None:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from layerloop.components.runtime.environment import usable_environment
 from layerloop.components.runtime.progress import log
 from layerloop.components.runtime.refusals import Objects, Refusals
 from layerloop.components.schema.errors import LayerloopError
@@ -109,7 +110,8 @@ def step_main(
             if status is not None:
                 return status
         log(f"started {name} {_seconds_since_process_start():.3f} s after process start")
-        result = run(**arguments)
+        with usable_environment():
+            result = run(**arguments)
         if os.environ.get("RANK", "0") == "0":  # under torchrun every rank gets here; rank 0 reports
             if given is None:
                 print(json.dumps({"metrics": result.metrics, "parameters": result.parameters}), flush=True)

@@ -1,0 +1,52 @@
+"""An environment that cannot be used is one line before anything is done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from layerloop.components.runtime.environment import usable_environment
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.folders import cache_folder
+
+
+@pytest.mark.parametrize("folder", ["/nowhere/at/all", "/proc"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "layerloop.components.score_rollouts", "--campaign", "c"],
+        ["-c", "from layerloop.pipelines.cli import main; raise SystemExit(main(['judge', 'check', 'http://x/v1']))"],
+    ],
+    ids=["step", "command"],
+)
+def test_a_tmpdir_that_cannot_be_written_is_one_line(folder: str, command: list[str], tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, *command],
+        env=os.environ | {"TMPDIR": folder},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert f"error: TMPDIR is {folder}, which does not exist, cannot be written or is full" in result.stderr
+    assert "Traceback" not in result.stderr and os.listdir(tmp_path) == []
+
+
+def test_a_user_without_a_home_is_one_line_where_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("LAYERLOOP_CACHE", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # of no entry in passwd, as Kubernetes runs containers
+    with pytest.raises(LayerloopError, match="HOME is not set"), usable_environment():
+        cache_folder()
+    with usable_environment():
+        pass  # where none is needed none is asked for
+
+
+def test_other_errors_pass_through() -> None:
+    with pytest.raises(RuntimeError, match="other"), usable_environment():
+        raise RuntimeError("other")
