@@ -177,7 +177,9 @@ def test_what_cannot_be_read_is_listed_with_the_reason_and_counted(
     assert "rejected 1 more images, listed in rejects.parquet" in log
 
 
-def test_too_many_rejects_fail_the_step_with_its_rejects_and_nothing_committed(store_uri: str, recipe: str, folder: Path) -> None:
+def test_too_many_rejects_fail_the_step_with_its_rejects_and_nothing_committed(
+    store_uri: str, recipe: str, folder: Path
+) -> None:
     for number in range(8):
         (folder / f"bad-{number}.png").write_bytes(b"text")
     with pytest.raises(LayerloopError) as caught:
