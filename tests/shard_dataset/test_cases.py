@@ -153,7 +153,7 @@ def test_an_ancillary_chunk_that_cannot_be_read_spoils_no_image(
 ) -> None:
     image = draw_image(3)
     assert np.array_equal(used(with_chunk(png(image), extra)), normalise(image, DATA))
-    if not extra[4:8] == b"eXIf":  # behind the pixels Pillow looks at no CRC, and takes it
+    if extra[4:8] != b"eXIf":  # behind the pixels Pillow looks at no CRC, and takes it
         behind = png(image)
         assert np.array_equal(used(behind[:-12] + extra + behind[-12:]), normalise(image, DATA))
 
