@@ -76,7 +76,7 @@ class DuplicateIndex:
         self._places: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = []
 
     def find_duplicate(self, key: str, image_hash: ImageHash, *, near: bool = True) -> str | None:
-        """Origin of the first image with equal pixels or, with `near`, of a near-exact duplicate; None without."""
+        """Origin of the image with equal pixels or, with `near`, of the nearest near-exact duplicate; None without."""
         if key in self._by_key or not near:
             return self._by_key.get(key)
         count = len(self._origins)
@@ -89,8 +89,10 @@ class DuplicateIndex:
         means = difference.mean(axis=1)
         close = (means <= MEAN_LEVELS) & (difference.max(axis=1) <= MOST_LEVELS)
         nearest = alike[close][np.argsort(means[close], kind="stable")[:NEAREST]]
-        found = [int(index) for index in nearest if same_image(image_hash, *self._details(int(index)))]
-        return self._origins[min(found)] if found else None
+        for index in nearest:
+            if same_image(image_hash, *self._details(int(index))):
+                return self._origins[index]
+        return None
 
     def add(self, key: str, image_hash: ImageHash, origin: str) -> None:
         """Remember an image by its key and hash; `origin` is what `find_duplicate` returns for it."""
@@ -118,7 +120,8 @@ class DuplicateIndex:
 
 BLOCK = 8  # pixels a side of the places that are compared, half overlapping
 NOISE_LEVELS = 6.0  # of 255, root mean square in a place: what compression adds to any place
-NOISE_SHARE = 0.25  # of the place's own contrast: what resampling takes from it
+NOISE_SHARE = 0.30  # of the place's own contrast: what resampling takes from it
+HOPELESS = 3.0  # times what is allowed; a shift that was taken out leaves no such difference
 MOST_COLOUR = 60.0  # of 255, between two pixels at COLOUR
 
 
@@ -137,15 +140,25 @@ def worst_place(first: Grey, second: Grey) -> float:
         return float("inf")
     one, two = _smooth(first, (width, height)), _smooth(second, (width, height))
     worst = _places(one, two)
-    for _ in range(3):
-        if worst <= 0.5:
-            break
-        moved = _laid_upon(one, two)
-        if moved is None:
-            break
-        two = moved
-        worst = min(worst, _places(one, two))
+    if worst <= 1:
+        return worst
+    coarse_one, coarse_two = _halved(one), _halved(two)
+    move = _move(coarse_one, coarse_two)
+    if move is not None:  # twice at half the size, where a pixel is half a pixel, then once at the whole size
+        again = _move(coarse_one, _moved(coarse_two, coarse_one, move))
+        move = (move if again is None else move + again) * (2 if coarse_one is not one else 1)
+        moved = _moved(two, one, move)
+        worst = min(worst, _places(one, moved))
+        if 1 < worst < HOPELESS and (last := _move(one, moved)) is not None:
+            worst = min(worst, _places(one, _moved(two, one, move + last)))
     return worst
+
+
+def _halved(values: Floats) -> Floats:
+    height, width = (side // 2 * 2 for side in values.shape)
+    if min(height, width) < 16:
+        return values
+    return values[:height, :width].reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3))
 
 
 def _smooth(luma: Grey, size: tuple[int, int]) -> Floats:
@@ -175,39 +188,45 @@ def _block_sums(values: Floats) -> Floats:
     """Sums of BLOCK x BLOCK blocks, one every half block; what is left over at the far edges joins the last ones."""
     half = BLOCK // 2
     rows, columns = (-side % half for side in values.shape)
-    padded = np.pad(values.astype(np.float64), ((0, max(rows, 0)), (0, max(columns, 0))), mode="edge")
+    padded = np.pad(values, ((0, rows), (0, columns)), mode="edge") if rows or columns else values
     small = padded.reshape(padded.shape[0] // half, half, -1, half).sum(axis=(1, 3))
     if min(small.shape) < 2:
         return small * 4
     return small[1:, 1:] + small[:-1, 1:] + small[1:, :-1] + small[:-1, :-1]
 
 
-def _laid_upon(one: Floats, two: Floats) -> Floats | None:
-    """`two` shifted and stretched to lie upon `one`, by least squares over its gradient (Lucas and Kanade 1981)."""
-    from PIL import Image
-
+def _move(one: Floats, two: Floats) -> npt.NDArray[np.float64] | None:
+    """(shift right, stretch, shift down, stretch) in pixels by which `two` is laid upon `one`, a stretch at the edges:
+    least squares over the gradient (Lucas and Kanade 1981). None where there is no such thing."""
     height, width = one.shape
     down, across = np.gradient(two)
-    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j].astype(np.float32)
-    columns = [across, across * x, down, down * y]
-    matrix = np.array([[float(np.vdot(a, b)) for b in columns] for a in columns])
-    target = np.array([float(np.vdot(column, one - two)) for column in columns])
+    x = np.linspace(-1, 1, width, dtype=np.float32)[None, :]
+    y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    columns = np.stack([across, across * x, down, down * y]).reshape(4, -1)
+    matrix = (columns @ columns.T).astype(np.float64)
+    target = (columns @ (one - two).ravel()).astype(np.float64)
     matrix += np.eye(4) * (1e-3 * np.trace(matrix) / 4 + 1e-6)
-    move = np.linalg.solve(matrix, target)
-    if not np.isfinite(move).all() or np.abs(move).max() > 4:
-        return None
-    # two(x + move) ~ one(x): Pillow's affine transform takes output to input pixels
-    dx, sx, dy, sy = move
-    a, e = 1 + 2 * sx / (width - 1 or 1), 1 + 2 * sy / (height - 1 or 1)
-    centre_x, centre_y = width / 2, height / 2
-    coefficients = (a, 0.0, dx + centre_x * (1 - a), 0.0, e, dy + centre_y * (1 - e))
-    moved = np.asarray(
-        Image.fromarray(two).transform((width, height), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+    move: npt.NDArray[np.float64] = np.linalg.solve(matrix, target)
+    return move if np.isfinite(move).all() and np.abs(move).max() <= 4 else None
+
+
+def _moved(two: Floats, one: Floats, move: npt.NDArray[np.float64]) -> Floats:
+    """`two` moved; what comes from beyond its edge is taken from `one`, and so not compared."""
+    from PIL import Image
+
+    height, width = two.shape
+    across, stretch_x, down, stretch_y = move
+    a, e = 1 + 2 * stretch_x / max(1, width - 1), 1 + 2 * stretch_y / max(1, height - 1)
+    c, f = across + width / 2 * (1 - a), down + height / 2 * (1 - e)
+    moved = np.array(
+        Image.fromarray(two).transform(
+            (width, height), Image.Transform.AFFINE, (a, 0.0, c, 0.0, e, f), Image.Resampling.BICUBIC
+        )
     )
-    covered = np.asarray(
-        Image.new("L", (width, height), 255).transform((width, height), Image.Transform.AFFINE, coefficients)
-    )
-    return np.where(covered == 255, moved, one)  # what came from beyond the edge is not compared
+    x, y = a * (np.arange(width) + 0.5) + c, e * (np.arange(height) + 0.5) + f  # where each pixel comes from
+    beyond = ((y < 1) | (y > height - 1))[:, None] | ((x < 1) | (x > width - 1))[None, :]
+    moved[beyond] = one[beyond]
+    return moved
 
 
 def _colours_agree(first: npt.NDArray[np.uint8], second: npt.NDArray[np.uint8]) -> bool:

@@ -246,7 +246,7 @@ def _character_class(token: str) -> str:
 
 def _hidden(name: str) -> bool:
     """Dot files, `.DS_Store` and the `._photo.jpg` of macOS among them, and what lies in dot folders."""
-    return any(part.startswith(".") for part in name.split("/"))
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _passed(name: str) -> Passed:

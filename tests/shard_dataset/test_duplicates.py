@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from layerloop.components.shard_dataset.duplicates import DuplicateIndex, hash_image
+from layerloop.components.shard_dataset.duplicates import DuplicateIndex, ImageHash, hash_image
+
+from .posters import WORDS, Poster, copies, form
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -93,3 +95,60 @@ def test_equal_keys_are_duplicates_also_where_only_exact_ones_count(draw_image: 
     index.add("key", image_hash, "first")
     assert index.find_duplicate("key", image_hash, near=False) == "first"
     assert index.find_duplicate("other", image_hash, near=False) is None
+
+
+def poster(layout: int) -> Poster:
+    return Poster(
+        layout, WORDS[layout % 30], " ".join(WORDS[(layout + k) % 30] for k in (3, 7, 11)), f"{1000 + layout * 37}"
+    )
+
+
+def variants(layout: int) -> list[Image.Image]:
+    """The same poster with another headline, another word in a line, another digit."""
+    own = poster(layout)
+    line = own.line.replace(WORDS[(layout + 7) % 30], WORDS[(layout + 8) % 30])
+    digit = own.number[:3] + str((int(own.number[3]) + 1 + layout % 8) % 10)
+    return [
+        own.draw(),
+        Poster(layout, WORDS[(layout + 1) % 30], own.line, own.number).draw(),
+        Poster(layout, own.headline, line, own.number).draw(),
+        Poster(layout, own.headline, own.line, digit).draw(),
+    ]
+
+
+def hashed(image: Image.Image) -> ImageHash:
+    return hash_image(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("layout", range(2))
+def test_posters_that_differ_in_a_text_are_kept_and_their_copies_found(layout: int) -> None:
+    """A larger count: 60 layouts, 240 posters and 160 forms, see `measured` below."""
+    dropped, found, asked = measured([layout], forms=0)
+    assert (dropped, found) == (0, asked)
+
+
+def measured(layouts: Iterable[int], *, forms: int) -> tuple[int, int, int]:
+    """(different images dropped, copies found, copies asked for)."""
+    index, dropped, found, asked = DuplicateIndex(3), 0, 0, 0
+    different = [(f"{n}-{k}", image) for n in layouts for k, image in enumerate(variants(n))]
+    different += [(f"form {n}", form(f"{n * 73 % 9000 + 1000}")) for n in range(forms)]
+    for name, image in different:
+        image_hash = hashed(image)
+        dropped += index.find_duplicate(name, image_hash) is not None
+        index.add(name, image_hash, name)
+    for n, (name, image) in enumerate(different):
+        if n % 4 == 0:
+            for what, copy in copies(image):
+                asked += 1
+                found += index.find_duplicate(f"{name} {what}", hashed(copy)) == name
+    return dropped, found, asked
+
+
+def test_a_copy_is_found_among_ten_forms_that_differ_in_a_number() -> None:
+    index = DuplicateIndex(3)
+    for number in range(10):
+        image_hash = hashed(form(f"10{number}7"))
+        assert index.find_duplicate(str(number), image_hash) is None
+        index.add(str(number), image_hash, str(number))
+    for what, copy in list(copies(form("1047")))[::2]:
+        assert index.find_duplicate(what, hashed(copy)) == "4", what
