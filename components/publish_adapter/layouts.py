@@ -89,6 +89,7 @@ def publish_files(adapter: Adapter, folder: Path, *, policy: LayeredPolicy, base
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
+@torch.compiler.set_stance("force_eager")  # a compiled base would be compiled anew for each way to adapt it
 def verify_round_trip(adapter: Adapter, folder: Path, *, policy: LayeredPolicy, prompt_embeds: Tensor) -> RoundTrip:
     """Load every file of `folder` back and prove it; `policy` is the base, and is the base again afterwards.
 

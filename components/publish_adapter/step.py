@@ -186,7 +186,8 @@ def _card(
 def _verification(found: RoundTrip, dtype: str) -> str:
     return (
         "Before it was published each file was loaded back by its library: every adapted layer, scale and weight is "
-        f"the training run's, exactly. Velocities in {dtype} differ from the training run's by "
+        "the training run's, exactly (in the bfloat16 file: exactly its rounding). "
+        f"Velocities in {dtype} differ from the training run's by "
         f"{found.peft:.2g} (peft), {found.diffusers:.2g} (diffusers) and {found.bfloat16:.2g} (the bfloat16 file); two "
         f"equal forms of the training run's own arithmetic differ by {found.noise:.2g}, and the adapter changes them "
         f"by {found.effect:.2g} (root mean squares)."
