@@ -119,7 +119,7 @@ class DuplicateIndex:
 # ------------------------------------------------------------------------------------------------------------- details
 
 BLOCK = 8  # pixels a side of the places that are compared, half overlapping
-NOISE_LEVELS = 6.0  # of 255, root mean square in a place: what compression adds to any place
+NOISE_LEVELS = 7.0  # of 255, root mean square in a place: what compression adds to any place
 NOISE_SHARE = 0.30  # of the place's own contrast: what resampling takes from it
 HOPELESS = 3.0  # times what is allowed; a shift that was taken out leaves no such difference
 MOST_COLOUR = 60.0  # of 255, between two pixels at COLOUR
@@ -181,7 +181,8 @@ def _places(one: Floats, two: Floats) -> float:
 
 
 def _variance_sums(values: Floats) -> Floats:
-    return _block_sums(np.square(values)) - np.square(_block_sums(values)) / BLOCK**2
+    sums: Floats = _block_sums(np.square(values)) - np.square(_block_sums(values)) / np.float32(BLOCK**2)
+    return sums
 
 
 def _block_sums(values: Floats) -> Floats:
@@ -246,7 +247,7 @@ def _fitted(image: Image.Image, longest: int) -> Image.Image:
     if scale >= 1:
         return image
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.BOX if scale <= 0.5 else Image.Resampling.LANCZOS)
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _packed(bits: npt.NDArray[np.bool_]) -> int:

@@ -130,7 +130,8 @@ def test_the_orientation_counts_whatever_the_other_tags_are(
         assert turned.shape == (64, 48, 3)
         assert np.abs(turned.astype(int) - np.rot90(upright, -1)).mean() < 1
         also = used(with_chunk(png(image), chunk(b"eXIf", directory(*entries)))).astype(int)
-        assert np.abs(also - np.rot90(normalise(image, DATA), -1)).max() <= 2  # Pillow rounds rows first
+        assert also.shape == (64, 48, 3)
+        assert np.abs(also - np.rot90(normalise(image, DATA), -1)).mean() < 1  # Pillow resizes rows first
 
 
 @pytest.mark.parametrize(
