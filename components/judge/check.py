@@ -117,7 +117,8 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
     recipe = recipe.model_copy(update={"redraws": min(recipe.redraws, 2)})
     given_up: list[str] = []
     runtime = JudgeRuntime(give_up_seconds=5.0, retries=2)
-    async with Judge(url, recipe, runtime, api_key=api_key, log=given_up.append) as judge:
+    async with Judge(url, recipe, runtime, api_key=api_key) as judge:
+        judge.log = given_up.append
         models = await judge.connection.models(timeout=20.0)
         model = model or (models[0] if len(models) == 1 else recipe.model)
         judge.recipe = recipe = recipe.model_copy(update={"model": model})

@@ -75,7 +75,8 @@ class Judge:
         api_key: The environment's OPENAI_API_KEY by default.
         seed: Of the campaign; the sampling seed of every request follows from it.
         ledger: Storage of the batches in progress, in batch mode.
-        log: Takes a line about each feature that the endpoint refuses, once.
+
+    `log` takes a line about each feature that the endpoint refuses, once; set it to see them.
     """
 
     def __init__(
@@ -88,7 +89,6 @@ class Judge:
         api_key: str | None = None,
         seed: int = 0,
         ledger: Ledger | None = None,
-        log: Callable[[str], None] | None = None,
     ) -> None:
         self.url, self.recipe, self.seed = url, recipe, seed
         self.runtime = runtime = runtime or JudgeRuntime()
@@ -102,7 +102,7 @@ class Judge:
         self.features = EndpointFeatures(logprobs=recipe.extraction == "expected")
         self.batches: Batches | None = None
         self._ledger: Ledger = ledger if ledger is not None else LedgerMemory()
-        self._log = log
+        self.log: Callable[[str], None] = lambda line: None
         self._key = _key(api_key) or _key(os.environ.get("OPENAI_API_KEY")) or NO_KEY
         self._jitter = random.Random()
 
@@ -377,9 +377,9 @@ class Judge:
         simpler = used.without(message)
         if simpler is None and not self.connection.answered and not ABOUT_CONTENT.search(message):
             simpler = used.blindly()
-        if simpler is not None and self._log is not None:
+        if simpler is not None:
             what, why = ", ".join(simpler.given_up(used)), shown(failure.text) or f"HTTP {failure.status}"
-            self._log(f"judge {self.url} refuses {what}: goes on without ({why})")
+            self.log(f"judge {self.url} refuses {what}: goes on without ({why})")
         return simpler
 
 

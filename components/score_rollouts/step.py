@@ -73,7 +73,8 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
     log(f"judging iteration {current} by {recipe.judge.model} at {url}; {len(replies)} replies are stored already")
 
     start = time.monotonic()
-    judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed, log=log)
+    judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed)
+    judge.log = log
     judged = asyncio.run(
         judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, current, total)
     )

@@ -181,7 +181,8 @@ def test_a_refused_feature_is_given_up_in_whatever_shape_it_is_said(
     server = serve(lambda body, number: (status, body_of(field)) if field in body else (200, FINE))
     said: list[str] = []
     recipe, runtime = settings(retries=0, concurrency=1, extraction="expected")
-    judge = Judge(server.url, recipe, runtime, log=said.append)
+    judge = Judge(server.url, recipe, runtime)
+    judge.log = said.append
     answers = ask(judge, variants(one, 3))
     assert all(scores == [pytest.approx(READ)] for scores, _ in answers)
     steps = 2 if field == "response_format" else 1  # a JSON object is tried between

@@ -65,6 +65,7 @@ TEXTS: dict[str, tuple[str, str, str | None]] = {
         )
     },
     "an answer, then a thought": (f"{FINAL}<think>or {DRAFT}?</think>", "stop", None),
+    "a draft, a thought, and a close too many": (f"{DRAFT}<think>a</think>b</think>{FINAL}", "stop", None),
     "an empty thought": (f"<think></think>\n\n{FINAL}", "stop", None),
     "a tag that is closed in itself": (f"<think/>{FINAL}", "stop", None),
     "harmony with the end token": (f"<|channel|>final<|message|>{FINAL}<|return|>", "stop", None),
