@@ -16,15 +16,17 @@ def load_yaml(text: str | bytes, *, where: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            """As composed, before merges: `<<` puts the keys of another mapping into this one."""
+            node = super().compose_mapping_node(anchor)
             seen: set[str] = set()
             for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if isinstance(key, yaml.ScalarNode):
                     if key.value in seen:
                         line = key.start_mark.line + 1
                         raise LayerloopError(f"{where} has the key {key.value} twice (line {line}): keep one of them")
                     seen.add(key.value)
-            return super().construct_mapping(node, deep=deep)
+            return node
 
     try:
         return yaml.load(text, Loader=Loader)

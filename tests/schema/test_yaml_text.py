@@ -9,6 +9,8 @@ from layerloop.components.schema.yaml_text import load_yaml
 
 def test_what_is_written_is_read() -> None:
     assert load_yaml("a: &x {b: 1}\nc: {<<: *x, b: 2}\n", where="file") == {"a": {"b": 1}, "c": {"b": 2}}
+    merged_twice = "b: &b {k: 2}\no: {a: &x {<<: *b, k: 1}}\nc: {<<: *x}\n"
+    assert load_yaml(merged_twice, where="file") == {"b": {"k": 2}, "o": {"a": {"k": 1}}, "c": {"k": 1}}
     assert load_yaml(b'{"a": [1, 2.5, "x"]}', where="file") == {"a": [1, 2.5, "x"]}
     assert load_yaml("", where="file") is None
 
