@@ -181,8 +181,8 @@ def _places(one: Floats, two: Floats) -> float:
 
 
 def _variance_sums(values: Floats) -> Floats:
-    sums: Floats = _block_sums(np.square(values)) - np.square(_block_sums(values)) / np.float32(BLOCK**2)
-    return sums
+    squares, sums = _block_sums(np.square(values)), _block_sums(values)
+    return (squares - np.square(sums) / BLOCK**2).astype(np.float32, copy=False)
 
 
 def _block_sums(values: Floats) -> Floats:
