@@ -26,7 +26,7 @@ SURE_LEVELS = 4  # of 255: a smaller step between neighbours is noise, and its b
 
 DETAIL = 640  # pixels of the longest side at which letters are compared
 COLOUR = 64  # pixels of the longest side at which colours are compared
-NEAREST = 32  # candidates that are compared in detail
+NEAREST = 8  # candidates that are compared in detail
 
 Grey = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -202,7 +202,7 @@ def test_compile_says_what_the_evaluation_costs_and_who_has_nothing_to_do(
     assert main([*options, "--workers", "20"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[1] == (
-        "evaluation: 480 designs + 64 pictures are 107712 forwards of base and adapter, about 9.6 h on 1 GPU "
+        "evaluation: 480 designs + 64 images are 107712 forwards of base and adapter, about 9.6 h on 1 GPU "
         "(assumed 0.32 s a forward at 640 px); deadline 22 h"
     )
     assert printed[2] == (
