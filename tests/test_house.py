@@ -136,7 +136,7 @@ LARGER = {  # file: {function: why it may exceed}
     "pipelines/submit.py": {"submit_until": "the options of one command, each by name"},
     "pipelines/train.py": {
         "train_pipeline": "kfp compiles the function inside it",
-        "stretch": "the parameters of the compiled pipeline",
+        "remaining_work": "the parameters of the compiled pipeline",
         "train": "the parameters of the compiled pipeline",
     },
 }

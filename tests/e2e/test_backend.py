@@ -151,7 +151,7 @@ def test_a_refusal_is_repeated_by_the_next_pods_and_forgotten_by_the_next_run(
 ) -> None:
     job = {"campaign": s3_bucket, "images": f"{images}/*.none", "judge_url": JUDGE}
     backend = train(tmp_path)
-    with pytest.raises(TaskFailed, match="the same refusal as .* s ago in pod .*-shard-dataset-0, not tried again"):
+    with pytest.raises(TaskFailed, match="the same refusal as .* s ago in pod .*-shard-dataset-0, not retried"):
         backend.run(**job)
     outputs = [pod.output for pod in backend.pods]
     assert [pod.status for pod in backend.pods] == [2, 2]
