@@ -35,7 +35,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def refused(*arguments: str, campaign: Path) -> str:
-    """The one line of a refused command, with nothing left in its campaign."""
+    """The one line of a refused command, with nothing left in its campaign but the table of rejects."""
     command = [sys.executable, "-m", "layerloop.pipelines.cli", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -44,7 +44,7 @@ def refused(*arguments: str, campaign: Path) -> str:
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     committed = [path for path in campaign.rglob("*") if path.is_file()] if campaign.exists() else []
-    assert not committed
+    assert {path.name for path in committed} <= {"rejects.parquet"}
     return lines[0]
 
 
@@ -70,6 +70,7 @@ def test_an_image_that_is_text(tmp_path: Path, images: Path, judge_url: str) -> 
     line = run_on(images, judge_url, tmp_path)
     assert "1 of 5" in line
     assert "max_reject_fraction" in line
+    assert (tmp_path / "campaign" / "sources" / "rejects.parquet").exists()
 
 
 def test_a_recipe_with_a_misspelt_key(tmp_path: Path, images: Path, judge_url: str) -> None:
