@@ -1,6 +1,6 @@
 # The workflow, a target a step. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow lint mutants bench study lock wheel compile pretrain clean
+.PHONY: help install demo test fast slow lint mutants bench study lock wheel compile pretrain clean
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
@@ -34,6 +34,9 @@ demo: $(READY) ## run the whole pipeline on this machine and make a report; agai
 
 test: $(READY) ## run all tests, lint and types among them
 	@$(VENV)/bin/python -m pytest
+
+fast: $(READY) ## run the fast half of the tests, for while you work
+	@$(VENV)/bin/python -m pytest -q -m "fast and not slow"
 
 slow: $(READY) ## run the long tests too, which `make test` leaves out
 	@$(VENV)/bin/python -m pytest -m slow

@@ -17,6 +17,14 @@ import pytest
 from .campaigns import save_tiny_base
 
 BUCKET = "layerloop-tests"
+FAST = ("judge", "layers", "mutants", "schema", "storage")  # folders whose tests need neither torch nor whole runs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the fast half, `make fast`, by folder."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] in FAST:
+            item.add_marker(pytest.mark.fast)
 
 
 @contextlib.contextmanager
