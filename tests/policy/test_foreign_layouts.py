@@ -141,7 +141,7 @@ def test_a_merge_of_transformer_keys_with_alphas_is_read_by_peft(base_recipe, tm
         tmp_path / "x.safetensors",
     )
     assert merge.main([str(tmp_path / "out"), f"{tmp_path / 'x.safetensors'}=0.5"]) == 0
-    keys = set(load_file(tmp_path / "out" / "diffusers" / "pytorch_lora_weights.safetensors"))
+    keys = set(load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors"))
     assert {f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"} <= keys
     before = base.get_submodule(module).weight.detach().clone()
     merged = PeftModel.from_pretrained(base, str(tmp_path / "out" / "peft")).merge_and_unload()
