@@ -180,14 +180,14 @@ class KfpApi:
                     f"the certificate of KFP at {self.shown} is not trusted: name the CA's bundle by KFP_CA_CERT"
                 ) from None
             raise self._away(error) from None
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+        except (requests.Timeout, AwayError):  # whichever clock is first: the library's, or that of the whole call
+            raise AwayError(f"KFP at {self.shown} did not answer within {seconds:.0f} s: check --host") from None
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
             raise self._away(error) from None
         except (requests.RequestException, ValueError) as error:  # an impossible URL, header or proxy
             raise RefusedError(
                 f"KFP at {self.shown} cannot be asked ({type(error).__name__}): check --host, the token and the proxy"
             ) from None
-        except AwayError:
-            raise AwayError(f"KFP at {self.shown} did not answer within {seconds:.0f} s: check --host") from None
         return self._json(response)
 
     def _send(self, method: str, address: str, *, seconds: float = CALL_SECONDS, **options: Any) -> requests.Response:
