@@ -166,7 +166,7 @@ def test_a_first_run_that_fails_before_there_is_a_campaign_counts(store_uri: str
     [
         ({"overrides": {"seed": 99}}, "seed"),
         ({"overrides": {"sead": 1}}, "did you mean 'seed'"),
-        ({"recipe": "none"}, "none, which is none of"),
+        ({"recipe": "none"}, "none, which is not one of"),
         ({"runtime": "{judge: {concurency: 1}}"}, "did you mean 'concurrency'"),
         ({"images": "/elsewhere"}, "images is /elsewhere but"),
         ({"judge_url": "judge:8000/v1"}, "judge_url is 'judge:8000/v1': give a base URL"),
