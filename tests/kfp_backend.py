@@ -140,7 +140,7 @@ class Backend:
                 case {"taskOutputParameter": selector}:
                     given[key] = self._output(ended, selector, "outputParameterKey")
                 case _:
-                    raise NotImplementedError(f"input {key} from {source}")
+                    raise ValueError(f"input {key} comes from {source}, which none of our pipelines uses")
         linked = {
             key: artifacts[source["componentInputArtifact"]]
             if "componentInputArtifact" in source

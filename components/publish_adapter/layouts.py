@@ -77,7 +77,7 @@ class _File:
     """A published file, how it is loaded, and the adapter that it has to hold."""
 
     name: str  # relative to the publication
-    library: str
+    loader: str
     prefix: str
     load: Callable[[LayeredPolicy, Path], Any]  # a context manager with the adapter on the policy
     adapter: Adapter
@@ -124,7 +124,7 @@ def verify_round_trip(adapter: Adapter, folder: Path, *, policy: LayeredPolicy, 
         difference = _rms(velocities[key] - expected)
         if allowed is not None and key != "bfloat16" and not difference <= allowed:
             raise LayerloopError(
-                f"{file.name}, loaded by {file.library}, changes the velocity by {difference:.3g} (root mean square) "
+                f"{file.name}, loaded by {file.loader}, changes the velocity by {difference:.3g} (root mean square) "
                 f"where float32 rounding allows {allowed:.3g}: {REMEDY}"
             )
     differences = {key: _rms(velocity - expected) for key, velocity in velocities.items()}
@@ -153,7 +153,7 @@ def _check_layers(transformer: nn.Module, file: _File, own: Mapping[str, nn.Modu
     from peft.tuners.lora import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapter, where = file.adapter, f"{file.name}, loaded by {file.library},"
+    adapter, where = file.adapter, f"{file.name}, loaded by {file.loader},"
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
     for module in sorted(layers.keys() ^ set(adapter.modules)):
         what = "has an adapter on" if module in layers else "has no adapter on"
@@ -245,7 +245,7 @@ def _check_arithmetic(module: str, layer: Any, file: _File) -> None:
     bound = _rounding(x.double(), a, b, scale, given.double().abs(), terms=0)
     if not ((found - (given + product)).abs() <= bound).all():
         raise LayerloopError(
-            f"{file.name}, loaded by {file.library}, gives for {module} another product than (alpha / rank) B A x: "
+            f"{file.name}, loaded by {file.loader}, gives for {module} another product than (alpha / rank) B A x: "
             f"it is off by {_rms(found - given - product):.3g} of {_rms(product):.3g} (root mean squares): {REMEDY}"
         )
 
