@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from layerloop.components.evaluate_adapter.cases import Case, Kind
-from layerloop.components.evaluate_adapter.statistics import Comparison, compare
+from layerloop.components.evaluate_adapter.statistics import FLIPS, Comparison, compare, holm
 from layerloop.components.layers import layerd
-from layerloop.components.layers.columns import LAYERD
+from layerloop.components.layers.columns import COLUMNS, LAYERD, better_of
 from layerloop.components.layers.measure import MEASURES, measure_all, slot_l1
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.seeds import seed_for
 
+Heading = TypeVar("Heading", bound=str | int)  # of a table: a kind of case, or a layer count
 Row = dict[str, Any]  # one decomposition: its case, and its numbers by column; None where undefined
 
 
@@ -57,8 +58,13 @@ class Comparisons:
         return named
 
 
-def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, resamples: int, seed: int) -> Comparisons:
-    """Paired comparisons of every numeric column, of rows of the same cases in the same order."""
+def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, seed: int, flips: int = FLIPS) -> Comparisons:
+    """Paired comparisons of every numeric column, of rows of the same cases in the same order.
+
+    P-values are adjusted for what is read together: the measures of the tables that have a direction, LayerD's scores
+    by number of edits, and the slots by layer count.
+    """
+    seed = seed_for(seed, "sign flips")
 
     def table(kind: Kind, columns: Sequence[str], layers: int | None = None) -> dict[str, Comparison]:
         pairs = [
@@ -69,8 +75,8 @@ def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, resamples: int, s
             result = compare(
                 [b.get(column) for b, _ in pairs],
                 [t.get(column) for _, t in pairs],
-                resamples=resamples,
-                seed=seed_for(seed, "bootstrap", kind, column, layers or 0),
+                flips=flips,
+                seed=seed,
             )
             if result.n:
                 found[column] = result
@@ -79,10 +85,21 @@ def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, resamples: int, s
     kinds: list[Kind] = [kind for kind in ("designs", "pictures") if any(row["kind"] == kind for row in base)]
     columns = list(dict.fromkeys([*MEASURES, *(c for row in base for c in row if c.startswith("layerd_"))]))
     counts = sorted({row["layers"] for row in base if row["kind"] == "designs"})
+    by_kind: Mapping[Kind, Mapping[str, Comparison]] = {kind: table(kind, columns) for kind in kinds}
+    slots = {
+        count: table("designs", ["slot_l1", *(f"slot_l1_{slot}" for slot in range(count))], count) for count in counts
+    }
     return Comparisons(
-        by_kind={kind: table(kind, columns) for kind in kinds},
-        slots={
-            count: table("designs", ["slot_l1", *(f"slot_l1_{slot}" for slot in range(count))], count)
-            for count in counts
-        },
+        by_kind=_adjusted(_adjusted(by_kind, lambda name: name in COLUMNS), lambda name: name not in COLUMNS),
+        slots=_adjusted(slots, lambda name: True),
     )
+
+
+def _adjusted(
+    tables: Mapping[Heading, Mapping[str, Comparison]], belongs: Callable[[str], bool]
+) -> dict[Heading, dict[str, Comparison]]:
+    """The tables with the p-values of the columns that belong, and have a direction, adjusted for each other."""
+    flat = {(heading, name): value for heading, table in tables.items() for name, value in table.items()}
+    family = [(heading, name) for heading, name in flat if belongs(name) and better_of(name) is not None]
+    flat = holm(flat, family)
+    return {heading: {name: flat[heading, name] for name in table} for heading, table in tables.items()}
