@@ -80,13 +80,17 @@ def suffix_of(name: str) -> str:
 
 
 def open_files(uri: str) -> Files:
-    """The files at a folder path, `file://` URI or `s3://bucket/prefix`.
+    """The files at a folder path, `file://` URI, `s3://bucket/prefix` or `hf://datasets/owner/name[@revision]/folder`.
 
     Raises:
         LayerloopError: an empty or unsupported URI.
     """
     if "://" not in uri:
         return LocalFiles(Path(uri))
+    if uri.startswith("hf://"):
+        from layerloop.components.shard_dataset.hub import HubFiles
+
+        return HubFiles(uri)
     store = open_store(uri)
     from layerloop.components.storage.local import LocalStore
 

@@ -281,6 +281,9 @@ def test_designs_in_crellos_columns_become_layered_samples(
     assert (result.metrics["designs"], result.metrics["rejects"], result.metrics["images"]) == (2, 1, 7)
     made = check_designs(campaign_uri, 2)
     assert {json.loads(members["json"])["layers"] for _, members in made} == {2, 4}
+    for _, members in made:
+        record = json.loads(members["json"])
+        assert record["truth"]["layers"] == record["layers"] and record["truth"]["text_previews"] == 0
     assert decode_png(made[0][1]["png"]).shape == (48, 64, 3)
     assert refused(campaign_uri) == {
         f"designs.parquet:{designs[1]['id']}": (
