@@ -109,6 +109,7 @@ def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:
         campaign=campaign,
         images=arguments.images,
         designs=arguments.designs,
+        benchmark=arguments.benchmark,
         recipe=recipe,
         runtime=runtime,
         judge_url=arguments.judge_url,
@@ -357,6 +358,9 @@ def _command(commands: Any, name: str, handler: Any, summary: str, examples: str
 
 def _job_options(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     parser.add_argument("--designs", default="", metavar="URI", help="held-out designs with known layers (parquet)")
+    parser.add_argument(
+        "--benchmark", default="", metavar="URI", help="pictures to evaluate on (default: some held out of the images)"
+    )
     parser.add_argument(
         "--judge-url", default="", metavar="URL", help="OpenAI-compatible base URL; key: OPENAI_API_KEY"
     )

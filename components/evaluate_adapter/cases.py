@@ -64,7 +64,8 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
     """The held-out images that the recipe's evaluation asks for.
 
     Designs are taken at their own layer count, when that is one of `recipe.evaluation.layers`, and evenly over the
-    counts. Unlabelled images are taken at 4 layers, or at the most that the recipe evaluates. Within a count, images
+    counts. Unlabelled images, of the benchmark where the campaign has one, are taken at 4 layers, or at the most that
+    the recipe evaluates. Within a count, images
     come in the order of their keys, which are content hashes: an arbitrary choice, the same for every adapter.
 
     Raises:
@@ -78,7 +79,8 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
 
     chosen, left_out = _choose_designs(samples("designs", ("png", "layer0.png")), recipe)
     layers = UNLABELLED_LAYERS if UNLABELLED_LAYERS in recipe.layers else max(recipe.layers)
-    unlabelled = sorted(samples("holdout", ("png",)), key=lambda sample: sample[0])
+    split = "benchmark" if sources.shards_of("benchmark") else "holdout"
+    unlabelled = sorted(samples(split, ("png",)), key=lambda sample: sample[0])
     if len(unlabelled) > recipe.pictures:
         left_out["images beyond recipe.evaluation.pictures"] = len(unlabelled) - recipe.pictures
     cases = [_design_case(key, members, seed) for key, members in chosen]
