@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from layerloop.components.runtime.environment import usable_environment
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli_cluster import add_cluster_commands
+from layerloop.pipelines.cli_compare import add_compare_command
 
 DESCRIPTION = """\
 Fine-tune an image layer decomposition model by reinforcement learning, as a Kubeflow pipeline or on this machine.
@@ -340,6 +341,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = _command(campaign, "show", _show, "head, iterations, rewards and sizes as a table")
     show.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
+    add_compare_command(commands, _command)
     add_cluster_commands(commands, campaign, _command)
     return parser
 

@@ -30,9 +30,7 @@ class DesignsRecipe(Record):
     """How held-out designs become true layers (layers/truth.py)."""
 
     transparent: Literal["keep", "drop"] = "keep"  # elements whose image is nowhere opaque; LayerD drops them
-    layers: Literal["elements", "groups"] = (
-        "elements"  # groups: elements that do not overlap are one layer, as LayerD's
-    )
+    layers: Literal["elements", "groups"] = "elements"  # groups: what does not overlap is one layer (LayerD's grouping)
     fonts: str | None = None  # folder (or s3://, hf://) of font files for texts, which are previews otherwise
 
 
