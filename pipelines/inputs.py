@@ -118,6 +118,17 @@ def _value_of(keys: Sequence[str], text: str) -> Any:
     return [yaml.safe_load(item) for item in text.split(",")]
 
 
+def what_is_trained(recipe: Recipe) -> str:
+    """The first line of a run: which model learns, at what size."""
+    size = f"{recipe.data.resolution} pixels"
+    if recipe.model.base == "tiny":
+        return (
+            f"recipe {recipe.name}: trains the tiny policy that ships with layerloop, at {size}, to try things out; "
+            "`--recipe paper` trains Qwen-Image-Layered, on a GPU of 80 GB"
+        )
+    return f"recipe {recipe.name}: trains {recipe.model.base} at {size}, in {recipe.model.dtype}"
+
+
 def absolute(uri: str) -> str:
     """A path made absolute, because every step runs as a process of its own; URIs and the empty string as they are."""
     return uri if "://" in uri or not uri else os.path.abspath(os.path.expanduser(uri))
