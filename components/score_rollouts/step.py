@@ -158,7 +158,8 @@ def _refuse_too_many_dropped(
         raise LayerloopError(
             f"{dropped} of {len(groups)} groups have fewer than {recipe.judge.min_valid} valid candidates "
             f"(most often {_example(rows, common)}), over recipe.judge.max_dropped_fraction {allowed:g}: look at the "
-            "judge's answers in scores/replies, or try `layerloop judge check`"
+            "judge's answers in scores/replies, try `layerloop judge check`, and run the step again: what was unusable "
+            "is asked again"
         )
 
 
