@@ -135,7 +135,7 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
         canaries = await score_canaries(judge, rubric, recipe, designs=designs)
         statistics = judge.statistics
     report = CheckReport(
-        url=url,
+        url=judge.url,
         model=model,
         models=models,
         version=", ".join(sorted(statistics.versions)),

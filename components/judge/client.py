@@ -29,6 +29,7 @@ from layerloop.components.judge.replies import PAID, Reply, UnusableError, read_
 from layerloop.components.judge.requests import Request, Scores
 from layerloop.components.judge.statistics import Statistics
 from layerloop.components.judge.transport import BUSY, Connection, TransportError
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
@@ -92,7 +93,8 @@ class Judge:
         seed: int = 0,
         ledger: Ledger | None = None,
     ) -> None:
-        self.url, self.recipe, self.seed = url, recipe, seed
+        self.url, self._base_url = without_secrets(url), url  # the first is shown
+        self.recipe, self.seed = recipe, seed
         self.runtime = runtime = runtime or JudgeRuntime()
         self.replies: ReplyStore = replies if replies is not None else ReplyMemory()
         self.limiter = Limiter(runtime.concurrency)
@@ -110,7 +112,7 @@ class Judge:
         self._asked: set[str] = set()  # keys of the replies that came since this was made
 
     async def __aenter__(self) -> Self:
-        self.connection = Connection(self.url, self._key)
+        self.connection = Connection(self._base_url, self._key)
         if self.runtime.batch.enabled:
             self.batches = Batches(self.connection, self.runtime.batch, self._ledger)
             await self.batches.open()
