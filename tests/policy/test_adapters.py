@@ -225,7 +225,7 @@ def test_an_adapter_that_is_written_over_is_never_a_mixture(adapter_folder: Path
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("pattern", ["(a+)+b", "(.*)*x", "(a|a)*b", "(a|aa)+$b", "a{1000}{1000}", "(a?){40}a{40}b"])
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(.*)*x", "(a|a)*b", "(a|aa)+$b", "(a?){40}a{40}b"])
 def test_a_pattern_that_another_matcher_tries_for_years_is_decided_soon(adapter_folder: Path, pattern: str) -> None:
     rename(adapter_folder, "to_q", "a" * 45)
     set_config(adapter_folder, alpha_pattern={pattern: 8})
@@ -235,7 +235,7 @@ def test_a_pattern_that_another_matcher_tries_for_years_is_decided_soon(adapter_
         assert "which is not a regular expression that can be used (it takes too long)" in str(error)
 
 
-@pytest.mark.parametrize("pattern", ["(" * 400, "x" * 5000, "(", "*", "a{2,1}"])
+@pytest.mark.parametrize("pattern", ["(" * 400, "x" * 5000, "(", "*", "a{2,1}", "a{1000}{1000}"])
 def test_a_pattern_that_is_none_is_refused_in_a_few_words(adapter_folder: Path, pattern: str) -> None:
     set_config(adapter_folder, alpha_pattern={pattern: 8})
     with pytest.raises(LayerloopError, match="which is not a regular expression that can be used") as caught:
