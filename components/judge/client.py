@@ -28,7 +28,7 @@ from layerloop.components.judge.parsing import expected_scores, parse
 from layerloop.components.judge.replies import PAID, Reply, UnusableError, read_body
 from layerloop.components.judge.requests import Request, Scores
 from layerloop.components.judge.statistics import Statistics
-from layerloop.components.judge.transport import BUSY, Connection, TransportError
+from layerloop.components.judge.transport import BUSY, Connection, ForbiddenError, TransportError
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
@@ -359,6 +359,11 @@ class Judge:
                 raise TransportError(UnusableError("slow", f"over {allowed:.1f} s")) from None
             self.breaker.bad("timeout")
             raise TransportError(UnusableError("timeout", f"over {timeout:g} s")) from None
+        except ForbiddenError as error:
+            await self._is_alive()  # raises it again where the key is refused, whatever is asked
+            self.connection.saw_answer()
+            problem = UnusableError("http_403", shown(error.text), retry=False)
+            raise TransportError(problem, status=403, text=error.text) from None
         except TransportError as error:
             if error.status in BUSY:
                 self.statistics.rate_limited += 1

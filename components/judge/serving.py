@@ -1,8 +1,8 @@
 """How an endpoint serves the model: whether it thinks before it answers, and whether a shared prefix is computed once.
 
 A campaign's requests about one group share the rubric and the source image. Servers promise to compute such a prefix
-once; for models with hybrid attention, Qwen3.5 among them, they may not (docs/JUDGE.md). So it is measured here, on this
-endpoint: the same prefix twice, against prefixes that it cannot have seen.
+once; for models with hybrid attention, Qwen3.5 among them, they may not (docs/JUDGE.md). So it is measured here, on
+this endpoint: the same prefix twice, against prefixes that it cannot have seen.
 """
 
 from __future__ import annotations

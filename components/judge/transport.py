@@ -7,6 +7,7 @@ typed `create` spends 2 ms per request on traversing the images.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import re
 import time
@@ -35,6 +36,14 @@ FORBIDDEN = 8  # answers 403 in a row after good ones, until it is the key and n
 
 MAX_FILE = 1 << 30  # bytes of a file of answers, of a batch; any other body has MAX_BODY
 LANE = 8  # connections of one HTTP client
+
+
+class ForbiddenError(LayerloopError):
+    """A 403 before anything was answered: of the key, or of this one request."""
+
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
 
 
 class TransportError(Exception):
@@ -166,7 +175,7 @@ class Connection:
                 "the step again; what it has answered is stored, and only the rest is sent"
             )
         if status == 401 or (status == 403 and not self.answered):
-            raise LayerloopError(
+            raise (LayerloopError if status == 401 else functools.partial(ForbiddenError, text=text))(
                 f"judge {self.url} {FATAL[status]} (HTTP {status}{': ' if text else ''}{shown(_without_keys(text))}): "
                 "set OPENAI_API_KEY to a key that it takes"
             )
