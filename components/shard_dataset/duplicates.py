@@ -30,6 +30,7 @@ SURE_LEVELS = 4  # of 255: a smaller step between neighbours is noise, and its b
 DETAIL = 640  # pixels of the longest side at which letters are compared
 COLOUR = 64  # pixels of the longest side at which colours are compared
 NEAREST = 8  # candidates that are compared in detail
+TOLD_APART = 3  # of those that a family's cells have ranked, which leaves little to chance
 AT_ONCE = 2048  # thumbnails that are compared at once
 
 Floats = npt.NDArray[np.float32]
@@ -167,9 +168,9 @@ class DuplicateIndex:
             cells = cells_in(self._details(int(first)).luma, image_hash.details.luma)
             if cells is not None:
                 members = alike.indexes[firsts == first]
-                ranked += family.nearest(cells, members, self._cells_of, most=NEAREST)
+                ranked += family.nearest(cells, members, self._cells_of, most=TOLD_APART)
         alone = [int(index) for index in nearest if int(self._first[index]) not in self._families]
-        return [index for _, index in sorted(ranked)[:NEAREST]] + alone or [int(index) for index in nearest]
+        return [index for _, index in sorted(ranked)[:TOLD_APART]] + alone or [int(index) for index in nearest]
 
     # -------------------------------------------------------------------------------------------------------- families
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 
 from layerloop.components.judge.errors import read_error, shown
@@ -31,6 +33,7 @@ from layerloop.components.judge.replies import Reply, UnusableError, Usage, read
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.judge.serving import thought_in
+from layerloop.components.policy.adapters import read_adapter
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.recipe import DataRecipe, Recipe, parse_recipe
@@ -38,6 +41,7 @@ from layerloop.components.schema.yaml_text import load_yaml
 from layerloop.components.shard_dataset.inputs import Item, find_inputs, read_items
 from layerloop.components.shard_dataset.samples import Prepared, prepare_image
 
+set_hypothesis_home_dir(Path(__file__).parents[2] / "build" / "hypothesis")
 LONGEST = 12_000  # characters of a message
 
 
@@ -385,10 +389,6 @@ def _safetensors() -> list[bytes]:
 
 
 def _holds_adapter(drawn: tuple[bytes, bytes, str]) -> None:
-    import torch
-
-    from layerloop.components.policy.adapters import read_adapter
-
     weights, config, name = drawn
     with tempfile.TemporaryDirectory(prefix="layerloop-fuzz-") as folder:
         Path(folder, name).write_bytes(weights)
