@@ -138,9 +138,9 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
             judge.features, response_format="json_schema" if json_schema else "json_object" if json_object else "none"
         )
         images = await _images(judge, rubric, recipe)
-        how = {"features": judge.features, "timeout": runtime.timeout_seconds}
-        thoughts = await try_thinking(judge.connection, probe, recipe, **how)
-        prefixes = await try_prefixes(judge.connection, rubric, recipe, **how)
+        connection, features, most = judge.connection, judge.features, runtime.timeout_seconds
+        thoughts = await try_thinking(connection, probe, recipe, features, timeout=most)
+        prefixes = await try_prefixes(connection, rubric, recipe, features, timeout=most)
         canaries = await score_canaries(judge, rubric, recipe, designs=designs)
         statistics = judge.statistics
     report = CheckReport(

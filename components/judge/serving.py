@@ -81,12 +81,12 @@ async def try_prefixes(
                 count, reported = _cached_tokens(body)
                 tokens.append(count)
                 cached.append(reported)
-    told = [count for count in cached if count is not None]
+    reports = [count for count in cached if count is not None]
     return Prefixes(
         statistics.median(seconds[False]),
         statistics.median(seconds[True]),
         int(statistics.median(tokens)),
-        int(statistics.median(told)) if told else None,
+        int(statistics.median(reports)) if reports else None,
     )
 
 

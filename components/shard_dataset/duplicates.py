@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ AT_ONCE = 2048  # thumbnails that are compared at once
 
 Floats = npt.NDArray[np.float32]
 Indexes = npt.NDArray[np.intp]
+Scalar = TypeVar("Scalar", bound=np.generic)
 Thumbnails = npt.NDArray[np.uint8]  # (..., 16, 16, 3)
 
 
@@ -83,10 +84,10 @@ class DuplicateIndex:
         self._most = bits
         self._origins: list[str] = []
         self._by_key: dict[str, str] = {}
-        self._bits = np.zeros((1024, 2), np.uint64)
-        self._thumbnails = np.zeros((1024, THUMBNAIL, THUMBNAIL, 3), np.uint8)
-        self._first = np.zeros(1024, np.intp)  # the first image of each one's family
-        self._apart = np.zeros((1024, 2), np.float32)  # mean and largest difference from its thumbnail
+        self._bits: npt.NDArray[np.uint64] = np.zeros((1024, 2), np.uint64)
+        self._thumbnails: Thumbnails = np.zeros((1024, THUMBNAIL, THUMBNAIL, 3), np.uint8)
+        self._first: Indexes = np.zeros(1024, np.intp)  # the first image of each one's family
+        self._apart: Floats = np.zeros((1024, 2), np.float32)  # mean and largest difference from its thumbnail
         self._families: dict[int, Family] = {}  # those of two or more, by their first image
         self._file = tempfile.TemporaryFile(prefix="layerloop-details-")  # noqa: SIM115 - closed with the index
         self._places: list[tuple[int, int, tuple[int, ...], tuple[int, ...]]] = []
@@ -132,7 +133,7 @@ class DuplicateIndex:
         both = self._bits[:count, 1] & np.uint64(image_hash.sure)
         distances = np.bitwise_count((self._bits[:count, 0] ^ np.uint64(image_hash.bits)) & both)
         found = np.flatnonzero(distances <= self._most)
-        firsts = np.flatnonzero(np.bincount(self._first[found], minlength=1)) if len(found) > AT_ONCE else found
+        firsts = np.flatnonzero(np.bincount(self._first[found])) if len(found) > AT_ONCE else found
         if len(firsts) > len(found) // 2:
             apart = self._apart_from(found, image_hash.thumbnail)
         else:
@@ -176,10 +177,10 @@ class DuplicateIndex:
 
     def _join_family(self, index: int, alike: _Alike) -> None:
         """Put a new image into the family of the nearest first image that is much like it, if there is one."""
-        firsts = np.flatnonzero(np.bincount(self._first[alike.indexes], minlength=1)) if len(alike.indexes) else []
+        firsts = np.flatnonzero(np.bincount(self._first[alike.indexes]))
         if not len(firsts):
             return
-        apart = self._apart_from(np.asarray(firsts), self._thumbnails[index])
+        apart = self._apart_from(firsts, self._thumbnails[index])
         nearest = int(np.argmin(apart[:, 0]))
         if not _close(apart[nearest : nearest + 1] / FAMILY_SHARE)[0]:
             return
@@ -218,7 +219,7 @@ def _close(apart: Floats) -> npt.NDArray[np.bool_]:
     return (apart[:, 0] <= MEAN_LEVELS) & (apart[:, 1] <= MOST_LEVELS)
 
 
-def _doubled(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def _doubled(values: npt.NDArray[Scalar]) -> npt.NDArray[Scalar]:
     return np.concatenate([values, np.zeros_like(values)])
 
 
