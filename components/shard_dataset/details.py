@@ -39,7 +39,7 @@ def laid_upon(first: Grey, second: Grey) -> Floats | None:
     """The second luma image at the size of the first, a shift and a stretch of a pixel or two taken out; None where
     their shapes differ."""
     height, width = first.shape
-    if not _same_shape(first, second):
+    if not same_shape(first.shape, second.shape):
         return None
     one, two = _smooth(first, (width, height)), _smooth(second, (width, height))
     coarse = _halved(one)
@@ -53,7 +53,7 @@ def worst_place(first: Grey, second: Grey) -> float:
     if max(first.shape) > max(second.shape):
         first, second = second, first
     height, width = first.shape
-    if not _same_shape(first, second):
+    if not same_shape(first.shape, second.shape):
         return float("inf")
     one, two = _smooth(first, (width, height)), _smooth(second, (width, height))
     worst = _places(one, two)
@@ -71,9 +71,10 @@ def worst_place(first: Grey, second: Grey) -> float:
     return worst
 
 
-def _same_shape(first: Grey, second: Grey) -> bool:
-    height, width = first.shape
-    return abs(second.shape[1] * height / (second.shape[0] * width) - 1) <= 0.01 + 1.5 / min(height, width)
+def same_shape(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
+    """Whether two (height, width) are of one image, up to the rounding of sizes."""
+    height, width = first
+    return abs(second[1] * height / (second[0] * width) - 1) <= 0.01 + 1.5 / min(height, width)
 
 
 def _halved(values: Floats) -> Floats:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from layerloop.components.shard_dataset.details import Details, same_image
+from layerloop.components.shard_dataset.details import Details, same_image, same_shape
 from layerloop.components.shard_dataset.families import Cells, Family, cells_in
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class DuplicateIndex:
         nearest = alike.indexes[np.argsort(alike.means, kind="stable")[:NEAREST]]
         if len(alike.indexes) <= NEAREST:
             return [int(index) for index in nearest]
-        ranked: list[tuple[float, int]] = []
+        ranked: list[tuple[int, float, int]] = []  # distances of two families do not compare, ranks do
         firsts = self._first[alike.indexes]
         for first in np.flatnonzero(np.bincount(firsts)):
             if (family := self._families.get(int(first))) is None:
@@ -169,15 +169,18 @@ class DuplicateIndex:
             cells = cells_in(self._details(int(first)).luma, image_hash.details.luma)
             if cells is not None:
                 members = alike.indexes[firsts == first]
-                ranked += family.nearest(cells, members, self._cells_of, most=TOLD_APART)
+                found = family.nearest(cells, members, self._cells_of, most=TOLD_APART)
+                ranked += [(rank, distance, number) for rank, (distance, number) in enumerate(found)]
         alone = [int(index) for index in nearest if int(self._first[index]) not in self._families]
-        return [index for _, index in sorted(ranked)[:TOLD_APART]] + alone or [int(index) for index in nearest]
+        return [index for _, _, index in sorted(ranked)[:NEAREST]] + alone or [int(index) for index in nearest]
 
     # -------------------------------------------------------------------------------------------------------- families
 
     def _join_family(self, index: int, alike: _Alike) -> None:
         """Put a new image into the family of the nearest first image that is much like it, if there is one."""
+        shape = self._places[index][2]
         firsts = np.flatnonzero(np.bincount(self._first[alike.indexes]))
+        firsts = firsts[[same_shape(self._places[first][2], shape) for first in firsts]] if len(firsts) else firsts
         if not len(firsts):
             return
         apart = self._apart_from(firsts, self._thumbnails[index])
@@ -192,8 +195,9 @@ class DuplicateIndex:
         """An image's cells in the frame of its family, worked out once."""
         if index not in self._cells:
             first, own = self._details(int(self._first[index])).luma, self._details(index).luma
-            cells = cells_in(first, own)
-            self._cells[index] = self._stored((cells_in(first, first) if cells is None else cells).tobytes())  # type: ignore[union-attr]
+            if (cells := cells_in(first, own)) is None:
+                raise AssertionError("a family has one shape")
+            self._cells[index] = self._stored(cells.tobytes())
         return np.frombuffer(self._loaded(*self._cells[index]), np.uint8)
 
     def _details(self, index: int) -> Details:
