@@ -42,9 +42,12 @@ def laid_upon(first: Grey, second: Grey) -> Floats | None:
     if not same_shape(first.shape, second.shape):
         return None
     one, two = _smooth(first, (width, height)), _smooth(second, (width, height))
-    coarse = _halved(one)
-    move = _move(coarse, _halved(two))
-    return two if move is None else _moved(two, one, move * (2 if coarse is not one else 1))
+    move = _whole_move(one, two)
+    if move is None:
+        return two
+    moved = _moved(two, one, move)
+    last = _move(one, moved)
+    return moved if last is None else _moved(two, one, move + last)
 
 
 def worst_place(first: Grey, second: Grey) -> float:
@@ -59,16 +62,23 @@ def worst_place(first: Grey, second: Grey) -> float:
     worst = _places(one, two)
     if worst <= 1:
         return worst
-    coarse_one, coarse_two = _halved(one), _halved(two)
-    move = _move(coarse_one, coarse_two)
-    if move is not None:  # twice at half the size, where a pixel is half a pixel, then once at the whole size
-        again = _move(coarse_one, _moved(coarse_two, coarse_one, move))
-        move = (move if again is None else move + again) * (2 if coarse_one is not one else 1)
+    move = _whole_move(one, two)
+    if move is not None:
         moved = _moved(two, one, move)
         worst = min(worst, _places(one, moved))
         if 1 < worst < HOPELESS and (last := _move(one, moved)) is not None:
             worst = min(worst, _places(one, _moved(two, one, move + last)))
     return worst
+
+
+def _whole_move(one: Floats, two: Floats) -> npt.NDArray[np.float64] | None:
+    """`_move`, found in two steps at half the size, where a pixel is half a pixel."""
+    coarse_one, coarse_two = _halved(one), _halved(two)
+    move = _move(coarse_one, coarse_two)
+    if move is None:
+        return None
+    again = _move(coarse_one, _moved(coarse_two, coarse_one, move))
+    return (move if again is None else move + again) * (2 if coarse_one is not one else 1)
 
 
 def same_shape(first: tuple[int, ...], second: tuple[int, ...]) -> bool:

@@ -30,7 +30,7 @@ SURE_LEVELS = 4  # of 255: a smaller step between neighbours is noise, and its b
 DETAIL = 640  # pixels of the longest side at which letters are compared
 COLOUR = 64  # pixels of the longest side at which colours are compared
 NEAREST = 8  # candidates that are compared in detail
-TOLD_APART = 3  # of those that a family's cells have ranked, which leaves little to chance
+TOLD_APART = 4  # of those that a family's cells have ranked, which leaves little to chance
 AT_ONCE = 2048  # thumbnails that are compared at once
 
 Floats = npt.NDArray[np.float32]

@@ -50,6 +50,8 @@ def read_uri(uri: str | Path) -> bytes:
     Raises:
         LayerloopError: an impossible URI, or nothing there.
     """
+    if (shown := without_secrets(str(uri))) != str(uri):
+        raise LayerloopError(f"{shown} carries a password or a signature: give the URI alone and set AWS_* variables")
     folder, _, name = str(uri).rpartition("/")
     if not name or folder.endswith(":/"):
         raise LayerloopError(f"{without_secrets(str(uri))} is a folder: give a file")
