@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft  # noqa: F401 - the reader imports it when it needs it, which would count as an example's time
 import torch
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
