@@ -18,9 +18,17 @@ from layerloop.components.evaluate_adapter.charts import Point
 from layerloop.components.evaluate_adapter.gallery import ShownCase, article, gallery
 from layerloop.components.evaluate_adapter.sheets import GAIN
 from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD, Comparison
-from layerloop.components.layers.columns import GROUPS, LAYERD, better_of, quoted, title_of
-from layerloop.components.layers.layerd import PROTOCOL
-from layerloop.components.layers.measure import DEFINITIONS, MEASURES
+from layerloop.components.layers.columns import (
+    DEFINITIONS,
+    GROUPS,
+    LAYERD,
+    better_of,
+    gives_verdict,
+    quoted,
+    slots_of,
+    title_of,
+)
+from layerloop.components.layers.measure import MEASURES
 
 TARGET_BYTES = 950_000  # Kubeflow's page shows reports of about a megabyte
 HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabelled images"}
@@ -100,10 +108,9 @@ def number(value: float | None, *, signed: bool = False) -> str:
 
 def verdict(column: str, comparison: Comparison) -> str:
     """ "good" or "bad" where the interval excludes 0 and one direction is better, else ""."""
-    better = better_of(column)
-    if not comparison.clear or better is None or comparison.difference is None:
+    if not comparison.clear or not gives_verdict(column) or comparison.difference is None:
         return ""
-    return "good" if (comparison.difference < 0) == (better == "lower") else "bad"
+    return "good" if (comparison.difference < 0) == (better_of(column) == "lower") else "bad"
 
 
 def summary(report: Report) -> str:
@@ -121,7 +128,7 @@ def summary(report: Report) -> str:
     columns = [column for group in GROUPS.values() for column in group if column in table]
     by_verdict: dict[str, list[str]] = {"good": [], "bad": [], "": []}
     for column in columns:
-        if better_of(column) is not None:
+        if gives_verdict(column):
             by_verdict[verdict(column, table[column])].append(column)
 
     def listed(some: Sequence[str]) -> str:
@@ -257,23 +264,36 @@ def _levels_table(table: Mapping[str, Comparison], prefix: str, max_edits: int) 
 
 
 def _slots_section(report: Report) -> str:
-    slots = report.comparisons.slots
-    if not slots:
+    if not report.comparisons.slots:
         return ""
+    return (
+        '<h2>Layers by layer count</h2><p class="note">Each predicted slot against the true layer it is matched to, '
+        "one to one, laid on black and on white; base → adapter. Lower is better. Slot k of both models may be matched "
+        "to different true layers.</p>"
+        + _slots_table(report, "layer_l1")
+        + "<details><summary>Per-slot RGB L1, as the paper shows layers: on white only</summary>"
+        '<p class="small">White content is nothing on white, so no verdict follows from these.</p>'
+        + _slots_table(report, "slot_l1")
+        + "</details>"
+    )
+
+
+def _slots_table(report: Report, column: str) -> str:
+    slots = report.comparisons.slots
     most = max(slots)
     heads = "".join(f"<th>slot {slot}</th>" for slot in range(most))
     rows = []
     for layers, table in sorted(slots.items()):
-        cells = [_base_adapter_difference("slot_l1", table["slot_l1"])]
-        for slot in range(most):
-            c = table.get(f"slot_l1_{slot}")
+        if column not in table:
+            continue
+        cells = [_base_adapter_difference(column, table[column])]
+        for name in slots_of(column, most)[1:]:
+            c = table.get(name)
             arrow = f'{number(c.base)}<span class="dim"> → </span>{number(c.tuned)}' if c else ""
-            cells.append(f'<td class="{verdict("slot_l1", c) if c else ""}">{arrow}</td>')
-        count = f'<th scope="row">{layers} layers</th><td class="dim">{table["slot_l1"].n}</td>'
+            cells.append(f'<td class="{verdict(name, c) if c else ""}">{arrow}</td>')
+        count = f'<th scope="row">{layers} layers</th><td class="dim">{table[column].n}</td>'
         rows.append(f"<tr>{count}{''.join(cells)}</tr>")
     return (
-        '<h2>Per-slot RGB L1 by layer count</h2><p class="note">Each predicted slot against the true layer it matches '
-        "best, one to one; base → adapter. Slot 0 is the background. Lower is better.</p>"
         '<div class="panel"><table><thead><tr><th>Designs of</th><th>n</th><th class="first">mean, base</th>'
         f"<th>adapter</th><th>difference</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -304,9 +324,10 @@ def _definitions(report: Report) -> str:
         ("Blank", DEFINITIONS["blank"]),
         ("Glazed", DEFINITIONS["glazed"]),
         ("Duplicate", DEFINITIONS["duplicate"]),
+        ("Idle", DEFINITIONS["idle"]),
     ]
     if report.comparisons.slots:
         entries.append(("Slots", DEFINITIONS["slots"]))
     if any(column.startswith("layerd_") for column in computed):
-        entries.append(("LayerD", PROTOCOL))
+        entries.append(("LayerD", DEFINITIONS["layerd"]))
     return "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in entries)

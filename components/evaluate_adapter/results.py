@@ -12,9 +12,7 @@ import numpy as np
 from layerloop.components.evaluate_adapter.assess import Comparisons, Row
 from layerloop.components.evaluate_adapter.charts import Point
 from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD
-from layerloop.components.layers.columns import better_of, quoted, title_of
-from layerloop.components.layers.layerd import PROTOCOL
-from layerloop.components.layers.measure import DEFINITIONS
+from layerloop.components.layers.columns import DEFINITIONS, better_of, quoted, title_of
 from layerloop.components.storage.manifests import read_file
 
 if TYPE_CHECKING:
@@ -33,20 +31,24 @@ def metrics_json(
     """
     document: dict[str, Any] = {}
     for name, comparison in comparisons.flat().items():
-        kind, _, column = name.partition(".")
-        column = column.split(".")[0]
+        kind, column, *by_count = name.split(".")
         document[name] = {
             **comparison.as_json(),
-            "title": title_of(column),
+            "title": ", ".join([title_of(column), *map(_in_words, by_count)]),
             "better": better_of(column),
             "clear": comparison.clear,
         }
         if kind == "designs" and name == f"designs.{column}" and column in reference:
             document[name]["reference"] = reference[column]
-    document["definitions"] = {**DEFINITIONS, "layerd": PROTOCOL}
+    document["definitions"] = dict(DEFINITIONS)
     document["method"] = METHOD.format(resamples=resamples, fewest=FEWEST)
     document["provenance"] = dict(provenance)
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _in_words(part: str) -> str:
+    """A part of a comparison's name: `3 layers` of `L3`, `slot 0` of `slot0`."""
+    return f"{part[1:]} layers" if part.startswith("L") else part.replace("slot", "slot ")
 
 
 def kubeflow_metrics(document: Mapping[str, Any]) -> dict[str, float]:

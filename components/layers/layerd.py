@@ -198,7 +198,7 @@ def evaluate(prediction: Pixels, truth: Pixels, *, max_edits: int = 5) -> list[E
     """Scores of a prediction `(L, H, W, 4)` against a truth `(M, H, W, 4)` for 0, 1, ... merges.
 
     The list ends early where no merge gains anything. Blank layers, order among layers that do not overlap, and colour
-    under alpha 0 make no difference; alpha noise of 1/255 does (it makes layers overlap): see `clear_faint_alpha`.
+    under alpha 0 make no difference; alpha noise of 1/255 does (it makes layers overlap): see `planes.cleared`.
 
     Raises:
         LayerloopError: fewer than two layers on either side (the original leaves such samples out), or sizes differ.
@@ -232,18 +232,6 @@ def evaluate(prediction: Pixels, truth: Pixels, *, max_edits: int = 5) -> list[E
 def at_edits(levels: Sequence[EditLevel], edits: int) -> EditLevel:
     """The level after `edits` merges, or the last one of a decomposition that stopped earlier."""
     return levels[min(edits, len(levels) - 1)]
-
-
-def clear_faint_alpha(stack: Pixels, *, most: int = 2) -> Pixels:
-    """The stack with every alpha of `most`/255 or less set to 0.
-
-    A decoder leaves alpha noise of a level or two, which the protocol takes for overlap: on a toy case of three groups,
-    a floor of 1/255 costs 0.26 of alpha IoU. Numbers after clearing are reported in addition to those without, for
-    all models alike.
-    """
-    out = stack.copy()
-    out[..., 3][out[..., 3] <= most] = 0
-    return out
 
 
 def _grouped(stack: Pixels, pairs: _Pairs) -> list[_Layer]:

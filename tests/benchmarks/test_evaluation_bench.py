@@ -131,6 +131,9 @@ def test_layerds_protocol_is_quick_and_equal_to_its_formulas(record_benchmark: C
         merges.append(len(found) - 1)
         assert len(found) == len(expected)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    print("times as fast, by case (merges):", [(round(ratio, 1), count) for ratio, count in zip(ratios, merges, strict=True)])
+    print(
+        "times as fast, by case (merges):",
+        [(round(ratio, 1), count) for ratio, count in zip(ratios, merges, strict=True)],
+    )
     record_benchmark("layerd_speedup", statistics.median(ratios))
     assert statistics.median(ratios) >= 25
