@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Mapping
+from html import unescape
 from typing import Any
 from xml.etree import ElementTree
 
@@ -23,8 +24,8 @@ from layerloop.components.evaluate_adapter.report import Report, number, render,
 from layerloop.components.evaluate_adapter.results import kubeflow_metrics, metrics_json
 from layerloop.components.evaluate_adapter.sheets import caption, choose, data_url, strips_of
 from layerloop.components.evaluate_adapter.statistics import Comparison
-from layerloop.components.layers.columns import COLUMNS, LAYERD, better_of, quoted, title_of
-from layerloop.components.layers.measure import DEFINITIONS, MEASURES
+from layerloop.components.layers.columns import COLUMNS, DEFINITIONS, LAYERD, better_of, quoted, title_of
+from layerloop.components.layers.measure import MEASURES
 from layerloop.components.layers.stack import Pixels
 
 from .conftest import drawn_design, source_of
@@ -58,14 +59,14 @@ def text_of(page: str) -> str:
 
 
 def test_the_summary_names_what_is_clearly_better_and_clearly_worse() -> None:
-    text = text_of(page_of({"bad_layers": BETTER, "slot_l1": WORSE, "evenness": UNCLEAR}))
+    text = text_of(page_of({"bad_layers": BETTER, "layer_l1": WORSE, "halo": UNCLEAR, "evenness": BETTER}))
     assert "clearly better in bad layers (0.500 → 0.300 )" in text
-    assert "clearly worse in per-slot RGB L1 (0.500 → 0.700 )" in text
+    assert "clearly worse in layer RGB L1, on black and white (0.500 → 0.700 )" in text
     assert "The one other measure shows no clear difference." in text
 
 
 def test_the_summary_admits_when_nothing_is_clear() -> None:
-    text = text_of(page_of({"bad_layers": UNCLEAR, "slot_l1": UNCLEAR}))
+    text = text_of(page_of({"bad_layers": UNCLEAR, "layer_l1": UNCLEAR}))
     assert "does not differ from the base by more than chance in any of 2 measures" in text
     assert "clearly better" not in text and "clearly worse" not in text
 
@@ -74,7 +75,11 @@ def test_the_summary_admits_when_nothing_is_clear() -> None:
     ("column", "comparison", "expected"),
     [
         ("bad_layers", BETTER, "good"),  # lower is better, and it fell
-        ("evenness", BETTER, "bad"),  # higher is better, and it fell
+        ("inpainting_ssim", BETTER, "bad"),  # higher is better, and it fell
+        ("evenness", BETTER, ""),  # neither direction is better
+        ("slot_l1", BETTER, ""),  # lower is better, but white layers that are missing lower it too
+        ("slot_l1_2", BETTER, ""),
+        ("layer_l1_2", BETTER, "good"),
         ("layerd_alpha_iou_0", WORSE, "good"),
         ("layerd_clean_cost_3", WORSE, "bad"),
         ("bad_layers", UNCLEAR, ""),
@@ -101,14 +106,14 @@ def test_numbers_are_readable() -> None:
 def test_definitions_are_repeated_verbatim() -> None:
     text = text_of(page_of(dict.fromkeys(MEASURES, UNCLEAR)))
     for name, definition in DEFINITIONS.items():
-        if name != "slots":
+        if name not in ("slots", "layerd"):
             assert definition.replace("'", "&#x27;") in text, name
 
 
 def rows_of(page: str) -> list[str]:
     """Headings of the rows of the first table, in order."""
     body = page.split("<tbody>")[1].split("</tbody>")[0]
-    return [text_of(heading) for heading in re.findall(r'<th scope="row">(.*?)<span', body)]
+    return [text_of(unescape(heading)) for heading in re.findall(r'<th scope="row">(.*?)<span', body)]
 
 
 @pytest.mark.parametrize("kind", ["designs", "pictures"])
@@ -208,9 +213,13 @@ def test_flags_and_numbers_stand_under_a_layer() -> None:
             "blank": False,
             "glazed": True,
             "duplicate": False,
+            "idle": True,
         }
     )
-    assert flags == "glazed" and [line.replace("\u00a0", " ") for line in lines] == ["covers 61 %", "α 0.20, semi 93 %"]
+    assert flags == "glazed, idle" and [line.replace("\u00a0", " ") for line in lines] == [
+        "covers 61 %",
+        "α 0.20, semi 93 %",
+    ]
 
 
 def shown_samples(count: int) -> list[ShownCase]:
