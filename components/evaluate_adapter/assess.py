@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from layerloop.components.evaluate_adapter.cases import Case, Kind
-from layerloop.components.evaluate_adapter.statistics import Comparison, compare
+from layerloop.components.evaluate_adapter.statistics import FLIPS, Comparison, compare, holm
 from layerloop.components.layers import layerd
-from layerloop.components.layers.columns import BY_SLOT, LAYERD, slots_of
+from layerloop.components.layers.columns import BY_SLOT, COLUMNS, LAYERD, gives_verdict, slots_of
 from layerloop.components.layers.matching import layer_l1, slot_l1
 from layerloop.components.layers.measure import MEASURES, match, measure_all
 from layerloop.components.layers.planes import cleared, completed
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.seeds import seed_for
 
+Heading = TypeVar("Heading", bound=str | int)  # of a table: a kind of case, or a layer count
 Row = dict[str, Any]  # one decomposition: its case, and its numbers by column; None where undefined
 
 
@@ -63,8 +64,13 @@ class Comparisons:
         return named
 
 
-def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, resamples: int, seed: int) -> Comparisons:
-    """Paired comparisons of every numeric column, of rows of the same cases in the same order."""
+def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, seed: int, flips: int = FLIPS) -> Comparisons:
+    """Paired comparisons of every numeric column, of rows of the same cases in the same order.
+
+    P-values are adjusted for what is read together: the measures of the tables that give verdicts, LayerD's scores
+    by number of edits, and the slots by layer count.
+    """
+    seed = seed_for(seed, "sign flips")
 
     def table(kind: Kind, columns: Sequence[str], layers: int | None = None) -> dict[str, Comparison]:
         pairs = [
@@ -75,20 +81,32 @@ def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, resamples: int, s
             result = compare(
                 [b.get(column) for b, _ in pairs],
                 [t.get(column) for _, t in pairs],
-                resamples=resamples,
-                seed=seed_for(seed, "bootstrap", kind, column, layers or 0),
+                flips=flips,
+                seed=seed,
             )
-            if result.n:
+            if result.base is not None or result.tuned is not None:
                 found[column] = result
         return found
 
     kinds: list[Kind] = [kind for kind in ("designs", "pictures") if any(row["kind"] == kind for row in base)]
     columns = list(dict.fromkeys([*MEASURES, *(c for row in base for c in row if c.startswith("layerd_"))]))
     counts = sorted({row["layers"] for row in base if row["kind"] == "designs"})
+    by_kind: Mapping[Kind, Mapping[str, Comparison]] = {kind: table(kind, columns) for kind in kinds}
+    slots = {
+        count: table("designs", [name for column in BY_SLOT for name in slots_of(column, count)], count)
+        for count in counts
+    }
     return Comparisons(
-        by_kind={kind: table(kind, columns) for kind in kinds},
-        slots={
-            count: table("designs", [name for column in BY_SLOT for name in slots_of(column, count)], count)
-            for count in counts
-        },
+        by_kind=_adjusted(_adjusted(by_kind, lambda name: name in COLUMNS), lambda name: name not in COLUMNS),
+        slots=_adjusted(slots, lambda name: True),
     )
+
+
+def _adjusted(
+    tables: Mapping[Heading, Mapping[str, Comparison]], belongs: Callable[[str], bool]
+) -> dict[Heading, dict[str, Comparison]]:
+    """The tables with the p-values of the columns that belong, and give verdicts, adjusted for each other."""
+    flat = {(heading, name): value for heading, table in tables.items() for name, value in table.items()}
+    family = [(heading, name) for heading, name in flat if belongs(name) and gives_verdict(name)]
+    flat = holm(flat, family)
+    return {heading: {name: flat[heading, name] for name in table} for heading, table in tables.items()}

@@ -17,7 +17,7 @@ from layerloop.components.evaluate_adapter.cases import Kind
 from layerloop.components.evaluate_adapter.charts import Point
 from layerloop.components.evaluate_adapter.gallery import ShownCase, article, gallery
 from layerloop.components.evaluate_adapter.sheets import GAIN
-from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD, Comparison
+from layerloop.components.evaluate_adapter.statistics import METHOD, Comparison
 from layerloop.components.layers.columns import (
     DEFINITIONS,
     GROUPS,
@@ -50,7 +50,6 @@ class Report:
     shown: Sequence[ShownCase] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     max_edits: int = 5
-    resamples: int = 2000
     version: str = ""
 
 
@@ -68,7 +67,7 @@ def render(report: Report) -> bytes:
         "layerd": _layerd_section(report),
         "slots": _slots_section(report),
         "training": _training_section(report.curve),
-        "method": escape(METHOD.format(resamples=report.resamples, fewest=FEWEST)),
+        "method": escape(METHOD),
         "definitions": _definitions(report),
         "settings": "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in report.settings.items()),
         "version": escape(report.version),
@@ -96,18 +95,35 @@ def _articles_within(articles: Sequence[str], kinds: Sequence[Kind], room: int) 
 # -------------------------------------------------------------------------------------------------------------- words
 
 
-def number(value: float | None, *, signed: bool = False) -> str:
-    """A number of a table: three decimals, a typographic minus; a dash where it is undefined."""
+def number(value: float | None, *, signed: bool = False, decimals: int = 3) -> str:
+    """A number of a table: a typographic minus; a dash where it is undefined."""
     if value is None:
         return "–"
-    text = f"{value:+.3f}" if signed else f"{value:.3f}"
+    text = f"{value:{'+' if signed else ''}.{decimals}f}"
     if float(text) == 0:
-        text = "0.000"
+        text = f"{0:.{decimals}f}"
     return text.replace("-", "−")
 
 
+def difference_of(c: Comparison) -> str:
+    """A difference to the digits that its interval supports, and as a share of the base's value."""
+    text = number(c.difference, signed=True, decimals=c.decimals)
+    if c.relative is None or not 0.0005 <= abs(c.relative) < 10:
+        return text
+    share = f"{100 * c.relative:+.{0 if abs(c.relative) >= 0.095 else 1}f}"
+    return f"{text} ({share.replace('-', '−')} %)"
+
+
+def interval_of(c: Comparison, otherwise: str = "–") -> str:
+    """The interval of a difference; `otherwise` where there is none."""
+    if c.low is None or c.high is None:
+        return otherwise
+    low, high = (number(end, signed=True, decimals=c.decimals) for end in (c.low, c.high))
+    return f"{low} … {high}"
+
+
 def verdict(column: str, comparison: Comparison) -> str:
-    """ "good" or "bad" where the interval excludes 0 and one direction is better, else ""."""
+    """ "good" or "bad" where the difference is clear and one direction is better, else ""."""
     if not comparison.clear or not gives_verdict(column) or comparison.difference is None:
         return ""
     return "good" if (comparison.difference < 0) == (better_of(column) == "lower") else "bad"
@@ -133,8 +149,10 @@ def summary(report: Report) -> str:
 
     def listed(some: Sequence[str]) -> str:
         named = [
-            f"{_lower(title_of(c))} ({number(table[c].base)} → <strong>{number(table[c].tuned)}</strong>)"
-            for c in some[:4]
+            f"{_lower(title_of(name))} ({number(c.base, decimals=c.decimals)} → "
+            f"<strong>{number(c.tuned, decimals=c.decimals)}</strong>)"
+            for name in some[:4]
+            for c in (table[name],)
         ]
         more = f" and {len(some) - 4} more" if len(some) > 4 else ""
         return ", ".join(named) + more
@@ -182,14 +200,14 @@ def _cards(report: Report) -> str:
         if column not in table:
             continue
         c = table[column]
-        interval = f"{number(c.low, signed=True)} … {number(c.high, signed=True)}" if c.low is not None else "one image"
         wish = {"lower": "↓ lower is better", "higher": "↑ higher is better", None: ""}[better_of(column)]
         cards.append(
             f'<div class="card"><p class="what">{escape(title_of(column))}<span class="wish">{wish}</span></p>'
             '<div class="value">'
-            f'<span class="from">{number(c.base)}</span><span class="arrow">→</span>{number(c.tuned)}</div>'
-            f'<div class="delta"><span class="chip {verdict(column, c)}">{number(c.difference, signed=True)}</span> '
-            f'<span class="small">{interval}</span></div></div>'
+            f'<span class="from">{number(c.base, decimals=c.decimals)}</span><span class="arrow">→</span>'
+            f"{number(c.tuned, decimals=c.decimals)}</div>"
+            f'<div class="delta"><span class="chip {verdict(column, c)}">{difference_of(c)}</span> '
+            f'<span class="small">{interval_of(c, "one image")}</span></div></div>'
         )
     return "".join(cards)
 
@@ -220,14 +238,21 @@ def _measures_section(report: Report, kind: Kind) -> str:
 
 def _row(report: Report, column: str, c: Comparison, reference: bool) -> str:
     wish = {"lower": "↓", "higher": "↑", None: ""}[better_of(column)]
-    interval = f"{number(c.low, signed=True)} … {number(c.high, signed=True)}" if c.low is not None else "–"
     return (
         f'<tr><th scope="row">{escape(title_of(column))}<span class="wish">{wish}</span></th>'
-        + (f'<td class="dim">{number(report.reference.get(column))}</td>' if reference else "")
-        + f"<td>{number(c.base)}</td><td>{number(c.tuned)}</td>"
-        f'<td class="{verdict(column, c)}">{number(c.difference, signed=True)}</td><td class="dim">{interval}</td>'
-        f'<td>{charts.whisker(c, verdict(column, c))}</td><td class="dim">{c.n}</td></tr>'
+        + (f'<td class="dim">{number(report.reference.get(column), decimals=c.decimals)}</td>' if reference else "")
+        + f"<td>{number(c.base, decimals=c.decimals)}</td><td>{number(c.tuned, decimals=c.decimals)}</td>"
+        f'<td class="{verdict(column, c)}">{difference_of(c)}</td><td class="dim">{interval_of(c)}</td>'
+        f'<td>{charts.whisker(c, verdict(column, c))}</td><td class="dim">{_count(c)}</td></tr>'
     )
+
+
+def _count(c: Comparison) -> str:
+    """How many images were compared, and for how many the measure was undefined."""
+    undefined = [
+        f"{count} of {who}" for who, count in (("base", c.base_undefined), ("adapter", c.tuned_undefined)) if count
+    ]
+    return f"{c.n}<br>undefined: {', '.join(undefined)}" if undefined else str(c.n)
 
 
 def _layerd_section(report: Report) -> str:
@@ -289,7 +314,12 @@ def _slots_table(report: Report, column: str) -> str:
         cells = [_base_adapter_difference(column, table[column])]
         for name in slots_of(column, most)[1:]:
             c = table.get(name)
-            arrow = f'{number(c.base)}<span class="dim"> → </span>{number(c.tuned)}' if c else ""
+            arrow = (
+                f'{number(c.base, decimals=c.decimals)}<span class="dim"> → </span>'
+                f"{number(c.tuned, decimals=c.decimals)}"
+                if c
+                else ""
+            )
             cells.append(f'<td class="{verdict(name, c) if c else ""}">{arrow}</td>')
         count = f'<th scope="row">{layers} layers</th><td class="dim">{table[column].n}</td>'
         rows.append(f"<tr>{count}{''.join(cells)}</tr>")
@@ -301,8 +331,8 @@ def _slots_table(report: Report, column: str) -> str:
 
 def _base_adapter_difference(column: str, c: Comparison) -> str:
     return (
-        f'<td class="first">{number(c.base)}</td><td>{number(c.tuned)}</td>'
-        f'<td class="{verdict(column, c) or "dim"}">{number(c.difference, signed=True)}</td>'
+        f'<td class="first">{number(c.base, decimals=c.decimals)}</td><td>{number(c.tuned, decimals=c.decimals)}</td>'
+        f'<td class="{verdict(column, c) or "dim"}">{number(c.difference, signed=True, decimals=c.decimals)}</td>'
     )
 
 
