@@ -1,22 +1,27 @@
-"""What measuring costs: LayerD's protocol against its formulas written down directly."""
+"""What measuring costs: LayerD's protocol against its formulas written directly, and all of it against sampling."""
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import astuple
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.layerd import evaluate, warp
-from layerloop.components.layers.stack import Pixels, composite
+from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 
-SIDE, MERGES = 640, 5
+from ..campaigns import CampaignBuilder
+
+SIDE, MERGES, DESIGNS = 640, 5, 200
 Level = tuple[int, float, float, float]  # merges, cost, RGB L1, alpha IoU
 
 
@@ -137,3 +142,39 @@ def test_layerds_protocol_is_quick_and_equal_to_its_formulas(record_benchmark: C
     )
     record_benchmark("layerd_speedup", statistics.median(ratios))
     assert statistics.median(ratios) >= 25
+
+
+# --------------------------------------------------------------------------------- measuring against producing, at tiny
+
+
+@pytest.mark.timeout(3600)
+def test_measuring_and_the_report_cost_little_beside_sampling(
+    record_benchmark: Callable[[str, float], None], tmp_path: Path
+) -> None:
+    """Seconds of an evaluation that are neither loading nor sampling, over those of sampling both models: 200 designs
+    of 64 pixels and 2 to 4 layers, the shipped tiny policy, sampled as the packaged recipe does."""
+    draw = np.random.default_rng(3)
+    recipe = {
+        "name": "bench",
+        "model": {"base": "tiny"},
+        "lora": {"rank": 4, "alpha": 4.0},
+        "evaluation": {"steps": 20, "layers": [2, 3, 4], "designs": DESIGNS, "pictures": 0},
+    }
+    lab = CampaignBuilder.begin(tmp_path / "campaign", recipe)
+    stacks = [
+        render_sketches(draw, count=1, layers=2 + number % 3, size=(64, 64), photo_share=0.0)[0]
+        for number in range(DESIGNS)
+    ]
+    lab.sources(designs=[(on_backdrop(composite(stack), "white"), stack) for stack in stacks])
+    lab.adapter(1)
+    start = time.monotonic()
+    result = run(campaign=lab.uri, runtime="evaluation: {batch_size: 8}")
+    total = time.monotonic() - start
+    evaluation = result.manifests["evaluation"]
+    seconds = json.loads(lab.store.read("evaluations/iteration-000001/metrics.json"))["provenance"]["seconds"]
+    sampling = seconds["sampling_base"] + seconds["sampling_adapter"]
+    fraction = (total - seconds["loading"] - sampling) / sampling
+    print(f"of {total:.1f} s: {seconds}")
+    assert evaluation.counts["designs"] == DESIGNS
+    record_benchmark("evaluation_overhead_fraction", fraction)
+    assert fraction <= 0.1
