@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -306,6 +307,7 @@ def worse_by(column: str, name: str) -> float | None:
     """How much worse a stack is than the truth; None where it is undefined."""
     value, best = scores(name)[column], scores("truth")[column]
     assert best is not None
+    assert value is None or math.isfinite(value), f"{column} of {name} is {value}"
     return None if value is None else value - best
 
 
