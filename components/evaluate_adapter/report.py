@@ -46,6 +46,7 @@ class Report:
     reference: Mapping[str, float]  # means of the true layers themselves, by column
     judge: str  # who gave the rewards, in a sentence or two
     notices: Sequence[str] = ()
+    ground_truth: Sequence[str] = ()  # how the true layers were made, in sentences
     curve: Sequence[Point] = ()
     shown: Sequence[ShownCase] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -360,4 +361,6 @@ def _definitions(report: Report) -> str:
         entries.append(("Slots", DEFINITIONS["slots"]))
     if any(column.startswith("layerd_") for column in computed):
         entries.append(("LayerD", DEFINITIONS["layerd"]))
+    if report.ground_truth:
+        entries.append(("True layers", " ".join(report.ground_truth)))
     return "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in entries)

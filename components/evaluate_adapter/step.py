@@ -18,7 +18,14 @@ from layerloop.components.evaluate_adapter import against
 from layerloop.components.evaluate_adapter.assess import Row, assess, compare_rows
 from layerloop.components.evaluate_adapter.cases import Case, Cases, Kind, read_cases
 from layerloop.components.evaluate_adapter.gallery import ShownCase
-from layerloop.components.evaluate_adapter.provenance import Clock, model_name, notices, provenance, settings
+from layerloop.components.evaluate_adapter.provenance import (
+    Clock,
+    ground_truth,
+    model_name,
+    notices,
+    provenance,
+    settings,
+)
 from layerloop.components.evaluate_adapter.report import Report, render
 from layerloop.components.evaluate_adapter.results import (
     judge_sentence,
@@ -253,6 +260,7 @@ def _report(
         reference=mean_of(measured.truth),
         judge=judge_sentence(scores),
         notices=notices(cases),
+        ground_truth=ground_truth(cases, recipe),
         curve=reward_curve(campaign, scores),
         shown=shown,
         settings=setting_rows,

@@ -47,8 +47,8 @@ from layerloop.components.schema.errors import LayerloopError
 
 
 def bad_layers(flags: LayerFlags) -> float:
-    """Bad layers (blank, glazed, duplicate or idle) in a decomposition, layer 0 included. True layers may have some:
-    small elements are blank too, and elements of the colour behind them idle; on designs their count stands beside."""
+    """Bad layers (blank, glazed, duplicate or idle) in a decomposition, layer 0 included. Known layers may have some
+    themselves: small elements are blank, elements of the colour behind them idle. Their count stands beside."""
     return float(flags.bad.sum())
 
 

@@ -129,6 +129,12 @@ def test_definitions_are_repeated_verbatim() -> None:
             assert definition.replace("'", "&#x27;") in text, name
 
 
+def test_how_the_true_layers_were_made_is_said() -> None:
+    text = text_of(page_of({"bad_layers": BETTER}, ground_truth=["Texts are <previews>.", "White goes below."]))
+    assert "True layers Texts are &lt;previews&gt;. White goes below." in text
+    assert "True layers" not in text_of(page_of({"bad_layers": BETTER}))
+
+
 def rows_of(page: str) -> list[str]:
     """Headings of the rows of the first table, in order."""
     body = page.split("<tbody>")[1].split("</tbody>")[0]

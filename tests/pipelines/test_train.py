@@ -186,6 +186,7 @@ def test_the_run_form_reads_like_the_job(tmp_path: Path) -> None:
         ("campaign", "STRING", None),
         ("images", "STRING", None),
         ("designs", "STRING", ""),
+        ("benchmark", "STRING", ""),
         ("judge_url", "STRING", ""),
         ("recipe", "STRING", ""),
         ("overrides", "STRUCT", {}),
