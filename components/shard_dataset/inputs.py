@@ -29,6 +29,8 @@ from layerloop.components.shard_dataset.files import (
     printable,
     suffix_of,
 )
+from layerloop.components.shard_dataset.listed import SUFFIXES as LIST_SUFFIXES
+from layerloop.components.shard_dataset.listed import ListedFiles
 
 IMAGE_SUFFIXES = frozenset((
     "png", "jpg", "jpeg", "jfif", "webp", "avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "jp2", "j2k", "ppm",
@@ -94,7 +96,8 @@ def _shown(uri: str) -> str:
 
 
 def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Inputs:
-    """List the files at a file, folder (all the way down) or glob (`*`, `?`, `[...]`, `**`, `{000..099}`).
+    """List the files at a file, folder (all the way down) or glob (`*`, `?`, `[...]`, `**`, `{000..099}`), or those
+    that a text file lists (listed.py).
 
     In a folder, files that are neither an image by their suffix nor a container are passed over, and hidden files
     everywhere; a file that a glob or the URI itself names is always taken. A place that exists under the very name is
@@ -106,7 +109,7 @@ def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXE
     Raises:
         LayerloopError: nothing there, nothing usable, or not every number of a range.
     """
-    remedy = "give a folder of images, a glob, WebDataset tars or parquet"
+    remedy = "give a folder of images, a glob, WebDataset tars, parquet or a list of URIs (.txt)"
     text = _absolute(uri)
     literal = _find_plain(text) if not _PATTERN.search(text) or _exists(text) else None
     if literal is None:
@@ -115,6 +118,9 @@ def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXE
             raise LayerloopError(f"{what} {_shown(uri)} matches no file: {remedy}")
         return found
     store, listing, named = literal
+    if named and suffix_of(text) in LIST_SUFFIXES:
+        listed = ListedFiles(text, _text_of(store, next(iter(listing.sizes)), printable(text)))
+        return Inputs(printable(text), listed, listed.listed().sizes)
     if named:
         return Inputs(_shown(text), store, listing.sizes)
     if isinstance(store, LocalFiles) and not store.root.exists():
@@ -150,6 +156,13 @@ def read_items(inputs: Inputs, *, max_bytes: int) -> Iterator[Item]:
 
 
 # -------------------------------------------------------------------------------------------------------------- finding
+
+
+def _text_of(store: Files, name: str, where: str) -> str:
+    try:
+        return store.read(name).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise LayerloopError(f"list {where} is not text in UTF-8: write one URI a line") from None
 
 
 def _absolute(uri: str) -> str:
