@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layerloop.components.runtime.environment import usable_environment
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli_cluster import add_cluster_commands
 from layerloop.pipelines.cli_compare import add_compare_command
@@ -98,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> None:
     recipe = parse_recipe(job.recipe)
     judge = recipe.judge
     check_judge(judge_url, judge, read_runtime(job.runtime, recipe).judge)
-    print(f"{what_is_trained(recipe)}\njudge {judge.model} at {judge_url}", flush=True)
+    print(f"{what_is_trained(recipe)}\njudge {judge.model} at {without_secrets(judge_url)}", flush=True)
     say_what_was_made(run_job(job, runs=Path(arguments.runs)), job)
 
 

@@ -18,9 +18,17 @@ from layerloop.components.evaluate_adapter.charts import Point
 from layerloop.components.evaluate_adapter.gallery import ShownCase, article, gallery
 from layerloop.components.evaluate_adapter.sheets import GAIN
 from layerloop.components.evaluate_adapter.statistics import METHOD, Comparison
-from layerloop.components.layers.columns import GROUPS, LAYERD, better_of, quoted, title_of
-from layerloop.components.layers.layerd import PROTOCOL
-from layerloop.components.layers.measure import DEFINITIONS, MEASURES
+from layerloop.components.layers.columns import (
+    DEFINITIONS,
+    GROUPS,
+    LAYERD,
+    better_of,
+    gives_verdict,
+    quoted,
+    slots_of,
+    title_of,
+)
+from layerloop.components.layers.measure import MEASURES
 
 TARGET_BYTES = 950_000  # Kubeflow's page shows reports of about a megabyte
 HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabelled images"}
@@ -117,10 +125,9 @@ def interval_of(c: Comparison, otherwise: str = "–") -> str:
 
 def verdict(column: str, comparison: Comparison) -> str:
     """ "good" or "bad" where the difference is clear and one direction is better, else ""."""
-    better = better_of(column)
-    if not comparison.clear or better is None or comparison.difference is None:
+    if not comparison.clear or not gives_verdict(column) or comparison.difference is None:
         return ""
-    return "good" if (comparison.difference < 0) == (better == "lower") else "bad"
+    return "good" if (comparison.difference < 0) == (better_of(column) == "lower") else "bad"
 
 
 def summary(report: Report) -> str:
@@ -138,7 +145,7 @@ def summary(report: Report) -> str:
     columns = [column for group in GROUPS.values() for column in group if column in table]
     by_verdict: dict[str, list[str]] = {"good": [], "bad": [], "": []}
     for column in columns:
-        if better_of(column) is not None:
+        if gives_verdict(column):
             by_verdict[verdict(column, table[column])].append(column)
 
     def listed(some: Sequence[str]) -> str:
@@ -237,8 +244,16 @@ def _row(report: Report, column: str, c: Comparison, reference: bool) -> str:
         + (f'<td class="dim">{number(report.reference.get(column), decimals=c.decimals)}</td>' if reference else "")
         + f"<td>{number(c.base, decimals=c.decimals)}</td><td>{number(c.tuned, decimals=c.decimals)}</td>"
         f'<td class="{verdict(column, c)}">{difference_of(c)}</td><td class="dim">{interval_of(c)}</td>'
-        f'<td>{charts.whisker(c, verdict(column, c))}</td><td class="dim">{c.n}</td></tr>'
+        f'<td>{charts.whisker(c, verdict(column, c))}</td><td class="dim">{_count(c)}</td></tr>'
     )
+
+
+def _count(c: Comparison) -> str:
+    """How many images were compared, and for how many the measure was undefined."""
+    undefined = [
+        f"{count} of {who}" for who, count in (("base", c.base_undefined), ("adapter", c.tuned_undefined)) if count
+    ]
+    return f"{c.n}<br>undefined: {', '.join(undefined)}" if undefined else str(c.n)
 
 
 def _layerd_section(report: Report) -> str:
@@ -275,28 +290,41 @@ def _levels_table(table: Mapping[str, Comparison], prefix: str, max_edits: int) 
 
 
 def _slots_section(report: Report) -> str:
-    slots = report.comparisons.slots
-    if not slots:
+    if not report.comparisons.slots:
         return ""
+    return (
+        '<h2>Layers by layer count</h2><p class="note">Each predicted slot against the true layer it is matched to, '
+        "one to one, laid on black and on white; base → adapter. Lower is better. Slot k of both models may be matched "
+        "to different true layers.</p>"
+        + _slots_table(report, "layer_l1")
+        + "<details><summary>Per-slot RGB L1, as the paper shows layers: on white only</summary>"
+        '<p class="small">White content is nothing on white, so no verdict follows from these.</p>'
+        + _slots_table(report, "slot_l1")
+        + "</details>"
+    )
+
+
+def _slots_table(report: Report, column: str) -> str:
+    slots = report.comparisons.slots
     most = max(slots)
     heads = "".join(f"<th>slot {slot}</th>" for slot in range(most))
     rows = []
     for layers, table in sorted(slots.items()):
-        cells = [_base_adapter_difference("slot_l1", table["slot_l1"])]
-        for slot in range(most):
-            c = table.get(f"slot_l1_{slot}")
+        if column not in table:
+            continue
+        cells = [_base_adapter_difference(column, table[column])]
+        for name in slots_of(column, most)[1:]:
+            c = table.get(name)
             arrow = (
                 f'{number(c.base, decimals=c.decimals)}<span class="dim"> → </span>'
                 f"{number(c.tuned, decimals=c.decimals)}"
                 if c
                 else ""
             )
-            cells.append(f'<td class="{verdict("slot_l1", c) if c else ""}">{arrow}</td>')
-        count = f'<th scope="row">{layers} layers</th><td class="dim">{table["slot_l1"].n}</td>'
+            cells.append(f'<td class="{verdict(name, c) if c else ""}">{arrow}</td>')
+        count = f'<th scope="row">{layers} layers</th><td class="dim">{table[column].n}</td>'
         rows.append(f"<tr>{count}{''.join(cells)}</tr>")
     return (
-        '<h2>Per-slot RGB L1 by layer count</h2><p class="note">Each predicted slot against the true layer it matches '
-        "best, one to one; base → adapter. Slot 0 is the background. Lower is better.</p>"
         '<div class="panel"><table><thead><tr><th>Designs of</th><th>n</th><th class="first">mean, base</th>'
         f"<th>adapter</th><th>difference</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -327,11 +355,12 @@ def _definitions(report: Report) -> str:
         ("Blank", DEFINITIONS["blank"]),
         ("Glazed", DEFINITIONS["glazed"]),
         ("Duplicate", DEFINITIONS["duplicate"]),
+        ("Idle", DEFINITIONS["idle"]),
     ]
     if report.comparisons.slots:
         entries.append(("Slots", DEFINITIONS["slots"]))
     if any(column.startswith("layerd_") for column in computed):
-        entries.append(("LayerD", PROTOCOL))
+        entries.append(("LayerD", DEFINITIONS["layerd"]))
     if report.ground_truth:
         entries.append(("True layers", " ".join(report.ground_truth)))
     return "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in entries)

@@ -22,7 +22,9 @@ MOST_DECIMALS = 8
 
 METHOD = (
     "Base and adapter decompose the same images from the same initial noise, so every difference is taken within an "
-    "image and averaged. The 95 % interval of that mean is the hull of two: Student’s, and Hall’s (1992), which "
+    "image and averaged. An image for which a measure is undefined is in no mean of that model and in no difference; "
+    "how many there are is shown, since they may be those on which a model is worst. The 95 % interval of the mean "
+    "difference is the hull of two: Student’s, and Hall’s (1992), which "
     "corrects Student’s for skewness. The p-value is the largest of three: of both, and of the sign-flip test, exact "
     f"up to {EXACT} images and from {FLIPS:,} seeded draws above, which holds for measures of few values. By "
     "simulation, where nothing differs, at most 6 in 100 are called clear with 8 images or more, of normal and of "
@@ -47,6 +49,8 @@ class Comparison:
     n: int
     p: float | None = None
     adjusted: float | None = None
+    base_undefined: int = 0  # images for which the measure has no value, which are in no mean
+    tuned_undefined: int = 0
 
     @property
     def clear(self) -> bool:
@@ -80,13 +84,17 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """The fields by name, with what follows from them."""
         names = ("base", "tuned", "difference", "low", "high", "n", "p", "adjusted", "relative", "decimals", "clear")
-        return {name: getattr(self, name) for name in names}
+        undefined = {"base": self.base_undefined, "tuned": self.tuned_undefined}
+        return {**{name: getattr(self, name) for name in names}, "undefined": undefined}
 
 
 def compare(
     base: Sequence[float | None], tuned: Sequence[float | None], *, seed: int, flips: int = FLIPS, level: float = LEVEL
 ) -> Comparison:
     """Mean of paired differences with its interval and p-value (METHOD); `adjusted` is `p`, of one measure alone.
+
+    `base` and `tuned` of the result are means of each by itself, so that a model's number does not change with whom it
+    is compared; where a value is undefined, their difference is not the mean of the paired differences.
 
     Args:
         base: The measure of each image, or None where it is undefined. A pair counts only when both are defined.
@@ -97,15 +105,23 @@ def compare(
     """
     pairs = np.array([(b, t) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None], np.float64)
     n = len(pairs)
+    before, after = _mean(base), _mean(tuned)
+    undefined = (sum(value is None for value in base), sum(value is None for value in tuned))
     if n == 0:
-        return Comparison(None, None, None, None, None, 0)
+        return Comparison(before, after, None, None, None, 0, None, None, *undefined)
     differences = pairs[:, 1] - pairs[:, 0]
-    before, after = (float(mean) for mean in pairs.mean(axis=0))
+    mean = float(differences.mean())
     if n == 1:
-        return Comparison(before, after, float(differences.mean()), None, None, 1)
+        return Comparison(before, after, mean, None, None, 1, None, None, *undefined)
     (low,), (high,) = intervals(differences[None], level)
     (p,) = p_values(differences[None], flips=flips, seed=seed)
-    return Comparison(before, after, float(differences.mean()), float(low), float(high), n, float(p), float(p))
+    return Comparison(before, after, mean, float(low), float(high), n, float(p), float(p), *undefined)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are defined."""
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
 
 
 def intervals(differences: Floats, level: float) -> tuple[Floats, Floats]:

@@ -184,7 +184,14 @@ def _measure_both_models(campaign: Campaign, iteration: int, cases: Cases, sampl
     with clock.time("measuring"):
         base = _measure_shards(campaign, sampled.chunks, sampled.base, measure, "base")
         tuned = _measure_shards(campaign, sampled.chunks, sampled.tuned, measure, _evaluation_name(iteration))
-    return Measured(base, tuned, [measure(case, case.truth) for case in cases.cases if case.truth is not None])
+        known = [(case, case.truth) for case in cases.cases if case.truth is not None]
+        with ThreadPoolExecutor(_threads()) as pool:
+            truth = list(pool.map(lambda pair: measure(*pair), known))
+    return Measured(base, tuned, truth)
+
+
+def _threads() -> int:
+    return min(16, os.cpu_count() or 1)  # numpy and Pillow release the interpreter lock on large arrays
 
 
 def _measure_shards(
@@ -194,8 +201,7 @@ def _measure_shards(
     from layerloop.components.evaluate_adapter.decompose import read_decompositions
 
     rows: list[Row] = []
-    threads = min(8, os.cpu_count() or 1)  # numpy releases the interpreter lock on large arrays
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(_threads()) as pool:
         pairs = list(zip(chunks, shards, strict=True))
         for chunk, shard in progress(pairs, what=f"measuring {model}", unit="shards"):
             stacks = read_decompositions(campaign.store, shard)

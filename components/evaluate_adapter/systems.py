@@ -18,7 +18,7 @@ import numpy as np
 from layerloop.components.evaluate_adapter.assess import Row, assess
 from layerloop.components.evaluate_adapter.cases import Case, Cases
 from layerloop.components.evaluate_adapter.statistics import Comparison, compare, holm
-from layerloop.components.layers.columns import COLUMNS, better_of, title_of
+from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, title_of
 from layerloop.components.layers.stack import Pixels, resize
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.seeds import seed_for
@@ -145,7 +145,8 @@ def _rows_of(pairs: Sequence[tuple[Row, Row]]) -> list[tuple[str, str, list[tupl
         rows += [(f"{kind}.{column}", column, chosen) for column in COLUMNS]
         counts = sorted({b["layers"] for b, _ in chosen}) if kind == "designs" else []
         rows += [
-            (f"{kind}.slot_l1.L{count}", "slot_l1", [(b, t) for b, t in chosen if b["layers"] == count])
+            (f"{kind}.{column}.L{count}", column, [(b, t) for b, t in chosen if b["layers"] == count])
+            for column in BY_SLOT
             for count in counts
         ]
     return rows
@@ -156,10 +157,9 @@ def _cell(column: str, pairs: Sequence[tuple[Row, Row]], seed: int) -> Cell | No
     comparison = compare(base, tuned, seed=seed)
     if not comparison.n:
         return None
-    better = better_of(column)
-    if better is None:
+    if not gives_verdict(column):
         return Cell(comparison, None)
-    sign = -1 if better == "lower" else 1
+    sign = -1 if better_of(column) == "lower" else 1
     gains = [sign * np.sign(t - b) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None]
     return Cell(comparison, float(np.mean([(1 + gain) / 2 for gain in gains])))
 

@@ -183,7 +183,7 @@ def _sample(
             key, image = images[plan.image]
             batch_size = campaign.runtime.rollout.batch_size
             group = sample_group(loaded, campaign.recipe, iteration, plan, key, image, batch_size=batch_size)
-            bad_layers.append(mean_bad_layers(group.stacks))
+            bad_layers.append(mean_bad_layers(group.stacks, group.image))
             if written:
                 next(reversed(written.values())).result()  # so that one group at most waits for the store
             calls = _model_calls(group.record)

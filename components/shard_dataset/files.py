@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.regular_files import open_regular
 from layerloop.components.storage.stores import MissingObjectError, open_store
 
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: control characters, surrogates, line breaks
@@ -148,7 +149,7 @@ class LocalFiles:
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
         try:
-            file = open(self._path(name), "rb")  # noqa: SIM115 - closed below
+            file = open_regular(self._path(name))
         except OSError as error:
             raise InputError(f"file cannot be read ({error.strerror}): allow it, or restore it") from None
         with file:

@@ -24,6 +24,7 @@ from layerloop.components.layers.crello import (
 from layerloop.components.layers.stack import resize
 from layerloop.components.layers.text import FontFiles
 from layerloop.components.layers.truth import Truth, ground_truth
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.shard_dataset.files import Files, InputError, Passed, printable, suffix_of
@@ -75,7 +76,7 @@ def find_designs(uri: str) -> Inputs:
         layers = set(alone)  # the folder is itself one design
     useful = {name: size for name, size in found.sizes.items() if name.endswith(".parquet") or name in layers}
     if not useful:
-        raise LayerloopError(f"designs {printable(uri)} has no designs: {_REMEDY}")
+        raise LayerloopError(f"designs {printable(without_secrets(uri))} has no designs: {_REMEDY}")
     rest = [name for name in found.sizes if name not in useful]
     passed = [Passed(printable(name), f".{suffix_of(name)}", "not a layer of a design") for name in rest]
     return Inputs(found.uri, found.store, useful, [*found.passed, *passed])

@@ -18,6 +18,7 @@ from typing import Any
 from layerloop.components.judge.address import judge_address
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.progress import log, progress
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.recipe import Recipe, parse_recipe_runtime
@@ -294,14 +295,18 @@ def check_same_inputs(done: Manifest, *, images: str, designs: str, benchmark: s
             continue
         uri, sha256 = done.metadata.get(what, ""), done.metadata.get(f"{what}_sha256", "")
         if absolute_uri(given) != uri:
-            raise LayerloopError(f"{what} is {given} but the campaign's sources were made of {uri or 'none'}: {remedy}")
+            raise LayerloopError(
+                f"{what} is {without_secrets(given)} but the campaign's sources were made of {uri or 'none'}: {remedy}"
+            )
         try:
             now = find(given).sha256
         except LayerloopError as error:
             log(f"{error}; the committed sources are used")
             continue
         if now != sha256:
-            raise LayerloopError(f"{what} {given} has other files than when the campaign's sources were made: {remedy}")
+            raise LayerloopError(
+                f"{what} {without_secrets(given)} has other files than when the campaign's sources were made: {remedy}"
+            )
 
 
 def _find_images(uri: str) -> Inputs:

@@ -38,10 +38,10 @@ def rows(count: int = 24, *, shift: dict[str, float] | None = None, seed: int = 
     for kind in ("designs", "pictures"):
         for index in range(count):
             row: dict[str, Any] = {"key": f"k{index}", "kind": kind, "layers": 3, "seed": index}
-            for column in ("bad_layers", "slot_l1", "recomposition_error"):
+            for column in ("bad_layers", "layer_l1", "recomposition_error"):
                 row[column] = rng.uniform(0.2, 0.4) + noise.normal(0, 0.01) + (shift or {}).get(f"{kind}.{column}", 0)
             if kind == "pictures":
-                row["slot_l1"] = None  # no true layers
+                row["layer_l1"] = None  # no true layers
             found.append(row)
     return found
 
@@ -80,7 +80,7 @@ def test_what_got_worse_is_named_with_its_interval(campaign: Campaign) -> None:
     assert line.startswith("iteration 5 is worse than iteration-000003: designs.bad_layers (")
     assert "24 pairs" in line
     assert "pictures" not in line  # that got better
-    assert "slot_l1" not in line
+    assert "layer_l1" not in line
     assert "evaluations/iteration-000005/report.html" in line
 
 
@@ -104,9 +104,9 @@ def test_other_pictures_are_not_compared(campaign: Campaign, capsys: Any) -> Non
 def test_a_metrics_file_by_itself_is_a_baseline(campaign: Campaign, tmp_path: Path) -> None:
     (tmp_path / "release.json").write_bytes(metrics(rows()))
     fail_when_worse(campaign, evaluated(campaign, 3, rows(seed=1)), str(tmp_path / "release.json"))
-    worse = evaluated(campaign, 4, rows(shift={"designs.slot_l1": 0.05}, seed=1))
+    worse = evaluated(campaign, 4, rows(shift={"designs.layer_l1": 0.05}, seed=1))
     with pytest.raises(
-        WorseError, match=r"iteration 4 is worse than .*release\.json: designs\.slot_l1 \(per-slot"
+        WorseError, match=r"iteration 4 is worse than .*release\.json: designs\.layer_l1 \(layer RGB L1"
     ) as caught:
         fail_when_worse(campaign, worse, str(tmp_path / "release.json"))
     assert (caught.value.status, LayerloopError.status) == (3, 2)

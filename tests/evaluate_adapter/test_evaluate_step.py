@@ -162,7 +162,7 @@ def test_metrics_explain_themselves(evaluated: Evaluated) -> None:
     assert document["provenance"]["steps"] == 2 and document["provenance"]["model_calls_per_decomposition"] == 3
     bad = document["designs.bad_layers"]
     statistics = {"base", "tuned", "difference", "low", "high", "n", "p", "adjusted", "relative", "decimals", "clear"}
-    assert bad.keys() == statistics | {"title", "better", "reference"}
+    assert bad.keys() == statistics | {"title", "better", "reference", "undefined"}
     assert bad["n"] == 5 and bad["better"] == "lower" and bad["reference"] == 0
     assert {"designs.slot_l1.L2", "designs.slot_l1.L3.slot2", "designs.layerd_alpha_iou_5"} <= document.keys()
     assert document["designs.slot_l1.L2"]["n"] + document["designs.slot_l1.L3"]["n"] == 5

@@ -148,12 +148,30 @@ def test_over_a_page_of_equal_models_something_is_clear_at_most_one_time_in_twen
 
 
 def test_pairs_with_an_undefined_side_are_left_out() -> None:
-    found = compare([1.0, None, 3.0, 4.0], [2.0, 5.0, None, 6.0], seed=1)
-    assert (found.base, found.tuned, found.difference, found.n) == (2.5, 4.0, 1.5, 2)
+    found = compare([1.0, None, 3.0, 4.0, None], [2.0, 5.0, None, 6.0, 1.0], seed=1)
+    assert (found.difference, found.n) == (1.5, 2)
+    assert (found.base_undefined, found.tuned_undefined) == (2, 1)
+    assert found.as_json()["undefined"] == {"base": 2, "tuned": 1}
 
 
-def test_without_pairs_there_are_no_numbers() -> None:
-    assert compare([None], [1.0], seed=1) == Comparison(None, None, None, None, None, 0)
+def test_a_models_mean_does_not_change_with_whom_it_is_compared() -> None:
+    base = [1.0, None, 3.0, 5.0]
+    found = [compare(base, other, seed=1) for other in ([1.0] * 4, [None, 1.0, None, 2.0], [None] * 4)]
+    assert [comparison.base for comparison in found] == [3.0] * 3
+    assert [comparison.tuned for comparison in found] == [1.0, 1.5, None]
+    assert [comparison.n for comparison in found] == [3, 1, 0]
+
+
+def test_without_pairs_there_is_no_difference() -> None:
+    found = compare([None], [1.0], seed=1)
+    assert (found.base, found.tuned, found.difference, found.p, found.n, found.clear) == (
+        None,
+        1.0,
+        None,
+        None,
+        0,
+        False,
+    )
 
 
 def test_one_pair_has_a_difference_and_no_interval() -> None:
