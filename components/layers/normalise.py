@@ -97,11 +97,11 @@ def _upright(image: Image.Image) -> Image.Image:
     method = {
         2: turned.FLIP_LEFT_RIGHT, 3: turned.ROTATE_180, 4: turned.FLIP_TOP_BOTTOM, 5: turned.TRANSPOSE,
         6: turned.ROTATE_270, 7: turned.TRANSVERSE, 8: turned.ROTATE_90,
-    }.get(_orientation(image))  # fmt: skip
+    }.get(orientation(image))  # fmt: skip
     return image if method is None else image.transpose(method)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where there is none that can be read."""
     try:
         value: object = image.getexif().get(_ORIENTATION)
