@@ -48,7 +48,7 @@ def render(page: Page) -> bytes:
         ),
         "list": "".join(_row(record, index, layers[index]) for index in reversed(range(len(layers)))),
         "downloads": "".join(f'<a href="{html.escape(_quoted(name))}">{_kind(name)}</a>' for name in page.documents),
-        "exact": html.escape(_exactness(page, record)),
+        "exact": html.escape(_exactness(record)),
     }
     return template.substitute(values).encode()
 
@@ -79,11 +79,12 @@ def _facts(record: Mapping[str, Any]) -> str:
     )
 
 
-def _exactness(page: Page, record: Mapping[str, Any]) -> str:
+def _exactness(record: Mapping[str, Any]) -> str:
     again, kept = record["recomposition"], record["kept"]
+    most = again["largest_difference_levels"]
+    close = f"to within {most} of 255 levels (mean {again['mean_difference_levels']:.3g})" if most else "exactly"
     return (
-        f"All layers together are the picture to within {again['largest_difference_levels']} of 255 levels "
-        f"(mean {again['mean_difference_levels']:.3g}): where a layer is seen, it has the picture's own colours. The "
+        f"All layers together are the picture {close}: where a layer is seen, it has the picture's own colours. The "
         f"model's own layers were {255 * kept['recomposition_error']:.1f} levels from it on average."
     )
 

@@ -68,7 +68,7 @@ def find_pictures(given: Iterable[str | Path]) -> list[str]:
         LayerloopError: none is given.
     """
     found: dict[str, None] = {}
-    for item in map(os.fspath, given):
+    for item in map(str, given):
         if "://" in item and suffix(item) in SUFFIXES:
             found[item] = None
         elif "://" in item or os.path.isdir(item):
@@ -118,9 +118,7 @@ def _images_in(folder: str) -> list[str]:
     names = open_store(folder).sizes()
     ours = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == RECORD}
     return [
-        name
-        for name in names
-        if suffix(name) in SUFFIXES and not _hidden(name) and name.rpartition("/")[0] not in ours
+        name for name in names if suffix(name) in SUFFIXES and not _hidden(name) and name.rpartition("/")[0] not in ours
     ]
 
 

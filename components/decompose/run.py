@@ -159,8 +159,8 @@ class _Run:
                 todo.append(_Work(picture, name, size))
         return sorted(todo, key=lambda work: work.size)
 
-    def _fail(self, origin: str, error: Exception) -> None:
-        """One line about a picture that failed; of an error that is no user's the traceback as well."""
+    def _fail(self, origin: str, error: Exception) -> Outcome:
+        """The outcome of a picture that failed, and a line about it; the traceback too of a defect."""
         if isinstance(error, LayerloopError):
             reason = str(error)
         elif isinstance(error, MemoryError):
@@ -170,22 +170,27 @@ class _Run:
             log("".join(traceback.format_exception(error)).rstrip())
         log(f"failed {origin}: {reason}")
         self.outcomes[origin] = Outcome(origin, "failed", None, reason)
+        return self.outcomes[origin]
 
     # ---- with the model
 
     def decompose(self, model: Model, todo: Sequence[_Work]) -> None:
         """Sample batch by batch; reading the next and writing the last ones goes on meanwhile."""
         size = self.options.batch_size or self.choice.runtime.evaluation.batch_size
+        written = self._written(model, _batches(todo, size))
+        for outcome in progress(written, what="decomposing", unit="pictures", total=len(todo)):
+            self.outcomes[outcome.picture] = outcome
+
+    def _written(self, model: Model, batches: Sequence[Sequence[_Work]]) -> Iterator[Outcome]:
+        """The outcome of every picture that was sampled, when its files are written."""
         waiting: collections.deque[tuple[_Work, Future[None]]] = collections.deque()
         with ThreadPoolExecutor(WRITERS, "write") as writers, ThreadPoolExecutor(1, "read") as reader:
-            for work, source, stacks in progress(
-                self._sampled(model, _batches(todo, size), reader), what="decomposing", unit="pictures", total=len(todo)
-            ):
+            for work, source, stacks in self._sampled(model, batches, reader):
                 waiting.append((work, writers.submit(self._write, work, source, stacks)))
                 while len(waiting) > WAITING:
-                    self._finish(*waiting.popleft())
+                    yield self._outcome(*waiting.popleft())
             while waiting:
-                self._finish(*waiting.popleft())
+                yield self._outcome(*waiting.popleft())
 
     def _sampled(
         self, model: Model, batches: Sequence[Sequence[_Work]], reader: ThreadPoolExecutor
@@ -260,13 +265,12 @@ class _Run:
         with self.folder.picture(work.name) as store:
             write_files(result, store, self.options.formats)
 
-    def _finish(self, work: _Work, future: Future[None]) -> None:
+    def _outcome(self, work: _Work, future: Future[None]) -> Outcome:
         try:
             future.result()
         except Exception as error:
-            self._fail(work.picture.origin, error)
-        else:
-            self.outcomes[work.picture.origin] = Outcome(work.picture.origin, "made", self.folder.root / work.name)
+            return self._fail(work.picture.origin, error)
+        return Outcome(work.picture.origin, "made", self.folder.root / work.name)
 
 
 def _batches(todo: Sequence[_Work], size: int) -> list[list[_Work]]:

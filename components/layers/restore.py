@@ -73,6 +73,11 @@ def difference(stack: Pixels, source: Pixels) -> tuple[float, int]:
     return levels / (4 * source.shape[0] * source.shape[1]), most
 
 
+def _unit(levels: Pixels) -> Floats:
+    """Levels 0..255 as float32 in [0, 1]."""
+    return levels.astype(np.float32) * np.float32(1 / 255)
+
+
 def _premultiplied(image: Pixels) -> Floats:
     """`(H, W, 4)` float32 in 0..255, alpha last, of RGB or RGBA."""
     alpha = image[..., 3:].astype(np.float32) if image.shape[-1] == 4 else np.full((*image.shape[:2], 1), 255.0)
@@ -86,8 +91,8 @@ def _maps(stack: Pixels, source: Pixels, *, guided: bool) -> Floats:
     """`(L, 9, h, w)`, or `(L, 4, h, w)` where nothing is enlarged: what `_strip` needs of each layer, smooth enough to
     be interpolated. Colour (3), then alpha, or a and b of alpha = a . I + b (4) and its least and greatest value (2).
     """
-    values = np.moveaxis(stack.astype(np.float32) / 255, -1, 1)
-    alpha, image = values[:, 3], np.moveaxis(source.astype(np.float32) / 255, -1, 0)
+    values = np.moveaxis(_unit(stack), -1, 1)
+    alpha, image = values[:, 3], np.moveaxis(_unit(source), -1, 0)
     colours = _own_colours(values[:, :3], alpha, image)
     if not guided:
         return np.concatenate([colours, alpha[:, None]], axis=1)
@@ -167,7 +172,7 @@ def _strip(maps: Floats, source: Pixels, top: int, height: int) -> Pixels:
     rows, width = source.shape[:2]
     planes = _interpolated(maps, top, rows, (height, width)).reshape(*maps.shape[:2], rows * width)
     flat = source.reshape(rows * width, source.shape[2])
-    image = np.moveaxis(on_backdrop(source, "white").reshape(rows * width, 3).astype(np.float32) / 255, -1, 0)
+    image = np.moveaxis(_unit(on_backdrop(source, "white").reshape(rows * width, 3)), -1, 0)
     if maps.shape[1] == 4:
         alpha = planes[:, 3]
     else:
@@ -175,8 +180,8 @@ def _strip(maps: Floats, source: Pixels, top: int, height: int) -> Pixels:
         alpha = np.clip(alpha, planes[:, 7], planes[:, 8])
     alpha = _covering(np.clip(alpha, 0, 1), flat[:, 3] if flat.shape[1] == 4 else None)
     levels = np.rint(alpha * 255).astype(np.uint8)
-    wanted = np.moveaxis(flat[:, :3].astype(np.float32) / 255, -1, 0)
-    colours = _recomposing(np.clip(planes[:, :3], 0, 1), _weights(levels.astype(np.float32) / 255), wanted)
+    wanted = np.moveaxis(_unit(flat[:, :3]), -1, 0)
+    colours = _recomposing(np.clip(planes[:, :3], 0, 1), _weights(_unit(levels)), wanted)
     out = np.empty((len(maps), rows * width, 4), np.uint8)
     out[..., :3] = np.rint(np.moveaxis(colours, 1, -1) * 255)
     out[..., 3] = levels
@@ -185,8 +190,8 @@ def _strip(maps: Floats, source: Pixels, top: int, height: int) -> Pixels:
 
 
 def _interpolated(maps: Floats, top: int, rows: int, size: tuple[int, int]) -> Floats:
-    """`(..., rows, W)`: rows from `top` of the maps `(..., h, w)` resampled bilinearly to `size` = (H, W); the same
-    values as of all rows at once."""
+    """`(..., rows, W)`: rows from `top` of the maps `(..., h, w)` resampled bilinearly to `size` = (H, W), as all rows
+    at once would be but for the rounding of a float32."""
     from PIL import Image
 
     height, width = size
@@ -197,7 +202,8 @@ def _interpolated(maps: Floats, top: int, rows: int, size: tuple[int, int]) -> F
     planes = maps.reshape(-1, *maps.shape[-2:])
     out = np.empty((len(planes), rows, width), np.float32)
     for index, plane in enumerate(planes):
-        out[index] = Image.fromarray(plane).resize((width, rows), Image.Resampling.BILINEAR, box=box)
+        enlarged = Image.fromarray(plane).resize((width, rows), Image.Resampling.BILINEAR, box=box)
+        out[index] = np.asarray(enlarged)
     return out.reshape(*maps.shape[:-2], rows, width)
 
 
@@ -207,7 +213,7 @@ def _covering(alpha: Floats, wanted: npt.NDArray[np.uint8] | None) -> Floats:
     Alpha up to 2/255 counts as none and from 253/255 on as full. Where the source is partly transparent all layers are
     scaled by one factor, found by bisection.
     """
-    alpha = np.where(alpha <= FAINT, 0, np.where(alpha >= 1 - FAINT, 1, alpha)).astype(np.float32)
+    alpha = np.where(alpha <= FAINT, 0, np.where(alpha >= 1 - FAINT, 1, np.rint(alpha * 255) / 255)).astype(np.float32)
     hole = (1 - alpha).prod(axis=0) > HALF_LEVEL
     alpha[0, hole] = 1
     if wanted is None:
@@ -215,7 +221,7 @@ def _covering(alpha: Floats, wanted: npt.NDArray[np.uint8] | None) -> Floats:
     alpha[:, wanted == 0] = 0
     partial = np.flatnonzero((wanted > 0) & (wanted < 255))
     if len(partial):
-        clear = 1 - wanted[partial].astype(np.float32) / 255
+        clear = 1 - _unit(wanted[partial])
         part = alpha[:, partial]
         low, high = np.zeros(len(partial), np.float32), np.ones(len(partial), np.float32)
         for _ in range(20):
