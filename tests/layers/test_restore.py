@@ -1,4 +1,4 @@
-"""A decomposition at the source's size: its composite is the source, its edges are the source's, its colours its own."""
+"""A decomposition at the source's size: its composite is the source, its edges and its colours are the source's."""
 
 from __future__ import annotations
 
