@@ -19,6 +19,7 @@ from layerloop.components.layers.export import layer_names, write_png_zip, write
 from layerloop.components.layers.measure import measure_layers
 from layerloop.components.layers.restore import difference
 from layerloop.components.layers.stack import Pixels, composite
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.decomposition import Format
 from layerloop.components.storage.images import encode_png
 from layerloop.components.storage.stores import LocalStore
@@ -65,7 +66,10 @@ def write_files(result: Result, store: LocalStore, formats: Sequence[Format]) ->
         "pptx": lambda: write_pptx(stack, names, boxes),
         "zip": lambda: write_png_zip(stack, names),
     }
-    documents = [kind for kind in makers if kind in formats and (kind != "psd" or max(stack.shape[1:3]) <= PSD_SIDE)]
+    documents = [kind for kind in makers if kind in formats]
+    if "psd" in documents and max(stack.shape[1:3]) > PSD_SIDE:
+        log(f"{result.name}: no PSD, which has sides of {PSD_SIDE} pixels at most")
+        documents.remove("psd")
     for kind in documents:
         write(f"{result.name}.{kind}", makers[kind]())
     record = _record(result, names, boxes, files if "png" in formats else [])

@@ -16,6 +16,7 @@ from layerloop.components.schema.recipe import DataRecipe, Recipe, parse_recipe
 from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
+from layerloop.components.storage.final_weights import final_weights
 from layerloop.components.storage.folders import local_folder
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.stores import open_store
@@ -45,6 +46,8 @@ class Choice:
     campaign: Campaign | None = None
     folder: Path | None = None
     base_fingerprint: str | None = None  # that the adapter was trained on, where its publication says so
+    adapter: str | None = None  # its name, without the folders that lead to it
+    adapter_sha256: str | None = None  # of its weights file
 
     @property
     def base(self) -> str:
@@ -54,7 +57,8 @@ class Choice:
     @property
     def description(self) -> str:
         """One sentence for users."""
-        return TOY if self.base == "tiny" else f"{self.base}, {self.why}"
+        adapter = f", with the adapter {self.adapter}" if self.adapter else ""
+        return (TOY if self.base == "tiny" else f"{self.base}, {self.why}") + adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,6 @@ class Model:
     prompt: torch.Tensor
     blank_prompt: torch.Tensor | None
     how: Inference
-    identity: dict[str, str | None]  # base_fingerprint and adapter_sha256
 
 
 def choose(options: DecomposeOptions) -> Choice:
@@ -96,7 +99,10 @@ def choose(options: DecomposeOptions) -> Choice:
         )
     data = recipe.data.model_copy(update={"resolution": options.resolution or recipe.data.resolution})
     fingerprint = str(published.metadata.get("base_fingerprint") or "") or None if published else None
-    return Choice(recipe, read_runtime("", recipe), data, why, campaign, folder, fingerprint)
+    return Choice(
+        recipe, read_runtime("", recipe), data, why, campaign, folder, fingerprint,
+        _name_of(options.adapter), _adapter_sha256(campaign, folder),
+    )  # fmt: skip
 
 
 def load(choice: Choice, options: DecomposeOptions) -> Model:
@@ -111,6 +117,8 @@ def load(choice: Choice, options: DecomposeOptions) -> Model:
     from layerloop.components.policy.prompt import embed_prompts
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and choice.base == RELEASED:
+        log("no GPU is here: this model takes hours for a picture, and about 60 GB of memory")
     how = Inference(options.steps or choice.recipe.evaluation.steps, options.sampler, options.guidance)
     model = choice.recipe.model
     local = local_folder(model.base) if "://" in model.base else None
@@ -123,36 +131,48 @@ def load(choice: Choice, options: DecomposeOptions) -> Model:
         iteration = choice.campaign.head()
         log(f"adapter: iteration {iteration} of {choice.campaign.uri}")
         at = policy_at(choice.campaign, iteration, device=device, delivered=True)
-        identity = {"base_fingerprint": at.base_fingerprint, "adapter_sha256": at.adapter_sha256}
-        return Model(at.policy, at.prompt, blank, how, identity)
-    policy, sha256 = _load_base(choice, options, device, local)
-    identity = {"base_fingerprint": policy.fingerprint, "adapter_sha256": sha256}
-    return Model(policy, embeds[0], blank, how, identity)
+        return Model(at.policy, at.prompt, blank, how)
+    return Model(_load_base(choice, device, local), embeds[0], blank, how)
 
 
-def _load_base(
-    choice: Choice, options: DecomposeOptions, device: torch.device, local: Path | None
-) -> tuple[LayeredPolicy, str | None]:
-    """(the base with the adapter of `choice.folder` on it, sha256 of the adapter's weights file)."""
-    from layerloop.components.policy.adapters import read_adapter, weights_sha256
+def _load_base(choice: Choice, device: torch.device, local: Path | None) -> LayeredPolicy:
+    """The base with the adapter of `choice.folder` on it."""
+    from layerloop.components.policy.adapters import read_adapter
     from layerloop.components.policy.lora import replace_adapter, train_adapter
     from layerloop.components.policy.model import LayeredPolicy
 
     adapter = None if choice.folder is None else read_adapter(choice.folder)  # refused before the base is loaded
     policy = LayeredPolicy.load(choice.recipe.model, choice.runtime.model, device=device, folder=local)
-    if adapter is None or choice.folder is None:
-        return policy, None
+    if adapter is None:
+        return policy
     if choice.base_fingerprint not in (None, policy.fingerprint):
         raise LayerloopError(
-            f"adapter {options.adapter} was trained on the base {str(choice.base_fingerprint)[:12]}, {choice.base} is "
+            f"adapter {choice.adapter} was trained on the base {str(choice.base_fingerprint)[:12]}, {choice.base} is "
             f"{policy.fingerprint[:12]}: give its own base with --base"
         )
     try:
-        replace_adapter(policy.transformer, adapter, where=str(options.adapter))
+        replace_adapter(policy.transformer, adapter, where=str(choice.adapter))
     except LayerloopError as error:
-        raise LayerloopError(f"adapter {options.adapter} is not for the base {choice.base} ({error})") from None
+        raise LayerloopError(f"adapter {choice.adapter} is not for the base {choice.base} ({error})") from None
     train_adapter(policy.transformer, False)
-    return policy, weights_sha256(choice.folder)
+    return policy
+
+
+def _name_of(adapter: str | None) -> str | None:
+    """A hub id as it is; of a path or URI its last part."""
+    if adapter is None or (HUB_ID.fullmatch(adapter) and not Path(adapter).exists()):
+        return adapter
+    return adapter.rstrip("/").rpartition("/")[2]
+
+
+def _adapter_sha256(campaign: Campaign | None, folder: Path | None) -> str | None:
+    if campaign is not None:
+        return final_weights(campaign.policy(campaign.head())).sha256
+    if folder is None:
+        return None
+    from layerloop.components.policy.adapters import weights_sha256
+
+    return weights_sha256(folder)
 
 
 def _find_adapter(text: str | None) -> tuple[Campaign | None, Path | None, Manifest | None]:

@@ -87,7 +87,10 @@ def look_at(origin: str) -> Picture:
         LayerloopError: it cannot be read, is not an image, or has too many pixels or bytes.
     """
     data = _read(origin)
-    image = open_image(data, max_pixels=int(MOST_MEGAPIXELS * 1e6))
+    try:
+        image = open_image(data, max_pixels=int(MOST_MEGAPIXELS * 1e6))
+    except LayerloopError as error:  # no recipe is in play
+        raise LayerloopError(str(error).replace(" or raise recipe.data.max_megapixels", "")) from None
     width, height = image.size
     if orientation(image) in SIDEWAYS:
         width, height = height, width

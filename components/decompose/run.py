@@ -92,7 +92,7 @@ def decompose(pictures: Iterable[str | Path], out: str | Path, options: Decompos
         todo = run.look(origins)
         model = load(choice, options) if todo else None
         if model is not None:
-            run.settings |= model.identity
+            run.settings["base_fingerprint"] = model.policy.fingerprint
             folder.claim(run.settings)
             run.decompose(model, todo)
     outcomes = [run.outcomes[origin] for origin in origins]
@@ -100,12 +100,12 @@ def decompose(pictures: Iterable[str | Path], out: str | Path, options: Decompos
 
 
 def _settings(choice: Choice, options: DecomposeOptions) -> dict[str, Any]:
-    """What results depend on, but for the hashes of the weights."""
+    """What results depend on, but for the base's fingerprint."""
     return {
         "base": choice.base,
         "prompt": choice.recipe.model.prompt,
         "dtype": choice.recipe.model.dtype,
-        "adapter": options.adapter,
+        "adapter_sha256": choice.adapter_sha256,
         "layers": options.layers,
         "sampler": options.sampler,
         "steps": options.steps or choice.recipe.evaluation.steps,

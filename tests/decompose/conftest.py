@@ -63,7 +63,7 @@ def save_unusable(folder: Path) -> dict[str, str]:
         "cut short.png": "truncated or damaged",
         "text.jpg": "not a known format",
         "empty.png": "empty (0 bytes)",
-        "huge.png": "over the 100 allowed",
+        "huge.png": "over the 100 allowed: make it smaller",
         "absent.png": "does not exist",
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from layerloop.components.policy.lora import new_adapter, write_layouts
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import LoraRecipe
+from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import ModelRecipe
 from layerloop.pipelines.cli import main
 
@@ -220,8 +222,22 @@ def test_an_adapter_changes_the_layers_and_is_named(two: Path, tmp_path: Path, a
 
 def test_an_adapter_of_another_base_is_refused(two: Path, tmp_path: Path, adapter: Path, tiny_base: Path) -> None:
     options = PNG.model_copy(update={"adapter": str(adapter), "base": str(tiny_base)})
-    with pytest.raises(LayerloopError, match=f"adapter {adapter} is not for the base {tiny_base}"):
+    with pytest.raises(LayerloopError, match=f"adapter {adapter.name} is not for the base {tiny_base}"):
         decompose([two], tmp_path / "out", options)
+
+
+def test_a_publication_says_its_base_and_one_for_another_is_refused(two: Path, tmp_path: Path, adapter: Path) -> None:
+    published = Path(shutil.copytree(adapter, tmp_path / "published"))
+    manifest = Manifest(kind="published", metadata={"base": "tiny", "base_fingerprint": "f" * 64})
+    (published / "manifest.json").write_bytes(manifest.to_json())
+    with pytest.raises(LayerloopError, match="adapter published was trained on the base ffffffffffff, tiny is "):
+        decompose([two], tmp_path / "out", PNG.model_copy(update={"adapter": str(published)}))
+
+
+def test_another_adapters_results_are_not_kept_as_ones_own(two: Path, tmp_path: Path, adapter: Path) -> None:
+    decompose([two], tmp_path / "out", PNG)
+    with pytest.raises(LayerloopError, match=r"results of other settings \(adapter_sha256: None -> "):
+        decompose([two], tmp_path / "out", PNG.model_copy(update={"adapter": str(adapter)}))
 
 
 @pytest.fixture
