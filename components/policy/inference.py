@@ -67,7 +67,7 @@ def sample_layers(
         )
         for text in texts
     ]
-    velocity = velocities[0] if len(texts) == 1 else _guided(velocities[0], velocities[1], how.guidance)
+    velocity = velocities[0] if len(texts) == 1 else guided(velocities[0], velocities[1], how.guidance)
     noise = torch.cat([policy.noise(seed, layers, height, width) for seed in seeds])[rows].to(policy.device)
     plan = Plan(sigmas=policy.sigmas(how.steps, height, width), outside=how.sampler)
     final = deterministic(noise, velocity, plan, range(plan.steps))[: len(images)]
@@ -81,7 +81,7 @@ def sample_layers(
     return found
 
 
-def _guided(conditional: Velocity, blank: Velocity, weight: float) -> Velocity:
+def guided(conditional: Velocity, blank: Velocity, weight: float) -> Velocity:
     """Classifier-free guidance (Ho and Salimans 2022): v = n + w (c - n)."""
 
     def velocity(x: torch.Tensor, sigma: float) -> torch.Tensor:
