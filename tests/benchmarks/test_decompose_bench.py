@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from layerloop.components.decompose import decompose
+from layerloop.components.decompose.run import decompose
 from layerloop.components.layers.photos import photo_crops
 from layerloop.components.schema.decomposition import DecomposeOptions
 
