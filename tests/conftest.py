@@ -29,7 +29,7 @@ FAST = ("judge", "layers", "mutants", "schema", "storage")  # folders whose test
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the fast half, `make fast`, by folder; whole runs first: no process is left alone with one at the end."""
+    """Mark the fast half, `make fast`, by folder. Whole runs go first: else one process ends alone with them."""
     items.sort(key=lambda item: "e2e" not in item.path.parts)
     for item in items:
         if item.path.relative_to(Path(__file__).parent).parts[0] in FAST:
