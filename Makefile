@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt setuptools $(TORCH)
 	@echo "2/2 layerloop and everything else"
 	@$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-	  --editable '.[policy,judge,evaluation,pipelines,demo,study,dev]'
+	  --editable '.[policy,judge,evaluation,decompose,pipelines,demo,study,dev]'
 	@touch $(READY)
 
 # FRESH=1 starts again. IMAGES, JUDGE_URL, CAMPAIGN and ITERATIONS replace the demo's own.

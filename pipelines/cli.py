@@ -16,6 +16,7 @@ from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli_cluster import add_cluster_commands
 from layerloop.pipelines.cli_compare import add_compare_command
+from layerloop.pipelines.cli_decompose import add_decompose_command
 
 DESCRIPTION = """\
 Fine-tune an image layer decomposition model by reinforcement learning, as a Kubeflow pipeline or on this machine.
@@ -25,6 +26,7 @@ Fine-tune an image layer decomposition model by reinforcement learning, as a Kub
   layerloop compile -o pipeline.yaml                 the pipeline for a Kubeflow cluster
   layerloop submit pipeline.yaml --wait              a run of it there
   layerloop campaign show mine                       how far a campaign is, and its rewards
+  layerloop decompose photo.jpg -o layers            pictures into layered files
   layerloop judge check http://127.0.0.1:8000/v1     whether an endpoint is fit to be the judge
 """
 
@@ -350,6 +352,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--rank", type=int, default=None, metavar="N", help="cut the sum to this rank (default: exact)")
 
+    add_decompose_command(commands, _command)
     study = _command(commands, "study", _study, "does it learn? arms and seeds on the tiny policy, resumable")
     study.add_argument("--folder", default="build/study", metavar="DIR", help="campaigns (default: %(default)s)")
     study.add_argument("--docs", default="docs", metavar="DIR", help="where results go (default: %(default)s)")

@@ -178,7 +178,6 @@ def test_the_size_of_a_function_is_counted_without_docstring_and_self() -> None:
 
 # What only tests or users call: a function here needs a reason.
 UNCALLED = {
-    "components/layers/export.py": {"write_psd", "write_png_zip"},  # for users, who have layers and want files
     "pipelines/local.py": {"overhead"},  # for the benchmark of that name
 }
 CALLED_BY_LIBRARIES = {"do_GET", "do_POST", "handle_error", "handle_one_request", "ignore_aliases", "log_message"}

@@ -167,6 +167,12 @@ COMMANDS_OF_IMAGES = {  # modules that are started there
     image: [f"{step.name}.step" for step in STEPS.values() if step.image == image] for image in EXTRAS_OF_IMAGES
 }
 COMMANDS_OF_IMAGES["light"].append("reference_judge.server")
+EXTRAS_OF_IMAGES["decompose"] = (
+    "core",
+    "policy",
+    "decompose",
+)  # no image, but pip install 'layerloop[policy,decompose]'
+COMMANDS_OF_IMAGES["decompose"] = ["decompose.run"]
 # Only to draw designs with photographs in them: the demo and the training of the tiny policy.
 NOT_IN_IMAGES = {"sklearn"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,14 @@ def embed_text(text: str, tokenizer: Any, encoder: Any) -> torch.Tensor:
 
 
 def embed_prompt(model: ModelRecipe, *, device: str | torch.device = "cpu", folder: Path | None = None) -> torch.Tensor:
-    """`(T, E)` float32 of the recipe's prompt, loading nothing of the base but its text encoder.
+    """`(T, E)` float32 of the recipe's prompt: see `embed_prompts`."""
+    return embed_prompts(model, [model.prompt], device=device, folder=folder)[0]
+
+
+def embed_prompts(
+    model: ModelRecipe, prompts: Sequence[str], *, device: str | torch.device = "cpu", folder: Path | None = None
+) -> list[torch.Tensor]:
+    """`(T, E)` float32 of each prompt, loading nothing of the base but its text encoder.
 
     Args:
         folder: a local copy of the base that the caller fetched, for a base that is an object store's URI.
@@ -35,4 +43,5 @@ def embed_prompt(model: ModelRecipe, *, device: str | torch.device = "cpu", fold
     """
     folder = base_folder(model, parts=tuple(TEXT)) if folder is None else folder
     tokenizer, encoder = load_text(folder, dtype=DTYPES[model.dtype])
-    return embed_text(model.prompt, tokenizer, encoder.to(device))
+    encoder = encoder.to(device)
+    return [embed_text(prompt, tokenizer, encoder) for prompt in prompts]

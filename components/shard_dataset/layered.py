@@ -21,6 +21,7 @@ from layerloop.components.layers.crello import (
     render_elements,
     with_labels,
 )
+from layerloop.components.layers.normalise import target_size, upright_srgb
 from layerloop.components.layers.stack import resize
 from layerloop.components.layers.text import FontFiles
 from layerloop.components.layers.truth import Truth, ground_truth
@@ -36,7 +37,6 @@ from layerloop.components.shard_dataset.inputs import (
     open_parquet,
     parquet_rows,
 )
-from layerloop.components.shard_dataset.normalise import target_size, upright_srgb
 from layerloop.components.storage.folders import local_folder
 from layerloop.components.storage.images import decode_image
 

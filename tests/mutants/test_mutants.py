@@ -34,6 +34,7 @@ AREAS = {
     "contract": ("runtime/contract.py",),
     "target of a run": ("shard_dataset/run_target.py",),
     "measures": ("layers/measure.py", "layers/layerd.py", "layers/stack.py"),
+    "decomposing pictures": ("decompose", "layers/restore.py", "policy/inference.py"),
     "statistics": ("evaluate_adapter/statistics.py",),
     "publishing": ("publish_adapter",),
     "settings of the cluster": ("pipelines/cluster.py",),
