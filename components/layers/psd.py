@@ -3,8 +3,8 @@
 The format is Adobe's "Photoshop File Formats Specification" (adobe.com/devnet-apps/photoshop/fileformatashtml). What is
 chosen within it, so that other programs open the file as Photoshop does:
 
-- a layer is its bounding box with alpha as a channel of its own (id -1), not as a mask; rows are packed by PackBits, the
-  one compression that every reader has;
+- a layer is its bounding box with alpha as a channel of its own (id -1), not as a mask; rows are packed by PackBits,
+  the one compression that every reader has;
 - the layer count is negative: the fourth channel of the merged image is its transparency. Positive, it is a saved
   selection, which programs list as a stray channel;
 - the merged image is laid on white, as Photoshop writes it, and readers take the white off again;
