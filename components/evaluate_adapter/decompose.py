@@ -6,18 +6,16 @@ their number. As many shards are made at a time as there are ranks; a killed att
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from layerloop.components.evaluate_adapter.cases import Case, batches
 from layerloop.components.layers.stack import Pixels
-from layerloop.components.policy.sampling import Plan, deterministic
+from layerloop.components.policy.inference import Inference, sample_layers
 from layerloop.components.policy.sharding import dummy_forwards
 from layerloop.components.runtime.distributed import broadcast_json, failing_together, gather_to_first, rank, world_size
 from layerloop.components.runtime.progress import log, progress
@@ -27,6 +25,8 @@ from layerloop.components.storage.images import decode_png, encode_png
 from layerloop.components.storage.shards import Sample, existing_shard, read_shard, write_shard
 
 if TYPE_CHECKING:
+    import torch
+
     from layerloop.components.policy.at import LoadedPolicy
     from layerloop.components.policy.model import LayeredPolicy
     from layerloop.components.schema.recipe import EvaluationRecipe
@@ -109,7 +109,7 @@ def _sample_batches(
         if rank() == 0:
             sampled = progress(sampled, what=f"decomposing by {model}", unit="images", total=sum(map(len, mine)))
         samples = dict(_encoded_sample(case, stack) for case, stack in sampled)
-        dummy_forwards(loaded.policy, loaded.prompt, missing_calls * evaluations_per_sample(recipe.steps))
+        dummy_forwards(loaded.policy, loaded.prompt, missing_calls * Inference(recipe.steps).calls)
     return {name: members for part in gather_to_first(samples) for name, members in part.items()}
 
 
@@ -130,38 +130,30 @@ def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-@torch.no_grad()
 def decompose(
     policy: LayeredPolicy, batch: Sequence[Case], prompt_embeds: torch.Tensor, *, steps: int, model: str
 ) -> Iterator[tuple[Case, Pixels]]:
     """Each case of a batch of one geometry with its layers `(L, H, W, 4)` uint8: `steps` Heun steps, no guidance,
-    opaque condition.
-
-    These are the released model's inference settings; by its authors' account others give garbled results. `model`
-    names the weights in errors.
+    opaque condition. `model` names the weights in errors.
 
     Raises:
         LayerloopError: the decoded layers are not finite.
     """
-    layers, height, width = batch[0].geometry
-    condition = policy.encode(np.stack([case.source for case in batch]), prompt_embeds)
-    noise = torch.cat([policy.noise(case.seed, layers, height, width) for case in batch]).to(policy.device)
-    plan = Plan(sigmas=policy.sigmas(steps, height, width), outside="heun")
-    velocity = functools.partial(policy.velocity, condition=condition)
-    final = deterministic(noise, velocity, plan, range(plan.steps))
-    pixels = policy.decode(final, height, width)
-    for case, latents, decoded in zip(batch, final, pixels, strict=True):
-        if not (torch.isfinite(latents).all() and torch.isfinite(decoded).all()):
+    stacks = sample_layers(
+        policy,
+        np.stack([case.source for case in batch]),
+        prompt_embeds,
+        seeds=[case.seed for case in batch],
+        layers=batch[0].layers,
+        how=Inference(steps),
+    )
+    for case, stack in zip(batch, stacks, strict=True):
+        if stack is None:
             raise LayerloopError(
                 f"{model} decodes image {case.key} into NaN: its weights have diverged, "
                 "evaluate an earlier iteration or lower recipe.update.learning_rate"
             )
-        yield case, (decoded * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def evaluations_per_sample(steps: int) -> int:
-    """Model calls for one decomposition: two per Heun step, one for the last."""
-    return 2 * steps - 1
+        yield case, stack
 
 
 def read_decompositions(store: Store, shard: Shard) -> dict[str, Pixels]:

@@ -54,7 +54,7 @@ def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: 
 
     import torch
 
-    from layerloop.components.evaluate_adapter.decompose import evaluations_per_sample
+    from layerloop.components.policy.inference import Inference
 
     steps = recipe.evaluation.steps
     if policy.device.type == "cuda":
@@ -77,7 +77,7 @@ def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: 
         "prompt": recipe.model.prompt,
         "sampler": "heun",
         "steps": steps,
-        "model_calls_per_decomposition": evaluations_per_sample(steps),
+        "model_calls_per_decomposition": Inference(steps).calls,
         "guidance": False,
         "seed": recipe.seed,
         "longest_side": max(sizes),

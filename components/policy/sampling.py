@@ -205,7 +205,7 @@ def rollout(
         step_noise: (candidate, window step) -> z `(1, S, 64)` float32; needed where there is a window.
         candidates: G, where `noise` is shared.
         batch_size: candidates in one forward pass. In float32 on a CPU the result does not depend on it (see
-            `_padded_rows`).
+            `padded_rows`).
 
     Returns:
         Trajectory of G candidates, on the policy's device.
@@ -224,7 +224,7 @@ def rollout(
         start = start.expand(count, -1, -1)
     windows, finals = [], []
     for batch in microbatches(count, batch_size):
-        rows = _padded_rows(batch, policy, condition)
+        rows = padded_rows(batch, policy, condition)
         velocity = _velocity(policy, condition, rows)
         x = start[rows]
         if not plan.share_prefix:
@@ -252,7 +252,7 @@ def _velocity(policy: LayeredPolicy, condition: Condition, rows: list[int]) -> V
 STEADY_ROWS = 16
 
 
-def _padded_rows(batch: range, policy: LayeredPolicy, condition: Condition) -> list[int]:
+def padded_rows(batch: range, policy: LayeredPolicy, condition: Condition) -> list[int]:
     """The candidates of a forward pass, the last repeated until every matrix product in it has `STEADY_ROWS` rows.
 
     From there on a row of a float32 product does not depend on how many rows there are, and so a candidate's result

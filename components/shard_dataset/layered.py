@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from layerloop.components.layers.normalise import target_size, upright_srgb
 from layerloop.components.layers.stack import Pixels, composite, resize
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
@@ -25,7 +26,6 @@ from layerloop.components.shard_dataset.inputs import (
     open_parquet,
     parquet_rows,
 )
-from layerloop.components.shard_dataset.normalise import target_size, upright_srgb
 from layerloop.components.storage.images import decode_image
 
 _REMEDY = "give parquet in Crello's columns, or a folder with a subfolder of numbered PNG layers for each design"

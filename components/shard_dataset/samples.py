@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from layerloop.components.layers.normalise import image_key, on_white, resized, target_size, upright_srgb
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
@@ -18,7 +19,6 @@ from layerloop.components.shard_dataset.duplicates import DuplicateIndex, ImageH
 from layerloop.components.shard_dataset.files import InputError, Passed, printable
 from layerloop.components.shard_dataset.inputs import Item, one_line
 from layerloop.components.shard_dataset.layered import DesignItem
-from layerloop.components.shard_dataset.normalise import image_key, on_white, resized, target_size, upright_srgb
 from layerloop.components.shard_dataset.spool import Spool
 from layerloop.components.storage.images import decode_image, encode_png
 

@@ -18,21 +18,6 @@ from ..campaigns import save_tiny_base
 
 
 @pytest.fixture
-def draw_image() -> Callable[..., Image.Image]:
-    """Smooth colour with shapes, another for every seed."""
-
-    def make(seed: int = 0, width: int = 96, height: int = 64) -> Image.Image:
-        rng = np.random.default_rng(seed)
-        y, x = np.mgrid[0:height, 0:width] / max(height, width)
-        image = np.stack([a * x + b * y + c for a, b, c in rng.uniform(-0.6, 0.6, (3, 3))], axis=-1) + 0.5
-        for centre_x, centre_y, radius in rng.uniform(0.1, 0.6, (4, 3)):
-            image[(x - centre_x) ** 2 + (y - centre_y) ** 2 < (radius / 3) ** 2] = rng.uniform(size=3)
-        return Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
-
-    return make
-
-
-@pytest.fixture
 def encoded(draw_image: Callable[..., Image.Image]) -> Callable[..., bytes]:
     """The bytes of such an image in some format."""
 

@@ -24,12 +24,12 @@ from PIL import Image
 from layerloop.components.judge.images import fitted
 from layerloop.components.layers.crello import generate_design, write_designs_parquet
 from layerloop.components.layers.export import write_png_zip
+from layerloop.components.layers.normalise import normalise
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe, parse_recipe
 from layerloop.components.shard_dataset.files import InputError
 from layerloop.components.shard_dataset.inputs import Item, find_inputs, read_items
 from layerloop.components.shard_dataset.layered import complete, find_designs, layer_order, read_designs
-from layerloop.components.shard_dataset.normalise import normalise
 from layerloop.components.shard_dataset.samples import Prepared, Refused, prepare_image
 from layerloop.components.shard_dataset.step import run
 from layerloop.components.storage.campaign import Campaign

@@ -21,12 +21,12 @@ import yaml
 from PIL import Image
 
 from layerloop.components.layers.crello import generate_design, write_designs_parquet
+from layerloop.components.layers.normalise import image_key
 from layerloop.components.layers.stack import composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.schema.runtime import merged
-from layerloop.components.shard_dataset.normalise import image_key
 from layerloop.components.shard_dataset.step import hold_out, read_recipe, run
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.images import decode_png

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from layerloop.components.layers.normalise import image_key, normalise, target_size
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
-from layerloop.components.shard_dataset.normalise import image_key, normalise, target_size
 from layerloop.components.storage.images import decode_image
 
 DATA = DataRecipe(resolution=64, multiple=16)

@@ -1,4 +1,4 @@
-"""Normalisation of source images to upright sRGB without alpha at the policy's size, and their keys."""
+"""Normalisation of source images to upright sRGB, with or without alpha, at the policy's size, and their keys."""
 
 from __future__ import annotations
 
@@ -60,16 +60,21 @@ def upright_srgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def target_size(width: int, height: int, data: DataRecipe) -> tuple[int, int]:
+def target_size(width: int, height: int, data: DataRecipe, *, stretch: bool = False) -> tuple[int, int]:
     """(width, height) with the longest side at the recipe's resolution, each side `round(side * scale / m) * m`.
 
     Smaller images are enlarged: all training images have one scale, as at the released model's inference.
+
+    Args:
+        stretch: a short side that would be under half a multiple becomes one multiple, and the image is distorted.
 
     Raises:
         LayerloopError: so elongated that the short side would be under half a multiple.
     """
     scale = data.resolution / max(width, height)
     sides = [round(side * scale / data.multiple) * data.multiple for side in (width, height)]
+    if stretch:
+        sides = [max(side, data.multiple) for side in sides]
     if min(sides) == 0:
         raise LayerloopError(
             f"image is {width} x {height}, at most {min(width, height) * scale:.1f} pixels on its short side at "
