@@ -29,7 +29,7 @@ def metrics_json(
 
     In addition to the comparison each measure has `title`, `better` ("lower", "higher" or null), `clear` (its interval
     excludes 0) and, on designs, `reference`: the true layers' own value. The other keys are `definitions`,
-    `method` and `provenance`. Numbers that are undefined are null.
+    `fewest` (pairs without which nothing is called clear), `method` and `provenance`. Undefined numbers are null.
     """
     document: dict[str, Any] = {}
     for name, comparison in comparisons.flat().items():
@@ -44,6 +44,7 @@ def metrics_json(
         if kind == "designs" and name == f"designs.{column}" and column in reference:
             document[name]["reference"] = reference[column]
     document["definitions"] = {**DEFINITIONS, "layerd": PROTOCOL}
+    document["fewest"] = FEWEST
     document["method"] = METHOD.format(resamples=resamples, fewest=FEWEST)
     document["provenance"] = dict(provenance)
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()

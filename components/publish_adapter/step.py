@@ -106,10 +106,11 @@ def _write_and_verify(campaign: Campaign, loaded: LoadedPolicy, root: Path) -> V
     """Write both layouts and load them back; the policy is the base alone afterwards."""
     from layerloop.components.policy.lora import adapter_of, remove_adapter
     from layerloop.components.publish_adapter.layouts import publish_files, verify_round_trip
+    from layerloop.components.publish_adapter.names import hub_name
 
     adapter = adapter_of(loaded.policy.transformer)
     remove_adapter(loaded.policy.transformer)
-    paths = publish_files(adapter, root, policy=loaded.policy, base=campaign.recipe.model.base)
+    paths = publish_files(adapter, root, policy=loaded.policy, base=hub_name(campaign.recipe.model.base))
     return VerifiedLayouts(
         adapter, root, paths, verify_round_trip(adapter, root, policy=loaded.policy, prompt_embeds=loaded.prompt)
     )
