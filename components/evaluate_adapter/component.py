@@ -15,6 +15,7 @@ def evaluate_adapter(
     evaluation: Output[Artifact],
     metrics: Output[Metrics],
     fail_when_worse: bool = False,
+    samplers: bool = False,
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Compare adapter and base on the same seeds, on held-out designs and unlabelled images.
@@ -27,6 +28,7 @@ def evaluate_adapter(
         evaluation: Manifest of the evaluation (report, metrics.json, contact sheets).
         metrics: Every measure for base and adapter.
         fail_when_worse: Fail where the adapter is worse than the one that was evaluated before it.
+        samplers: Compare both by every sampler that people use too: 1,548 model calls an image, up to 32 images.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(

@@ -9,7 +9,14 @@ from typing import Any
 
 from layerloop.components.layers.columns import quoted
 from layerloop.components.publish_adapter.names import base_title, hub_name, licence_of
-from layerloop.components.publish_adapter.usage import LIBRARIES, layers_to_ask_for, programs
+from layerloop.components.publish_adapter.usage import (
+    LIBRARIES,
+    euler_steps,
+    layers_to_ask_for,
+    programs,
+    sampler_rows,
+    sampler_verdict,
+)
 from layerloop.components.reference_judge.identity import NAME as REFERENCE_JUDGE
 from layerloop.components.schema.learning import ALGORITHMS, Algorithm
 from layerloop.components.schema.manifest import Manifest
@@ -35,6 +42,7 @@ class Publication:
     scores: Sequence[Manifest]  # of the iterations trained on
     evaluation: Mapping[str, Any] | None  # metrics.json
     verification: str  # result of loading both layouts back, a sentence
+    samplers: Mapping[str, Any] | None = None  # samplers.json, where samplers were compared
 
 
 def model_card(publication: Publication) -> str:
@@ -87,7 +95,7 @@ def _introduction(p: Publication) -> str:
 
 def _usage(p: Publication) -> str:
     recipe = p.recipe
-    code = programs(recipe, steps=recipe.evaluation.steps)
+    code = programs(recipe, steps=euler_steps(p.samplers) or recipe.evaluation.steps)
     ours = " and `layerloop`" if recipe.model.base == "tiny" else ""
     return (
         "## How to use it\n\n"
@@ -108,19 +116,34 @@ def _usage(p: Publication) -> str:
 
 def _sampling(p: Publication) -> str:
     recipe = p.recipe
-    return (
+    text = (
         f"Use it as it was trained: prompt “{recipe.model.prompt}”, no guidance (`true_cfg_scale=1.0`), longest side "
-        f"{recipe.data.resolution} pixels, {_layers(recipe)} layers, an opaque picture. It was evaluated with Heun's "
-        f"method, {recipe.evaluation.steps} steps. diffusers' pipeline has Euler's only; with which sampler else the "
-        "quality holds was not measured."
+        f"{recipe.data.resolution} pixels, {_layers(recipe)} layers, an opaque picture. "
     )
+    if p.samplers is None:
+        return text + (
+            f"It is evaluated with Heun's method, {recipe.evaluation.steps} steps. diffusers' pipeline has Euler's "
+            "only; with which other sampler the quality holds was not measured."
+        )
+    text += f"diffusers' pipeline has Euler's method only. {sampler_verdict(p.samplers)}\n\n"
+    header, rows = sampler_rows(p.samplers)
+    text += _table(header, rows) + "\n\n"
+    text += (
+        f"{p.samplers['images']} held-out images, from the same noise by every sampler: base → this adapter. ↓ lower "
+        "is better; the adapter's value is bold where the 95 % interval of its difference from the base excludes 0. "
+        "Safe: no interval says that the adapter is worse than the base by the same sampler, or than itself by Heun's "
+        "method with 50 steps. That is not proof of the same quality, and chance alone calls some samplers unsafe."
+    )
+    if p.samplers.get("adapter_sha256") != final_weights(p.policy).sha256:
+        text += " The table is of other weights than these."
+    return text
 
 
 def _training(p: Publication) -> str:
     rollout, update = p.recipe.rollout, p.recipe.update
     algorithm, window = _algorithm(p.recipe), rollout.window
     sampling = {
-        "final": f"heun, {rollout.steps} steps",
+        "final": f"{rollout.whole}, {rollout.steps} steps",
         "window": f"{rollout.steps} steps, {rollout.noise.dynamics} with eta {rollout.noise.eta:g} in a "
         f"{window.position} window of {window.size} steps from step {window.start}, {rollout.outside} outside it",
     }

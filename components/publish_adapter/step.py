@@ -167,6 +167,7 @@ def _card(
 
     iteration = policy.iteration or 0
     evaluation = campaign.find(campaign.evaluation_dir(f"iteration-{iteration:06d}"))
+    samplers = campaign.find(campaign.evaluation_dir(f"samplers-{iteration:06d}"))
     scores = [campaign.find(campaign.scores_dir(earlier)) for earlier in range(1, iteration + 1)]
     publication = Publication(
         name=name,
@@ -179,6 +180,7 @@ def _card(
         sha256=weights_sha256(root / "peft"),
         scores=[manifest for manifest in scores if manifest is not None],
         evaluation=json.loads(read_file(campaign.store, evaluation.file("metrics.json"))) if evaluation else None,
+        samplers=json.loads(read_file(campaign.store, samplers.file("samplers.json"))) if samplers else None,
         verification=_verification(round_trip, campaign.recipe.model.dtype),
     )
     return model_card(publication).encode()

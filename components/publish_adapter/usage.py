@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from layerloop.components.publish_adapter.names import RELEASED, hub_name
 from layerloop.components.schema.recipe import Recipe
 
@@ -115,3 +118,49 @@ def layers_to_ask_for(recipe: Recipe) -> int:
 def card_for_hub(card: str, repository: str) -> str:
     """A card whose programs load the adapter from `repository`, `owner/name`, so that they run anywhere."""
     return card.replace(OUR_PLACE, f'adapter = "hf://{repository}"').replace(PLACE, f'adapter = "{repository}"')
+
+
+# ------------------------------------------------------------------------------------------------------------ samplers
+
+
+def euler_steps(table: Mapping[str, Any] | None) -> int | None:
+    """Fewest steps of Euler's method that are safe without guidance, by `samplers.json`; None where none are."""
+    return min((s["steps"] for s in _safe(table) if s["sampler"] == "euler" and s["guidance"] == 1), default=None)
+
+
+def sampler_verdict(table: Mapping[str, Any]) -> str:
+    """Which samplers are safe, in a sentence or two."""
+    if table["images"] < table["fewest"]:
+        return f"Which sampler is safe cannot be said from {table['images']} images."
+    safe = [_sampler(setting) for setting in _safe(table)]
+    if not safe:
+        return "By the table below **no sampler is safe**."
+    text = f"By the table below **these are safe: {', '.join(safe)}**."
+    if (steps := euler_steps(table)) is None:
+        return text + " The programs above sample by Euler's method, which is not among them: expect worse."
+    return text + f" The programs above use Euler's method with {steps} steps, the fewest of it that are."
+
+
+def sampler_rows(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table with a row a sampler."""
+    measures = table["settings"][0]["measures"]
+    arrows = {"lower": " ↓", "higher": " ↑"}
+    header = ["sampler", "safe", *(f"{m['title']}{arrows.get(m['better'], '')}" for m in measures.values())]
+    rows = []
+    for setting in table["settings"]:
+        cells = []
+        for name in measures:
+            found = setting["measures"][name]
+            tuned = f"{found['tuned']:.4g}"
+            cells.append(f"{found['base']:.4g} → {f'**{tuned}**' if found['clear'] else tuned}")
+        rows.append([_sampler(setting), {True: "yes", False: "no", None: "?"}[setting["safe"]], *cells])
+    return header, rows
+
+
+def _safe(table: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    return [setting for setting in table["settings"] if setting["safe"]] if table else []
+
+
+def _sampler(setting: Mapping[str, Any]) -> str:
+    guidance = "" if setting["guidance"] == 1 else f", guidance {setting['guidance']:g}"
+    return f"{setting['sampler'].capitalize()} {setting['steps']}{guidance}"

@@ -81,7 +81,8 @@ class RolloutRecipe(Record):
     min_layers: int = Field(default=2, ge=1, le=20)
     max_layers: int = Field(default=5, ge=1, le=20)
     steps: int = Field(default=10, ge=2)
-    outside: Literal["heun", "euler"] = "heun"
+    outside: Literal["heun", "euler"] = "heun"  # the steps outside of the window
+    whole: Literal["heun", "euler"] = "heun"  # all steps, where there is no window: algorithms of final latents (nft)
     window: WindowRecipe = WindowRecipe()
     noise: NoiseRecipe = NoiseRecipe()
     share_prefix: bool = False  # one initial noise and one deterministic prefix for the complete group
