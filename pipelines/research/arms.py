@@ -52,7 +52,8 @@ ARMS: dict[str, Arm] = {
     "nft": Arm("DiffusionNFT on deterministic rollouts", 3, {"update": {"algorithm": "nft"}}, samplers=True),
     # for the sampler that people use: does the gain hold at Euler 20?
     "grpo_euler_20": Arm(
-        "rollouts of 20 steps, Euler's outside the window", 1, {"rollout": {"outside": "euler", "steps": 20}}, samplers=True
+        "rollouts of 20 steps, Euler's outside the window", 1,
+        {"rollout": {"outside": "euler", "steps": 20}}, samplers=True,
     ),
     "nft_euler_20": Arm(
         "DiffusionNFT on rollouts of 20 Euler steps", 1,
