@@ -12,6 +12,8 @@ import numpy as np
 from layerloop.components.layers.psd import layer_names, write_document
 from layerloop.components.layers.stack import Pixels, check_stack, composite
 
+__all__ = ["layer_names", "read_psd", "write_png_zip", "write_psd"]
+
 
 def write_psd(
     stack: Pixels, names: Sequence[str] | None = None, *, groups: Sequence[str | None] | None = None
