@@ -76,7 +76,7 @@ def chosen_cases(cases: Cases) -> tuple[Case, ...]:
         for case in cases.of(kind):
             by_count.setdefault(case.layers, []).append(case)
         ranked = sorted(
-            ((place, count, case.name) for count, some in by_count.items() for place, case in enumerate(some))
+            ((index, count, case.name) for count, some in by_count.items() for index, case in enumerate(some))
         )
         names |= {name for _, _, name in ranked[:most]}
     return tuple(case for case in cases.cases if case.name in names)

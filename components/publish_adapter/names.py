@@ -11,15 +11,15 @@ RELEASED = "Qwen/Qwen-Image-Layered"  # the base whose licence is known here: Ap
 _IN_CACHE = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)(?:/|$)")  # how the hub's own cache names a repository
 
 
-def hub_name(place: str) -> str | None:
-    """`owner/name` of a repository of the hub that `place` names: its name, an `hf://` URI, or a folder of the hub's
+def hub_name(text: str) -> str | None:
+    """`owner/name` of a repository of the hub that `text` names: its name, an `hf://` URI, or a folder of the hub's
     cache; None for any other folder or bucket."""
-    if place.startswith("hf://"):
-        found = "/".join(place.removeprefix("hf://").split("/")[:2])
+    if text.startswith("hf://"):
+        found = "/".join(text.removeprefix("hf://").split("/")[:2])
         return found if HUB_ID.fullmatch(found) else None
-    if cached := _IN_CACHE.search(place):
+    if cached := _IN_CACHE.search(text):
         return f"{cached[1]}/{cached[2]}"
-    return place if HUB_ID.fullmatch(place) and not Path(place).is_dir() else None
+    return text if HUB_ID.fullmatch(text) and not Path(text).is_dir() else None
 
 
 def base_title(base: str) -> str:
