@@ -258,6 +258,17 @@ def _fetched(adapter: str) -> str:
     return f"{folder}={weight}"
 
 
+def _publish(arguments: argparse.Namespace) -> int:
+    import subprocess
+
+    # Torch's work, so a process of its own: nothing under pipelines/ imports torch.
+    command = [sys.executable, "-m", "layerloop.components.publish_adapter.hub", arguments.campaign]
+    command += ["--publish-as", arguments.publish_as] if arguments.publish_as else []
+    command += [] if arguments.iteration is None else ["--iteration", str(arguments.iteration)]
+    command += ["--hub", arguments.hub] if arguments.hub else []
+    return subprocess.run(command + ["--private"] * arguments.private, check=False).returncode
+
+
 def _study(arguments: argparse.Namespace) -> int:
     import importlib.util
 
@@ -353,6 +364,17 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--rank", type=int, default=None, metavar="N", help="cut the sum to this rank (default: exact)")
 
     add_decompose_command(commands, _command)
+    publish = _command(commands, "publish", _publish, "publish a campaign's adapter, also to the Hugging Face hub")
+    publish.add_argument("campaign", metavar="URI", help="folder or s3://bucket/prefix of the campaign")
+    publish.add_argument(
+        "--publish-as", default="", metavar="NAME", help="folder under published/ (default: recipe and iteration)"
+    )
+    publish.add_argument("--iteration", type=int, default=None, metavar="N", help="whose adapter (default: the head)")
+    publish.add_argument(
+        "--hub", default="", metavar="OWNER/NAME", help="upload it there; HF_TOKEN has the token (default: no upload)"
+    )
+    publish.add_argument("--private", action="store_true", help="a repository that is made is private")
+
     study = _command(commands, "study", _study, "does it learn? arms and seeds on the tiny policy, resumable")
     study.add_argument("--folder", default="build/study", metavar="DIR", help="campaigns (default: %(default)s)")
     study.add_argument("--docs", default="docs", metavar="DIR", help="where results go (default: %(default)s)")

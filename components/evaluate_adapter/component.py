@@ -15,6 +15,7 @@ def evaluate_adapter(
     evaluation: Output[Artifact],
     metrics: Output[Metrics],
     baseline: str = "",
+    samplers: bool = False,
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Compare adapter and base on the same seeds, on held-out designs and unlabelled images.
@@ -28,6 +29,7 @@ def evaluate_adapter(
         metrics: Every measure for base and adapter.
         baseline: Fail where the adapter is clearly worse than the `metrics.json` at this URI, or than the evaluation
             before it (`previous`); empty: never.
+        samplers: Compare both by every sampler that people use too: 1,548 model calls an image, up to 32 images.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(

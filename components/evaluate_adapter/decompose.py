@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,10 +30,17 @@ if TYPE_CHECKING:
 
     from layerloop.components.policy.at import LoadedPolicy
     from layerloop.components.policy.model import LayeredPolicy
-    from layerloop.components.schema.recipe import EvaluationRecipe
     from layerloop.components.storage.stores import Store
 
 Chunk = Sequence[Case]  # the cases of one shard
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How cases are decomposed; `blank_prompt` `(T, E)` is needed with guidance."""
+
+    how: Inference
+    blank_prompt: torch.Tensor | None = None
 
 
 def decomposed_shards(
@@ -41,7 +49,7 @@ def decomposed_shards(
     *,
     loaded: LoadedPolicy,
     chunks: Sequence[Chunk],
-    recipe: EvaluationRecipe,
+    sampling: Sampling,
     batch_size: int,
     model: str,
 ) -> list[Shard]:
@@ -63,7 +71,7 @@ def decomposed_shards(
     for start in range(0, len(todo), world_size()):
         part = todo[start : start + world_size()]
         work = [batch for _, chunk in part for batch in batches(chunk, batch_size)]
-        samples = _sample_batches(loaded, work, recipe, model)
+        samples = _sample_batches(loaded, work, sampling, model)
         with failing_together():
             for name, chunk in part if rank() == 0 else ():
                 made[name] = write_shard(store, name, ((case.name, samples[case.name]) for case in chunk))
@@ -91,7 +99,7 @@ def _broadcast_shards(shards: Mapping[str, Shard]) -> dict[str, Shard]:
 
 
 def _sample_batches(
-    loaded: LoadedPolicy, work: Sequence[Sequence[Case]], recipe: EvaluationRecipe, model: str
+    loaded: LoadedPolicy, work: Sequence[Sequence[Case]], sampling: Sampling, model: str
 ) -> dict[str, dict[str, bytes]]:
     """The members of every case's sample by case name, on rank 0. Each rank samples and encodes its share of the
     batches."""
@@ -104,12 +112,12 @@ def _sample_batches(
         sampled: Iterator[tuple[Case, Pixels]] = (
             pair
             for batch in mine
-            for pair in decompose(loaded.policy, batch, loaded.prompt, steps=recipe.steps, model=model)
+            for pair in decompose(loaded.policy, batch, loaded.prompt, sampling=sampling, model=model)
         )
         if rank() == 0:
             sampled = progress(sampled, what=f"decomposing by {model}", unit="images", total=sum(map(len, mine)))
         samples = dict(_encoded_sample(case, stack) for case, stack in sampled)
-        dummy_forwards(loaded.policy, loaded.prompt, missing_calls * Inference(recipe.steps).calls)
+        dummy_forwards(loaded.policy, loaded.prompt, missing_calls * sampling.how.calls)
     return {name: members for part in gather_to_first(samples) for name, members in part.items()}
 
 
@@ -131,10 +139,10 @@ def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
 
 
 def decompose(
-    policy: LayeredPolicy, batch: Sequence[Case], prompt_embeds: torch.Tensor, *, steps: int, model: str
+    policy: LayeredPolicy, batch: Sequence[Case], prompt_embeds: torch.Tensor, *, sampling: Sampling, model: str
 ) -> Iterator[tuple[Case, Pixels]]:
-    """Each case of a batch of one geometry with its layers `(L, H, W, 4)` uint8: `steps` Heun steps, no guidance,
-    opaque condition. `model` names the weights in errors.
+    """Each case of a batch of one geometry with its layers `(L, H, W, 4)` uint8, of an opaque condition. `model`
+    names the weights in errors.
 
     Raises:
         LayerloopError: the decoded layers are not finite.
@@ -145,7 +153,8 @@ def decompose(
         prompt_embeds,
         seeds=[case.seed for case in batch],
         layers=batch[0].layers,
-        how=Inference(steps),
+        how=sampling.how,
+        blank_prompt=sampling.blank_prompt,
     )
     for case, stack in zip(batch, stacks, strict=True):
         if stack is None:

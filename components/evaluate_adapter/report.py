@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from importlib import resources
 from string import Template
+from typing import Any
 
 from layerloop.components.evaluate_adapter import charts
 from layerloop.components.evaluate_adapter.assess import Comparisons
@@ -51,6 +52,7 @@ class Report:
     shown: Sequence[ShownCase] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     max_edits: int = 5
+    samplers: Mapping[str, Any] | None = None  # the table of samplers.py
     version: str = ""
 
 
@@ -67,6 +69,7 @@ def render(report: Report) -> bytes:
         "tables": "".join(_measures_section(report, kind) for kind in report.comparisons.by_kind),
         "layerd": _layerd_section(report),
         "slots": _slots_section(report),
+        "samplers": _samplers_section(report.samplers),
         "training": _training_section(report.curve),
         "method": escape(METHOD),
         "definitions": _definitions(report),
@@ -334,6 +337,36 @@ def _base_adapter_difference(column: str, c: Comparison) -> str:
     return (
         f'<td class="first">{number(c.base, decimals=c.decimals)}</td><td>{number(c.tuned, decimals=c.decimals)}</td>'
         f'<td class="{verdict(column, c) or "dim"}">{number(c.difference, signed=True, decimals=c.decimals)}</td>'
+    )
+
+
+def _samplers_section(table: Mapping[str, Any] | None) -> str:
+    """Base and adapter by every sampler, a row each."""
+    if table is None:
+        return ""
+    columns = list(table["settings"][0]["measures"])
+    heads = "".join(
+        f'<th class="first">{escape(title_of(name))}, base</th><th>adapter</th><th>difference</th>' for name in columns
+    )
+    rows = []
+    for setting in table["settings"]:
+        cells = []
+        for name in columns:
+            kept = {key: setting["measures"][name][key] for key in Comparison.__dataclass_fields__}
+            cells.append(_base_adapter_difference(name, Comparison(**kept)))
+        guidance = "off" if setting["guidance"] == 1 else f"{setting['guidance']:g}"
+        safe = {True: "yes", False: "no", None: "too few images"}[setting["safe"]]
+        rows.append(
+            f'<tr><th scope="row">{setting["sampler"].capitalize()}, {setting["steps"]} steps</th>'
+            f'<td class="dim">{guidance}</td>{"".join(cells)}<td>{safe}</td></tr>'
+        )
+    return (
+        f'<h2>By sampler</h2><p class="note">{table["images"]} of the images, from the same noise by every sampler. '
+        "Safe: no interval says that the adapter is worse than the base by the same sampler, or than itself by "
+        "Heun’s method with 50 steps without guidance. With three measures and two comparisons a sampler, chance alone "
+        "calls some unsafe.</p>"
+        '<div class="panel"><table><thead><tr><th>Sampler</th><th>guidance</th>'
+        f"{heads}<th>safe</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 

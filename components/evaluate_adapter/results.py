@@ -12,7 +12,7 @@ import numpy as np
 from layerloop.components.evaluate_adapter.against import watched_rows
 from layerloop.components.evaluate_adapter.assess import Comparisons, Row
 from layerloop.components.evaluate_adapter.charts import Point
-from layerloop.components.evaluate_adapter.statistics import METHOD
+from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD
 from layerloop.components.layers.columns import DEFINITIONS, better_of, quoted, title_of
 from layerloop.components.storage.manifests import read_file
 
@@ -31,7 +31,8 @@ def metrics_json(
     """`{"designs.bad_layers": {"base", "tuned", "difference", "low", "high", "n", ...}, ...}` and explanations.
 
     In addition to the comparison each measure has `title`, `better` ("lower", "higher" or null) and, on designs,
-    `reference`: the true layers' own value. The other keys are `definitions`, `method`, `provenance` and `watched`, of
+    `reference`: the true layers' own value. The other keys are `definitions`,
+    `fewest` (pairs without which nothing is called clear), `method`, `provenance` and `watched`, of
     the adapter's `rows` what makes this file the baseline of a later evaluation. Numbers that are undefined are null.
     """
     document: dict[str, Any] = {}
@@ -45,6 +46,7 @@ def metrics_json(
         if kind == "designs" and name == f"designs.{column}" and column in reference:
             document[name]["reference"] = reference[column]
     document["definitions"] = dict(DEFINITIONS)
+    document["fewest"] = FEWEST
     document["method"] = METHOD
     document["provenance"] = dict(provenance)
     document["watched"] = watched_rows(rows)

@@ -36,6 +36,13 @@ from layerloop.components.evaluate_adapter.results import (
     samples_table,
     score_manifests,
 )
+from layerloop.components.evaluate_adapter.samplers import (
+    chosen_cases,
+    commit_samplers,
+    read_table,
+    sample_settings,
+    samplers_dir,
+)
 from layerloop.components.evaluate_adapter.sheets import Choice, choose, contact_sheet, strips_of
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
@@ -65,6 +72,7 @@ def run(
     campaign: str,
     iteration: int | None = None,
     baseline: str = "",
+    samplers: bool = False,
     runtime: str = "",
 ) -> StepResult:
     """Compare an adapter with its base on held-out designs and unlabelled images, and write the report.
@@ -80,6 +88,8 @@ def run(
         baseline: Fail, with exit status 3, where the adapter is clearly worse than this (against.py): the path or URI
             of the `metrics.json` of an evaluation on the same images, or `previous`, the evaluation before it; by
             default nothing. The evaluation is committed all the same.
+        samplers: Compare both by every sampler of samplers.py too, on up to 32 of the images: 1,548 model calls an
+            image. The table is kept apart, in `evaluations/samplers-<iteration>`; a report made later shows it.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
 
@@ -100,7 +110,9 @@ def run(
             f"campaign {opened.uri} has no adapter to evaluate (iteration {current}): train an iteration first"
         )
     folder = opened.evaluation_dir(_evaluation_name(current))
-    if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
+    done = already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)
+    wanted = samplers and opened.find(samplers_dir(opened, current)) is None
+    if done is not None and not wanted:
         return _result(opened, done, baseline)
 
     clock = Clock()
@@ -111,13 +123,30 @@ def run(
             loaded = policy_at(opened, current, device=device, sharded=sharded, delivered=True, loaded=loaded)
         if rank() == 0:
             log(f"evaluating iteration {current} on {_case_counts(cases)}")
-        sampled = _sample_both_models(opened, current, cases, loaded, clock)
+        if wanted:
+            _compare_samplers(opened, current, cases, loaded, clock)
+        if done is None:
+            sampled = _sample_both_models(opened, current, cases, loaded, clock)
     if rank() != 0:
         return StepResult()
+    if done is not None:
+        table = samplers_dir(opened, current)
+        log(f"the report of iteration {current} was made before: the table of samplers is in {table}")
+        return _result(opened, done, baseline)
     measured = _measure_both_models(opened, current, cases, sampled, clock)
     facts = provenance(opened.recipe, loaded.policy, opened.policy(current), cases, clock)
     manifest = _commit(opened, current, cases, loaded, sampled, measured, facts)
     return _result(opened, manifest, baseline)
+
+
+def _compare_samplers(campaign: Campaign, iteration: int, cases: Cases, loaded: LoadedPolicy, clock: Clock) -> None:
+    """Both models by every sampler; on all ranks, of which rank 0 measures and commits the table."""
+    chosen = chosen_cases(cases)
+    with clock.time("comparing samplers"):
+        shards = sample_settings(campaign, iteration, chosen, loaded)
+        with failing_together():
+            if rank() == 0:
+                commit_samplers(campaign, iteration, chosen, shards, loaded)
 
 
 def _evaluation_name(iteration: int) -> str:
@@ -144,7 +173,8 @@ def _sample_both_models(
     campaign: Campaign, iteration: int, cases: Cases, loaded: LoadedPolicy, clock: Clock
 ) -> Sampled:
     """Both models' decompositions; on all ranks."""
-    from layerloop.components.evaluate_adapter.decompose import decomposed_shards
+    from layerloop.components.evaluate_adapter.decompose import Sampling, decomposed_shards
+    from layerloop.components.policy.inference import Inference
 
     chunks = [cases.cases[start : start + CASES_PER_SHARD] for start in range(0, len(cases.cases), CASES_PER_SHARD)]
     batch_size = campaign.runtime.evaluation.batch_size
@@ -153,7 +183,7 @@ def _sample_both_models(
         campaign.store,
         loaded=loaded,
         chunks=chunks,
-        recipe=campaign.recipe.evaluation,
+        sampling=Sampling(Inference(campaign.recipe.evaluation.steps)),
         batch_size=batch_size,
     )
     with clock.time("sampling base"), loaded.policy.without_adapter():
@@ -265,6 +295,7 @@ def _report(
         shown=shown,
         settings=setting_rows,
         max_edits=recipe.evaluation.max_edits,
+        samplers=read_table(campaign, iteration),
         version=version("layerloop"),
     )
 

@@ -86,7 +86,7 @@ def group_record(
         dynamics=plan.dynamics,
         etas=plan.etas,
         share_prefix=recipe.rollout.share_prefix and plan.window_size > 0,
-        outside="heun" if plan.dynamics == "ode" else recipe.rollout.outside,
+        outside=recipe.rollout.whole if plan.dynamics == "ode" else recipe.rollout.outside,
         base_fingerprint=loaded.base_fingerprint,
         adapter_sha256=loaded.adapter_sha256,
     )

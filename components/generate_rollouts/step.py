@@ -119,7 +119,7 @@ def _missing_forward_calls(todo: Sequence[GroupPlan], campaign: Campaign) -> int
             window_size=group.window_size,
             dynamics=group.dynamics,
             etas=group.etas,
-            outside="heun" if group.dynamics == "ode" else rollout.outside,
+            outside=rollout.whole if group.dynamics == "ode" else rollout.outside,
             share_prefix=rollout.share_prefix and group.window_size > 0,
         )
         batches = -(-rollout.group_size // campaign.runtime.rollout.batch_size)

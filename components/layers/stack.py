@@ -99,8 +99,9 @@ def resize(pixels: Pixels, size: tuple[int, int], resampling: Resampling = "lanc
     """Images or stacks `(..., H, W, 3|4)` uint8 resampled to `size` = (width, height), without halos.
 
     RGBA is premultiplied, resampled in float32 and divided by the resampled alpha again, so that the undefined colour
-    under alpha 0 does not bleed into the edges (QwenLM/Qwen-Image-Layered issue 18). Filters with negative lobes may
-    overshoot: alpha is clipped to [0, 1] and premultiplied colour to [0, alpha]. "nearest" copies pixels exactly.
+    under alpha 0 does not bleed into the edges (QwenLM/Qwen-Image-Layered issue 18). Filters with negative lobes
+    overshoot colour and alpha alike, so colour is divided by alpha before either is clipped to [0, 1]: one flat colour
+    stays that colour. "nearest" copies pixels exactly.
     """
     from PIL import Image
 
@@ -121,12 +122,9 @@ def resize(pixels: Pixels, size: tuple[int, int], resampling: Resampling = "lanc
     flat = np.moveaxis(planes, -1, -3).reshape(-1, *pixels.shape[-3:-1])  # (N*C, H, W): Pillow resamples one plane
     method = Image.Resampling[resampling.upper()]
     resized = np.stack([np.asarray(Image.fromarray(plane).resize((width, height), method)) for plane in flat])
-    out = np.moveaxis(resized.reshape(*pixels.shape[:-3], pixels.shape[-1], height, width), -3, -1).clip(0, 1)
+    out = np.moveaxis(resized.reshape(*pixels.shape[:-3], pixels.shape[-1], height, width), -3, -1)
     if pixels.shape[-1] == 4:
-        alpha = out[..., 3:]
-        colour = np.minimum(out[..., :3], alpha)
-        straight = np.divide(
-            colour, alpha, out=np.zeros_like(colour), where=alpha >= 0.5 / 255
-        )  # else alpha rounds to 0
-        out = np.concatenate([straight, alpha], axis=-1)
-    return np.rint(out * 255).astype(np.uint8)
+        colour, alpha = out[..., :3], out[..., 3:]
+        seen = alpha >= 0.5 / 255  # else it rounds to 0
+        out = np.concatenate([np.divide(colour, alpha, out=np.zeros_like(colour), where=seen), alpha], axis=-1)
+    return np.rint(out.clip(0, 1) * 255).astype(np.uint8)

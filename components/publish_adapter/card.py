@@ -1,14 +1,22 @@
-"""The model card of a published adapter: its identity, loading, training, judge and evaluation."""
+"""The model card of a published adapter: its identity, use, training, judge, evaluation, limits and citation."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from layerloop.components.layers.columns import quoted
+from layerloop.components.publish_adapter.names import base_title, hub_name, licence_of
+from layerloop.components.publish_adapter.usage import (
+    LIBRARIES,
+    euler_steps,
+    layers_to_ask_for,
+    programs,
+    sampler_rows,
+    sampler_verdict,
+)
 from layerloop.components.reference_judge.identity import NAME as REFERENCE_JUDGE
 from layerloop.components.schema.learning import ALGORITHMS, Algorithm
 from layerloop.components.schema.manifest import Manifest
@@ -16,7 +24,6 @@ from layerloop.components.schema.recipe import Recipe
 from layerloop.components.storage.final_weights import final_weights
 
 PAPER = "2605.30257"  # Stable-Layers
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 KINDS = {"designs": "held-out designs with known layers", "pictures": "held-out images without known layers"}
 
 
@@ -35,6 +42,7 @@ class Publication:
     scores: Sequence[Manifest]  # of the iterations trained on
     evaluation: Mapping[str, Any] | None  # metrics.json
     verification: str  # result of loading both layouts back, a sentence
+    samplers: Mapping[str, Any] | None = None  # samplers.json, where samplers were compared
 
 
 def model_card(publication: Publication) -> str:
@@ -42,12 +50,12 @@ def model_card(publication: Publication) -> str:
     sections = (
         _front_matter(publication),
         _introduction(publication),
-        _loading(publication),
+        _usage(publication),
         _training(publication),
         _judge(publication.scores),
         _evaluation(publication),
         _limitations(publication),
-        _references(publication),
+        _citation(publication),
     )
     return "\n\n".join(sections) + "\n"
 
@@ -55,15 +63,12 @@ def model_card(publication: Publication) -> str:
 def _front_matter(p: Publication) -> str:
     import yaml
 
-    base = p.recipe.model.base
     matter: dict[str, Any] = {}
-    if HUB_ID.fullmatch(base) and not Path(base).is_dir():
+    if (base := hub_name(p.recipe.model.base)) is not None:
         matter |= {"base_model": base, "base_model_relation": "adapter"}
-    started = p.recipe.lora.start_from
+    matter |= licence_of(p.recipe.model.base, p.recipe.lora.start_from).fields
     matter |= {
         "library_name": "diffusers",
-        # The base's licence; an adapter that this one started from may have another.
-        "license": "apache-2.0" if started is None else "other",
         "pipeline_tag": "image-to-image",
         "tags": [
             "lora", "peft", "diffusers", "image-layer-decomposition", "rgba", "reinforcement-learning",
@@ -75,59 +80,70 @@ def _front_matter(p: Publication) -> str:
 
 def _introduction(p: Publication) -> str:
     weights = "the exponential average of the weights trained in" if p.averaged else "the weights after"
-    licence = (
-        "Apache-2.0, as its base."
-        if p.recipe.lora.start_from is None
-        else f"It started from `{p.recipe.lora.start_from}`; that licence applies as well as the base's Apache-2.0."
-    )
+    recipe, iterations = p.recipe, f"{p.iteration} iteration{'s' if p.iteration > 1 else ''}"
     return (
         f"# {p.name}\n\n"
-        f"A LoRA for **{_base_name(p.recipe)}**, which decomposes one image into RGBA layers. It was fine-tuned by "
-        "reinforcement learning from a judge's scores of its own decompositions, on unlabelled images, after the "
-        f"method of Stable-Layers ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})), by `layerloop`, an independent "
-        "implementation.\n\n"
-        f"It holds {weights} {p.iteration} iterations: rank {p.recipe.lora.rank}, alpha {p.recipe.lora.alpha:g}, "
-        f"{p.parameters:,} parameters, float32, sha256 `{p.sha256[:16]}…`. {licence}"
+        f"A LoRA for **{base_title(recipe.model.base)}**, which decomposes one image into RGBA layers. It was "
+        "fine-tuned by reinforcement learning from a judge's scores of its own decompositions, on unlabelled images, "
+        f"after the method of Stable-Layers ([arXiv {PAPER}](https://arxiv.org/abs/{PAPER})), by `layerloop`, an "
+        "independent implementation.\n\n"
+        f"It holds {weights} {iterations}: rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g}, "
+        f"{p.parameters:,} parameters, float32, sha256 `{p.sha256[:16]}…`. "
+        f"Licence: {licence_of(recipe.model.base, recipe.lora.start_from).sentence}"
     )
 
 
-def _loading(p: Publication) -> str:
-    base = p.recipe.model.base
-    if base == "tiny":
-        load = "from layerloop.components.policy.tiny import load_tiny_pipeline\n\npipeline = load_tiny_pipeline()"
-    else:
-        load = (
-            "import torch\nfrom diffusers import QwenImageLayeredPipeline\n\n"
-            "# processor=None: its captioner is not needed, since the prompt is always the same\n"
-            f'pipeline = QwenImageLayeredPipeline.from_pretrained("{base}", processor=None, '
-            f"torch_dtype=torch.{p.recipe.model.dtype})"
-        )
+def _usage(p: Publication) -> str:
+    recipe = p.recipe
+    code = programs(recipe, steps=euler_steps(p.samplers) or recipe.evaluation.steps)
+    ours = " and `layerloop`" if recipe.model.base == "tiny" else ""
     return (
-        "## How to load it\n\n"
-        "All files hold the same weights; take the one your program reads. `folder` is this repository's name on the "
-        "hub, or the folder of these files.\n\n"
-        f"```python\n{load}\n```\n\n"
-        "With diffusers (`pytorch_lora_weights.safetensors`):\n\n"
-        "```python\npipeline.load_lora_weights(folder)\n```\n\n"
-        "or with peft (`peft/adapter_model.safetensors`):\n\n"
-        "```python\nfrom peft import PeftModel\n\n"
-        'pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, folder, subfolder="peft")\n```\n\n'
+        "## How to use it\n\n"
+        f"All files hold the same weights. Each program below is complete: it needs `{LIBRARIES}`{ours}, reads "
+        f"`picture.png` in the folder where it is started and writes {layers_to_ask_for(recipe)} layers. "
+        "`adapter` is the folder of this card, or this repository's name on the hub.\n\n"
+        f"With diffusers (`pytorch_lora_weights.safetensors`):\n\n```python\n{code['diffusers']}```\n\n"
+        f"With peft (`peft/adapter_model.safetensors`):\n\n```python\n{code['peft']}```\n\n"
+        f"With layerloop, by the sampler that it was evaluated with, Heun's:\n\n```python\n{code['layerloop']}```\n\n"
         "ComfyUI takes either `pytorch_lora_weights.safetensors` or, at half the size, "
-        "`pytorch_lora_weights.bf16.safetensors` (in diffusers `weight_name=`). The scale alpha / rank is part of "
-        "these weights already, for readers that know none; in peft's layout it is in `adapter_config.json`.\n\n"
-        f"Use it as it was trained: prompt “{p.recipe.model.prompt}”, no guidance (`true_cfg_scale=1.0`), longest side "
-        f"{p.recipe.data.resolution} pixels, {_layers(p.recipe)} layers. It was evaluated with Heun's method, "
-        f"{p.recipe.evaluation.steps} steps; the pipeline's own sampler is Euler's, which needs more steps for the "
-        "same quality.\n\n"
+        "`pytorch_lora_weights.bf16.safetensors` (in diffusers `weight_name=`), as a LoRA of the diffusion model at "
+        "strength 1. The scale alpha / rank is part of these weights already, for readers that know none; in peft's "
+        "layout it is in `adapter_config.json`.\n\n"
+        f"{_sampling(p)}\n\n"
         f"{p.verification}"
     )
+
+
+def _sampling(p: Publication) -> str:
+    recipe = p.recipe
+    text = (
+        f"Use it as it was trained: prompt “{recipe.model.prompt}”, no guidance (`true_cfg_scale=1.0`), longest side "
+        f"{recipe.data.resolution} pixels, {_layers(recipe)} layers, an opaque picture. "
+    )
+    if p.samplers is None:
+        return text + (
+            f"It is evaluated with Heun's method, {recipe.evaluation.steps} steps. diffusers' pipeline has Euler's "
+            "only; with which other sampler the quality holds was not measured."
+        )
+    text += f"diffusers' pipeline has Euler's method only. {sampler_verdict(p.samplers)}\n\n"
+    header, rows = sampler_rows(p.samplers)
+    text += _table(header, rows) + "\n\n"
+    text += (
+        f"{p.samplers['images']} held-out images, from the same noise by every sampler: base → this adapter. ↓ lower "
+        "is better; the adapter's value is bold where the 95 % interval of its difference from the base excludes 0. "
+        "Safe: no interval says that the adapter is worse than the base by the same sampler, or than itself by Heun's "
+        "method with 50 steps. That is not proof of the same quality, and chance alone calls some samplers unsafe."
+    )
+    if p.samplers.get("adapter_sha256") != final_weights(p.policy).sha256:
+        text += " The table is of other weights than these."
+    return text
 
 
 def _training(p: Publication) -> str:
     rollout, update = p.recipe.rollout, p.recipe.update
     algorithm, window = _algorithm(p.recipe), rollout.window
     sampling = {
-        "final": f"heun, {rollout.steps} steps",
+        "final": f"{rollout.whole}, {rollout.steps} steps",
         "window": f"{rollout.steps} steps, {rollout.noise.dynamics} with eta {rollout.noise.eta:g} in a "
         f"{window.position} window of {window.size} steps from step {window.start}, {rollout.outside} outside it",
     }
@@ -175,13 +191,15 @@ def _evaluation(p: Publication) -> str:
         return text + "This adapter was not evaluated before it was published."
     document = p.evaluation
     for kind, title in KINDS.items():
-        rows = _quoted_names(document, kind)
+        rows = [_measure_row(name, document[f"{kind}.{name}"]) for name in _quoted_names(document, kind)]
         if rows:
-            samples = max(int(document[f"{kind}.{name}"]["n"]) for name in rows)
-            text += f"On {title} ({samples} compared, same seeds for both):\n\n"
-            header = ("measure", "base", "this adapter", "difference [95 % interval]")
-            text += _table(header, (_measure_row(document[f"{kind}.{name}"]) for name in rows)) + "\n\n"
-    text += "↓ lower is better, ↑ higher is better; bold where the interval excludes 0."
+            header = ("measure", "n", "base", "this adapter", "difference", "95 % interval")
+            text += f"On {title}, with the same seeds for both:\n\n{_table(header, rows)}\n\n"
+    fewest = f"{document['fewest']} or more" if "fewest" in document else "large enough for one to be trusted"
+    text += (
+        "A row is the mean over n images; the interval is of the difference. ↓ lower is better, ↑ higher is better; a "
+        f"difference is bold where its interval excludes 0 and n is {fewest}."
+    )
     measured = (document.get("provenance") or {}).get("adapter_sha256")
     if measured is not None and measured != final_weights(p.policy).sha256:
         text += f" These numbers are of other weights (sha256 `{str(measured)[:16]}…`)."
@@ -189,23 +207,42 @@ def _evaluation(p: Publication) -> str:
 
 
 def _quoted_names(document: Mapping[str, Any], kind: str) -> list[str]:
-    """Names after `<kind>.` that are quoted, overall and by each layer count that is there."""
+    """Names after `<kind>.` that are quoted, overall and by each layer count and slot that is there, in their order."""
+
+    def order(name: str) -> list[str | int]:
+        """Numbers as such: L10 comes after L2."""
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
     names = [key.removeprefix(f"{kind}.") for key in document if key.startswith(f"{kind}.")]
     return [
-        name for wanted in quoted("card") for name in sorted(names) if name == wanted or name.startswith(f"{wanted}.")
+        name
+        for wanted in quoted("card")
+        for name in sorted(names, key=order)
+        if name == wanted or name.startswith(f"{wanted}.")
     ]
 
 
-def _measure_row(comparison: Mapping[str, Any]) -> tuple[str, ...]:
+def _measure_row(name: str, comparison: Mapping[str, Any]) -> tuple[str, ...]:
     arrow = {"lower": " ↓", "higher": " ↑"}.get(str(comparison.get("better")), "")
-    numbers = [comparison.get(name) for name in ("base", "tuned", "difference", "low", "high")]
+    numbers = [comparison.get(key) for key in ("base", "tuned", "difference", "low", "high")]
     base, tuned, difference, low, high = ("–" if n is None else f"{float(n):.4g}" for n in numbers)
-    change = f"{difference} [{low}, {high}]"
-    return f"{comparison['title']}{arrow}", base, tuned, f"**{change}**" if comparison.get("clear") else change
+    if comparison.get("clear"):
+        difference = f"**{difference}**"
+    title = ", ".join([str(comparison["title"]), *_where(name)])
+    interval = "–" if low == "–" else f"{low} to {high}"
+    return f"{title}{arrow}", str(int(comparison["n"])), base, tuned, difference, interval
+
+
+def _where(name: str) -> Iterator[str]:
+    """`slot_l1.L3.slot0` -> "3 layers", "layer 0"."""
+    for part in name.split(".")[1:]:
+        yield f"{part[1:]} layers" if part.startswith("L") else f"layer {part.removeprefix('slot')}"
 
 
 def _limitations(p: Publication) -> str:
     points = [
+        "The numbers are of one training run: the intervals are over images, not over seeds of training.",
+        "Measures of layers stand in for what a person wants to edit; nobody's preference was asked.",
         "It is tuned to its judge: it was not trained for properties that the judge does not see or weigh.",
         f"It was trained at {p.recipe.data.resolution} pixels on the longest side with {_layers(p.recipe)} layers; "
         "outside that it is not tested.",
@@ -217,16 +254,23 @@ def _limitations(p: Publication) -> str:
         points.insert(
             0, "Its base is a toy of a few million parameters for tests and demonstrations, not for real images."
         )
-    return "## Limitations\n\n" + "\n".join(f"- {point}" for point in points)
+    return "## What this does not show\n\n" + "\n".join(f"- {point}" for point in points)
 
 
-def _references(p: Publication) -> str:
+def _citation(p: Publication) -> str:
     algorithm = _algorithm(p.recipe)
+    key = "".join(c for c in p.name.lower() if c.isalnum()) or "adapter"
     return (
-        "## References\n\n"
+        "## How to cite\n\n"
+        "Cite the method, the base and the algorithm, and name this adapter by its sha256:\n\n"
         f"- Stable-Layers, [arXiv:{PAPER}](https://arxiv.org/abs/{PAPER}): the method.\n"
         "- Qwen-Image-Layered, [arXiv:2512.15603](https://arxiv.org/abs/2512.15603): the base model.\n"
-        f"- {algorithm.title}, [arXiv:{algorithm.arxiv}](https://arxiv.org/abs/{algorithm.arxiv}): the algorithm."
+        f"- {algorithm.title}, [arXiv:{algorithm.arxiv}](https://arxiv.org/abs/{algorithm.arxiv}): the algorithm.\n\n"
+        "```bibtex\n"
+        f"@misc{{{key},\n"
+        f"  title = {{{p.name}: a LoRA for image layer decomposition}},\n"
+        f"  note = {{layerloop, iteration {p.iteration}, sha256 {p.sha256}}}\n"
+        "}\n```"
     )
 
 
@@ -237,10 +281,6 @@ def _algorithm(recipe: Recipe) -> Algorithm:
 def _layers(recipe: Recipe) -> str:
     low, high = recipe.rollout.min_layers, recipe.rollout.max_layers
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _base_name(recipe: Recipe) -> str:
-    return "layerloop's tiny policy (a toy Qwen-Image-Layered)" if recipe.model.base == "tiny" else recipe.model.base
 
 
 def _table(header: Sequence[str], rows: Any) -> str:

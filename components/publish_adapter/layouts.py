@@ -83,8 +83,8 @@ class _File:
     adapter: Adapter
 
 
-def publish_files(adapter: Adapter, folder: Path, *, policy: LayeredPolicy, base: str) -> list[Path]:
-    """Write all files of weights into `folder`; returns them, relative to it."""
+def publish_files(adapter: Adapter, folder: Path, *, policy: LayeredPolicy, base: str | None) -> list[Path]:
+    """Write all files of weights into `folder`; returns them, relative to it. `base` is the base's name on the hub."""
     write_layouts(adapter, folder, transformer=policy.transformer, base=base)
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 

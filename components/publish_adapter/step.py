@@ -106,10 +106,11 @@ def _write_and_verify(campaign: Campaign, loaded: LoadedPolicy, root: Path) -> V
     """Write both layouts and load them back; the policy is the base alone afterwards."""
     from layerloop.components.policy.lora import adapter_of, remove_adapter
     from layerloop.components.publish_adapter.layouts import publish_files, verify_round_trip
+    from layerloop.components.publish_adapter.names import hub_name
 
     adapter = adapter_of(loaded.policy.transformer)
     remove_adapter(loaded.policy.transformer)
-    paths = publish_files(adapter, root, policy=loaded.policy, base=campaign.recipe.model.base)
+    paths = publish_files(adapter, root, policy=loaded.policy, base=hub_name(campaign.recipe.model.base))
     return VerifiedLayouts(
         adapter, root, paths, verify_round_trip(adapter, root, policy=loaded.policy, prompt_embeds=loaded.prompt)
     )
@@ -166,6 +167,7 @@ def _card(
 
     iteration = policy.iteration or 0
     evaluation = campaign.find(campaign.evaluation_dir(f"iteration-{iteration:06d}"))
+    samplers = campaign.find(campaign.evaluation_dir(f"samplers-{iteration:06d}"))
     scores = [campaign.find(campaign.scores_dir(earlier)) for earlier in range(1, iteration + 1)]
     publication = Publication(
         name=name,
@@ -178,6 +180,7 @@ def _card(
         sha256=weights_sha256(root / "peft"),
         scores=[manifest for manifest in scores if manifest is not None],
         evaluation=json.loads(read_file(campaign.store, evaluation.file("metrics.json"))) if evaluation else None,
+        samplers=json.loads(read_file(campaign.store, samplers.file("samplers.json"))) if samplers else None,
         verification=_verification(round_trip, campaign.recipe.model.dtype),
     )
     return model_card(publication).encode()

@@ -95,6 +95,8 @@ class RolloutRecipe(Record):
     steps: int = Field(default=10, ge=2)  # of the sampler, per candidate
     # Solver of the steps outside the window; Heun asks the model twice a step
     outside: Literal["heun", "euler"] = "heun"
+    # Solver of all steps where there is no window: of algorithms that learn from final latents (nft)
+    whole: Literal["heun", "euler"] = "heun"
     window: WindowRecipe = WindowRecipe()
     noise: NoiseRecipe = NoiseRecipe()
     share_prefix: bool = False  # one initial noise and one deterministic prefix for the complete group

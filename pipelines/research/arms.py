@@ -23,6 +23,7 @@ class Arm:
     what: str
     seeds: int
     changes: Mapping[str, Any]
+    samplers: bool = False  # whether its evaluation compares samplers too (`evaluations/samplers-*/samplers.json`)
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,24 @@ class Run:
 # `mean` has its own clip: its log-ratios are smaller than those of `sum_rescale` by about s sqrt(D) (D = 3,072 to 6,144
 # here), so the same number would never clip.
 ARMS: dict[str, Arm] = {
-    "full": Arm("the whole method: two phases, sum-and-rescale RatioNorm, CPS noise in the first steps", 5, {}),
+    "full": Arm(
+        "the whole method: two phases, sum-and-rescale RatioNorm, CPS noise in the first steps", 5, {}, samplers=True
+    ),
     "phase1_only": Arm("without the side-by-side phase", 5, {"judge": {"phase2": {"enabled": False}}}),
     "mean_ratio": Arm(
         "Flow-GRPO's mean log-ratio instead of sum-and-rescale", 3,
         {"update": {"ratio_norm": "mean", "clip_low": 3e-4, "clip_high": 3e-4}},
     ),
-    "nft": Arm("DiffusionNFT on deterministic rollouts", 3, {"update": {"algorithm": "nft"}}),
+    "nft": Arm("DiffusionNFT on deterministic rollouts", 3, {"update": {"algorithm": "nft"}}, samplers=True),
+    # for the sampler that people use: does the gain hold at Euler 20?
+    "grpo_euler_20": Arm(
+        "rollouts of 20 steps, Euler's outside the window", 1,
+        {"rollout": {"outside": "euler", "steps": 20}}, samplers=True,
+    ),
+    "nft_euler_20": Arm(
+        "DiffusionNFT on rollouts of 20 Euler steps", 1,
+        {"update": {"algorithm": "nft"}, "rollout": {"whole": "euler", "steps": 20}}, samplers=True,
+    ),
     "window_middle": Arm("window over steps 2 to 5", 1, {"rollout": {"window": {"start": 2}}}),
     "window_late": Arm(
         "window over the last stochastic steps, shared prefix", 1,

@@ -26,7 +26,7 @@ from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.schema.runtime import TINY
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.runtime import VARIABLE
-from layerloop.pipelines.research.arms import LAYERS, Run, Study, plan
+from layerloop.pipelines.research.arms import ARMS, LAYERS, Run, Study, plan
 
 TRAINING_DESIGNS, HELD_OUT_DESIGNS, SEED = 240, 144, 20260529
 
@@ -151,7 +151,7 @@ def advance(study: Study, run: Run, step: WarmSteps, deadline: float) -> None:
                 f"{seconds:.1f} s an iteration",
                 flush=True,
             )
-    step("evaluate_adapter", campaign=campaign_uri, iteration=goal)
+    step("evaluate_adapter", campaign=campaign_uri, iteration=goal, samplers=ARMS[run.arm].samplers)
     print(f"{run.name}: evaluated", flush=True)
 
 

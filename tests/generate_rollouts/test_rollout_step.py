@@ -364,12 +364,14 @@ def test_a_shared_prefix_gives_a_group_one_start(make_campaign) -> None:  # type
     assert torch.equal(windows[0][0], windows[1][0]) and not torch.equal(windows[0][1], windows[1][1])
 
 
-def test_forward_process_learning_stores_final_latents_of_pure_heun(make_campaign) -> None:  # type: ignore[no-untyped-def]
-    campaign = make_campaign(update={"algorithm": "nft"}, rollout={"groups": 1, "outside": "euler"})
+@pytest.mark.parametrize("whole", ["heun", "euler"])
+def test_forward_process_learning_stores_final_latents_of_one_sampler(make_campaign, whole) -> None:  # type: ignore[no-untyped-def]
+    other = {"heun": "euler", "euler": "heun"}[whole]  # of a window, which there is none of
+    campaign = make_campaign(update={"algorithm": "nft"}, rollout={"groups": 1, "outside": other, "whole": whole})
     run(campaign=campaign.uri)
     found = samples(campaign)
     record = GroupRecord.from_json(found["i000001-g000000"]["json"], where="group")
-    assert (record.window_size, record.dynamics, record.outside, record.etas) == (0, "ode", "heun", ())
+    assert (record.window_size, record.dynamics, record.outside, record.etas) == (0, "ode", whole, ())
     stored = load(found["i000001-g000000-c01"]["trajectory.safetensors"])
     assert stored.keys() == {"final"}
     policy = LayeredPolicy.load(campaign.recipe.model)
@@ -377,7 +379,7 @@ def test_forward_process_learning_stores_final_latents_of_pure_heun(make_campaig
     prompt = load(campaign.store.read("sources/prompt.safetensors"))["prompt_embeds"]
     condition = policy.encode(decode_png(found["i000001-g000000"]["source.png"])[None], prompt)
     noise = policy.noise(seed, record.layers, record.height, record.width)
-    inference = sampling.rollout(policy, condition, noise, sampling.Plan(record.sigmas))
+    inference = sampling.rollout(policy, condition, noise, sampling.Plan(record.sigmas, outside=whole))
     assert torch.equal(inference.final[0], stored["final"])
 
 

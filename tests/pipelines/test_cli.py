@@ -22,7 +22,7 @@ from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_and_ru
 COMMANDS = [
     ["demo"], ["run"], ["compile"], ["recipe"], ["runtime"], ["submit"], ["schedule", "apply"], ["schedule", "list"],
     ["schedule", "delete"], ["schedule", "pause"], ["schedule", "resume"], ["pipeline", "upload"], ["judge", "serve"],
-    ["judge", "check"], ["campaign", "show"], ["campaign", "run-until"], ["adapter", "merge"], ["study"],
+    ["judge", "check"], ["campaign", "show"], ["campaign", "run-until"], ["adapter", "merge"], ["publish"], ["study"],
 ]  # fmt: skip
 
 

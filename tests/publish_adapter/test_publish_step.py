@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from diffusers import QwenImageLayeredPipeline
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load
 
@@ -24,6 +25,7 @@ from layerloop.components.layers.columns import COLUMNS, quoted, title_of
 from layerloop.components.policy.adapters import read_adapter
 from layerloop.components.policy.lora import put_adapter, write_layouts
 from layerloop.components.policy.model import LayeredPolicy
+from layerloop.components.publish_adapter.names import licence_of
 from layerloop.components.publish_adapter.step import run
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
@@ -66,9 +68,8 @@ def test_both_layouts_load_and_give_the_campaigns_output(make_campaign: MakeCamp
     assert result.metrics["difference_peft"] == result.metrics["difference_diffusers"] == 0.0
     assert result.metrics["adapter_effect"] == pytest.approx(0.02, abs=0.1)
     assert result.files["card"] == (folder / "README.md").read_bytes()
-    assert json.loads((folder / "peft/adapter_config.json").read_text())["base_model_name_or_path"] == (
-        campaign.recipe.model.base
-    )
+    config = json.loads((folder / "peft/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] is None, "a folder of this machine is nobody else's"
 
 
 @pytest.mark.parametrize("scale", [1e-4, 0.05], ids=["a young adapter", "an old one"])
@@ -226,11 +227,16 @@ def front_matter(card: str) -> dict[str, object]:
 
 
 def test_the_cards_front_matter_is_what_the_hub_reads(make_campaign: MakeCampaign) -> None:
-    matter = front_matter(card_of(make_campaign()))
-    assert matter["license"] == "apache-2.0"
+    card = card_of(campaign := make_campaign())
+    matter = front_matter(card)
+    assert matter["license"] == "unknown", "a folder says nothing of its licence"
     assert matter["library_name"] == "diffusers"
     assert {"lora", "peft", "flow-grpo", "arxiv:2605.30257"} <= set(matter["tags"])  # type: ignore[call-overload]
     assert "base_model" not in matter, "a local folder is not a name on the hub"
+    assert campaign.recipe.model.base not in card and campaign.uri not in card
+    parsed = ModelCard(card)  # as huggingface_hub reads it
+    assert parsed.data.to_dict() == matter and parsed.text.lstrip().startswith("# named")
+    assert not [key for key, value in matter.items() if value is None]
 
 
 def test_the_card_names_a_base_of_the_hub() -> None:
@@ -256,7 +262,8 @@ def test_the_card_names_a_base_of_the_hub() -> None:
     matter = front_matter(card)
     assert matter["base_model"] == "Qwen/Qwen-Image-Layered"
     assert matter["base_model_relation"] == "adapter"
-    assert 'from_pretrained("Qwen/Qwen-Image-Layered"' in card
+    assert matter["license"] == "apache-2.0"
+    assert 'base = "Qwen/Qwen-Image-Layered"' in card
     assert "106,200,000 parameters" in card
     assert "was not evaluated" in card
 
@@ -271,10 +278,32 @@ def test_the_card_names_the_judge(make_campaign: MakeCampaign) -> None:
     assert "is not a vision-language model" not in card
 
 
+@pytest.mark.parametrize(
+    ("base", "start", "fields"),
+    [
+        ("Qwen/Qwen-Image-Layered", None, {"license": "apache-2.0"}),
+        ("tiny", None, {"license": "apache-2.0"}),
+        ("/data/base", None, {"license": "unknown"}),
+        ("s3://bucket/base", None, {"license": "unknown"}),
+        ("me/mine", None, {"license": "other", "license_name": "as-its-base",
+                           "license_link": "https://huggingface.co/me/mine"}),
+        ("tiny", "s3://bucket/start", {"license": "other", "license_name": "as-the-adapter-that-it-started-from"}),
+        ("/data/base", "hf://me/start/checkpoint", {
+            "license": "other", "license_name": "as-the-adapter-that-it-started-from",
+            "license_link": "https://huggingface.co/me/start"}),
+    ],
+)  # fmt: skip
+def test_the_licence_is_that_of_what_it_was_made_from(base: str, start: str | None, fields: dict[str, str]) -> None:
+    licence = licence_of(base, start)
+    assert licence.fields == fields
+    assert re.fullmatch(r"[a-z0-9.-]+", fields.get("license_name", "a")), "what the hub takes"
+    assert "bucket" not in licence.sentence and "/data" not in licence.sentence
+
+
 def test_an_adapter_that_started_from_another_brings_that_licence(make_campaign: MakeCampaign) -> None:
-    card = card_of(make_campaign(lora={"rank": 4, "alpha": 8.0, "start_from": "s3://models/stable-layers"}))
+    card = card_of(make_campaign(lora={"rank": 4, "alpha": 8.0, "start_from": "hf://StabilityLabs/Stable-Layers/600"}))
     assert front_matter(card)["license"] == "other"
-    assert "It started from `s3://models/stable-layers`" in card
+    assert "It started from `StabilityLabs/Stable-Layers`; that licence applies as well" in card
 
 
 def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCampaign) -> None:
@@ -282,11 +311,16 @@ def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCa
     metrics = {
         "designs.bad_layers": {"title": "bad layers", "base": 1.65, "tuned": 0.4, "difference": -1.25, "low": -1.5,
                                "high": -1.0, "n": 32, "better": "lower", "clear": True},
-        "designs.slot_l1.3": {"title": "slot L1, 3 layers", "base": 0.0879, "tuned": 0.0767, "difference": -0.0112,
-                              "low": -0.02, "high": 0.003, "n": 32, "better": "lower", "clear": False},
+        "designs.slot_l1.L10": {"title": "slot L1", "base": 0.2, "tuned": 0.1, "difference": -0.1, "low": -0.2,
+                                "high": -0.05, "n": 4, "better": "lower", "clear": False},
+        "designs.slot_l1.L3.slot1": {"title": "slot L1", "base": 0.0879, "tuned": 0.0767, "difference": -0.0112,
+                                     "low": -0.02, "high": 0.003, "n": 12, "better": "lower", "clear": False},
+        "designs.slot_l1.L3": {"title": "slot L1", "base": 0.3, "tuned": 0.1, "difference": -0.2, "low": -0.3,
+                               "high": -0.1, "n": 12, "better": "lower", "clear": True},
         "pictures.evenness": {"title": "evenness", "base": 0.5, "tuned": None, "difference": None, "low": None,
                               "high": None, "n": 8, "better": "higher", "clear": False},
         "definitions": {"bad_layers": "..."},
+        "fewest": 8,
         "method": "bootstrap",
         "provenance": {"adapter_sha256": campaign.policy(1).metadata["adapter_sha256"]},
     }  # fmt: skip
@@ -294,10 +328,17 @@ def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCa
     file = add_file(campaign.store, f"{folder}/metrics.json", json.dumps(metrics).encode())
     commit(campaign.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
     card = card_of(campaign)
-    assert "| bad layers ↓ | 1.65 | 0.4 | **-1.25 [-1.5, -1]** |" in card
-    assert "| slot L1, 3 layers ↓ | 0.0879 | 0.0767 | -0.0112 [-0.02, 0.003] |" in card
-    assert "| evenness ↑ | 0.5 | – | – [–, –] |" in card
-    assert "(32 compared" in card and "(8 compared" in card
+    rows = [line for line in card.splitlines() if line.startswith(("| bad", "| slot", "| even", "| measure"))]
+    assert rows == [
+        "| measure | n | base | this adapter | difference | 95 % interval |",
+        "| bad layers ↓ | 32 | 1.65 | 0.4 | **-1.25** | -1.5 to -1 |",
+        "| slot L1, 3 layers ↓ | 12 | 0.3 | 0.1 | **-0.2** | -0.3 to -0.1 |",
+        "| slot L1, 3 layers, layer 1 ↓ | 12 | 0.0879 | 0.0767 | -0.0112 | -0.02 to 0.003 |",
+        "| slot L1, 10 layers ↓ | 4 | 0.2 | 0.1 | -0.1 | -0.2 to -0.05 |",
+        "| measure | n | base | this adapter | difference | 95 % interval |",
+        "| evenness ↑ | 8 | 0.5 | – | – | – |",
+    ]
+    assert "bold where its interval excludes 0 and n is 8 or more." in card
     assert "of other weights" not in card
 
 
@@ -310,12 +351,9 @@ def test_the_card_quotes_the_columns_that_say_so_in_their_order(make_campaign: M
     metrics = metrics_json(comparisons, {}, {})
     file = add_file(campaign.store, f"{folder}/metrics.json", metrics)
     commit(campaign.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
-    rows = re.findall(r"^\| ([^|]*?)(?: [↓↑])? \| 0.5 \|", card_of(campaign), re.MULTILINE)
-    assert rows == [
-        title
-        for name in quoted("card")
-        for title in (title_of(name), *["Per-slot RGB L1, 3 layers"] * (name == "slot_l1"))
-    ]
+    rows = re.findall(r"^\| ([^|]*?)(?: [↓↑])? \| 20 \| 0.5 \|", card_of(campaign), re.MULTILINE)
+    by_count = {"slot_l1": [f"{title_of('slot_l1')}, 3 layers"]}
+    assert rows == [title for name in quoted("card") for title in (title_of(name), *by_count.get(name, []))]
     assert len(rows) < len(COLUMNS)
 
 
@@ -329,20 +367,3 @@ def test_the_card_says_when_what_was_measured_is_not_what_is_published(
     file = add_file(campaign.store, f"{folder}/metrics.json", json.dumps(metrics).encode())
     commit(campaign.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
     assert ("of other weights" in card_of(campaign)) == (measured != "ema.safetensors")
-
-
-def test_the_cards_own_code_loads_the_adapter(make_campaign: MakeCampaign) -> None:
-    """Every block of Python on the card runs, and either way of loading gives the same transformer."""
-    campaign = make_campaign()
-    card = card_of(campaign)
-    base, by_diffusers, by_peft = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    outputs = []
-    for way in (by_diffusers, by_peft):
-        scope: dict[str, object] = {"folder": str(published(campaign, "named"))}
-        exec(base + way, scope)
-        pipeline = scope["pipeline"]
-        policy = LayeredPolicy(
-            transformer=pipeline.transformer, vae=pipeline.vae, scheduler=pipeline.scheduler  # type: ignore[attr-defined]
-        )  # fmt: skip
-        outputs.append(velocity(policy))
-    assert torch.equal(*outputs)
