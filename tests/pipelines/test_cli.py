@@ -20,9 +20,10 @@ from layerloop.pipelines.cli import build_parser, main
 from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_and_runtime, recipe_text
 
 COMMANDS = [
-    ["demo"], ["run"], ["compile"], ["recipe"], ["runtime"], ["submit"], ["schedule", "apply"], ["schedule", "list"],
-    ["schedule", "delete"], ["schedule", "pause"], ["schedule", "resume"], ["pipeline", "upload"], ["judge", "serve"],
-    ["judge", "check"], ["campaign", "show"], ["campaign", "run-until"], ["adapter", "merge"], ["study"],
+    ["demo"], ["run"], ["compile"], ["recipe"], ["runtime"], ["plan"], ["submit"], ["schedule", "apply"],
+    ["schedule", "list"], ["schedule", "delete"], ["schedule", "pause"], ["schedule", "resume"],
+    ["pipeline", "upload"], ["judge", "serve"], ["judge", "check"], ["campaign", "show"], ["campaign", "run-until"],
+    ["adapter", "merge"], ["study"],
 ]  # fmt: skip
 
 
