@@ -312,9 +312,11 @@ def resident(work: Work, gpus: int, judge_seconds: float, *, lag: int = 0) -> It
     sampled.
 
     judged = max(sampling + 2 latencies, first group + judge); anchors are computed while the last groups are judged:
-    start/n + judged + update - min(anchors, judged - sampling) + store. With a lag of one iteration, sampling and
-    update follow each other and the judge has both to finish: start/n + max(sampling + update, judge + 2 latencies) + store,
-    with anchors for all points, since another policy sampled.
+    start/n + judged + update - min(anchors, judged - sampling) + store.
+
+    With a lag of one iteration, sampling and update follow each other and the judge has both to finish:
+    start/n + max(sampling + update, judge + 2 latencies) + store, with anchors for all points, since another policy
+    sampled.
     """
     given, rate = work.assumed, work.assumed.tflops
     size, per_step = work.recipe.rollout.group_size, work.recipe.update.steps
