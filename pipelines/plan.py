@@ -20,14 +20,8 @@ from typing import Any
 
 from pydantic import Field
 
-from layerloop.components.policy.size import (
-    TOKEN_PIXELS,
-    AdapterSize,
-    Tokens,
-    TransformerSize,
-    sampling_bytes,
-    update_bytes,
-)
+from layerloop.components.policy.memory import Use, gpu_bytes
+from layerloop.components.policy.size import TOKEN_PIXELS, AdapterSize, Tokens, TransformerSize
 from layerloop.components.schema.learning import ALGORITHMS
 from layerloop.components.schema.recipe import ModelRecipe, Recipe
 from layerloop.components.schema.record import Record
@@ -220,19 +214,10 @@ class Work:
         copies = 3 + (self.recipe.update.ema is not None) + (learnt.old_decay(self.recipe.update) > 0)
         return 4 * copies * self.adapter.parameters
 
-    def gpu_bytes(self) -> dict[str, float]:
-        """Most memory of one GPU by step, with the most layers: `policy/preflight.py` refuses a GPU of less."""
-        tokens, model = self.tokens(self.layers[-1]), self.recipe.model
-        base = self.size.base_bytes(dtype=model.dtype, float8=model.fp8_base)
-        return {
-            "sampling": sampling_bytes(
-                self.size, self.adapter, tokens, base=base, dtype=model.dtype, batch=self.runtime.rollout.batch_size
-            ),
-            "update": update_bytes(
-                self.size, self.adapter, tokens, base=base, dtype=model.dtype, batch=self.runtime.update.microbatch,
-                checkpointing=self.runtime.model.gradient_checkpointing,
-            ),
-        }  # fmt: skip
+    def gpu_bytes(self) -> dict[Use, float]:
+        """Most memory of one GPU by step: a GPU that has less is refused (policy/memory.py)."""
+        uses: tuple[Use, ...] = ("sampling", "update", "evaluation")
+        return {use: gpu_bytes(self.size, self.recipe, self.runtime, use) for use in uses}
 
     # ---- drawn iterations
 

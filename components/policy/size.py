@@ -204,29 +204,3 @@ class AdapterSize:
     def forward(self, tokens: Tokens) -> float:
         """Operations that the adapter adds to a forward pass of one sample."""
         return sum(2.0 * tokens.rows(one) * self.rank * (one.inputs + one.outputs) for one in self.on.values())
-
-
-# ---- a GPU's memory
-
-AUTOENCODER_BYTES = 0.25e9  # 126.9 M parameters in bfloat16
-RESERVED_BYTES = 1.5e9  # CUDA's context, kernels' workspaces, decoding one layer at 640 pixels (estimate)
-
-
-def sampling_bytes(
-    size: TransformerSize, adapter: AdapterSize, tokens: Tokens, *, base: float, dtype: str, batch: int
-) -> float:
-    """Most memory that sampling `batch` candidates takes: the base, the adapter's weights, one block's activations."""
-    held = base + AUTOENCODER_BYTES + RESERVED_BYTES + 4 * adapter.parameters
-    return held + batch * size.block_bytes(tokens, dtype=dtype, gradients=False)
-
-
-def update_bytes(
-    size: TransformerSize, adapter: AdapterSize, tokens: Tokens, *, base: float, dtype: str, batch: int,
-    checkpointing: bool,
-) -> float:  # fmt: skip
-    """Most memory that learning from `batch` points takes: the base, the adapter with gradients and moments, and the
-    activations of all blocks, or with checkpointing their inputs and one block's."""
-    held = base + AUTOENCODER_BYTES + RESERVED_BYTES + adapter.training_bytes
-    block = size.block_bytes(tokens, dtype=dtype, gradients=True)
-    kept = size.checkpoint_bytes(tokens, dtype=dtype) + block if checkpointing else size.blocks * block
-    return held + batch * kept
