@@ -201,7 +201,8 @@ _OWNERS = {
     "AWS_SESSION_TOKEN": "the secret of cluster.secrets.store",
     "OPENAI_API_KEY": "the secret of cluster.secrets.judge", "HF_TOKEN": "the secret of cluster.secrets.hub",
     "HF_HOME": "cluster.weights_claim", "LAYERLOOP_CACHE": "cluster.cache_claim",
-    "TORCHINDUCTOR_CACHE_DIR": "cluster.cache_claim", KFP_API: "cluster.kfp_api", "HOME": "the image", "PATH": "the image",
+    "TORCHINDUCTOR_CACHE_DIR": "cluster.cache_claim", KFP_API: "cluster.kfp_api",
+    "HOME": "the image", "PATH": "the image",
 }  # fmt: skip
 
 

@@ -201,3 +201,10 @@ def test_what_is_no_assumption_is_refused_in_one_line(capsys: pytest.CaptureFixt
         plan_assumptions(["plan.tflops"])
     assumed, rest = plan_assumptions(["plan.tflops=600", "rollout.steps=8"])
     assert (assumed.tflops, rest) == (600.0, ["rollout.steps=8"])
+
+
+def test_the_page_about_performance_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "paper"]) == 0
+    page = (Path(__file__).parents[2] / "docs/PERFORMANCE.md").read_text()
+    assert capsys.readouterr().out.strip() in page, "docs/PERFORMANCE.md: put in what `layerloop plan paper` prints"
+    assert page.splitlines()[2].startswith("**Computed, not measured.**")
