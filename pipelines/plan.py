@@ -40,6 +40,7 @@ class Assumptions(Record):
     judge_latency_seconds: float = Field(default=8.0, ge=0)  # of one request, in a batch
     judge_replicas: int = Field(default=1, ge=1)
     store_seconds: float = Field(default=25.0, ge=0)  # an iteration: shards and adapter that nothing else hides
+    share_candidates: bool = True  # whether a worker's ranks share candidates; False: complete groups, by their number
     sync_seconds: float = Field(default=5.0, ge=0)  # the same in a resident iteration, which writes behind its work
     prompt_tokens: int = Field(default=11, ge=1)
     aspect: float = Field(default=1.0, gt=0, le=1)  # short side over long side of the pictures
@@ -108,15 +109,16 @@ class Work:
         """Layer counts of the groups, each as likely."""
         return range(self.recipe.rollout.min_layers, self.recipe.rollout.max_layers + 1)
 
-    def sides(self) -> tuple[int, int]:
-        """(height, width) in pixels of the pictures that are sampled."""
+    def sides(self, *, evaluated: bool = False) -> tuple[int, int]:
+        """(height, width) in pixels of the pictures that are sampled, or evaluated."""
         data = self.recipe.data
-        short = max(1, round(data.resolution * self.assumed.aspect / data.multiple)) * data.multiple
-        return short, data.resolution
+        longest = data.resolution if evaluated else self.recipe.sampled_resolution
+        short = max(1, round(longest * self.assumed.aspect / data.multiple)) * data.multiple
+        return short, longest
 
-    def tokens(self, layers: int) -> Tokens:
+    def tokens(self, layers: int, *, evaluated: bool = False) -> Tokens:
         """Of one candidate."""
-        height, width = self.sides()
+        height, width = self.sides(evaluated=evaluated)
         return Tokens(layers, height // TOKEN_PIXELS, width // TOKEN_PIXELS, self.assumed.prompt_tokens)
 
     @functools.cached_property
@@ -189,8 +191,12 @@ class Work:
         wanted = self.recipe.evaluation
         layers = list(dict.fromkeys(wanted.layers))
         pictures = 4 if 4 in layers else max(layers)
-        designs = wanted.designs / len(layers) * sum(self.size.forward(self.tokens(count)) for count in layers)
-        images = wanted.pictures * self.size.forward(self.tokens(pictures))
+        designs = (
+            wanted.designs
+            / len(layers)
+            * sum(self.size.forward(self.tokens(count, evaluated=True)) for count in layers)
+        )
+        images = wanted.pictures * self.size.forward(self.tokens(pictures, evaluated=True))
         return (2 * wanted.steps - 1) * (designs + images) / 1e12
 
     # ---- bytes
@@ -274,15 +280,20 @@ class Iteration:
 def step_by_step(work: Work, gpus: Gpus, judge_seconds: float) -> Iteration:
     """Every step a pod, one after the other:
 
-    3 pods' starts + 2 loads + the busiest rank's sampling + judge + the busiest rank's update + store.
+    3 pods' starts + 2 loads + the busiest rank's sampling + judge + the busiest rank's update + store. Groups go to
+    workers by their number.
     """
     given, rate = work.assumed, work.assumed.tflops
     size, per_step = work.recipe.rollout.group_size, work.recipe.update.steps
     draws = []
     for layers in work.drawn():
-        groups = [size * work.candidate(count) / rate for count in layers]
+        costs = [work.candidate(count) / rate for count in layers]
         update = _update_seconds(work, layers, gpus.update, per_step)
-        sampling = dealt_by_index(groups, gpus.workers, gpus.each)
+        if given.share_candidates:
+            mine = [costs[worker :: gpus.workers] for worker in range(gpus.workers)]
+            sampling = max(longest_first([cost for cost in part for _ in range(size)], gpus.each) for part in mine)
+        else:
+            sampling = dealt_by_index([size * cost for cost in costs], gpus.workers, gpus.each)
         draws.append({"sampling": sampling, "update": update, "computing": _computing(work, layers)})
     times = mean_over(draws)
     seconds = {

@@ -218,7 +218,8 @@ def _layout_lines(plan: Plan, gpus: Gpus) -> list[str]:
 def _assumption_lines(plan: Plan) -> list[str]:
     given = plan.work.assumed
     lines = ["assumed (--set plan.KEY=VALUE sets one):"]
-    cells = [f"{name} {value:g}" for name, value in given.model_dump().items()]
+    values = {n: str(v).lower() if isinstance(v, bool) else f"{v:g}" for n, v in given.model_dump().items()}
+    cells = [f"{name} {value}" for name, value in values.items()]
     for left, right in zip(cells[::2], [*cells[1::2], ""], strict=False):
         lines.append(f"  {left:46}{right}".rstrip())
     lines.append(

@@ -24,7 +24,8 @@ def gpu_bytes(size: TransformerSize, recipe: Recipe, runtime: Runtime, use: Use)
     The base, the adapter (in the update with gradients and AdamW's moments), and the activations: of one block, or in
     the update the inputs of all blocks and one block's, without gradient checkpointing all blocks'.
     """
-    side = recipe.data.resolution // TOKEN_PIXELS
+    pixels = recipe.data.resolution if use == "evaluation" else recipe.sampled_resolution
+    side = pixels // TOKEN_PIXELS
     layers = max(recipe.evaluation.layers) if use == "evaluation" else recipe.rollout.max_layers
     tokens, dtype = Tokens(layers, side, side, PROMPT_TOKENS), recipe.model.dtype
     adapter = AdapterSize.of(size, rank=recipe.lora.rank, targets=recipe.lora.targets)

@@ -64,9 +64,27 @@ def test_the_papers_work_is_that_of_the_arithmetic_by_hand() -> None:
     ("gpus", "busy", "sampling"), [(ONE, 0.90, 1529), (EIGHT, 0.46, 239), (THIRTY_TWO, 0.13, 131)], ids=str
 )
 def test_step_by_step_the_share_of_busy_gpus_falls_as_by_hand(gpus: Gpus, busy: float, sampling: float) -> None:
-    found = step_by_step(work(), gpus, JUDGE)
+    found = step_by_step(work(share_candidates=False), gpus, JUDGE)
     assert found.busy == pytest.approx(busy, abs=0.04)  # by hand eight ranks load for 66 s a step, here for 41
     assert found.seconds["sampling"] == pytest.approx(sampling, rel=0.03)
+
+
+def test_ranks_that_share_candidates_sample_quicker_than_those_that_take_groups() -> None:
+    for gpus in (EIGHT, THIRTY_TWO, Gpus(2, 8, 8, 8)):
+        shared, groups = (step_by_step(work(share_candidates=flag), gpus, JUDGE) for flag in (True, False))
+        mean = work().iteration()["sampling"] / 450 / (gpus.workers * gpus.each)
+        assert 0.99 * mean < shared.seconds["sampling"] < 0.9 * groups.seconds["sampling"]
+    assert step_by_step(work(), ONE, JUDGE).seconds["sampling"] == pytest.approx(1529, rel=0.01)
+
+
+def test_sampling_at_half_the_side_costs_a_fifth_and_evaluating_as_much() -> None:
+    half = work(changed("rollout", resolution=320))
+    assert half.forward(4) < 0.21 * work().forward(4)
+    assert half.latent_bytes() == work().latent_bytes() / 4
+    assert half.evaluated_model() == work().evaluated_model()
+    memory = half.gpu_bytes()
+    assert memory["update"] < work().gpu_bytes()["update"] - 3e9
+    assert memory["evaluation"] == work().gpu_bytes()["evaluation"]
 
 
 def test_the_resident_way_reaches_what_it_is_for() -> None:
