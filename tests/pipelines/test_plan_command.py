@@ -152,6 +152,16 @@ def test_learning_costs_more_with_a_kl_term_and_less_without_checkpoints() -> No
     assert kept.gpu_bytes()["update"] > 2 * work().gpu_bytes()["update"]
 
 
+def test_velocities_that_are_kept_save_the_anchors_and_take_space() -> None:
+    kept = work(keep_velocities=True)
+    assert kept.iteration()["anchors"] == 0
+    assert kept.latent_bytes() == pytest.approx(work().latent_bytes() * 10 / 6)
+    for lag, saved in ((0, 0.5), (1, 1.0)):
+        with_anchors, without = (resident(one, 1, 0.0, lag=lag) for one in (work(), kept))
+        points = 1024 * work().mean(work().forward) / 450
+        assert with_anchors.computing - without.computing == pytest.approx(saved * points, rel=0.02)
+
+
 def test_the_longest_first_balances_and_groups_by_index_do_not() -> None:
     assert longest_first([3, 3, 2, 2, 2], 2) == 7  # not optimal (6), and within 4/3
     chance = random.Random(1)
