@@ -317,27 +317,52 @@ def resident(work: Work, gpus: int, judge_seconds: float, *, lag: int = 0) -> It
     start/n + max(sampling + update, judge + 2 latencies) + store, with anchors for all points, since another policy
     sampled.
     """
-    given, rate = work.assumed, work.assumed.tflops
-    size, per_step = work.recipe.rollout.group_size, work.recipe.update.steps
+    given = work.assumed
     tail = 2 * given.judge_latency_seconds if judge_seconds else 0.0
     draws = []
-    for layers in work.drawn():
-        sampling = longest_first([work.candidate(count) / rate for count in layers for _ in range(size)], gpus)
-        update = _update_seconds(work, layers, gpus, per_step, all_anchors=lag > 0)
+    for drawn in _shared(work, gpus, lag > 0):
         if lag:
-            waiting = max(0.0, judge_seconds + tail - sampling - update)
+            waiting = max(0.0, judge_seconds + tail - drawn.sampling - drawn.update)
         else:
-            first = -(-size // gpus) * work.candidate(max(layers)) / rate
-            hidden = sum(work.anchor(count) for count in layers) * size * work.points / rate / gpus
-            judged = max(sampling + tail, first + judge_seconds)
-            waiting = judged - sampling - min(hidden, judged - sampling)
-        computing = _computing(work, layers, all_anchors=lag > 0)
-        draws.append({"sampling": sampling, "judge": waiting, "update": update, "computing": computing})
+            judged = max(drawn.sampling + tail, drawn.first + judge_seconds)
+            waiting = judged - drawn.sampling - min(drawn.anchors, judged - drawn.sampling)
+        draws.append(
+            {
+                "sampling": drawn.sampling, "judge": waiting, "update": drawn.update, "computing": drawn.computing,
+            }
+        )  # fmt: skip
     times = mean_over(draws)
     computing = times.pop("computing")
     start = (given.pod_seconds + load_seconds(work)) / given.iterations_per_stretch
     seconds = {"start": start, **times, "store": given.sync_seconds}
     return Iteration(f"resident, lag {lag}" if lag else "resident", gpus, seconds, computing)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Seconds of one drawn iteration whose candidates and points all ranks share: of sampling, of its first group, of
+    the anchors, of the update with them; and GPU-seconds of operations."""
+
+    sampling: float
+    first: float
+    anchors: float
+    update: float
+    computing: float
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(work: Work, gpus: int, all_anchors: bool) -> tuple[Drawn, ...]:
+    rate, size = work.assumed.tflops, work.recipe.rollout.group_size
+    return tuple(
+        Drawn(
+            sampling=longest_first([work.candidate(count) / rate for count in layers for _ in range(size)], gpus),
+            first=-(-size // gpus) * work.candidate(max(layers)) / rate,
+            anchors=sum(work.anchor(count) for count in layers) * size * work.points / rate / gpus,
+            update=_update_seconds(work, layers, gpus, work.recipe.update.steps, all_anchors=all_anchors),
+            computing=_computing(work, layers, all_anchors=all_anchors),
+        )
+        for layers in work.drawn()
+    )
 
 
 def _computing(work: Work, layers: Sequence[int], *, all_anchors: bool = False) -> float:

@@ -289,6 +289,11 @@ def _loading_errors(where: Path) -> Iterator[None]:
     """Raise a loader's errors about broken files as a LayerloopError of one line."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise LayerloopError(
+            f"{where} does not fit the GPU's memory ({reason}): end what else runs on it, or take a larger one"
+        ) from None
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise LayerloopError(f"{where} cannot be loaded ({reason}): fetch it again") from error

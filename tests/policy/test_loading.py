@@ -241,6 +241,15 @@ def test_a_damaged_file_of_weights_is_named(folder: Path, damage: Callable[[byte
     assert "\n" not in str(caught.value)
 
 
+def test_a_gpu_that_is_full_is_no_fault_of_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(loading, "_put", full)
+    with pytest.raises(LayerloopError, match=r"transformer does not fit the GPU's memory \(CUDA out of memory\. Tried"):
+        load(folder)
+
+
 @pytest.fixture
 def keeping(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose every file is worth keeping the sha256 of, and has not changed for long."""
