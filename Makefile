@@ -1,6 +1,6 @@
 # The workflow, a target a step. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast slow lint mutants bench bench-gpu study lock wheel compile pretrain clean
+.PHONY: help install docs demo test fast slow lint mutants bench bench-gpu study lock wheel compile pretrain clean
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
@@ -67,6 +67,9 @@ pretrain: $(READY) ## train the shipped tiny policy again (hours)
 compile: $(READY) ## write the packages in pipelines/compiled, after recipes, components or pipelines have changed
 	@$(VENV)/bin/layerloop compile -o pipelines/compiled/train.yaml --cluster $(CLUSTER)
 	@$(VENV)/bin/layerloop compile -o pipelines/compiled/evaluate.yaml --pipeline evaluate --cluster $(CLUSTER)
+
+docs: $(READY) ## build the documentation's site in build/site; a link that leads nowhere stops it
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet && echo "built build/site: open build/site/index.html"
 
 wheel: $(READY) ## build dist/*.whl, as the images install it
 	@$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist
