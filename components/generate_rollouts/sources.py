@@ -46,7 +46,11 @@ def read_images(
         for position, (key, members) in enumerate(read_shard(store, shard, required=("png",))):
             if position in inside:
                 image = decode_png(members["png"])
-                yield end - shard.samples + position, key, resize(image, sampled_size(*image.shape[:2], recipe))
+                yield (
+                    end - shard.samples + position,
+                    key,
+                    resize(image, sampled_size(image.shape[0], image.shape[1], recipe)),
+                )
 
 
 def sampled_size(height: int, width: int, recipe: Recipe) -> tuple[int, int]:

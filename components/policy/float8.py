@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -58,8 +58,8 @@ def use_float8(transformer: QwenImageTransformer2DModel) -> None:
     device are left for `Float8Linear.store`. Diffusers' layerwise casting does the same, without scales, with hooks
     that swap a module's parameters around its forward, which torch.compile refuses.
     """
-    for layer in transformer.transformer_blocks.modules():
+    for layer in transformer.get_submodule("transformer_blocks").modules():
         if isinstance(layer, torch.nn.Linear):
             layer.__class__ = Float8Linear
             if layer.weight.device.type != "meta":
-                layer.store(layer.weight)
+                cast(Float8Linear, layer).store(layer.weight)

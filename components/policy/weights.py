@@ -12,8 +12,8 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 
@@ -52,13 +52,13 @@ def _read_file(path: Path, place: Callable[[str, torch.Tensor], None]) -> None:
                 tensor = torch.empty(shape, dtype=dtype)
                 if end > begin:
                     file.seek(start + begin)
-                    _fill(file, memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), path)
+                    _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data, path)
                 place(name, tensor)
     except OSError as error:
         raise LayerloopError(f"{path} cannot be read ({error.strerror}): fetch it again, or repair its disk") from None
 
 
-def _header(file: Any, path: Path) -> tuple[int, list[tuple[str, torch.dtype, list[int], int, int]]]:
+def _header(file: FileIO, path: Path) -> tuple[int, list[tuple[str, torch.dtype, list[int], int, int]]]:
     """(where the data begins, (name, dtype, shape, begin, end) of each tensor in the order of the data)."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
@@ -82,7 +82,7 @@ def _header(file: Any, path: Path) -> tuple[int, list[tuple[str, torch.dtype, li
     return 8 + length, sorted(found, key=lambda tensor: tensor[3])
 
 
-def _fill(file: BinaryIO | Any, view: memoryview, path: Path) -> None:
+def _fill(file: FileIO, view: memoryview, path: Path) -> None:
     """Fill `view` from where `file` stands."""
     done = 0
     while done < len(view):
