@@ -29,8 +29,10 @@ from layerloop.components.shard_dataset.files import (
     suffix_of,
 )
 
-_DECODABLE = ("png", "jpg", "jpeg", "jfif", "webp", "avif", "gif", "bmp", "tif", "tiff", "jp2", "j2k", "ppm", "pgm")
-IMAGE_SUFFIXES = frozenset((*_DECODABLE, "heic", "heif"))  # the last two are rejected by name, not passed over
+IMAGE_SUFFIXES = frozenset((
+    "png", "jpg", "jpeg", "jfif", "webp", "avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "jp2", "j2k", "ppm",
+    "pgm",
+))  # fmt: skip
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "data")
 _CONTAINERS = ("tar", "parquet")
 _PACKED = ("gz", "tgz", "bz2", "tbz2", "xz", "txz", "zst", "zip", "7z", "rar")
