@@ -236,12 +236,12 @@ def _load_module(
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
 
-    def place(name: str, tensor: torch.Tensor) -> None:
+    def take(name: str, tensor: torch.Tensor) -> None:
         found[name] = tuple(tensor.shape)
         if expected.get(name) == found[name]:
             _put(module, name, tensor.to(dtype) if tensor.is_floating_point() else tensor, device)
 
-    read_weights(weight_files(folder, part), place)
+    read_weights(weight_files(folder, part), take)
     for keys, what in (
         (expected.keys() - found.keys(), "lack"),
         (found.keys() - expected.keys(), "have"),

@@ -29,20 +29,20 @@ PIECE = 64 * 2**20  # bytes of one read
 FILES_AT_ONCE = 4
 
 
-def read_weights(files: Sequence[Path], place: Callable[[str, torch.Tensor], None]) -> None:
-    """Call `place(name, tensor)` with every tensor of `files`, on the CPU and in the file's dtype.
+def read_weights(files: Sequence[Path], take: Callable[[str, torch.Tensor], None]) -> None:
+    """Call `take(name, tensor)` with every tensor of `files`, on the CPU and in the file's dtype.
 
     It is called by several threads, each with another tensor, and may keep the tensor.
 
     Raises:
-        LayerloopError: a file that cannot be read, is truncated, or is no safetensors file; or as `place` raises.
+        LayerloopError: a file that cannot be read, is truncated, or is no safetensors file; or as `take` raises.
     """
     with ThreadPoolExecutor(max_workers=min(FILES_AT_ONCE, len(files))) as pool:
-        for done in [pool.submit(_read_file, file, place) for file in files]:
+        for done in [pool.submit(_read_file, file, take) for file in files]:
             done.result()
 
 
-def _read_file(path: Path, place: Callable[[str, torch.Tensor], None]) -> None:
+def _read_file(path: Path, take: Callable[[str, torch.Tensor], None]) -> None:
     try:
         with open(path, "rb", buffering=0) as file:
             if hasattr(os, "posix_fadvise"):
@@ -53,7 +53,7 @@ def _read_file(path: Path, place: Callable[[str, torch.Tensor], None]) -> None:
                 if end > begin:
                     file.seek(start + begin)
                     _fill(file, tensor.reshape(-1).view(torch.uint8).numpy().data, path)
-                place(name, tensor)
+                take(name, tensor)
     except OSError as error:
         raise LayerloopError(f"{path} cannot be read ({error.strerror}): fetch it again, or repair its disk") from None
 
