@@ -1,6 +1,6 @@
 # The workflow, a target a step. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install docs demo test fast slow lint mutants fuzz bench study lock wheel compile pretrain clean
+.PHONY: help install docs demo test fast slow lint mutants fuzz bench bench-gpu study lock wheel compile pretrain clean
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 
 CLUSTER ?= manifests/cluster.example.yaml
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(READY) ## make the environment in .venv (done by itself where a target needs it)
 
@@ -56,6 +56,10 @@ fuzz: $(READY) ## look for inputs that are neither a result, a reject nor one li
 
 bench: $(READY) ## measure; writes build/benchmarks.json
 	@$(VENV)/bin/python -m pytest tests/benchmarks
+
+# BENCH='--minutes 10 --only forward,update' measures more or less; what is measured is kept.
+bench-gpu: $(READY) ## measure the model at real size on one GPU, random weights, six minutes; writes build/gpu.json
+	@$(VENV)/bin/python tests/benchmarks/gpu $(BENCH)
 
 study: $(READY) ## does it learn? campaigns on the tiny policy, about two hours, resumable; writes docs/RESULTS.md
 	@$(VENV)/bin/layerloop study $(STUDY)

@@ -23,6 +23,7 @@ Fine-tune an image layer decomposition model by reinforcement learning, as a Kub
 
   layerloop demo                                     everything on embedded defaults, on this machine
   layerloop run --images photos --campaign mine      the same on your own images
+  layerloop plan paper                               what a recipe costs: hours, GPUs, memory, judge
   layerloop compile -o pipeline.yaml                 the pipeline for a Kubeflow cluster
   layerloop submit pipeline.yaml --wait              a run of it there
   layerloop campaign show mine                       how far a campaign is, and its rewards
@@ -173,6 +174,25 @@ def _compile(arguments: argparse.Namespace) -> None:
             "images are layerloop-policy and layerloop-light, which a cluster looks for at docker.io/library: give "
             "--cluster FILE, which names yours"
         )
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    if arguments.cluster:
+        _need_kfp("layerloop plan --cluster")
+    from layerloop.components.schema.recipe import parse_recipe
+    from layerloop.components.storage.runtime import read_runtime
+    from layerloop.pipelines.inputs import plan_assumptions, recipe_and_runtime
+    from layerloop.pipelines.plan_text import Plan, plan_json, plan_text
+
+    assumed, changes = plan_assumptions(arguments.set)
+    text, runtime = recipe_and_runtime(arguments.recipe, changes, arguments.runtime)
+    recipe, cluster = parse_recipe(text), None
+    if arguments.cluster:
+        from layerloop.pipelines.cluster import read_cluster
+
+        cluster = read_cluster(arguments.cluster)
+    plan = Plan.of(recipe, read_runtime(runtime, recipe), assumed, cluster=cluster, workers=arguments.workers)
+    print(plan_json(plan) if arguments.json else plan_text(plan))
 
 
 def _need_kfp(command: str) -> None:
@@ -340,6 +360,14 @@ def build_parser() -> argparse.ArgumentParser:
     _set_option(recipe)
     _command(commands, "runtime", _runtime, "print the runtime's defaults: where and how fast, free at every run")
 
+    plan = _command(commands, "plan", _plan, "what a recipe costs: hours, GPUs' busy share, memory, storage, judge")
+    plan.add_argument("recipe", metavar="NAME|FILE", help="a packaged recipe or a YAML file")
+    plan.add_argument("--cluster", default="", metavar="FILE", help="its GPUs (default: 1, 8 and 4 x 8)")
+    plan.add_argument("--workers", type=int, default=1, metavar="N", help="rollout pods (default: %(default)s)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    _set_option(plan, "; or an assumption, as plan.tflops=600")
+    _runtime_option(plan)
+
     judge = commands.add_parser("judge", help="the reference judge, and a check of any judge").add_subparsers(
         required=True
     )
@@ -439,8 +467,8 @@ def _job_options(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     _counts(parser)
 
 
-def _set_option(parser: argparse.ArgumentParser) -> None:
-    help_ = "change a value of the recipe or the runtime, such as judge.model=qwen3-vl (may be repeated)"
+def _set_option(parser: argparse.ArgumentParser, more: str = "") -> None:
+    help_ = f"change a value of the recipe or the runtime, such as judge.model=qwen3-vl{more} (may be repeated)"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_)
 
 

@@ -28,6 +28,7 @@ DIGEST = re.compile(r"^[^\s@]+@sha256:[0-9a-f]{64}$")
 # A retried pod may wait for a node or for its queue; Argo counts that in the budget of all attempts.
 QUEUEING_HOURS = 24.0
 CA_FOLDER = "/etc/layerloop/ca"
+CACHE_FOLDER = "/cache"
 PAUSE = 30  # seconds before the first retry, doubled for each further one
 
 # --------------------------------------------------------------------------------------------------- Kubernetes' values
@@ -199,7 +200,9 @@ _OWNERS = {
     "AWS_SECRET_ACCESS_KEY": "the secret of cluster.secrets.store",
     "AWS_SESSION_TOKEN": "the secret of cluster.secrets.store",
     "OPENAI_API_KEY": "the secret of cluster.secrets.judge", "HF_TOKEN": "the secret of cluster.secrets.hub",
-    "HF_HOME": "cluster.weights_claim", KFP_API: "cluster.kfp_api", "HOME": "the image", "PATH": "the image",
+    "HF_HOME": "cluster.weights_claim", "LAYERLOOP_CACHE": "cluster.cache_claim",
+    "TORCHINDUCTOR_CACHE_DIR": "cluster.cache_claim", KFP_API: "cluster.kfp_api",
+    "HOME": "the image", "PATH": "the image",
 }  # fmt: skip
 
 
@@ -229,6 +232,9 @@ class Cluster(Record):
     kfp_api: Api | None = None  # None: the stock one, inside a cluster
     pipeline_root: Root | None = None  # None: the installation's
     weights_claim: Name | None = "layerloop-weights"  # PVC with the base model's files, mounted read-write at /weights
+    cache_claim: Name | None = (
+        None  # PVC on a disk of the node, at /cache: steps copy the base there, once for the node
+    )
     retries: int = Field(default=3, ge=0, le=8)  # steps are idempotent, so a retry continues
     timeout_hours: dict[str, Hours] = {}  # by step, where it differs from the step table
     forward_seconds: float = Field(default=0.32, gt=0)  # one forward at 640 pixels (public figure: H100), for estimates
@@ -346,6 +352,17 @@ class Cluster(Record):
             kubernetes.mount_pvc(task, pvc_name=self.weights_claim, mount_path="/weights")
         if STEPS[step].loads_base:  # without a volume, /tmp is where the image's user may write
             task.set_env_variable("HF_HOME", "/weights/huggingface" if self.weights_claim else "/tmp/huggingface")
+            self._cache(step, task)
+
+    def _cache(self, step: str, task: dsl.PipelineTask) -> None:
+        """The volume of the node's disk; compiled kernels are kept there, or where the weights are."""
+        gpus = self.gpus_of(step)
+        if self.cache_claim and gpus:
+            kubernetes.mount_pvc(task, pvc_name=self.cache_claim, mount_path=CACHE_FOLDER)
+            task.set_env_variable("LAYERLOOP_CACHE", CACHE_FOLDER)
+        kept = CACHE_FOLDER if self.cache_claim else "/weights" if self.weights_claim else None
+        if kept and gpus:
+            task.set_env_variable("TORCHINDUCTOR_CACHE_DIR", f"{kept}/inductor")
 
     def _nodes(self, step: str, task: dsl.PipelineTask) -> None:
         gpus, own = self.gpus_of(step), self._own(step)

@@ -19,9 +19,11 @@ import yaml
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.recipe import Recipe, parse_recipe, parse_recipe_runtime
+from layerloop.components.schema.record import validate
 from layerloop.components.schema.run_recipe import packaged_recipes
 from layerloop.components.schema.runtime import JudgeRuntime, checked_values, flat, merged, runtime_key, split_runtime
 from layerloop.components.storage.runtime import runtime_values
+from layerloop.pipelines.plan import Assumptions
 
 
 def runtime_text() -> str:
@@ -100,6 +102,25 @@ def _changed(text: str, changes: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if recipe != yaml.safe_load(text):
         text = yaml.safe_dump(recipe, sort_keys=False)
     return text, checked_values(merged(found, runtime), where="runtime")
+
+
+def plan_assumptions(changes: Sequence[str]) -> tuple[Assumptions, list[str]]:
+    """The plan's assumptions with the changes that begin with `plan.`, and the other changes.
+
+    Raises:
+        LayerloopError: no such assumption, or an impossible value.
+    """
+    ours = [change for change in changes if change.startswith("plan.")]
+    values: dict[str, Any] = {}
+    for change in ours:
+        key, separator, value = change.removeprefix("plan.").partition("=")
+        if not separator:
+            raise LayerloopError(f"--set {change!r} is no change: write it as plan.tflops=600")
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise LayerloopError(f"--set plan.{key}: {value!r} is no YAML value: quote it") from None
+    return validate(Assumptions, values, where="plan"), [change for change in changes if change not in ours]
 
 
 def _value_of(keys: Sequence[str], text: str) -> Any:

@@ -26,6 +26,7 @@ from kfp.local import status, subprocess_task_handler
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.steps import STEPS
+from layerloop.pipelines.gpus import GpuPool, visible_gpus
 from layerloop.pipelines.packages import check_parameters, count_tasks, read_spec
 
 # Libraries' own bars and advice, which say nothing about the job; images/ sets the same.
@@ -177,6 +178,7 @@ class _Run:
     started: int = 0
     live: dict[int, subprocess.Popen[str]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    gpus: GpuPool = field(default_factory=lambda: GpuPool(visible_gpus()))
 
     def step(self, argv: list[str], environment: dict[str, str]) -> None:
         """Run one step to its end, reporting as it goes.
@@ -194,9 +196,14 @@ class _Run:
             title = _title(step, executor_input)
             self._say(f"[{number:2}/{self.total}] {title}")
         log, label = self.folder / f"{number:02}-{step}.log", _label(executor_input)
-        began = time.monotonic()
-        exit_status, last, start = self._process(number, argv, environment, log, label)
-        seconds = time.monotonic() - began
+        workers = executor_input.get("inputs", {}).get("parameterValues", {}).get("workers", 1)
+        with self.gpus.lend(step, int(workers)) as own:
+            with self.lock:
+                if self.failure is not None:  # of a worker whose turn it was
+                    raise self.failure
+            began = time.monotonic()
+            exit_status, last, start = self._process(number, argv, {**environment, **own}, log, label)
+            seconds = time.monotonic() - began
         with self.lock:
             if exit_status == 0:
                 self._say(f"        {label}done in {seconds:.1f} s")

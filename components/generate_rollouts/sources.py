@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from layerloop.components.layers.stack import resize
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.recipe import Recipe
 from layerloop.components.storage.images import decode_png
 from layerloop.components.storage.shards import read_shard
 from layerloop.components.storage.stores import Store
@@ -26,8 +28,11 @@ def train_images(sources: Manifest) -> int:
     return count
 
 
-def read_images(store: Store, sources: Manifest, wanted: Sequence[int]) -> Iterator[tuple[int, str, np.ndarray]]:
-    """(number, key, `(H, W, 3 or 4)` uint8) of the wanted images of the train split, by ascending number.
+def read_images(
+    store: Store, sources: Manifest, wanted: Sequence[int], recipe: Recipe
+) -> Iterator[tuple[int, str, np.ndarray]]:
+    """(number, key, `(H, W, 3 or 4)` uint8) of the wanted images of the train split, by ascending number, in the size
+    that the recipe samples.
 
     Each shard that holds one of them is read once.
     """
@@ -40,4 +45,19 @@ def read_images(store: Store, sources: Manifest, wanted: Sequence[int]) -> Itera
             continue
         for position, (key, members) in enumerate(read_shard(store, shard, required=("png",))):
             if position in inside:
-                yield end - shard.samples + position, key, decode_png(members["png"])
+                image = decode_png(members["png"])
+                yield (
+                    end - shard.samples + position,
+                    key,
+                    resize(image, sampled_size(image.shape[0], image.shape[1], recipe)),
+                )
+
+
+def sampled_size(height: int, width: int, recipe: Recipe) -> tuple[int, int]:
+    """(width, height) in which an image of the sources is sampled: its own, or with `recipe.rollout.resolution` the
+    longest side of that many pixels, each side rounded to `recipe.data.multiple`, one of it at least."""
+    if recipe.rollout.resolution is None:
+        return width, height
+    multiple, scale = recipe.data.multiple, min(1.0, recipe.rollout.resolution / max(height, width))
+    w, h = (max(1, round(side * scale / multiple)) * multiple for side in (width, height))
+    return w, h

@@ -172,8 +172,9 @@ def _sample(
 
     if not todo:
         return []
+    numbers = [plan.image for plan in todo]
     images = {
-        number: (key, image) for number, key, image in read_images(campaign.store, sources, [p.image for p in todo])
+        number: (key, image) for number, key, image in read_images(campaign.store, sources, numbers, campaign.recipe)
     }
     folder = campaign.rollouts_dir(iteration)
     bad_layers: list[float] = []

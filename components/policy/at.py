@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
-from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.campaign import BASE_COMMIT, Campaign
 from layerloop.components.storage.final_weights import SAMPLING, final_weights
-from layerloop.components.storage.folders import local_folder
+from layerloop.components.storage.folders import local_folder, node_copy
 from layerloop.components.storage.manifests import read_file
 
 if TYPE_CHECKING:  # steps import this file before they know whether there is work that needs torch
     import torch
 
+    from layerloop.components.policy.memory import Use
     from layerloop.components.policy.model import LayeredPolicy
 
 
@@ -69,7 +70,8 @@ def policy_at(
     from layerloop.components.policy.lora import train_adapter
 
     manifest = campaign.policy(iteration)
-    policy = loaded.policy if loaded else _load_base(campaign, device="cpu" if sharded else device)
+    use: Use = "update" if trainable else "evaluation" if delivered else "sampling"
+    policy = loaded.policy if loaded else _load_base(campaign, device="cpu" if sharded else device, use=use)
     _check_base(campaign, manifest, policy.fingerprint)
     prompt = _prompt_embedding(campaign, policy)
     sha256: str | None
@@ -85,12 +87,38 @@ def policy_at(
     return LoadedPolicy(policy, prompt, sha256, policy.fingerprint)
 
 
-def _load_base(campaign: Campaign, *, device: torch.device | str) -> LayeredPolicy:
+def _load_base(campaign: Campaign, *, device: torch.device | str, use: Use) -> LayeredPolicy:
+    """The recipe's base, of the commit that the first step resolved, from a copy on the node where there is one."""
+    from layerloop.components.policy.loading import base_files, base_folder
     from layerloop.components.policy.model import LayeredPolicy
 
     model = campaign.recipe.model
-    folder = local_folder(model.base) if "://" in model.base else None
+    if resolved := campaign.sources().metadata.get(BASE_COMMIT):
+        model = model.model_copy(update={"revision": str(resolved)})
+    folder = local_folder(model.base) if "://" in model.base else base_folder(model)
+    _check_gpu(campaign, folder, device, use)
+    try:
+        folder = node_copy(folder, base_files(folder))
+    except LayerloopError as error:
+        raise LayerloopError(f"recipe.model.base is {model.base}: {error}") from error.__cause__
     return LayeredPolicy.load(model, campaign.runtime.model, device=device, folder=folder)
+
+
+def _check_gpu(campaign: Campaign, folder: Path, device: torch.device | str, use: Use) -> None:
+    """Raises LayerloopError where `device` is a GPU with less free memory than the step takes."""
+    import torch
+
+    from layerloop.components.policy.loading import read_json
+    from layerloop.components.policy.memory import check_gpu, gpu_bytes
+    from layerloop.components.policy.size import TransformerSize
+
+    if torch.device(device).type != "cuda":
+        return
+    size = TransformerSize.of_config(read_json(folder / "transformer/config.json"))
+    free, total = torch.cuda.mem_get_info(device)
+    name = f"{device} ({torch.cuda.get_device_name(device)})"
+    needed = gpu_bytes(size, campaign.recipe, campaign.runtime, use)
+    check_gpu(needed, use=use, free=free, total=total, name=name)
 
 
 def _check_base(campaign: Campaign, manifest: Manifest, fingerprint: str) -> None:

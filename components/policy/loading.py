@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import re
+import time
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from layerloop.components.policy.float8 import Float8Linear, use_float8
+from layerloop.components.policy.weights import read_weights
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe
 
@@ -54,6 +58,12 @@ def base_folder(model: ModelRecipe, *, parts: Collection[str] = tuple(BASE)) -> 
             f"recipe.model.base is {base!r}: no such folder; give 'tiny', a folder, an s3:// URI, or a Hugging Face id"
         )
     return _from_hub(model, parts)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit whose files a folder of the hub's cache holds; None of any other folder."""
+    commit = folder.name if folder.parent.name == "snapshots" else ""
+    return commit if re.fullmatch(r"[0-9a-f]{40}", commit) else None
 
 
 def from_hub(model: ModelRecipe) -> bool:
@@ -184,10 +194,17 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def load_base(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any, Any]:
-    """(transformer, VAE, scheduler) from a local diffusers folder, unchanged.
+def load_base(
+    folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu", float8: bool = False
+) -> tuple[Any, Any, Any]:
+    """(transformer, VAE, scheduler) from a local diffusers folder: what diffusers' `from_pretrained` makes of it, bit
+    for bit, read from the files' beginning to their end straight into place (weights.py).
 
     The scheduler is the shipped one: its kind of time shift differs between models that share all else.
+
+    Args:
+        device: where the modules go; tensor by tensor, so that the host never holds the model.
+        float8: store the linear weights of the transformer's blocks in float8, cast before they reach the device.
 
     Raises:
         LayerloopError: a file is missing or broken, or the weights are not those of the config.
@@ -195,23 +212,58 @@ def load_base(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 
     check_base(folder)
-    loaded: list[Any] = []
+    modules: list[torch.nn.Module] = []
     for part, kind in (("transformer", QwenImageTransformer2DModel), ("vae", AutoencoderKLQwenImage)):
         with _loading_errors(folder / part):
-            module, found = kind.from_pretrained(
-                folder, subfolder=part, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
-        for state, what in (("missing_keys", "lack"), ("unexpected_keys", "have"), ("mismatched_keys", "have another")):
-            if keys := sorted(map(str, found[state])):  # diffusers only warns, and draws missing weights at random
-                raise LayerloopError(
-                    f"the weights in {folder / part} {what} {keys[0]}, unlike its config: fetch it again"
-                )
-        loaded.append(module)
+            modules.append(_load_module(kind, folder, part, dtype=dtype, device=device, float8=float8))
     with _loading_errors(folder / "scheduler"):
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(
             folder, subfolder="scheduler", local_files_only=True
         )
-    return loaded[0], loaded[1], scheduler
+    return modules[0], modules[1], scheduler
+
+
+def _load_module(
+    kind: Any, folder: Path, part: str, *, dtype: torch.dtype, device: torch.device | str, float8: bool
+) -> torch.nn.Module:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():  # as diffusers: parameters on the meta device, what is computed for real
+        module: torch.nn.Module = kind.from_config(kind.load_config(folder, subfolder=part))
+    module.register_to_config(_name_or_path=folder)  # type: ignore[operator]
+    if float8 and part == "transformer":
+        use_float8(module)
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+
+    def take(name: str, tensor: torch.Tensor) -> None:
+        found[name] = tuple(tensor.shape)
+        if expected.get(name) == found[name]:
+            _put(module, name, tensor.to(dtype) if tensor.is_floating_point() else tensor, device)
+
+    read_weights(weight_files(folder, part), take)
+    for keys, what in (
+        (expected.keys() - found.keys(), "lack"),
+        (found.keys() - expected.keys(), "have"),
+        ({name for name, shape in found.items() if expected.get(name, shape) != shape}, "have another"),
+    ):
+        if keys:
+            raise LayerloopError(
+                f"the weights in {folder / part} {what} {min(keys)}, unlike its config: fetch it again"
+            )
+    return module.eval().to(device)  # buffers, which no file holds
+
+
+def _put(module: torch.nn.Module, name: str, tensor: torch.Tensor, device: torch.device | str) -> None:
+    """Make `tensor` the parameter or buffer `name`, on `device`."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(owner, Float8Linear) and leaf == "weight":
+        owner.store(tensor, device)
+    elif leaf in owner._parameters:
+        owner._parameters[leaf] = torch.nn.Parameter(tensor.to(device), requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor.to(device)
 
 
 def load_text(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -237,6 +289,11 @@ def _loading_errors(where: Path) -> Iterator[None]:
     """Raise a loader's errors about broken files as a LayerloopError of one line."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise LayerloopError(
+            f"{where} does not fit the GPU's memory ({reason}): end what else runs on it, or take a larger one"
+        ) from None
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise LayerloopError(f"{where} cannot be loaded ({reason}): fetch it again") from error
@@ -245,17 +302,32 @@ def _loading_errors(where: Path) -> Iterator[None]:
 def fingerprint(folder: Path) -> str:
     """SHA-256, hex, over relative names and contents of all files that decide what the frozen base computes.
 
+    Those of large files are kept beside them, in `.layerloop-sha256.json` of the folder, so that not every pod reads
+    41 GB for them; one is taken from there while its file has the size and the times that it had then.
+
     Raises:
         LayerloopError: naming the first missing file.
     """
-    files = [folder / part / name for part, name in BASE.items()]
-    files += [file for part in ("transformer", "vae") for file in weight_files(folder, part)]
+    files = base_files(folder)
+    digests = _kept_digests(folder)
+    missing = [file for file in files if file not in digests]
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter lock; 40 GB in shards
-        digests = list(pool.map(_sha256, files))
+        digests |= dict(zip(missing, pool.map(_sha256, missing), strict=True))
+    _keep_digests(folder, {file: digests[file] for file in files})
     total = hashlib.sha256()
-    for file, digest in sorted(zip(files, digests, strict=True)):
-        total.update(f"{file.relative_to(folder).as_posix()} {digest}\n".encode())
+    for file in sorted(files):
+        total.update(f"{file.relative_to(folder).as_posix()} {digests[file]}\n".encode())
     return total.hexdigest()
+
+
+def base_files(folder: Path) -> list[Path]:
+    """All files that decide what the frozen base computes, configs first.
+
+    Raises:
+        LayerloopError: naming the first missing file.
+    """
+    files = [_require_file(folder / part / name) for part, name in BASE.items()]
+    return files + [file for part in ("transformer", "vae") for file in weight_files(folder, part)]
 
 
 def _sha256(file: Path) -> str:
@@ -264,3 +336,44 @@ def _sha256(file: Path) -> str:
         return blob  # the hub's cache names large files by their sha256
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+DIGESTS = ".layerloop-sha256.json"
+WORTH_KEEPING = 2**28  # bytes of a file whose sha256 is kept: it takes a second and more
+SETTLED = 2.0  # seconds since a file's last change: within a clock's step it may change again and look the same
+
+
+def _state(file: Path) -> dict[str, int]:
+    """What changes whenever a file's content does."""
+    found = file.stat()
+    return {"bytes": found.st_size, "modified_ns": found.st_mtime_ns, "changed_ns": found.st_ctime_ns}
+
+
+def _kept_digests(folder: Path) -> dict[Path, str]:
+    """Digests that still hold, of those kept beside the files."""
+    try:
+        kept = json.loads((folder / DIGESTS).read_bytes())
+        return {
+            folder / name: str(entry["sha256"])
+            for name, entry in kept.items()
+            if (folder / name).is_file() and entry == _state(folder / name) | {"sha256": entry["sha256"]}
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _keep_digests(folder: Path, digests: Mapping[Path, str]) -> None:
+    """Keep the digests of large files that have not changed just now, if the folder can be written to."""
+    now, kept = time.time_ns(), {}
+    for file, sha256 in digests.items():
+        state = _state(file)
+        settled = now - max(state["modified_ns"], state["changed_ns"]) > SETTLED * 1e9
+        if not file.is_symlink() and state["bytes"] >= WORTH_KEEPING and settled:
+            kept[file.relative_to(folder).as_posix()] = state | {"sha256": sha256}
+    text = json.dumps(kept, indent=1, sort_keys=True).encode()
+    target = folder / DIGESTS
+    with contextlib.suppress(OSError):  # a read-only claim: every pod hashes, as before
+        if kept and (not target.is_file() or target.read_bytes() != text):
+            partial = folder / f"{DIGESTS}.{uuid.uuid4().hex}"
+            partial.write_bytes(text)
+            partial.replace(target)

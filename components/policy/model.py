@@ -23,7 +23,6 @@ import torch
 
 from layerloop.components.policy import schedule
 from layerloop.components.policy.autoencoder import FrameDecoder
-from layerloop.components.policy.float8 import store_in_float8
 from layerloop.components.policy.loading import DTYPES, base_folder, fingerprint, load_base
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe
@@ -104,12 +103,11 @@ class LayeredPolicy:
         folder = base_folder(model) if folder is None else folder
         runtime, dtype = runtime or ModelRuntime(), DTYPES[model.dtype]
         try:
-            transformer, vae, scheduler = load_base(folder, dtype=dtype)
+            # before any adapter is added, whose weights stay float32
+            transformer, vae, scheduler = load_base(folder, dtype=dtype, device=device, float8=model.fp8_base)
         except LayerloopError as error:  # a path in a cache means nothing to the reader
             raise LayerloopError(f"recipe.model.base is {model.base}: {error}") from error.__cause__
-        policy = cls(transformer=transformer.to(device), vae=vae.to(device), scheduler=scheduler, folder=folder)
-        if model.fp8_base:
-            store_in_float8(policy.transformer)  # before any adapter is added, whose weights stay float32
+        policy = cls(transformer=transformer, vae=vae, scheduler=scheduler, folder=folder)
         try:
             with _without_warnings("diffusers.models.modeling_utils"):  # it calls itself experimental every time
                 policy.transformer.set_attention_backend(runtime.attention)

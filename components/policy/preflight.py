@@ -17,6 +17,7 @@ from layerloop.components.policy.loading import (
     base_folder,
     check_configs,
     check_files,
+    commit_of,
     from_hub,
     read_json,
 )
@@ -27,11 +28,12 @@ from layerloop.components.schema.runtime import ModelRuntime
 
 def preflight(
     recipe: Recipe, runtime: ModelRuntime | None = None, *, folder: Path | None = None, start: Path | None = None
-) -> None:
+) -> str | None:
     """Refuse what later steps could not start from: a base that is missing, incomplete, of another kind, or for other
     image sides than the recipe's; LoRA targets that it does not have; an adapter to start from that does not fit.
 
     From the Hugging Face hub only the base's configs and tokenizer are fetched; the weights are not looked for there.
+    Returns the commit that they are of, None for a base that is not of the hub.
 
     Args:
         folder: a local copy of the base that the caller fetched, for a base that is an object store's URI.
@@ -59,6 +61,7 @@ def preflight(
             f"{sides}: choose {sides} or a multiple of it"
         )
     _check_lora(recipe, transformer, start)
+    return commit_of(folder) if hub else None
 
 
 def _modules_without_weights(folder: Path) -> tuple[Any, Any]:

@@ -313,7 +313,8 @@ def _added_inside(layer: Any, x: Tensor) -> Tensor:
 def _off_by_the_bound(layer: Any, x: Tensor) -> Tensor:
     """A float32 layer that is off by what two ways to compute it may differ by, with signs at random."""
     a, b, scale = _factors(layer)
-    weight, bias = layer.base_layer.weight.float(), layer.base_layer.bias  # stored in float8, perhaps
+    base, bias = layer.base_layer, layer.base_layer.bias
+    weight = base.dequantised() if isinstance(base, Float8Linear) else base.weight.float()
     size = x.abs() @ weight.abs().T
     if bias is not None:
         size = size + bias.abs()

@@ -26,7 +26,7 @@ from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 from layerloop.components.schema.runtime import Runtime, flat, merged
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.schema.steps import STEPS
-from layerloop.components.shard_dataset.base import CheckedBase
+from layerloop.components.shard_dataset.base import CheckedBase, base_commit
 from layerloop.components.shard_dataset.duplicates import DuplicateIndex
 from layerloop.components.shard_dataset.files import printable
 from layerloop.components.shard_dataset.inputs import Inputs, absolute_uri, find_inputs, read_items
@@ -43,7 +43,7 @@ from layerloop.components.shard_dataset.samples import (
     prepare_image,
 )
 from layerloop.components.shard_dataset.spool import Spool
-from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
+from layerloop.components.storage.campaign import BASE_COMMIT, MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.manifests import add_file, already_committed, commit, describe_file
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.shards import existing_shard, write_shard
@@ -180,6 +180,7 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, benchmark: s
         embedding = base.embed_prompt() if base else None
         campaign = Campaign.create_or_open(store.uri, chosen, runtime)
         prompt = add_file(store, PROMPT, embedding) if embedding is not None else describe_file(store, PROMPT)
+        base_at = base_commit(embedding if embedding is not None else store.read(PROMPT))
         splits = {"train": train, "holdout": holdout, "designs": truths.keys}
         splits |= {"benchmark": pictures.keys} if asked else {}
         shards = [shard for split, keys in splits.items() for shard in _write_split(campaign, spool, split, keys)]
@@ -201,6 +202,7 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, benchmark: s
             "designs_sha256": layered.sha256 if layered else "",
             "benchmark": asked.uri if asked else "",
             "benchmark_sha256": asked.sha256 if asked else "",
+            **({BASE_COMMIT: base_at} if base_at else {}),
         },
     )
     return commit(store, f"{campaign.sources_dir}/{MANIFEST}", manifest)

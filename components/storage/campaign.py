@@ -18,6 +18,7 @@ from layerloop.components.storage.stores import MissingObjectError, Store, open_
 
 RECIPE = "recipe.json"
 MANIFEST = "manifest.json"
+BASE_COMMIT = "base_commit"  # of the sources' metadata: what `recipe.model.revision` of the hub was when they were made
 _ITERATION = re.compile(r"\d{6}")
 _PUBLICATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from layerloop.components.schema.errors import LayerloopError
@@ -62,6 +63,84 @@ def local_folder(uri: str, *, cache: Path | None = None) -> Path:
                 store.download(name, path)
         partial.rename(final)
     return final
+
+
+# ---- a copy on the node, of files on a slow claim
+
+PIECE = 16 * 2**20  # bytes of one read
+
+
+def node_copy(folder: Path, files: Sequence[Path]) -> Path:
+    """A copy of `files`, which lie in `folder`, under `$LAYERLOOP_CACHE`: the folder that has them, in the same places.
+
+    `folder` itself where the variable is not set, or where both are on one disk, since a copy would be no quicker. All
+    steps and ranks of a node share a copy: one makes it, under a lock, while the others wait. Each file is read once
+    from its beginning to its end, and what was written is read back and compared before the copy counts; a copy that
+    was interrupted is continued file by file.
+
+    Raises:
+        LayerloopError: the cache cannot be written to, is full, or returns other bytes than were written.
+    """
+    if not os.environ.get("LAYERLOOP_CACHE"):
+        return folder
+    base = cache_folder() / "bases"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        if _same_disk(files[0], base):
+            return folder
+        states = {file.relative_to(folder).as_posix(): file.stat() for file in files}
+        text = "\n".join([str(folder.resolve()), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in states.items())])
+        final = base / hashlib.sha256(text.encode()).hexdigest()[:32]
+        with final.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not final.is_dir():
+                _fill_copy(folder, states, final)
+    except OSError as error:
+        raise LayerloopError(
+            f"LAYERLOOP_CACHE is {cache_folder()}, where {folder} cannot be copied ({error.strerror}): make the volume "
+            "writable, give it more space, or leave the variable out"
+        ) from None
+    return final
+
+
+def _fill_copy(folder: Path, states: Mapping[str, os.stat_result], final: Path) -> None:
+    partial = final.with_suffix(".partial")
+    todo = {name: state for name, state in states.items() if not (partial / name).is_file()}
+    needed, free = sum(state.st_size for state in todo.values()), shutil.disk_usage(final.parent).free
+    if free < needed:
+        raise LayerloopError(
+            f"LAYERLOOP_CACHE is {cache_folder()}, which has {free / 1e9:.1f} GB left where {folder} takes "
+            f"{needed / 1e9:.1f} GB: give the volume more space, remove old copies from its bases/, or leave the "
+            "variable out"
+        )
+    for name in todo:
+        _copy_file(folder / name, partial / name)
+    partial.mkdir(parents=True, exist_ok=True)
+    partial.rename(final)
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy one file; it has its name only once its bytes were read back."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unchecked, digest = target.with_name(f"{target.name}.unchecked"), hashlib.sha256()
+    with source.open("rb", buffering=0) as read, unchecked.open("wb") as write:
+        while piece := read.read(PIECE):
+            digest.update(piece)
+            write.write(piece)
+        write.flush()
+        os.fsync(write.fileno())
+    with unchecked.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").digest() != digest.digest():
+            unchecked.unlink()
+            raise LayerloopError(
+                f"LAYERLOOP_CACHE is {cache_folder()}, which returns other bytes of {target.name} than were written: "
+                "its disk is faulty, name another volume"
+            )
+    unchecked.rename(target)
+
+
+def _same_disk(one: Path, other: Path) -> bool:
+    return one.stat().st_dev == other.stat().st_dev
 
 
 def _from_hub(uri: str) -> Path:

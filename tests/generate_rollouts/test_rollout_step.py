@@ -486,3 +486,21 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path) -> None:  # type: 
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and "has no recipe.json" in lines[0]
+
+
+def test_images_are_sampled_at_the_recipes_resolution(make_campaign) -> None:  # type: ignore[no-untyped-def]
+    """Sources keep their size, which evaluations take; all that a group stores is of the smaller one."""
+    full, small = make_campaign(sizes=((32, 48),)), make_campaign(sizes=((32, 48),), rollout={"resolution": 32})
+    for campaign in (full, small):
+        run(campaign=campaign.uri)
+    sizes = {
+        campaign.uri: {
+            (record["height"], record["width"], decode_png(members["source.png"]).shape[:2])
+            for key, members in samples(campaign).items()
+            if "source.png" in members
+            for record in [json.loads(members["json"])]
+        }
+        for campaign in (full, small)
+    }
+    assert sizes == {full.uri: {(32, 48, (32, 48))}, small.uri: {(16, 32, (16, 32))}}
+    assert torch.allclose(replayed(LayeredPolicy.load(small.recipe.model), small, 1), window_of(small, 1), atol=1e-5)

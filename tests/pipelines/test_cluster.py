@@ -183,6 +183,22 @@ def test_without_a_volume_of_weights_the_models_go_where_the_user_may_write(tmp_
     assert "HF_HOME" not in with_volume.variables("score_rollouts")
 
 
+def test_the_base_and_compiled_kernels_are_kept_on_the_nodes_disk(tmp_path: Path) -> None:
+    plain, cached = Compiled(tmp_path), Compiled(tmp_path, "cache_claim: node-disk")
+    bare = Compiled(tmp_path, "weights_claim: null")
+    for step in ("generate_rollouts", "update_lora", "evaluate_adapter"):
+        variables = cached.variables(step)
+        assert (variables["LAYERLOOP_CACHE"], variables["TORCHINDUCTOR_CACHE_DIR"]) == ("/cache", "/cache/inductor")
+        mounts = {mount["constant"]: mount["mountPath"] for mount in cached.settings[step]["pvcMount"]}
+        assert mounts == {"layerloop-weights": "/weights", "node-disk": "/cache"}
+        assert "LAYERLOOP_CACHE" not in plain.variables(step)
+        assert plain.variables(step)["TORCHINDUCTOR_CACHE_DIR"] == "/weights/inductor"
+        assert "TORCHINDUCTOR_CACHE_DIR" not in bare.variables(step)
+    for step in ("shard_dataset", "score_rollouts"):  # without a GPU: on whatever node
+        assert "LAYERLOOP_CACHE" not in cached.variables(step)
+        assert not {"node-disk"} & {mount["constant"] for mount in cached.settings[step].get("pvcMount", [])}
+
+
 def test_service_urls_go_to_every_step_and_kfps_own_to_the_first(tmp_path: Path) -> None:
     text = "service_urls: {AWS_REGION: eu-1}\nkfp_api: https://kfp.example.com\npipeline_root: s3://bucket/kfp"
     compiled = Compiled(tmp_path, text)
@@ -363,6 +379,10 @@ def test_what_the_example_offers_in_comments_is_taken(tmp_path: Path) -> None:
         ("gpu_resource: gpu", "cluster.gpu_resource: 'gpu' is no extended resource: write it as nvidia.com/gpu"),
         ("gpu_resource: nvidia gpu", "cluster.gpu_resource: 'nvidia gpu' is no extended resource"),
         ("service_urls: {AWS_SECRET_ACCESS_KEY: x}", "AWS_SECRET_ACCESS_KEY is set by the secret of cluster.secr"),
+        (
+            "service_urls: {LAYERLOOP_CACHE: /x}",
+            "cluster.service_urls.LAYERLOOP_CACHE is set by cluster.cache_claim: leave it out",
+        ),
         ("service_urls: {HF_HOME: /x}", "cluster.service_urls.HF_HOME is set by cluster.weights_claim: leave it out"),
         ("service_urls: {KFP_POD_NAME: x}", "cluster.service_urls.KFP_POD_NAME is set by Kubeflow: leave it out"),
         ("gpus: 1\ngpus: 2", "has the key gpus twice (line 3): keep one of them"),

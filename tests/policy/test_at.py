@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load, load_file, save
 
 from layerloop.components.evaluate_adapter import step as evaluate_adapter
@@ -23,6 +25,8 @@ from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.publish_adapter import step as publish_adapter
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import Recipe
+from layerloop.components.shard_dataset import step as shard_dataset
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import add_file
 from layerloop.components.update_lora import step as update_lora
@@ -311,3 +315,65 @@ def test_a_loaded_policy_is_an_argument_of_the_step_and_no_flag_of_its_command(
     with pytest.raises(SystemExit):
         step.main(argv=["--campaign", "c", "--loaded", "x"])  # type: ignore[attr-defined]
     assert "unrecognized arguments: --loaded x" in capsys.readouterr().err
+
+
+def test_the_base_is_loaded_from_a_copy_on_the_node(
+    make_campaign: MakeCampaign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign = make_campaign()
+    here = policy_at(campaign, 0, device="cpu")
+    monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("layerloop.components.storage.folders._same_disk", lambda one, other: False)
+    there = policy_at(campaign, 0, device="cpu")
+    assert there.policy.folder is not None and tmp_path / "cache" in there.policy.folder.parents
+    assert same(here, there)
+    (tmp_path / "full").write_bytes(b"")
+    monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "full"))
+    with pytest.raises(LayerloopError, match=r"^recipe\.model\.base is .*: LAYERLOOP_CACHE is .*full, where "):
+        policy_at(campaign, 0, device="cpu")
+
+
+def test_later_steps_load_the_commit_that_the_first_resolved(
+    make_campaign: MakeCampaign, random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the hub's cache lie two commits; `main` has moved on since the campaign's sources were made."""
+    repository, first, later = tmp_path / "hub/models--someone--some-model", "1" * 40, "2" * 40
+    for commit in (first, later):
+        shutil.copytree(random_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(first)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{number}.png")
+    recipe = Recipe.model_validate(
+        {
+            "name": "test", "model": {"base": "someone/some-model", "dtype": "float32"},
+            "data": {"resolution": 48, "holdout": 1},
+        }
+    )  # fmt: skip
+    shard_dataset.run(campaign=str(tmp_path / "begun"), recipe=recipe.to_json().decode(), images=str(images))
+    campaign = Campaign.open(str(tmp_path / "begun"))
+    assert campaign.recipe.model.revision is None
+    assert campaign.sources().metadata["base_commit"] == first
+    (repository / "refs/main").write_text(later)
+    loaded = policy_at(campaign, 0, device="cpu")
+    assert loaded.policy.folder is not None and loaded.policy.folder.name == first
+    (tmp_path / "begun/sources/manifest.json").unlink()  # an attempt that ended before its manifest
+    shard_dataset.run(campaign=str(tmp_path / "begun"), images=str(images))
+    assert campaign.sources().metadata["base_commit"] == first  # of the commit that embedded the prompt
+    assert "base_commit" not in make_campaign().sources().metadata
+
+
+def test_a_gpu_with_too_little_memory_is_refused_before_anything_is_loaded(
+    make_campaign: MakeCampaign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1_000_000_000, 48_000_000_000))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA L40S")
+    monkeypatch.setattr("layerloop.components.policy.at.node_copy", lambda folder, files: pytest.fail("was copied"))
+    with pytest.raises(LayerloopError) as caught:
+        policy_at(make_campaign(), 0, device=torch.device("cuda", 1), trainable=True)
+    assert str(caught.value).startswith("cuda:1 (NVIDIA L40S) has 1.0 of 48.0 GB free, update needs about 1.")

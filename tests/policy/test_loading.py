@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import QwenImageLayeredPipeline
+from diffusers import AutoencoderKLQwenImage, QwenImageLayeredPipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from layerloop.components.policy import loading
+from layerloop.components.policy import loading, weights
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.prompt import embed_prompt
 from layerloop.components.schema.errors import LayerloopError
@@ -185,3 +187,118 @@ def test_the_fingerprint_of_a_hub_snapshot_reads_no_weights(folder: Path, tmp_pa
         size = blob.stat().st_size
         blob.write_bytes(bytes(size))  # would show, were it read
     assert loading.fingerprint(folder) == fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_modules_are_those_that_diffusers_loads(random_folder: Path, dtype: torch.dtype) -> None:
+    ours = loading.load_base(random_folder, dtype=dtype)[:2]
+    kinds = (QwenImageTransformer2DModel, AutoencoderKLQwenImage)
+    for part, kind, module in zip(("transformer", "vae"), kinds, ours, strict=True):
+        theirs = kind.from_pretrained(random_folder, subfolder=part, dtype=dtype, local_files_only=True)
+        assert dict(module.config) == dict(theirs.config)
+        assert module.training == theirs.training is False
+        left, right = module.state_dict(), theirs.state_dict()
+        assert list(left) == list(right)
+        for name, tensor in right.items():
+            assert left[name].dtype == tensor.dtype
+            assert torch.equal(left[name], tensor)
+        assert {name: p.dtype for name, p in module.named_buffers()} == {n: p.dtype for n, p in theirs.named_buffers()}
+        assert not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+
+
+def test_weights_in_several_files_are_read_from_each(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "PIECE", 1000)  # most tensors take many reads
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    state, names = load_file(file), {}
+    for part, keys in enumerate((sorted(state)[::2], sorted(state)[1::2]), start=1):
+        name = f"diffusion_pytorch_model-0000{part}-of-00002.safetensors"
+        save_file({key: state[key] for key in keys}, file.with_name(name))
+        names |= dict.fromkeys(keys, name)
+    file.unlink()
+    Path(f"{file}.index.json").write_text(json.dumps({"weight_map": names}))
+    loaded = load(folder).transformer.state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1], "is truncated: fetch it again"),
+        (lambda data: data[:5], "is not a safetensors file"),
+        (lambda data: b"\xff" * 8 + data[8:], "is not a safetensors file"),
+        (lambda data: data[:8] + b"[" + data[9:], "is not a safetensors file"),
+        (lambda data: data.replace(b'"F16"', b'"F32"'), "is not a safetensors file"),
+        (lambda data: data.replace(b'"F16"', b'"F17"'), "is not a safetensors file"),
+    ],
+    ids=["end", "start", "length", "json", "size", "dtype"],
+)
+def test_a_damaged_file_of_weights_is_named(folder: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(LayerloopError) as caught:
+        load(folder)
+    assert f"{file} {message}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_that_is_full_is_no_fault_of_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(loading, "_put", full)
+    with pytest.raises(LayerloopError, match=r"transformer does not fit the GPU's memory \(CUDA out of memory\. Tried"):
+        load(folder)
+
+
+@pytest.fixture
+def keeping(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose every file is worth keeping the sha256 of, and has not changed for long."""
+    monkeypatch.setattr(loading, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(loading, "SETTLED", 0.0)
+    return folder
+
+
+def test_a_fingerprint_is_kept_beside_its_files(keeping: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = loading.fingerprint(keeping)
+    assert json.loads((keeping / loading.DIGESTS).read_bytes()).keys() >= {"vae/config.json"}
+    read: list[Path] = []
+    monkeypatch.setattr(loading, "_sha256", lambda file: read.append(file) or "0" * 64)
+    assert loading.fingerprint(keeping) == first and not read
+    (keeping / "vae/config.json").write_bytes((keeping / "vae/config.json").read_bytes())  # written again: read again
+    loading.fingerprint(keeping)
+    assert read == [keeping / "vae/config.json"]
+
+
+def test_a_kept_fingerprint_never_hides_a_change(keeping: Path) -> None:
+    first = loading.fingerprint(keeping)
+    file = keeping / "vae/diffusion_pytorch_model.safetensors"
+    times, data = file.stat(), bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # same size, same time of modification
+    assert loading.fingerprint(keeping) != first
+
+
+def test_a_fingerprint_that_cannot_be_kept_is_computed(keeping: Path) -> None:
+    first = loading.fingerprint(keeping)
+    for damage in (b"{", b"[]", b'{"vae/config.json": 1}', b'{"vae/config.json": {"sha256": "0"}}'):
+        (keeping / loading.DIGESTS).write_bytes(damage)
+        assert loading.fingerprint(keeping) == first
+    (keeping / loading.DIGESTS).unlink()
+    (keeping / loading.DIGESTS).mkdir()  # nothing can be written there, whoever asks
+    assert loading.fingerprint(keeping) == first
+
+
+def test_what_has_just_changed_or_is_small_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading.fingerprint(folder)
+    assert not (folder / loading.DIGESTS).exists()
+    monkeypatch.setattr(loading, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(loading, "SETTLED", 3600.0)
+    loading.fingerprint(folder)
+    assert not (folder / loading.DIGESTS).exists()
+
+
+def test_the_commit_of_a_snapshot_is_its_folders_name(tmp_path: Path) -> None:
+    assert loading.commit_of(tmp_path / "snapshots" / ("a1" * 20)) == "a1" * 20
+    assert loading.commit_of(tmp_path / "snapshots" / "main") is None
+    assert loading.commit_of(tmp_path / ("a1" * 20)) is None

@@ -37,6 +37,10 @@ from layerloop.components.schema.recipe import Recipe, parse_recipe, recipe_diff
             "recipe.rollout.group_size is 1: input should be greater than",
         ),
         ("name: x\nrollout: {min_layers: 5, max_layers: 3}", "recipe.rollout.min_layers is 5 but max_layers is 3"),
+        (
+            "name: x\nrollout: {resolution: 800}",
+            "recipe.rollout.resolution is 800 but the pictures are of 640 pixels (data.resolution): choose at most",
+        ),
         ("name: x\njudge: {min_valid: 9}", "recipe.judge.min_valid is 9 but rollout.group_size is 8: choose 2..8"),
         ("name: x\nupdate: {adam_betas: [0.9, 1.0]}", "recipe.update.adam_betas has 1.0"),
         (
