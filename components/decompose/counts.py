@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from layerloop.components.layers.measure import bad_layers, blank, duplicate_layers, recomposition_error
+from layerloop.components.layers.flags import blank, flags_of
+from layerloop.components.layers.measure import recomposition_error
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -19,8 +20,7 @@ class Trial:
     """A decomposition into `layers` layers, by the measures of the evaluation, at the model's own size."""
 
     layers: int
-    bad_layers: int
-    duplicate_layers: int
+    bad_layers: int  # blank, glazed, duplicate or idle
     recomposition_error: float
 
     def record(self) -> dict[str, Any]:
@@ -32,15 +32,14 @@ def measured(stack: Pixels, source: Pixels) -> Trial:
     """The trial of a decomposition `(L, h, w, 4)` of `source` `(h, w, 3)`."""
     return Trial(
         len(stack),
-        int(bad_layers(stack)),
-        int(duplicate_layers(stack, source)),
+        int(flags_of(stack, source).bad.sum()),
         recomposition_error(stack, source),
     )
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """The trial with the fewest bad layers and copies of the picture; of those, with the least recomposition error."""
-    return min(trials, key=lambda t: (t.bad_layers + t.duplicate_layers, t.recomposition_error, t.layers))
+    """The trial with the fewest bad layers; of those, with the least recomposition error."""
+    return min(trials, key=lambda t: (t.bad_layers, t.recomposition_error, t.layers))
 
 
 def choose_count(stacks: Mapping[int, Pixels], source: Pixels) -> tuple[Pixels, Trial, list[Trial]]:

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from layerloop.components.layers.measure import FAINT, SOLID
+from layerloop.components.layers.planes import FAINT, SOLID
 from layerloop.components.layers.stack import Pixels, check_stack, composite, on_backdrop, resize
 from layerloop.components.schema.errors import LayerloopError
 

@@ -162,15 +162,17 @@ def test_folders_have_names_that_every_system_takes(origin: str, stem: str) -> N
 
 
 def test_the_count_without_bad_layers_and_with_the_least_error_is_kept() -> None:
-    trials = [Trial(2, 0, 0, 0.05), Trial(3, 0, 0, 0.03), Trial(4, 1, 0, 0.01), Trial(5, 0, 1, 0.01)]
+    trials = [Trial(2, 0, 0.05), Trial(3, 0, 0.03), Trial(4, 1, 0.01), Trial(5, 1, 0.01)]
     assert best(trials).layers == 3
     assert best(trials[2:]).layers == 4
-    assert best([Trial(4, 2, 0, 0.01), Trial(5, 1, 0, 0.9)]).layers == 5
+    assert best([Trial(4, 2, 0.01), Trial(5, 1, 0.9)]).layers == 5
 
 
 def test_counts_are_measured_on_the_models_own_layers() -> None:
     source = np.full((8, 8, 3), 90, np.uint8)
+    source[4:] = 10
     good = np.full((2, 8, 8, 4), 90, np.uint8)
+    good[1, ..., :3] = 10
     good[..., 3] = 255
     good[1, :4] = 0
     blank = np.concatenate([good, np.zeros((1, 8, 8, 4), np.uint8)])
