@@ -56,8 +56,7 @@ def say_what_was_made(run: LocalRun, job: Job) -> None:
     evaluation = Manifest.from_json(run.last("evaluate_adapter").output("evaluation"), where="evaluation manifest")
     published = Manifest.from_json(run.last("publish_adapter").output("adapter"), where="adapter manifest")
     root = absolute(job.campaign).removeprefix("file://").rstrip("/")
-    folder = published.file("README.md").name.rsplit("/", 1)[0]
     print()
     print(f"campaign {root}: iteration {published.iteration}, {len(run.steps)} steps in {run.seconds:.0f} s")
     print(f"report   {root}/{evaluation.file('report.html').name}")
-    print(f"adapter  {root}/{folder}", flush=True)
+    print(f"adapter  {root}/published/{published.metadata['name']}", flush=True)

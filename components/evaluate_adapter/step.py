@@ -38,9 +38,10 @@ from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.steps import STEPS
-from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.images import encode_png
-from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
+from layerloop.components.storage.lease import EVALUATION, hold
+from layerloop.components.storage.manifests import add_folder, read_file
 from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
@@ -89,9 +90,17 @@ def run(
             f"campaign {opened.uri} has no adapter to evaluate (iteration {current}): train an iteration first"
         )
     folder = opened.evaluation_dir(_evaluation_name(current))
-    if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
+    if (done := opened.already_committed(folder, log=log)) is not None:
+        return _result(opened, done, fail_when_worse)
+    with hold(opened.store, EVALUATION, log=log):
+        done = opened.already_committed(folder, log=log)  # by the run that held it until now
+        if done is None and (done := _evaluate(opened, current, loaded)) is None:
+            return StepResult()
         return _result(opened, done, fail_when_worse)
 
+
+def _evaluate(opened: Campaign, current: int, loaded: LoadedPolicy | None) -> Manifest | None:
+    """Evaluate an iteration and commit the evaluation; None on other ranks than the first. Raises as `run`."""
     clock = Clock()
     with process_group() as device:
         with failing_together(), clock.time("loading"):
@@ -102,11 +111,10 @@ def run(
             log(f"evaluating iteration {current} on {_case_counts(cases)}")
         sampled = _sample_both_models(opened, current, cases, loaded, clock)
     if rank() != 0:
-        return StepResult()
+        return None
     measured = _measure_both_models(opened, current, cases, sampled, clock)
     facts = provenance(opened.recipe, loaded.policy, opened.policy(current), cases, clock)
-    manifest = _commit(opened, current, cases, loaded, sampled, measured, facts)
-    return _result(opened, manifest, fail_when_worse)
+    return _commit(opened, current, cases, loaded, sampled, measured, facts)
 
 
 def _evaluation_name(iteration: int) -> str:
@@ -218,11 +226,11 @@ def _commit(
         kind="evaluation",
         iteration=iteration,
         shards=(*sampled.base, *sampled.tuned),
-        files=tuple(add_file(campaign.store, f"{folder}/{file}", data) for file, data in files.items()),
+        files=add_folder(campaign.store, folder, files),
         counts={"designs": report.counts["designs"], "pictures": report.counts["pictures"], "sheets": len(shown)},
         metadata={"base_fingerprint": loaded.base_fingerprint, "adapter_sha256": loaded.adapter_sha256},
     )
-    return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
+    return campaign.commit(folder, manifest)
 
 
 def _report(
