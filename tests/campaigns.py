@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +28,10 @@ from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.final_weights import AVERAGE, SAMPLING
 from layerloop.components.storage.groups import SampledGroup, samples_of
 from layerloop.components.storage.images import encode_png
-from layerloop.components.storage.manifests import add_file, commit
+from layerloop.components.storage.manifests import add_file, add_folder, commit
 from layerloop.components.storage.rollouts import commit_group, shard_name
 from layerloop.components.storage.shards import Sample, write_shard
+from layerloop.components.storage.stores import Store
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +78,22 @@ def trained_adapter(policy: LayeredPolicy, recipe: Recipe, *, seed: int, scale: 
         if ".lora_B." in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * scale
     return adapter_of(policy.transformer)
+
+
+def plain_name(name: str) -> str:
+    """An object's name without the hash of its content, in its own name or in that of a folder."""
+    return re.sub(r"-[0-9a-f]{16}(?=\.)|(?<=/)[0-9a-f]{16}/", "", name)
+
+
+def named(store: Store, name: str) -> str:
+    """The one object that was written as `name`."""
+    (found,) = (n for n in store.list(f"{name.split('/')[0]}/") if plain_name(n) == name)
+    return found
+
+
+def policy_folder(campaign: Campaign, iteration: int) -> Path:
+    """The folder of a committed adapter, of a campaign in a folder."""
+    return (Path(campaign.uri) / campaign.policy(iteration).file(SAMPLING).name).parent
 
 
 class CampaignBuilder:
@@ -132,7 +150,7 @@ class CampaignBuilder:
 
         policy = LayeredPolicy.load(self.recipe.model)
         if iteration > 0:
-            put_adapter(policy.transformer, read_adapter(Path(self.uri) / self.campaign.policy_dir(iteration)))
+            put_adapter(policy.transformer, read_adapter(policy_folder(self.campaign, iteration)))
         return policy
 
     def rollouts(self, iteration: int, *, policy: LayeredPolicy | None = None, change: Change | None = None) -> None:
@@ -240,7 +258,7 @@ class CampaignBuilder:
             for name, content in data.items():
                 (folder / name).write_bytes(content)
         where = self.campaign.policy_dir(iteration)
-        files = tuple(add_file(self.store, f"{where}/{name}", content) for name, content in data.items())
+        files = add_folder(self.store, where, data)
         manifest = Manifest(
             kind="policy",
             iteration=iteration,
@@ -255,7 +273,7 @@ class CampaignBuilder:
 
     def adapter_weights(self, iteration: int) -> bytes:
         """The file of a committed adapter's weights."""
-        return self.store.read(f"{self.campaign.policy_dir(iteration)}/{SAMPLING}")
+        return self.store.read(self.campaign.policy(iteration).file(SAMPLING).name)
 
     def committed(self, iteration: int) -> bool:
         """Whether the policy of an iteration is committed."""
@@ -426,7 +444,7 @@ def lay_out_by_worker(
         shards = []
         for number, group in enumerate(mine):
             name = f"{stem}-{number:06d}.tar"
-            store.write(name, store.read(shard_name(folder, group)))
+            store.write(name, store.read(groups[group].shards[0].name))
             shards.append(groups[group].shards[0].model_copy(update={"name": name}))
         facts = [groups[group].metadata for group in mine]
         sigmas: dict[str, Any] = {}

@@ -45,7 +45,7 @@ def decomposed_shards(
     batch_size: int,
     model: str,
 ) -> list[Shard]:
-    """Shards `<stem>-000000-<hash>.tar` ... of the cases' decompositions, one per chunk; those of an earlier attempt are kept.
+    """Shards `<stem>-000000-<hash>.tar` ... of the cases' decompositions, one per chunk; an earlier attempt's are kept.
 
     Every rank calls this and gets all shards; rank 0 writes them.
 

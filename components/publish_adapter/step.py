@@ -28,7 +28,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import Campaign, check_publication_name
-from layerloop.components.storage.final_weights import final_weights
+from layerloop.components.storage.final_weights import AVERAGE, final_weights
 from layerloop.components.storage.lease import PUBLICATION, hold
 from layerloop.components.storage.manifests import add_folder, place_files, read_file
 from layerloop.components.storage.stores import open_store
@@ -157,7 +157,7 @@ def _commit(campaign: Campaign, name: str, iteration: int, loaded: LoadedPolicy,
 
 
 def _averaged(weights: File) -> bool:
-    return not weights.name.endswith("/adapter_model.safetensors")
+    return weights.base_name == AVERAGE
 
 
 def _check_same(campaign: Campaign, done: Manifest, iteration: int) -> None:

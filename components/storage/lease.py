@@ -35,6 +35,7 @@ from layerloop.components.storage.store import Store
 
 TRAINING, EVALUATION, PUBLICATION = SCOPES = ("training", "evaluation", "publication")  # held independently
 FOLDER = "lease"
+_KEPT_CLAIMS = 8
 _CLAIM = re.compile(r"(\d{6,})\.json")
 
 
@@ -181,11 +182,10 @@ class _Lease:
         self._member = f"{claim.removesuffix('.json')}/{self._token}.json"
         self._beat()  # before the claim, which without a member would be free
         record = {"run": self._run, "who": _who()}
-        if joins:
+        won = joins or self._store.create(claim, json.dumps(record).encode())
+        if won:  # unless what was looked at is long gone, and the number too
             now = holder(self._store, self._scope, expiry=self._timing.expiry)
             won = now is not None and now.number == number
-        else:
-            won = self._store.create(claim, json.dumps(record).encode())
         if not won:
             self._store.delete(self._member)
         elif not joins:
@@ -193,11 +193,12 @@ class _Lease:
         return won
 
     def _remove_before(self, number: int) -> None:
-        """Remove claims of the past and their members, of processes that were killed."""
+        """Remove members of past claims, of processes that were killed, and claims of long ago. The last ones stay, so
+        that a slow listing meets one that is higher than its own."""
         root = f"{FOLDER}/{self._scope}/"
         for name in self._store.list(root):
-            part = name.removeprefix(root).partition("/")[0].removesuffix(".json")
-            if part.isdigit() and int(part) < number:
+            part, _, member = name.removeprefix(root).removesuffix(".json").partition("/")
+            if part.isdigit() and int(part) < number - (0 if member else _KEPT_CLAIMS):
                 self._store.delete(name)
 
     def _live(self) -> None:

@@ -1,5 +1,5 @@
-"""Verification of a campaign: every object that a manifest names is read and hashed, and what manifests say of each other
-is compared. Repair removes what no manifest names and has what can be made again made again.
+"""Verification of a campaign: every object that a manifest names is read and hashed, and what the manifests say of each
+other is compared. Repair removes what no manifest names, and has made again what the next run can make.
 
 Nothing here loads a model: an adapter is followed from base to head by the hashes that the steps wrote down.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from layerloop.components.storage.store import Store
 
 Log = Callable[[str], None]
 THREADS = 8
+SAY_SECONDS = 5.0
 _OPEN = re.compile(r"iterations/(\d{6})/(rollouts|scores)/")
 _MANIFEST = re.compile(rf"manifest(-[0-9a-f]{{{HASH_DIGITS}}})?\.json|(g\d{{6,}}|w\d+of\d+)(-[0-9a-f]{{16}})?\.json")
 # Names that no manifest lists and that are right all the same: the recipe, the lease, records of runs and refusals, the
@@ -45,9 +47,7 @@ class Findings:
     faults: dict[str, str] = field(default_factory=dict)  # object, or folder -> what is wrong with it
     orphans: dict[str, int] = field(default_factory=dict)  # object that no manifest names -> bytes
     leftovers: list[str] = field(default_factory=list)  # of killed writers, by names for people
-    copies: list[str] = field(
-        default_factory=list
-    )  # folders of publications whose visible files are not what they copy
+    copies: list[str] = field(default_factory=list)  # publications whose visible files are not copies
     manifests: dict[str, Manifest] = field(default_factory=dict)
 
     def lines(self) -> Iterator[str]:
@@ -68,11 +68,11 @@ class Findings:
         return not self.faults and not self.copies
 
 
-def verify_campaign(campaign: Campaign, *, ticks: Callable[[int], None] = lambda count: None) -> Findings:
-    """Read and compare everything that is committed. Nothing is changed.
+def verify_campaign(campaign: Campaign, *, log: Log) -> Findings:
+    """Read and compare everything that is committed, several objects at once. Nothing is changed.
 
     Args:
-        ticks: is called with the number of objects that were read since, for a progress bar.
+        log: is told every few seconds how far it is.
     """
     store = campaign.store
     entries = store.entries()
@@ -86,6 +86,7 @@ def verify_campaign(campaign: Campaign, *, ticks: Callable[[int], None] = lambda
             known = named.setdefault(file.name, (where, file))[1]
             if (known.bytes, known.sha256) != (file.bytes, file.sha256):
                 found.faults[file.name] = f"{where} and {named[file.name][0]} say different hashes of it"
+    said = time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
         reads = {pool.submit(_fault_of, store, file): file for _, file in named.values()}
         for done in as_completed(reads):
@@ -94,7 +95,9 @@ def verify_campaign(campaign: Campaign, *, ticks: Callable[[int], None] = lambda
             found.bytes += file.bytes
             if fault := done.result():
                 found.faults.setdefault(file.name, fault)
-            ticks(1)
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                log(f"verified {found.objects} of {len(named)} objects, {_size(found.bytes)}")
     _check_iterations(campaign, found)
     visible = _check_copies(store, found)
     found.orphans = {
@@ -106,9 +109,9 @@ def verify_campaign(campaign: Campaign, *, ticks: Callable[[int], None] = lambda
     return found
 
 
-def repair_campaign(campaign: Campaign, found: Findings, *, log: Log) -> None:
-    """Remove what no manifest names, copy publications' visible files again, and have made again what the next run makes
-    of the rest: rollouts and scores of the iteration in progress, evaluations. What cannot be made again stays.
+def repair_campaign(campaign: Campaign, *, log: Log) -> None:
+    """Remove what no manifest names, copy publications' visible files again, and have made again what the next run can
+    make: rollouts and scores of the iteration in progress, evaluations. What cannot be made again stays.
 
     Raises:
         LayerloopError: a run holds the campaign.
@@ -117,7 +120,7 @@ def repair_campaign(campaign: Campaign, found: Findings, *, log: Log) -> None:
     with ExitStack() as held:
         for scope in SCOPES:
             held.enter_context(hold(store, scope, log=log))
-        found = verify_campaign(campaign)  # nobody writes from here on
+        found = verify_campaign(campaign, log=log)  # nobody writes from here on
         for name in found.orphans:
             store.delete(name)
         if found.orphans:
@@ -176,7 +179,7 @@ def _fault_of(store: Store, file: File) -> str:
     return ""
 
 
-# -------------------------------------------------------------------------------------------- what manifests say of each other
+# ------------------------------------------------------------------------------------- what manifests say of each other
 
 
 def _check_iterations(campaign: Campaign, found: Findings) -> None:
@@ -289,9 +292,9 @@ def _check_policy(
             found.faults.setdefault(
                 name, f"continues adapter {begun!s:.12}, that of iteration {iteration - 1} is {ended!s:.12}"
             )
-    if scores is not None and "scores_sha256" in policy.metadata:
-        if policy.metadata["scores_sha256"] != [shard.sha256 for shard in scores.shards]:
-            found.faults.setdefault(name, "was learnt from other scores than those that are there")
+    learnt_from = policy.metadata.get("scores_sha256")
+    if scores is not None and learnt_from not in (None, [shard.sha256 for shard in scores.shards]):
+        found.faults.setdefault(name, "was learnt from other scores than those that are there")
     _same_base(name, policy, before, found)
 
 

@@ -69,7 +69,7 @@ class TrainingState:
             LayerloopError: a file is missing, changed, or of another adapter.
         """
         fresh = LearnerState(iteration=iteration, algorithm=update.algorithm, optimizer_steps=0, ema_steps=0)
-        if not any(file.name.endswith(f"/{LEARNER}") for file in previous.files):
+        if not any(file.base_name == LEARNER for file in previous.files):
             return cls(policy, update, fresh)
         learner = previous.file(LEARNER)
         stored = LearnerState.from_json(read_file(store, learner), where=f"{store.uri}/{learner.name}")

@@ -17,7 +17,7 @@ from layerloop.components.evaluate_adapter.decompose import balance, cost
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.storage.campaign import MANIFEST
 
-from ..campaigns import CampaignBuilder
+from ..campaigns import CampaignBuilder, named
 from .conftest import MakeLab, drawn_design, fill, hold_out, source_of
 
 pytestmark = pytest.mark.timeout(400)  # three interpreters start at once
@@ -49,7 +49,7 @@ def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Pa
     log = done.stderr
     assert "in 2 processes" in log and "loaded completely" not in log
     assert len(kept(alone)) > 8 and kept(together) == kept(alone)
-    metrics = json.loads(together.store.read("evaluations/iteration-000002/metrics.json"))
+    metrics = json.loads(together.store.read(named(together.store, "evaluations/iteration-000002/metrics.json")))
     assert metrics["provenance"]["machine"].startswith("2 x ")
     assert [shard.samples for shard in together.campaign.find("evaluations/iteration-000002").shards] == [7, 7]  # type: ignore[union-attr]
 

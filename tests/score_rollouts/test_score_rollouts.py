@@ -14,6 +14,7 @@ from layerloop.components.schema.runtime import JudgeRuntime
 from layerloop.components.score_rollouts.step import run
 from layerloop.components.storage.campaign import Campaign
 
+from ..campaigns import named, plain_name
 from .judges import rows_of
 
 MakeCampaign = Callable[..., Campaign]
@@ -75,7 +76,7 @@ def test_a_step_that_lost_its_output_repeats_no_request(make_campaign: MakeCampa
     before = rows_of(campaign)
     folder = campaign.scores_dir(1)
     for name in ("manifest.json", "scores.parquet", "000000.tar"):
-        campaign.store.delete(f"{folder}/{name}")
+        campaign.store.delete(named(campaign.store, f"{folder}/{name}"))
     again = run(campaign=campaign.uri, judge_url=judge_url)
     assert again.metrics["judge_requests"] == 0
     assert again.metrics["judge_cache_hits"] == first.metrics["judge_replies"]
@@ -112,7 +113,9 @@ def test_no_value_of_the_judges_runtime_changes_a_score_or_the_name_of_a_reply(
     for key, value in {"": None, **OTHER_RUNTIMES}.items():
         run(campaign=campaign.uri, judge_url=judge_url, runtime=json.dumps({"judge": {key: value}} if key else {}))
         files = {
-            name: campaign.store.read(name) for name in campaign.store.list(f"{folder}/") if "/batches/" not in name
+            plain_name(name): campaign.store.read(name)
+            for name in campaign.store.list(f"{folder}/")
+            if "/batches/" not in name
         }
         scores = {name: files[f"{folder}/{name}"] for name in ("000000.tar", "scores.parquet")}
         found[key] = scores, sorted(name for name in files if "/replies/" in name)

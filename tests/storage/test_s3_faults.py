@@ -93,7 +93,10 @@ def probe(request: Proxy) -> bool:
     return "conditional-write-probe" in request.path
 
 
-NO_CONDITIONS = "no conditional writes here, so create-only writes bid for a second, and a writer that stops in the middle may replace a manifest"
+NO_CONDITIONS = (
+    "no conditional writes here, so create-only writes bid for a second, and a writer that stops in the middle may "
+    "replace a manifest"
+)
 
 
 def test_a_server_that_overlooks_conditions_is_noticed_once_and_still_creates_only_once(
