@@ -195,22 +195,33 @@ class CampaignBuilder:
         *,
         judge: str = "layerloop-reference-judge",
         rubric_version: str = "1",
+        images: Sequence[str] = (),
+        layers: Sequence[int] = (),
+        groups: int | None = None,
     ) -> Manifest:
-        """Commit scores of all candidates; a reward of None masks its candidate."""
+        """Commit scores of all candidates; a reward of None masks its candidate.
+
+        Args:
+            images, layers: of the groups, where they are not `image<group>` and 2.
+            groups: how many are scored, where it is not the recipe's number.
+        """
         from layerloop.components.score_rollouts.results import samples_of as score_samples
         from layerloop.components.score_rollouts.results import table_of
 
         def row(group: int, candidate: int) -> ScoreRow:
             value = reward(iteration, group, candidate)
             return ScoreRow.model_construct(  # unchecked, so that a reward may be NaN
-                iteration=iteration, group=group, candidate=candidate, image_key=f"image{group}", layers=2,
+                iteration=iteration, group=group, candidate=candidate,
+                image_key=images[group] if group < len(images) else f"image{group}",
+                layers=layers[group] if group < len(layers) else 2,
                 reward=value, reason="the judge did not answer" if value is None else None, phase1=None, phase2=None,
                 judge=judge, rubric="default", rubric_sha256="0" * 64, rubric_version=rubric_version,
                 judge_version="v1",
             )  # fmt: skip
 
         wanted = self.recipe.rollout
-        rows = [row(group, candidate) for group in range(wanted.groups) for candidate in range(wanted.group_size)]
+        count = wanted.groups if groups is None else groups
+        rows = [row(group, candidate) for group in range(count) for candidate in range(wanted.group_size)]
         folder = self.campaign.scores_dir(iteration)
         shard = write_shard(self.store, f"{folder}/000000.tar", score_samples(rows))
         table = add_file(self.store, f"{folder}/scores.parquet", table_of(rows, ()))
@@ -386,7 +397,13 @@ def _adapter_files(recipe: bytes, seed: int, scale: float) -> tuple[dict[str, by
 
 
 def drawn_group(
-    group: int, stacks: np.ndarray | None = None, source: np.ndarray | None = None, *, iteration: int = 1, seed: int = 0
+    group: int,
+    stacks: np.ndarray | None = None,
+    source: np.ndarray | None = None,
+    *,
+    iteration: int = 1,
+    seed: int = 0,
+    adapter_sha256: str | None = None,
 ) -> SampledGroup:
     """A group whose candidates are given, `stacks[G, L, H, W, 4]`, or else two of noise; its latents are noise."""
     draw = np.random.default_rng([seed, iteration, group])
@@ -414,7 +431,7 @@ def drawn_group(
         share_prefix=False,
         outside="heun",
         base_fingerprint="0" * 64,
-        adapter_sha256=None,
+        adapter_sha256=adapter_sha256,
     )
     return SampledGroup(
         record=record,

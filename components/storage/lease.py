@@ -50,6 +50,9 @@ class Timing:
     patience: float = 3600.0  # of waiting
 
 
+USUAL = Timing()
+
+
 @dataclass(frozen=True)
 class Holder:
     """The run with the highest claim."""
@@ -78,7 +81,7 @@ def hold(
     *,
     log: Callable[[str], None],
     run: str | None = None,
-    timing: Timing = Timing(),
+    timing: Timing = USUAL,
 ) -> Iterator[None]:
     """Write within this context; other runs wait until it ends. Contexts of one run may be nested and simultaneous.
 

@@ -429,9 +429,11 @@ def _cause(error: Exception) -> Exception:
 def _is_broken_answer(error: Exception) -> bool:
     """Whether an answer began and was cut: what boto3 has tried again itself is not."""
     from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+    from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
 
-    return isinstance(error, (HTTPError, IncompleteReadError, ReadTimeoutError, ResponseStreamingError))
+    kinds = (HTTPError, IncompleteReadError, ReadTimeoutError, ResponseParserError, ResponseStreamingError)
+    return isinstance(error, kinds)
 
 
 def _skew(error: Any) -> str:

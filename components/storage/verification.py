@@ -20,7 +20,7 @@ from layerloop.components.schema.manifest import HASH_DIGITS, File, Manifest, Sh
 from layerloop.components.schema.trajectory import candidate_key
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.lease import FOLDER as LEASE
-from layerloop.components.storage.lease import SCOPES, hold
+from layerloop.components.storage.lease import SCOPES, USUAL, Timing, hold
 from layerloop.components.storage.manifests import load, place_files, visible_name
 from layerloop.components.storage.rollouts import read_groups, rollouts_sha256
 from layerloop.components.storage.shards import read_shard
@@ -109,7 +109,7 @@ def verify_campaign(campaign: Campaign, *, log: Log) -> Findings:
     return found
 
 
-def repair_campaign(campaign: Campaign, *, log: Log) -> None:
+def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> None:
     """Remove what no manifest names, copy publications' visible files again, and have made again what the next run can
     make: rollouts and scores of the iteration in progress, evaluations. What cannot be made again stays.
 
@@ -119,7 +119,7 @@ def repair_campaign(campaign: Campaign, *, log: Log) -> None:
     store = campaign.store
     with ExitStack() as held:
         for scope in SCOPES:
-            held.enter_context(hold(store, scope, log=log))
+            held.enter_context(hold(store, scope, log=log, timing=timing))
         found = verify_campaign(campaign, log=log)  # nobody writes from here on
         for name in found.orphans:
             store.delete(name)

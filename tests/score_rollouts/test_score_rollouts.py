@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +18,11 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.runtime import JudgeRuntime
 from layerloop.components.score_rollouts.step import run
 from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.lease import hold
+from layerloop.components.storage.manifests import read_file
 
-from ..campaigns import named, plain_name
-from .judges import rows_of
+from ..campaigns import CampaignBuilder, named, plain_name
+from .judges import meddling_judge, rows_of
 
 MakeCampaign = Callable[..., Campaign]
 
@@ -81,6 +88,44 @@ def test_a_step_that_lost_its_output_repeats_no_request(make_campaign: MakeCampa
     assert again.metrics["judge_requests"] == 0
     assert again.metrics["judge_cache_hits"] == first.metrics["judge_replies"]
     assert [r.reward for r in rows_of(campaign)] == [r.reward for r in before]
+
+
+def test_two_at_once_with_a_judge_that_never_says_the_same_twice_leave_scores_that_are_whole(
+    make_campaign: MakeCampaign,
+) -> None:
+    """Of one run, so that the lease keeps neither waiting: what either writes has names of its own."""
+
+    def moody(body: dict[str, Any], number: int, text: str) -> str:
+        return re.sub(r"\b[0-5]\b", lambda _: str(random.randint(0, 5)), text)
+
+    campaign = make_campaign()
+    with meddling_judge() as judge:
+        judge.change = moody  # type: ignore[method-assign]
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(lambda _: run(campaign=campaign.uri, iteration=1, judge_url=judge.url), range(2)))
+    assert results[0].manifests == results[1].manifests == {"scores": campaign.scores(1)}
+    assert len(rows_of(campaign)) == 8 and read_file(campaign.store, campaign.scores(1).file("scores.parquet"))
+
+
+def test_a_second_run_waits_for_the_one_that_judges_and_asks_nothing(
+    make_campaign: MakeCampaign, capsys: pytest.CaptureFixture[str]
+) -> None:
+    campaign = make_campaign()
+    holds, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with hold(campaign.store, log=lambda line: None, run="first"):
+            holds.set()
+            go_on.wait(60)
+            CampaignBuilder(campaign).scores(1)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert holds.wait(30)
+    threading.Timer(1.0, go_on.set).start()
+    run(campaign=campaign.uri, iteration=1, judge_url="http://127.0.0.1:9/v1")  # nothing listens there
+    thread.join()
+    assert f"training of {campaign.uri} is held by run first (" in capsys.readouterr().err
 
 
 def test_results_do_not_depend_on_workers_or_concurrency(

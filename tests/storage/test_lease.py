@@ -176,6 +176,8 @@ def test_of_fifty_runs_at_once_one_works_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_process_belongs_to_the_run_that_its_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LAYERLOOP_RUN", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     own = run_id()
     assert own == run_id() and str(os.getpid()) in own
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")

@@ -116,6 +116,9 @@ def test_added_files_carry_the_hash_of_what_was_added(store_uri: str, tmp_path: 
     with pytest.raises(LayerloopError, match=message):
         read_file(store, file)
     assert find_file(store, "policy/adapter.safetensors") is None
+    store.write("policy/adapter.safetensors", b"of an earlier version")
+    assert (taken := find_file(store, "policy/adapter.safetensors")) is not None
+    assert taken.name == "policy/adapter.safetensors" and read_file(store, taken) == b"of an earlier version"
 
 
 def test_files_that_keep_their_names_lie_in_a_folder_named_by_them_all(store_uri: str) -> None:

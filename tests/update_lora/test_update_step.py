@@ -20,8 +20,11 @@ from layerloop.components.policy.lora import new_adapter, put_adapter
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.policy.sampling import COEFFICIENTS, Plan, rollout
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.trajectory import GroupRecord
-from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.manifests import add_folder, read_file
+from layerloop.components.storage.rollouts import rollouts_sha256
 from layerloop.components.storage.shards import Sample, read_shard
 from layerloop.components.update_lora.forward_process import draw
 from layerloop.components.update_lora.state import TrainingState
@@ -387,6 +390,39 @@ def test_a_committed_iteration_is_returned_and_not_done_again(lab: CampaignBuild
     lab.store.delete("sources/manifest.json")  # nothing is read but what was committed
     assert run(campaign=lab.uri, iteration=1).manifests == first.manifests
     assert lab.store.sizes().keys() == before.keys() - {"sources/manifest.json"}
+
+
+def test_scores_of_other_rollouts_are_refused(lab: CampaignBuilder) -> None:
+    folder = lab.campaign.scores_dir(1)
+    manifest = lab.campaign.scores(1)
+    for rollouts, refused in ((rollouts_sha256(lab.campaign.rollouts(1)), False), ("1" * 64, True)):
+        changed = manifest.model_copy(update={"metadata": {**manifest.metadata, "rollouts_sha256": rollouts}})
+        lab.store.write(f"{folder}/{MANIFEST}", changed.to_json())
+        if refused:
+            with pytest.raises(LayerloopError, match="scores is of rollouts 111111111111, those that are there have"):
+                run(campaign=lab.uri, iteration=1)
+        else:
+            assert run(campaign=lab.uri, iteration=1).manifests["policy"].metadata["scores_sha256"]
+            lab.store.delete(f"{lab.campaign.policy_dir(1)}/{MANIFEST}")
+    assert not lab.committed(1)
+
+
+def test_an_attempt_that_was_overtaken_loses_nothing(lab: CampaignBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was paused after its check (a slow disk, a virtual machine that moved) and another committed meanwhile, of
+    other bytes (another kind of processor)."""
+    real, overtaken = Campaign.commit, list[Manifest]()
+
+    def commit_late(campaign: Campaign, folder: str, manifest: Manifest) -> Manifest:
+        monkeypatch.setattr(Campaign, "commit", real)
+        content = {"adapter_model.safetensors": b"faster", "optimizer.safetensors": b"1"}
+        files = add_folder(campaign.store, folder, content)
+        faster = manifest.model_copy(update={"files": files})
+        overtaken.append(real(campaign, folder, faster))
+        return real(campaign, folder, manifest)
+
+    monkeypatch.setattr(Campaign, "commit", commit_late)
+    assert run(campaign=lab.uri).manifests["policy"] == overtaken[0] == lab.campaign.policy(1)
+    assert [read_file(lab.store, file) for file in overtaken[0].files] == [b"faster", b"1"]
 
 
 def test_files_of_a_killed_attempt_do_not_count(lab: CampaignBuilder) -> None:
