@@ -22,6 +22,7 @@ Fine-tune an image layer decomposition model by reinforcement learning, as a Kub
   layerloop compile -o pipeline.yaml                 the pipeline for a Kubeflow cluster
   layerloop submit pipeline.yaml --wait              a run of it there
   layerloop campaign show mine                       how far a campaign is, and its rewards
+  layerloop campaign verify mine                     whether all of it is what was committed
   layerloop judge check http://127.0.0.1:8000/v1     whether an endpoint is fit to be the judge
 """
 

@@ -36,7 +36,7 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
     Raises:
         LayerloopError: bad input, or a step failed.
     """
-    folder = runs / time.strftime("%Y%m%d-%H%M%S")
+    folder = _new_folder(runs)
     pipeline = train_pipeline(iterations=job.iterations, workers=job.workers, recipe=job.recipe)
     package = write_pipeline(pipeline, folder / "pipeline.yaml")
     arguments = {
@@ -49,6 +49,19 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
     }
     print(f"{package}: {job.iterations} iterations, {job.workers} workers; logs in the same folder", flush=True)
     return run_pipeline(package, arguments, folder=folder)
+
+
+def _new_folder(runs: Path) -> Path:
+    """A folder of the run's own, also where another run begins in the same second."""
+    stem, number = time.strftime("%Y%m%d-%H%M%S"), 1
+    while True:
+        folder = runs / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
 
 
 def say_what_was_made(run: LocalRun, job: Job) -> None:

@@ -170,14 +170,11 @@ class S3Store(Store):
             if PROBE in name or BID in name:
                 self.delete(name)
         for name, upload in self._uploads():
-            key = self._key(name)
+            abort = functools.partial(
+                self._client.abort_multipart_upload, Bucket=self.bucket, Key=self._key(name), UploadId=upload
+            )
             with contextlib.suppress(MissingObjectError):  # it was completed or aborted meanwhile
-                self._ask(
-                    name,
-                    lambda key=key, upload=upload: self._client.abort_multipart_upload(
-                        Bucket=self.bucket, Key=key, UploadId=upload
-                    ),
-                )
+                self._ask(name, abort)
 
     def check_writable(self) -> None:
         self._ignores_conditions()  # writes an object and deletes it
@@ -200,8 +197,8 @@ class S3Store(Store):
         pages: list[Any] = []
         more: dict[str, str] = {}
         while True:
-            request = {"Bucket": self.bucket, **arguments, **more}
-            pages.append(self._ask(name, lambda request=request: self._client.list_objects_v2(**request)))
+            request = functools.partial(self._client.list_objects_v2, Bucket=self.bucket, **arguments, **more)
+            pages.append(self._ask(name, request))
             if not pages[-1].get("IsTruncated"):
                 return pages
             more = {"ContinuationToken": pages[-1]["NextContinuationToken"]}
@@ -457,7 +454,7 @@ def _is_md5(etag: str) -> bool:
 
 def _send_md5(params: dict[str, Any], **_: Any) -> None:
     """Put the hash of a request's body into its headers, by which the server refuses a body that changed on its way."""
-    body = params.get("body")
+    body: Any = params.get("body")
     digest = hashlib.md5(usedforsecurity=False)
     if isinstance(body, (bytes, bytearray)):
         digest.update(body)

@@ -7,16 +7,15 @@ members follow each other as `<key>.<suffix>`. Keys have no dots, since WebDatas
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard, content_name
 from layerloop.components.schema.record import DamagedError
-from layerloop.components.storage.store import READS, Store, scratch_file, written_before
+from layerloop.components.storage.store import READS, Store, hash_file, scratch_file, written_before
 
 Sample = tuple[str, dict[str, bytes]]
 
@@ -46,7 +45,7 @@ def write_shard(store: Store, name: str, samples: Iterable[Sample]) -> Shard:
                         raise ValueError(f"shard {name}: suffix {suffix!r} of {key!r} is not lower-case words and dots")
                     _add_member(tar, f"{key}.{suffix}", members[suffix])
         file.flush()
-        digest, size = _hash(file)
+        digest, size = hash_file(file)
         own = content_name(name, digest)
         store.upload(own, path)
     return Shard(name=own, bytes=size, sha256=digest, samples=len(keys))
@@ -92,7 +91,7 @@ def _described(store: Store, name: str, digits: str, keys: Sequence[str]) -> Sha
     """A shard's manifest entry; None if it has other keys, or not the hash that its name says."""
     for _ in range(READS):
         with store.open(name) as file:
-            digest, size = _hash(file)
+            digest, size = hash_file(file)
             if digits and not digest.startswith(digits):
                 continue
             if not digits:
@@ -110,7 +109,7 @@ def _checked(store: Store, shard: Shard) -> Iterator[BinaryIO]:
     """The shard's file, checked, and fetched again where it is not what was committed."""
     for _ in range(READS):
         with store.open(shard.name) as file:
-            digest, size = _hash(file)
+            digest, size = hash_file(file)
             if (size, digest) == (shard.bytes, shard.sha256):
                 yield file
                 return
@@ -126,17 +125,6 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = len(data), 0o444, 0
     tar.addfile(info, io.BytesIO(data))
-
-
-def _hash(file: IO[bytes]) -> tuple[str, int]:
-    """sha256 and size in bytes; the file is left at its beginning."""
-    file.seek(0)
-    digest, size = hashlib.sha256(), 0
-    while block := file.read(1 << 20):
-        digest.update(block)
-        size += len(block)
-    file.seek(0)
-    return digest.hexdigest(), size
 
 
 def _grouped(file: BinaryIO, where: str) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:

@@ -9,13 +9,14 @@ Every store keeps two promises that everything else relies on:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import HASH_DIGITS, content_name
@@ -144,8 +145,19 @@ def written_before(store: Store, name: str) -> Iterator[tuple[str, str]]:
             yield found, ""
 
 
+def hash_file(file: IO[bytes]) -> tuple[str, int]:
+    """sha256 and size in bytes; the file is left at its beginning."""
+    file.seek(0)
+    digest, size = hashlib.sha256(), 0
+    while block := file.read(1 << 20):
+        digest.update(block)
+        size += len(block)
+    file.seek(0)
+    return digest.hexdigest(), size
+
+
 @contextlib.contextmanager
-def scratch_file() -> Iterator[tuple[BinaryIO, Path]]:
+def scratch_file() -> Iterator[tuple[IO[bytes], Path]]:
     """A temporary file and a path to it. On Linux it has no name that a kill could leave behind."""
     descriptors = Path("/proc/self/fd")
     if descriptors.is_dir():
@@ -153,7 +165,7 @@ def scratch_file() -> Iterator[tuple[BinaryIO, Path]]:
             yield file, descriptors / str(file.fileno())
     else:
         with tempfile.NamedTemporaryFile(prefix="layerloop-") as named:
-            yield named.file, Path(named.name)
+            yield named, Path(named.name)
 
 
 def is_name(name: str) -> bool:

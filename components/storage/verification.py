@@ -6,7 +6,6 @@ Nothing here loads a model: an adapter is followed from base to head by the hash
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from layerloop.components.storage.lease import SCOPES, USUAL, Timing, hold
 from layerloop.components.storage.manifests import load, place_files, visible_name
 from layerloop.components.storage.rollouts import read_groups, rollouts_sha256
 from layerloop.components.storage.shards import read_shard
-from layerloop.components.storage.store import Store
+from layerloop.components.storage.store import Store, hash_file
 
 Log = Callable[[str], None]
 THREADS = 8
@@ -170,8 +169,7 @@ def _fault_of(store: Store, file: File) -> str:
                 pass
             return ""
         with store.open(file.name) as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            size = opened.tell()
+            digest, size = hash_file(opened)
     except LayerloopError as error:
         return _without(store.uri, file.name, error)
     if (size, digest) != (file.bytes, file.sha256):
