@@ -6,7 +6,7 @@ the campaign's before it is committed, with a model card on their identity, trai
     pytorch_lora_weights.bf16.safetensors    the same in bfloat16
     peft/                                    peft's layout: `PeftModel.from_pretrained(transformer, folder + "/peft")`
 
-What the manifest names lies in a folder beside them that is named by its content; these are copies of that.
+What the manifest names lies in `publications/<name>/<hash>/` of the campaign; these are copies of that.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _commit(campaign: Campaign, name: str, iteration: int, loaded: LoadedPolicy,
     folder, policy = campaign.published_dir(name), campaign.policy(iteration)
     card = _card(campaign, name, policy, layouts.adapter, layouts.round_trip, layouts.root)
     content = {path.as_posix(): layouts.root / path for path in layouts.paths}
-    files = add_folder(campaign.store, folder, {**content, CARD: card})
+    files = add_folder(campaign.store, campaign.publication_dir(name), {**content, CARD: card})
     manifest = Manifest(
         kind="published",
         iteration=iteration,

@@ -90,6 +90,10 @@ class Campaign:
         """Folder of a published adapter."""
         return f"published/{name}"
 
+    def publication_dir(self, name: str) -> str:
+        """Folder of what a publication's manifest names; `published_dir` has copies of it."""
+        return f"publications/{name}"
+
     # Committed outputs.
 
     def iterations(self) -> list[int]:

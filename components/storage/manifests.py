@@ -15,7 +15,7 @@ from layerloop.components.schema.manifest import HASH_DIGITS, File, Manifest, co
 from layerloop.components.schema.record import DamagedError
 from layerloop.components.storage.store import READS, MissingObjectError, Store, written_before
 
-_OWN_FOLDER = re.compile(f"[0-9a-f]{{{HASH_DIGITS}}}")
+_PUBLICATION = re.compile(rf"publications/[^/]+/[0-9a-f]{{{HASH_DIGITS}}}/")
 
 
 def commit(store: Store, name: str, manifest: Manifest) -> Manifest:
@@ -144,7 +144,8 @@ def read_file(store: Store, file: File) -> bytes:
 
 
 def place_files(store: Store, manifest: Manifest, folder: str) -> None:
-    """Copy the files of an `add_folder` output into `folder` itself, under the names that people's programs look for.
+    """Copy a publication's files into `folder`, under the names that people's programs look for and no others: a
+    repository that holds a file twice is refused by some.
 
     The copies are nothing but that: what counts is what the manifest names. Those of the right size are left alone.
     """
@@ -156,10 +157,10 @@ def place_files(store: Store, manifest: Manifest, folder: str) -> None:
 
 
 def visible_name(folder: str, file: File) -> str:
-    """`published/x/README.md` for `published/x/0123456789abcdef/README.md` of the folder `published/x`."""
-    inner = file.name.removeprefix(f"{folder}/")
-    own, _, rest = inner.partition("/")
-    return f"{folder}/{rest}" if _OWN_FOLDER.fullmatch(own) and rest else file.name
+    """`published/x/README.md` for `publications/x/0123456789abcdef/README.md` and the folder `published/x`; the file's
+    own name where it lies there already, as in earlier versions."""
+    match = _PUBLICATION.match(file.name)
+    return f"{folder}/{file.name[match.end() :]}" if match else file.name
 
 
 def _measure(data: bytes | Path) -> tuple[int, str]:

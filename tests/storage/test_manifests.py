@@ -123,11 +123,11 @@ def test_added_files_carry_the_hash_of_what_was_added(store_uri: str, tmp_path: 
 
 def test_files_that_keep_their_names_lie_in_a_folder_named_by_them_all(store_uri: str) -> None:
     store = open_store(store_uri)
-    one = add_folder(store, "published/x", {"README.md": b"card", "peft/weights": b"1"})
-    other = add_folder(store, "published/x", {"README.md": b"card", "peft/weights": b"2"})
+    one = add_folder(store, "publications/x", {"README.md": b"card", "peft/weights": b"1"})
+    other = add_folder(store, "publications/x", {"README.md": b"card", "peft/weights": b"2"})
     assert [file.name.split("/", 3)[3] for file in one] == ["README.md", "peft/weights"]
     assert len({file.name for file in (*one, *other)}) == 4
-    assert one == add_folder(store, "published/x", {"README.md": b"card", "peft/weights": b"1"})
+    assert one == add_folder(store, "publications/x", {"README.md": b"card", "peft/weights": b"1"})
     manifest = Manifest(kind="published", iteration=1, files=one)
     assert manifest.file("weights").sha256 == hashlib.sha256(b"1").hexdigest()
     store.write("published/x/README.md", b"ca")  # half a copy, of an attempt that was killed or lost

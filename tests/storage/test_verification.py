@@ -57,7 +57,8 @@ def fill(uri: str) -> CampaignBuilder:
     files = add_folder(lab.store, folder, {"metrics.json": b"{}", "sheets/a.png": b"png"})
     lab.campaign.commit(folder, Manifest(kind="evaluation", iteration=2, files=files))
     folder = lab.campaign.published_dir("best")
-    files = add_folder(lab.store, folder, {"README.md": b"card", "peft/adapter_model.safetensors": b"weights 2"})
+    content = {"README.md": b"card", "peft/adapter_model.safetensors": b"weights 2"}
+    files = add_folder(lab.store, lab.campaign.publication_dir("best"), content)
     published = lab.campaign.commit(folder, Manifest(kind="published", iteration=2, files=files))
     place_files(lab.store, published, folder)
     return lab
