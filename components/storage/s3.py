@@ -388,8 +388,8 @@ class S3Store(Store):
                 return f"this machine's clock is off{_skew(error)} ({code}): set it right"
             case "PermanentRedirect" | "AuthorizationHeaderMalformed" | "301" | "IllegalLocationConstraintException":
                 region = error.response.get("Error", {}).get("Region") or ""
-                told = f", set AWS_REGION={region}" if region else ": set AWS_REGION to the bucket's"
-                return f"bucket {self.bucket} is in another region ({code}){told}"
+                advice = f", set AWS_REGION={region}" if region else ": set AWS_REGION to the bucket's"
+                return f"bucket {self.bucket} is in another region ({code}){advice}"
             case "EntityTooLarge":
                 return f"the store takes no object of this size ({code}): raise its limit"
             case _ if "quota" in code.lower() or "full" in code.lower() or _status(error) == 507:
