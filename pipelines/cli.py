@@ -27,6 +27,7 @@ Fine-tune an image layer decomposition model by reinforcement learning, as a Kub
   layerloop compile -o pipeline.yaml                 the pipeline for a Kubeflow cluster
   layerloop submit pipeline.yaml --wait              a run of it there
   layerloop campaign show mine                       how far a campaign is, and its rewards
+  layerloop campaign verify mine                     whether all of it is what was committed
   layerloop decompose photo.jpg -o layers            pictures into layered files
   layerloop judge check http://127.0.0.1:8000/v1     whether an endpoint is fit to be the judge
 """
@@ -235,6 +236,35 @@ def _show(arguments: argparse.Namespace) -> None:
     print(campaign_text(arguments.uri))
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from layerloop.components.runtime.progress import log
+    from layerloop.components.storage.campaign import Campaign
+    from layerloop.components.storage.verification import repair_campaign, verify_campaign
+
+    campaign = Campaign.open(arguments.uri)
+    found = verify_campaign(campaign, log=log)
+    if arguments.repair:
+        repair_campaign(campaign, log=log)
+        found = verify_campaign(campaign, log=log)
+    print("\n".join(found.lines()))
+    return 0 if found.sound else 1
+
+
+def _lease(arguments: argparse.Namespace) -> None:
+    from layerloop.components.storage.campaign import Campaign
+    from layerloop.components.storage.lease import SCOPES, held_by, holder, take_over
+
+    store = Campaign.open(arguments.uri).store
+    for scope in SCOPES:
+        held = take_over(store, scope) if arguments.take_over else holder(store, scope)
+        if held is None or held.alive is None:
+            print(f"{scope} of {store.uri} is free")
+        else:
+            print(
+                held_by(held, scope, store.uri) + ("; it was taken over and is free now" if arguments.take_over else "")
+            )
+
+
 def _judge_serve(arguments: argparse.Namespace) -> None:
     from layerloop.components.reference_judge.identity import FINE, NAME
     from layerloop.components.reference_judge.server import serve
@@ -382,7 +412,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--model", default="", help="model to ask for (default: the only one that it serves)")
     check.add_argument("url", metavar="URL", help="base URL; key: OPENAI_API_KEY")
 
-    campaign = commands.add_parser("campaign", help="look into a campaign").add_subparsers(required=True)
+    campaign = commands.add_parser("campaign", help="look into a campaign, verify it").add_subparsers(required=True)
     adapter = commands.add_parser("adapter", help="work with trained adapters").add_subparsers(required=True)
     merge = _command(adapter, "merge", _adapter_merge, "write the weighted sum of adapters as one, in both layouts")
     merge.add_argument("out", metavar="OUT", help="folder to make, with peft/ and diffusers/ in it")
@@ -411,11 +441,29 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side (default: %(default)s)")
     study.add_argument("--hours", type=float, default=4.0, metavar="X", help="stop after these (default: %(default)s)")
 
-    show = _command(campaign, "show", _show, "head, iterations, rewards and sizes as a table")
-    show.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
+    _add_campaign_commands(campaign)
     add_compare_command(commands, _command)
     add_cluster_commands(commands, campaign, _command)
     return parser
+
+
+def _add_campaign_commands(campaign: Any) -> None:
+    show = _command(campaign, "show", _show, "head, iterations, rewards and sizes as a table")
+    verify = _command(
+        campaign,
+        "verify",
+        _verify,
+        "read, hash and compare everything that is committed; status 1 where something is wrong",
+    )
+    verify.add_argument(
+        "--repair",
+        action="store_true",
+        help="remove what no manifest names, and let the next run make again what it can; paid replies are kept",
+    )
+    lease = _command(campaign, "lease", _lease, "who writes the campaign now, and since when")
+    lease.add_argument("--take-over", action="store_true", help="free it: its holder will not come back")
+    for parser in (show, verify, lease):
+        parser.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
 
 
 class _Version(argparse.Action):

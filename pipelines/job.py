@@ -37,7 +37,7 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
     Raises:
         LayerloopError: bad input, or a step failed.
     """
-    folder = runs / time.strftime("%Y%m%d-%H%M%S")
+    folder = _new_folder(runs)
     pipeline = train_pipeline(iterations=job.iterations, workers=job.workers, recipe=job.recipe)
     package = write_pipeline(pipeline, folder / "pipeline.yaml")
     arguments = {
@@ -53,13 +53,25 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
     return run_pipeline(package, arguments, folder=folder)
 
 
+def _new_folder(runs: Path) -> Path:
+    """A folder of the run's own, also where another run begins in the same second."""
+    stem, number = time.strftime("%Y%m%d-%H%M%S"), 1
+    while True:
+        folder = runs / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
 def say_what_was_made(run: LocalRun, job: Job) -> None:
     """End a run by naming its report and its adapter: paths, or URIs where the campaign is not a folder."""
     evaluation = Manifest.from_json(run.last("evaluate_adapter").output("evaluation"), where="evaluation manifest")
     published = Manifest.from_json(run.last("publish_adapter").output("adapter"), where="adapter manifest")
     root = absolute(job.campaign).removeprefix("file://").rstrip("/")
-    folder = published.file("README.md").name.rsplit("/", 1)[0]
     print()
     print(f"campaign {root}: iteration {published.iteration}, {len(run.steps)} steps in {run.seconds:.0f} s")
     print(f"report   {root}/{evaluation.file('report.html').name}")
-    print(f"adapter  {root}/{folder}", flush=True)
+    print(f"adapter  {root}/published/{published.metadata['name']}", flush=True)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from kfp import components, local
 from kfp.local import status, subprocess_task_handler
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.steps import STEPS
+from layerloop.components.schema.steps import RUN, STEPS
 from layerloop.pipelines.gpus import GpuPool, visible_gpus
 from layerloop.pipelines.packages import check_parameters, count_tasks, read_spec
 
@@ -173,6 +174,7 @@ class _Run:
     total: int  # steps
     console: TextIO
     began: float  # time.monotonic()
+    name: str = field(default_factory=lambda: f"local-{uuid.uuid4()}")  # its processes share the campaign's lease
     steps: dict[int, StepRun] = field(default_factory=dict)
     failure: StepFailed | None = None
     started: int = 0
@@ -229,7 +231,7 @@ class _Run:
             text=True,
             errors="replace",
             bufsize=1,
-            env={**QUIET, **os.environ, **_threads(argv), **environment, "PYTHONUNBUFFERED": "1"},
+            env={**QUIET, **os.environ, RUN: self.name, **_threads(argv), **environment, "PYTHONUNBUFFERED": "1"},
         )
         with self.lock:
             self.live[number] = process

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +28,10 @@ from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.final_weights import AVERAGE, SAMPLING
 from layerloop.components.storage.groups import SampledGroup, samples_of
 from layerloop.components.storage.images import encode_png
-from layerloop.components.storage.manifests import add_file, commit
+from layerloop.components.storage.manifests import add_file, add_folder, commit
 from layerloop.components.storage.rollouts import commit_group, shard_name
 from layerloop.components.storage.shards import Sample, write_shard
+from layerloop.components.storage.stores import Store
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +78,22 @@ def trained_adapter(policy: LayeredPolicy, recipe: Recipe, *, seed: int, scale: 
         if ".lora_B." in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * scale
     return adapter_of(policy.transformer)
+
+
+def plain_name(name: str) -> str:
+    """An object's name without the hash of its content, in its own name or in that of a folder."""
+    return re.sub(r"-[0-9a-f]{16}(?=\.)|(?<=/)[0-9a-f]{16}/", "", name)
+
+
+def named(store: Store, name: str) -> str:
+    """The one object that was written as `name`."""
+    (found,) = (n for n in store.list(f"{name.split('/')[0]}/") if plain_name(n) == name)
+    return found
+
+
+def policy_folder(campaign: Campaign, iteration: int) -> Path:
+    """The folder of a committed adapter, of a campaign in a folder."""
+    return (Path(campaign.uri) / campaign.policy(iteration).file(SAMPLING).name).parent
 
 
 class CampaignBuilder:
@@ -132,7 +150,7 @@ class CampaignBuilder:
 
         policy = LayeredPolicy.load(self.recipe.model)
         if iteration > 0:
-            put_adapter(policy.transformer, read_adapter(Path(self.uri) / self.campaign.policy_dir(iteration)))
+            put_adapter(policy.transformer, read_adapter(policy_folder(self.campaign, iteration)))
         return policy
 
     def rollouts(self, iteration: int, *, policy: LayeredPolicy | None = None, change: Change | None = None) -> None:
@@ -177,22 +195,33 @@ class CampaignBuilder:
         *,
         judge: str = "layerloop-reference-judge",
         rubric_version: str = "1",
+        images: Sequence[str] = (),
+        layers: Sequence[int] = (),
+        groups: int | None = None,
     ) -> Manifest:
-        """Commit scores of all candidates; a reward of None masks its candidate."""
+        """Commit scores of all candidates; a reward of None masks its candidate.
+
+        Args:
+            images, layers: of the groups, where they are not `image<group>` and 2.
+            groups: how many are scored, where it is not the recipe's number.
+        """
         from layerloop.components.score_rollouts.results import samples_of as score_samples
         from layerloop.components.score_rollouts.results import table_of
 
         def row(group: int, candidate: int) -> ScoreRow:
             value = reward(iteration, group, candidate)
             return ScoreRow.model_construct(  # unchecked, so that a reward may be NaN
-                iteration=iteration, group=group, candidate=candidate, image_key=f"image{group}", layers=2,
+                iteration=iteration, group=group, candidate=candidate,
+                image_key=images[group] if group < len(images) else f"image{group}",
+                layers=layers[group] if group < len(layers) else 2,
                 reward=value, reason="the judge did not answer" if value is None else None, phase1=None, phase2=None,
                 judge=judge, rubric="default", rubric_sha256="0" * 64, rubric_version=rubric_version,
                 judge_version="v1",
             )  # fmt: skip
 
         wanted = self.recipe.rollout
-        rows = [row(group, candidate) for group in range(wanted.groups) for candidate in range(wanted.group_size)]
+        count = wanted.groups if groups is None else groups
+        rows = [row(group, candidate) for group in range(count) for candidate in range(wanted.group_size)]
         folder = self.campaign.scores_dir(iteration)
         shard = write_shard(self.store, f"{folder}/000000.tar", score_samples(rows))
         table = add_file(self.store, f"{folder}/scores.parquet", table_of(rows, ()))
@@ -240,7 +269,7 @@ class CampaignBuilder:
             for name, content in data.items():
                 (folder / name).write_bytes(content)
         where = self.campaign.policy_dir(iteration)
-        files = tuple(add_file(self.store, f"{where}/{name}", content) for name, content in data.items())
+        files = add_folder(self.store, where, data)
         manifest = Manifest(
             kind="policy",
             iteration=iteration,
@@ -255,7 +284,7 @@ class CampaignBuilder:
 
     def adapter_weights(self, iteration: int) -> bytes:
         """The file of a committed adapter's weights."""
-        return self.store.read(f"{self.campaign.policy_dir(iteration)}/{SAMPLING}")
+        return self.store.read(self.campaign.policy(iteration).file(SAMPLING).name)
 
     def committed(self, iteration: int) -> bool:
         """Whether the policy of an iteration is committed."""
@@ -371,7 +400,13 @@ def _adapter_files(recipe: bytes, seed: int, scale: float) -> tuple[dict[str, by
 
 
 def drawn_group(
-    group: int, stacks: np.ndarray | None = None, source: np.ndarray | None = None, *, iteration: int = 1, seed: int = 0
+    group: int,
+    stacks: np.ndarray | None = None,
+    source: np.ndarray | None = None,
+    *,
+    iteration: int = 1,
+    seed: int = 0,
+    adapter_sha256: str | None = None,
 ) -> SampledGroup:
     """A group whose candidates are given, `stacks[G, L, H, W, 4]`, or else two of noise; its latents are noise."""
     draw = np.random.default_rng([seed, iteration, group])
@@ -399,7 +434,7 @@ def drawn_group(
         share_prefix=False,
         outside="heun",
         base_fingerprint="0" * 64,
-        adapter_sha256=None,
+        adapter_sha256=adapter_sha256,
     )
     return SampledGroup(
         record=record,
@@ -429,7 +464,7 @@ def lay_out_by_worker(
         shards = []
         for number, group in enumerate(mine):
             name = f"{stem}-{number:06d}.tar"
-            store.write(name, store.read(shard_name(folder, group)))
+            store.write(name, store.read(groups[group].shards[0].name))
             shards.append(groups[group].shards[0].model_copy(update={"name": name}))
         facts = [groups[group].metadata for group in mine]
         sigmas: dict[str, Any] = {}

@@ -23,7 +23,7 @@ from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard
 from layerloop.components.storage.images import decode_png, encode_png
-from layerloop.components.storage.shards import Sample, existing_shard, read_shard, write_shard
+from layerloop.components.storage.shards import Sample, existing_shards, read_shard, write_shard
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def decomposed_shards(
     batch_size: int,
     model: str,
 ) -> list[Shard]:
-    """Shards `<stem>-000000.tar` ... of the cases' decompositions, one per chunk; those of an earlier attempt are kept.
+    """Shards `<stem>-000000-<hash>.tar` ... of the cases' decompositions, one per chunk; an earlier attempt's are kept.
 
     Every rank calls this and gets all shards; rank 0 writes them.
 
@@ -85,7 +85,7 @@ def _existing_shards(store: Store, chunks: Mapping[str, Chunk]) -> dict[str, Sha
     found: dict[str, Shard] = {}
     with failing_together():
         for name, chunk in chunks.items() if rank() == 0 else ():
-            shard = existing_shard(store, name, [case.name for case in chunk])
+            shard = next(existing_shards(store, name, [case.name for case in chunk]), None)
             if shard is not None:
                 found[name] = shard
                 log(f"{name}: {len(chunk)} decompositions, kept from an earlier attempt")

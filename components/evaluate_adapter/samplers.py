@@ -20,9 +20,9 @@ from layerloop.components.runtime.distributed import failing_together, rank
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.seeds import seed_for
-from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.folders import local_folder
-from layerloop.components.storage.manifests import add_file, commit, read_file
+from layerloop.components.storage.manifests import add_file, read_file
 
 if TYPE_CHECKING:
     import torch
@@ -147,7 +147,7 @@ def commit_samplers(
         counts={"images": len(cases), "settings": len(SETTINGS)},
         metadata={"base_fingerprint": loaded.base_fingerprint, "adapter_sha256": loaded.adapter_sha256},
     )
-    return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
+    return campaign.commit(folder, manifest)
 
 
 def read_table(campaign: Campaign, iteration: int) -> dict[str, Any] | None:

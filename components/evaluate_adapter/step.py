@@ -52,9 +52,10 @@ from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.steps import STEPS
-from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.images import encode_png
-from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
+from layerloop.components.storage.lease import EVALUATION, hold
+from layerloop.components.storage.manifests import add_folder, read_file
 from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
@@ -110,11 +111,23 @@ def run(
             f"campaign {opened.uri} has no adapter to evaluate (iteration {current}): train an iteration first"
         )
     folder = opened.evaluation_dir(_evaluation_name(current))
-    done = already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)
+    done = opened.already_committed(folder, log=log)
     wanted = samplers and opened.find(samplers_dir(opened, current)) is None
     if done is not None and not wanted:
         return _result(opened, done, baseline)
+    with hold(opened.store, EVALUATION, log=log):
+        done = opened.already_committed(folder, log=log)  # by the run that held it until now
+        wanted = samplers and opened.find(samplers_dir(opened, current)) is None
+        if done is None or wanted:
+            done = _evaluate(opened, current, loaded, done=done, samplers=wanted)
+        return StepResult() if done is None else _result(opened, done, baseline)
 
+
+def _evaluate(
+    opened: Campaign, current: int, loaded: LoadedPolicy | None, *, done: Manifest | None, samplers: bool
+) -> Manifest | None:
+    """Evaluate an iteration and commit the evaluation, unless it is `done`, and the table of `samplers`; None on other
+    ranks than the first. Raises as `run`."""
     clock = Clock()
     with process_group() as device:
         with failing_together(), clock.time("loading"):
@@ -123,20 +136,19 @@ def run(
             loaded = policy_at(opened, current, device=device, sharded=sharded, delivered=True, loaded=loaded)
         if rank() == 0:
             log(f"evaluating iteration {current} on {_case_counts(cases)}")
-        if wanted:
+        if samplers:
             _compare_samplers(opened, current, cases, loaded, clock)
         if done is None:
             sampled = _sample_both_models(opened, current, cases, loaded, clock)
     if rank() != 0:
-        return StepResult()
+        return None
     if done is not None:
         table = samplers_dir(opened, current)
         log(f"the report of iteration {current} was made before: the table of samplers is in {table}")
-        return _result(opened, done, baseline)
+        return done
     measured = _measure_both_models(opened, current, cases, sampled, clock)
     facts = provenance(opened.recipe, loaded.policy, opened.policy(current), cases, clock)
-    manifest = _commit(opened, current, cases, loaded, sampled, measured, facts)
-    return _result(opened, manifest, baseline)
+    return _commit(opened, current, cases, loaded, sampled, measured, facts)
 
 
 def _compare_samplers(campaign: Campaign, iteration: int, cases: Cases, loaded: LoadedPolicy, clock: Clock) -> None:
@@ -265,11 +277,11 @@ def _commit(
         kind="evaluation",
         iteration=iteration,
         shards=(*sampled.base, *sampled.tuned),
-        files=tuple(add_file(campaign.store, f"{folder}/{file}", data) for file, data in files.items()),
+        files=add_folder(campaign.store, folder, files),
         counts={"designs": report.counts["designs"], "pictures": report.counts["pictures"], "sheets": len(shown)},
         metadata={"base_fingerprint": loaded.base_fingerprint, "adapter_sha256": loaded.adapter_sha256},
     )
-    return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
+    return campaign.commit(folder, manifest)
 
 
 def _report(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 from pydantic import JsonValue
 
@@ -33,6 +34,7 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.schema.trajectory import REMEDY, GroupRecord
 from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.lease import hold
 from layerloop.components.storage.manifests import verify
 from layerloop.components.storage.rollouts import commit_group, resume_group, write_group
 from layerloop.components.storage.stores import open_store
@@ -71,21 +73,58 @@ def run(
     if not 0 <= worker < workers:
         raise LayerloopError(f"worker is {worker} of {workers}: choose workers of at least 1 and a worker below it")
     opened = Campaign.open(campaign, runtime)
-    current = opened.open_iteration(iteration)
-    mine = range(opened.recipe.rollout.groups)[worker::workers]
-    committed = opened.committed_groups(current, mine)
-    earlier = worker_manifest(current, committed, worker=worker, workers=workers)
-    verify(opened.store, earlier)
-    if len(committed) == len(mine):
-        log(f"{opened.uri}/{opened.rollouts_dir(current)} of worker {worker} of {workers} is committed already")
-        return _result(earlier)
+    share = Share(opened.open_iteration(iteration), worker, workers)
+    if (done := _finished(opened, share, _committed(opened, share))) is not None:
+        return _result(done)
+    with hold(opened.store, log=log):
+        committed = _committed(opened, share)
+        if (done := _finished(opened, share, committed)) is not None:  # by the run that held it until now
+            return _result(done)
+        manifest, sampled, bad_layers = _sample_share(opened, share, committed, loaded)
+    return _result(manifest, seconds=time.monotonic() - started, sampled=sampled, bad_layers=bad_layers)
 
+
+@dataclass(frozen=True)
+class Share:
+    """A worker's part of an iteration."""
+
+    iteration: int
+    worker: int
+    workers: int
+
+    def groups(self, campaign: Campaign) -> range:
+        return range(campaign.recipe.rollout.groups)[self.worker :: self.workers]
+
+
+def _committed(campaign: Campaign, share: Share) -> dict[int, Manifest]:
+    """Manifests of the share's groups that are committed, whose shards are there."""
+    committed = campaign.committed_groups(share.iteration, share.groups(campaign))
+    verify(campaign.store, worker_manifest(share, committed))
+    return committed
+
+
+def _finished(campaign: Campaign, share: Share, committed: Mapping[int, Manifest]) -> Manifest | None:
+    """The manifest of the share where all of it is committed; logged."""
+    if len(committed) < len(share.groups(campaign)):
+        return None
+    where = f"{campaign.uri}/{campaign.rollouts_dir(share.iteration)}"
+    log(f"{where} of worker {share.worker} of {share.workers} is committed already")
+    return worker_manifest(share, committed)
+
+
+def _sample_share(
+    opened: Campaign, share: Share, committed: Mapping[int, Manifest], loaded: LoadedPolicy | None
+) -> tuple[Manifest, int, list[float]]:
+    """Sample what is not committed. Returns the share's manifest, and of this rank the number of groups that it sampled
+    and their bad layers. Raises as `run`."""
     from layerloop.components.policy.sharding import dummy_forwards
+
+    current = share.iteration
 
     with process_group() as device:
         with failing_together():
             sources = opened.sources()
-            plans = plan_iteration(opened.recipe, current, train_images(sources))[worker::workers]
+            plans = plan_iteration(opened.recipe, current, train_images(sources))[share.worker :: share.workers]
             sharded = shares_base(opened.runtime.model)
             loaded = policy_at(opened, current - 1, device=device, sharded=sharded, loaded=loaded)
             _check_same_policy(committed, current, loaded)
@@ -100,8 +139,7 @@ def run(
         with nullcontext() if loaded.policy.sharded else failing_together():
             bad_layers = _sample(opened, current, sources, todo, finished, loaded)
             dummy_forwards(loaded.policy, loaded.prompt, missing_calls)
-        manifest = worker_manifest(current, _gather(finished), worker=worker, workers=workers)
-    return _result(manifest, seconds=time.monotonic() - started, sampled=len(todo), bad_layers=bad_layers)
+        return worker_manifest(share, _gather(finished)), len(todo), bad_layers
 
 
 def _missing_forward_calls(todo: Sequence[GroupPlan], campaign: Campaign) -> int:
@@ -156,7 +194,9 @@ def _resumed(campaign: Campaign, iteration: int, group: int, loaded: LoadedPolic
     if found is None:
         return None
     shard, record = found
-    return commit_group(campaign.store, folder, record, shard, model_calls=_model_calls(record))
+    return commit_group(
+        campaign.store, folder, record, shard, model_calls=_model_calls(record), recipe_sha256=campaign.recipe_sha256
+    )
 
 
 def _sample(
@@ -187,8 +227,10 @@ def _sample(
             bad_layers.append(mean_bad_layers(group.stacks, group.image))
             if written:
                 next(reversed(written.values())).result()  # so that one group at most waits for the store
-            calls = _model_calls(group.record)
-            written[plan.group] = writer.submit(write_group, campaign.store, folder, group, model_calls=calls)
+            written[plan.group] = writer.submit(
+                write_group, campaign.store, folder, group,
+                model_calls=_model_calls(group.record), recipe_sha256=campaign.recipe_sha256,
+            )  # fmt: skip
         finished |= {number: future.result() for number, future in written.items()}
     return bad_layers
 
@@ -213,7 +255,7 @@ def _gather(finished: Mapping[int, Manifest]) -> dict[int, Manifest]:
     }
 
 
-def worker_manifest(iteration: int, groups: Mapping[int, Manifest], *, worker: int, workers: int) -> Manifest:
+def worker_manifest(share: Share, groups: Mapping[int, Manifest]) -> Manifest:
     """One manifest of all groups of a worker: the artifact that Kubeflow shows. The campaign keeps one per group.
 
     Counts are those that all its groups have: earlier versions counted layers and model calls by worker only.
@@ -225,7 +267,7 @@ def worker_manifest(iteration: int, groups: Mapping[int, Manifest], *, worker: i
             sigmas |= schedules
     return Manifest(
         kind="rollouts",
-        iteration=iteration,
+        iteration=share.iteration,
         shards=tuple(shard for manifest in manifests for shard in manifest.shards),
         counts={
             name: sum(manifest.counts[name] for manifest in manifests)
@@ -234,8 +276,8 @@ def worker_manifest(iteration: int, groups: Mapping[int, Manifest], *, worker: i
         },
         metadata={
             "groups": [*sorted(groups)],
-            "worker": worker,
-            "workers": workers,
+            "worker": share.worker,
+            "workers": share.workers,
             "base_fingerprint": manifests[0].metadata.get("base_fingerprint") if manifests else None,
             "adapter_sha256": manifests[0].metadata.get("adapter_sha256") if manifests else None,
             "sigmas": sigmas,

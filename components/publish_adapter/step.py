@@ -5,6 +5,8 @@ the campaign's before it is committed, with a model card on their identity, trai
     pytorch_lora_weights.safetensors         diffusers' layout, float32: `pipeline.load_lora_weights(folder)`, ComfyUI
     pytorch_lora_weights.bf16.safetensors    the same in bfloat16
     peft/                                    peft's layout: `PeftModel.from_pretrained(transformer, folder + "/peft")`
+
+What the manifest names lies in `publications/<name>/<hash>/` of the campaign; these are copies of that.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
 from layerloop.components.schema.steps import STEPS
-from layerloop.components.storage.campaign import MANIFEST, Campaign, check_publication_name
-from layerloop.components.storage.final_weights import final_weights
-from layerloop.components.storage.manifests import add_file, already_committed, commit, read_file
+from layerloop.components.storage.campaign import Campaign, check_publication_name
+from layerloop.components.storage.final_weights import AVERAGE, final_weights
+from layerloop.components.storage.lease import PUBLICATION, hold
+from layerloop.components.storage.manifests import add_folder, place_files, read_file
 from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
@@ -72,24 +75,35 @@ def run(
         raise LayerloopError(f"campaign {opened.uri} has no adapter to publish (iteration {current}): train it first")
     name = publish_as or f"{opened.recipe.name}-{current:06d}"
     folder = opened.published_dir(name)
-    if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
-        _check_same(opened, done, current)
-        return _result(opened, done)
+    done = opened.already_committed(folder, log=log)
+    with hold(opened.store, PUBLICATION, log=log):
+        if done is None:
+            done = opened.already_committed(folder, log=log)  # by the run that held it until now
+        if done is not None:
+            _check_same(opened, done, current)
+        elif (done := _publish(opened, name, current, loaded)) is None:
+            return StepResult()
+        if rank() == 0:
+            place_files(opened.store, done, folder)
+    return _result(opened, done)
 
+
+def _publish(opened: Campaign, name: str, current: int, loaded: LoadedPolicy | None) -> Manifest | None:
+    """Publish an iteration under a name; None on other ranks than the first. Raises as `run`."""
     with process_group() as device, tempfile.TemporaryDirectory() as temporary:
         with failing_together():
             sharded = shares_base(opened.runtime.model)
             loaded = policy_at(opened, current, device=device, sharded=sharded, delivered=True, loaded=loaded)
         layouts = _write_and_verify(opened, loaded, Path(temporary))
         if rank() != 0:
-            return StepResult()
+            return None
         round_trip = layouts.round_trip
         log(
             f"{name}: loaded back by peft and by diffusers every layer, scale and weight is the campaign's; velocities "
             f"differ by {round_trip.peft:.3g} and {round_trip.diffusers:.3g}, by rounding alone {round_trip.noise:.3g} "
             f"(the adapter changes them by {round_trip.effect:.3g})"
         )
-        return _result(opened, _commit(opened, name, current, loaded, layouts))
+        return _commit(opened, name, current, loaded, layouts)
 
 
 @dataclass(frozen=True)
@@ -120,10 +134,8 @@ def _commit(campaign: Campaign, name: str, iteration: int, loaded: LoadedPolicy,
     """Write the layouts and the card, then the manifest that makes them count."""
     folder, policy = campaign.published_dir(name), campaign.policy(iteration)
     card = _card(campaign, name, policy, layouts.adapter, layouts.round_trip, layouts.root)
-    files = tuple(
-        add_file(campaign.store, f"{folder}/{path.as_posix()}", layouts.root / path) for path in layouts.paths
-    )
-    files += (add_file(campaign.store, f"{folder}/{CARD}", card),)
+    content = {path.as_posix(): layouts.root / path for path in layouts.paths}
+    files = add_folder(campaign.store, campaign.publication_dir(name), {**content, CARD: card})
     manifest = Manifest(
         kind="published",
         iteration=iteration,
@@ -142,11 +154,11 @@ def _commit(campaign: Campaign, name: str, iteration: int, loaded: LoadedPolicy,
             "rounding_noise": layouts.round_trip.noise,
         },
     )
-    return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
+    return campaign.commit(folder, manifest)
 
 
 def _averaged(weights: File) -> bool:
-    return not weights.name.endswith("/adapter_model.safetensors")
+    return weights.base_name == AVERAGE
 
 
 def _check_same(campaign: Campaign, done: Manifest, iteration: int) -> None:

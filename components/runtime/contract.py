@@ -33,7 +33,7 @@ from layerloop.components.runtime.refusals import Objects, Refusals
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Kind, Manifest
 from layerloop.components.schema.record import validate
-from layerloop.components.schema.steps import Step
+from layerloop.components.schema.steps import RUN, Step
 
 _IMPORTED = time.monotonic()
 
@@ -91,6 +91,8 @@ def step_main(
         task: dict[str, Any] = {}
         if given is not None:
             task = _parse_executor_input(given)
+            if run_name := _run_of(task):
+                os.environ.setdefault(RUN, run_name)
             until = _until(task) if beyond else 0
             arguments = _task_arguments(run, task, step)
             if beyond and 0 < until < int(arguments.get("iteration") or 0):
@@ -225,6 +227,19 @@ def _parse_executor_input(text: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not isinstance(value.get("outputs", {}), dict):
         raise LayerloopError("--executor-input is not an executor input: pass the placeholder {{$}}")
     return value
+
+
+_UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def _run_of(task: Mapping[str, Any]) -> str:
+    """The id of the Kubeflow run of a task: its artifacts' URIs end in run/task/salt/name, run and salt being UUIDs."""
+    for listed in ((task.get("outputs") or {}).get("artifacts") or {}).values():
+        for artifact in listed.get("artifacts") or ():
+            found = [part for part in str(artifact.get("uri", "")).split("/") if _UUID.fullmatch(part)]
+            if found:
+                return found[-2] if len(found) > 1 else found[0]
+    return ""
 
 
 def _task_arguments(run: Callable[..., StepResult], task: Mapping[str, Any], step: Step | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.steps import RUN
 
 VARIABLE = "LAYERLOOP_PROCESSES"
 
@@ -65,6 +66,7 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ.setdefault(RUN, f"ranks-{uuid.uuid4()}")  # they share the campaign's lease
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",

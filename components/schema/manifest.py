@@ -1,12 +1,28 @@
-"""The manifest: the small JSON that commits a step's output. No manifest, no output."""
+"""The manifest: the small JSON that commits a step's output. No manifest, no output.
+
+What it names is written once, under a name that holds the hash of its content: in the file's own name
+(`g000003-0123456789abcdef.tar`) or, where other programs look for certain names, in that of a folder around all files
+of the output (`0123456789abcdef/adapter_model.safetensors`). So no attempt can damage what another has committed.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections import Counter
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
-from layerloop.components.schema.record import SCHEMA_VERSION, Record
+from layerloop.components.schema.record import SCHEMA_VERSION, Record, seal, unseal
+
+HASH_DIGITS = 16  # of a sha256, in names
+
+
+def content_name(name: str, sha256: str) -> str:
+    """`folder/g000003-0123456789abcdef.tar` for `folder/g000003.tar`."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return f"{folder}{slash}{stem}-{sha256[:HASH_DIGITS]}{dot}{suffix}"
+
 
 Kind = Literal["sources", "rollouts", "scores", "policy", "evaluation", "published"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -18,6 +34,12 @@ class File(Record):
     name: str  # relative to the campaign's root
     bytes: int = Field(ge=0)
     sha256: Sha256
+
+    @property
+    def base_name(self) -> str:
+        """The last part of the name, without its own hash."""
+        base = self.name.rpartition("/")[2]
+        return base.replace(f"-{self.sha256[:HASH_DIGITS]}", "", 1)
 
 
 class Shard(File):
@@ -31,7 +53,8 @@ class Manifest(Record):
 
     Names are relative to the campaign's root, so a campaign may be moved. `counts` are non-negative integers for
     readers and metrics (images, rejects, groups, candidates ...); `metadata` holds what later steps check (fingerprint
-    of the base model, sha256 of the adapter, splits ...).
+    of the base model, sha256 of the adapter, splits ...). As JSON it carries its own hash, which reading it checks;
+    manifests of earlier versions have none.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -42,13 +65,29 @@ class Manifest(Record):
     counts: dict[str, int] = {}
     metadata: dict[str, JsonValue] = {}
 
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        counts = Counter(file.name for file in (*self.shards, *self.files))
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(
+                f"{twice[0]} is listed twice: restore the manifest, or delete it to have the step run again"
+            )
+        return self
+
+    def to_json(self) -> bytes:
+        return seal(super().to_json())
+
+    @classmethod
+    def from_json(cls, data: bytes | str, *, where: str) -> Self:
+        return super().from_json(unseal(data, where=where), where=where)
+
     def shards_of(self, split: str) -> tuple[Shard, ...]:
         """Shards whose file name begins with `<split>-`, in order (sources: train, holdout, designs, benchmark)."""
         return tuple(s for s in self.shards if s.name.rsplit("/", 1)[-1].startswith(f"{split}-"))
 
     def file(self, name: str) -> File:
-        """The file whose base name is `name`; KeyError if the manifest has none."""
+        """The file whose base name, without a hash, is `name`; KeyError if the manifest has none."""
         for file in self.files:
-            if file.name.rsplit("/", 1)[-1] == name:
+            if file.base_name == name:
                 return file
         raise KeyError(name)

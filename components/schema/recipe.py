@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.learning import LoraRecipe, UpdateRecipe
-from layerloop.components.schema.record import Record, validate
+from layerloop.components.schema.record import SEAL, Record, validate
 from layerloop.components.schema.runtime import checked_values, flat, split_runtime
 from layerloop.components.schema.yaml_text import load_yaml
 
@@ -196,6 +196,7 @@ def parse_recipe_runtime(text: str | bytes) -> tuple[Recipe, dict[str, Any]]:
     value: Any = load_yaml(text, where="recipe")
     if not isinstance(value, dict):
         raise LayerloopError(f"recipe is {type(value).__name__}, not a mapping: start from a file of pipelines/recipes")
+    value.pop(SEAL, None)  # of a campaign's recipe.json that somebody begins another recipe with
     return split_recipe(value, where="recipe")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import reprlib
@@ -15,6 +16,47 @@ from layerloop.components.schema.errors import LayerloopError
 SCHEMA_VERSION: Final = 1  # raised when a stored record changes its meaning; readers refuse other versions
 
 
+SEAL: Final = "sha256"  # the key of a sealed document that holds the hash of all its others
+
+
+class DamagedError(LayerloopError):
+    """Bytes that are not those whose hash is known. Reading them again may give the right ones."""
+
+
+def canonical_json(value: Any) -> bytes:
+    """Sorted keys, two spaces, trailing newline: equal values give equal bytes."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def seal(document: bytes) -> bytes:
+    """A JSON object with the hash of its canonical form as one more key, so that a changed bit shows."""
+    value = json.loads(document)
+    return canonical_json({**value, SEAL: hashlib.sha256(canonical_json(value)).hexdigest()})
+
+
+def unseal(document: bytes | str, *, where: str) -> bytes | str:
+    """What `seal` was given, in its canonical form; a document without a seal, of earlier versions, as it is.
+
+    Raises:
+        DamagedError: the document is not what was sealed.
+    """
+    try:
+        value: Any = json.loads(document)
+    except (ValueError, RecursionError):
+        return document  # the parser says what is wrong with it
+    if not isinstance(value, dict) or not isinstance(value.get(SEAL), str):
+        return document
+    wanted = value.pop(SEAL)
+    content = canonical_json(value)
+    found = hashlib.sha256(content).hexdigest()
+    if found != wanted:
+        raise DamagedError(
+            f"{where} has content of sha256 {found[:12]} and says {wanted[:12]}: it was changed after it was written, "
+            "restore it"
+        )
+    return content
+
+
 class Record(BaseModel):
     """A frozen pydantic model that refuses unknown keys and infinite or NaN floats."""
 
@@ -22,7 +64,7 @@ class Record(BaseModel):
 
     def to_json(self) -> bytes:
         """Canonical JSON: sorted keys, two spaces, trailing newline; equal records give equal bytes."""
-        return (json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+        return canonical_json(self.model_dump(mode="json"))
 
     @classmethod
     def from_json(cls, data: bytes | str, *, where: str) -> Self:
@@ -33,7 +75,7 @@ class Record(BaseModel):
         """
         try:
             value: Any = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LayerloopError(
                 f"{where} is not JSON ({error}): it was truncated or is another kind of file"
             ) from None

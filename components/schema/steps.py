@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+RUN: Final = "LAYERLOOP_RUN"  # variable with the name of the run that a step's process belongs to
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:

@@ -35,8 +35,10 @@ from layerloop.components.score_rollouts.results import (
     table_of,
 )
 from layerloop.components.score_rollouts.scoring import ScoredGroup, Scorer
-from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.manifests import add_file, already_committed, commit
+from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.lease import hold
+from layerloop.components.storage.manifests import add_file
+from layerloop.components.storage.rollouts import rollouts_sha256
 from layerloop.components.storage.shards import write_shard
 from layerloop.components.storage.stores import open_store
 
@@ -61,17 +63,23 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
             Nothing is committed then.
     """
     opened = Campaign.open(campaign, runtime)
-    recipe = opened.recipe
     current = opened.open_iteration(iteration)
     folder = opened.scores_dir(current)
-    if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
+    if (done := opened.already_committed(folder, log=log)) is not None:
         return _result(done)
+    with hold(opened.store, log=log):
+        done = opened.already_committed(folder, log=log)  # by the run that held it until now
+        return _result(done if done is not None else _score(opened, current, judge_url))
 
+
+def _score(opened: Campaign, current: int, judge_url: str) -> Manifest:
+    """Judge an iteration and commit its scores. Raises as `run`."""
+    recipe, folder = opened.recipe, opened.scores_dir(current)
     url = judge_address(judge_url)
     rubric = rubric_of(recipe.judge)
     replies = StoredReplies(opened.store, f"{folder}/replies")
-    total = len(opened.rollouts(current))
-    where = without_secrets(url)
+    rollouts = opened.rollouts(current)
+    total, where = len(rollouts), without_secrets(url)
     log(f"judging iteration {current} by {recipe.judge.model} at {where}; {len(replies)} replies are stored already")
 
     start = time.monotonic()
@@ -100,11 +108,12 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
         log(f"the judge obeys text inside images: reward +{metrics['canary_injection_gain']:.2f}")
     metadata: dict[str, JsonValue] = {
         **_provenance(recipe.judge, rubric, version),
+        "rollouts_sha256": rollouts_sha256(rollouts),
         "masks": dict(sorted(reasons.items())),
         "canaries": {} if judged.canaries is None else dict(judged.canaries.rewards),
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
     }
-    return _result(_commit(opened, current, rows, rubric, metadata))
+    return _commit(opened, current, rows, rubric, metadata)
 
 
 def _provenance(recipe: JudgeRecipe, rubric: Rubric, version: str) -> dict[str, JsonValue]:
@@ -134,7 +143,7 @@ def _commit(
         counts=counts_of(rows),
         metadata=metadata,
     )
-    return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
+    return campaign.commit(folder, manifest)
 
 
 def _canaries_before(campaign: Campaign, iteration: int) -> dict[str, float]:

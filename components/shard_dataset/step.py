@@ -15,6 +15,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import JsonValue
+
 from layerloop.components.judge.address import judge_address
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.progress import log, progress
@@ -43,10 +45,11 @@ from layerloop.components.shard_dataset.samples import (
     prepare_image,
 )
 from layerloop.components.shard_dataset.spool import Spool
-from layerloop.components.storage.campaign import BASE_COMMIT, MANIFEST, RECIPE, Campaign
-from layerloop.components.storage.manifests import add_file, already_committed, commit, describe_file
+from layerloop.components.storage.campaign import BASE_COMMIT, RECIPE, Campaign
+from layerloop.components.storage.lease import hold
+from layerloop.components.storage.manifests import add_file, find_file, read_file
 from layerloop.components.storage.runtime import read_runtime
-from layerloop.components.storage.shards import existing_shard, write_shard
+from layerloop.components.storage.shards import existing_shards, write_shard
 from layerloop.components.storage.stores import MissingObjectError, Store, open_store, read_uri
 
 REJECTS = "rejects.parquet"
@@ -125,7 +128,7 @@ def run(
     found = Campaign.create_or_open(campaign, chosen, runtime) if store.exists(RECIPE) else None
     opened = found or Campaign(store, chosen, read_runtime(runtime, chosen))  # not stored yet
     check_nothing_lost(moved, opened.runtime)
-    done = already_committed(store, f"{opened.sources_dir}/{MANIFEST}", log=log) if found else None
+    done = found.already_committed(found.sources_dir, log=log) if found else None
     if found:
         target.check_publication(found)
     if done:
@@ -154,7 +157,8 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, benchmark: s
     layered = find_designs(designs) if designs.strip() else None
     asked = find_inputs(benchmark, what="benchmark") if benchmark.strip() else None
     store.check_writable()
-    base = None if store.exists(RECIPE) and store.exists(PROMPT) else CheckedBase.of(chosen, campaign.runtime.model)
+    prompt = find_file(store, PROMPT) if store.exists(RECIPE) else None
+    base = None if prompt else CheckedBase.of(chosen, campaign.runtime.model)
 
     with Spool() as spool:
         # What is held out comes first: a copy of it would leak into training, and is dropped as its duplicate.
@@ -179,33 +183,33 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, benchmark: s
 
         embedding = base.embed_prompt() if base else None
         campaign = Campaign.create_or_open(store.uri, chosen, runtime)
-        prompt = add_file(store, PROMPT, embedding) if embedding is not None else describe_file(store, PROMPT)
-        base_at = base_commit(embedding if embedding is not None else store.read(PROMPT))
-        splits = {"train": train, "holdout": holdout, "designs": truths.keys}
-        splits |= {"benchmark": pictures.keys} if asked else {}
-        shards = [shard for split, keys in splits.items() for shard in _write_split(campaign, spool, split, keys)]
-    rejects = add_file(store, f"{campaign.sources_dir}/{REJECTS}", table)
-    manifest = Manifest(
-        kind="sources",
-        shards=tuple(shards),
-        files=(rejects, prompt),
-        counts={
-            "images": found.seen,
-            "duplicates": sum(gathered.duplicates for gathered, _ in read.values()),
-            "rejects": sum(len(gathered.rejects) for gathered, _ in read.values()),
-            **{split: len(keys) for split, keys in splits.items()},
-        },
-        metadata={
-            "images": unlabelled.uri,
-            "images_sha256": unlabelled.sha256,
-            "designs": layered.uri if layered else "",
-            "designs_sha256": layered.sha256 if layered else "",
-            "benchmark": asked.uri if asked else "",
-            "benchmark_sha256": asked.sha256 if asked else "",
-            **({BASE_COMMIT: base_at} if base_at else {}),
-        },
-    )
-    return commit(store, f"{campaign.sources_dir}/{MANIFEST}", manifest)
+        base_at = base_commit(embedding if embedding is not None else read_file(store, prompt) if prompt else b"")
+        with hold(store, log=log):
+            if done := campaign.already_committed(campaign.sources_dir, log=log):  # by the run that held it until now
+                check_same_inputs(done, images=images, designs=designs, benchmark=benchmark)
+                return done
+            files = [add_file(store, PROMPT, embedding)] if embedding is not None else [prompt] if prompt else []
+            files.append(add_file(store, f"{campaign.sources_dir}/{REJECTS}", table))
+            store.write(f"{campaign.sources_dir}/{REJECTS}", table)  # a copy under the name that people look for
+            splits = {"train": train, "holdout": holdout, "designs": truths.keys}
+            splits |= {"benchmark": pictures.keys} if asked else {}
+            shards = [shard for split, keys in splits.items() for shard in _write_split(campaign, spool, split, keys)]
+            counts = {
+                "images": found.seen,
+                "duplicates": sum(gathered.duplicates for gathered, _ in read.values()),
+                "rejects": sum(len(gathered.rejects) for gathered, _ in read.values()),
+                **{split: len(keys) for split, keys in splits.items()},
+            }
+            origins = {**_origin("images", unlabelled), **_origin("designs", layered), **_origin("benchmark", asked)}
+            manifest = Manifest(
+                kind="sources", shards=tuple(shards), files=tuple(files), counts=counts,
+                metadata={**origins, **({BASE_COMMIT: base_at} if base_at else {})},
+            )  # fmt: skip
+            return campaign.commit(campaign.sources_dir, manifest)
+
+
+def _origin(what: str, inputs: Inputs | None) -> dict[str, JsonValue]:
+    return {what: inputs.uri if inputs else "", f"{what}_sha256": inputs.sha256 if inputs else ""}
 
 
 def choose_recipe(
@@ -336,7 +340,8 @@ def _write_split(campaign: Campaign, spool: Spool, split: str, keys: Sequence[st
     size = campaign.recipe.data.images_per_shard
     for number, start in enumerate(range(0, len(keys), size)):
         name, part = f"{campaign.sources_dir}/{split}-{number:06d}.tar", keys[start : start + size]
-        shard = existing_shard(campaign.store, name, part) or write_shard(campaign.store, name, spool.samples(part))
+        there = next(existing_shards(campaign.store, name, part), None)
+        shard = there or write_shard(campaign.store, name, spool.samples(part))
         log(f"{shard.name}: {shard.samples} images, {shard.bytes / 1e6:.2f} MB")
         shards.append(shard)
     return shards

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe, recipe_differences, split_recipe
+from layerloop.components.schema.record import DamagedError, seal, unseal
 from layerloop.components.schema.runtime import Runtime
-from layerloop.components.storage.manifests import load
-from layerloop.components.storage.rollouts import committed_groups, sampled_groups
+from layerloop.components.storage.manifests import commit, load, verify
+from layerloop.components.storage.rollouts import committed_groups, manifest_name, sampled_groups
 from layerloop.components.storage.runtime import read_runtime
-from layerloop.components.storage.stores import MissingObjectError, Store, open_store
+from layerloop.components.storage.stores import READS, MissingObjectError, Store, open_store
 
 RECIPE = "recipe.json"
 MANIFEST = "manifest.json"
 BASE_COMMIT = "base_commit"  # of the sources' metadata: what `recipe.model.revision` of the hub was when they were made
+_KINDS = {"sources": "sources", "evaluations": "evaluation", "published": "published"}  # by folder
 _ITERATION = re.compile(r"\d{6}")
 _PUBLICATION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
@@ -27,8 +30,10 @@ class Campaign:
     """A root URI with a frozen recipe, and the runtime of this process. Nothing is cached: every call reads
     the store."""
 
-    def __init__(self, store: Store, recipe: Recipe, runtime: Runtime) -> None:
+    def __init__(self, store: Store, recipe: Recipe, runtime: Runtime, *, recipe_sha256: str | None = None) -> None:
+        """`recipe_sha256` is of the stored recipe.json; None where there is none yet."""
         self.store, self.recipe, self.runtime, self.uri = store, recipe, runtime, store.uri
+        self.recipe_sha256 = recipe_sha256
 
     @classmethod
     def create_or_open(cls, uri: str, recipe: Recipe, runtime: str | Mapping[str, Any] = "") -> Campaign:
@@ -41,15 +46,14 @@ class Campaign:
                 runtime is not valid.
         """
         store = open_store(uri)
-        stored: dict[str, Any] = {}
-        if not store.create(RECIPE, recipe.to_json()):
-            frozen, stored = _frozen_recipe(store)
-            if different := recipe_differences(recipe, frozen):
-                raise LayerloopError(
-                    f"campaign {store.uri} was made with another recipe ({'; '.join(different)}): "
-                    "continue with its own, or give another campaign URI"
-                )
-        return cls(store, recipe, read_runtime(runtime, recipe, stored=stored, where=f"{store.uri}/{RECIPE}"))
+        store.create(RECIPE, seal(recipe.to_json()))
+        opened = cls.open(uri, runtime)
+        if different := recipe_differences(recipe, opened.recipe):
+            raise LayerloopError(
+                f"campaign {store.uri} was made with another recipe ({'; '.join(different)}): "
+                "continue with its own, or give another campaign URI"
+            )
+        return opened
 
     @classmethod
     def open(cls, uri: str, runtime: str | Mapping[str, Any] = "") -> Campaign:
@@ -59,8 +63,9 @@ class Campaign:
             LayerloopError: there is no campaign at `uri`, or the runtime is not valid.
         """
         store = open_store(uri)
-        recipe, stored = _frozen_recipe(store)
-        return cls(store, recipe, read_runtime(runtime, recipe, stored=stored, where=f"{store.uri}/{RECIPE}"))
+        recipe, stored, sha256 = _frozen_recipe(store)
+        free = read_runtime(runtime, recipe, stored=stored, where=f"{store.uri}/{RECIPE}")
+        return cls(store, recipe, free, recipe_sha256=sha256)
 
     # Names, relative to the root.
 
@@ -86,6 +91,10 @@ class Campaign:
         """Folder of a published adapter."""
         return f"published/{name}"
 
+    def publication_dir(self, name: str) -> str:
+        """Folder of what a publication's manifest names; `published_dir` has copies of it."""
+        return f"publications/{name}"
+
     # Committed outputs.
 
     def iterations(self) -> list[int]:
@@ -109,8 +118,58 @@ class Campaign:
         return current
 
     def find(self, folder: str) -> Manifest | None:
-        """The manifest committed in a folder such as `scores_dir(3)`, or None."""
-        return load(self.store, f"{folder}/{MANIFEST}")
+        """The manifest committed in a folder such as `scores_dir(3)`, or None.
+
+        Raises:
+            LayerloopError: it is of another step, another iteration or another recipe.
+        """
+        name = f"{folder}/{MANIFEST}"
+        manifest = load(self.store, name)
+        if manifest is not None:
+            self.check_origin(name, manifest)
+        return manifest
+
+    def already_committed(self, folder: str, *, log: Callable[[str], None]) -> Manifest | None:
+        """The manifest that an earlier attempt committed in a folder, verified and logged; None where there is work.
+
+        Every step starts with this call, and makes it again once it holds the campaign.
+
+        Raises:
+            LayerloopError: as `find`, or what the manifest names is missing or has another size.
+        """
+        done = self.find(folder)
+        if done is not None:
+            verify(self.store, done)
+            log(f"{self.uri}/{folder}/{MANIFEST} is committed already")
+        return done
+
+    def commit(self, folder: str, manifest: Manifest) -> Manifest:
+        """Commit an output in its folder, with the recipe's hash in its metadata: see `manifests.commit`."""
+        if self.recipe_sha256 is not None:
+            metadata = {**manifest.metadata, "recipe_sha256": self.recipe_sha256}
+            manifest = manifest.model_copy(update={"metadata": metadata})
+        return commit(self.store, f"{folder}/{MANIFEST}", manifest)
+
+    def check_origin(self, name: str, manifest: Manifest) -> None:
+        """Refuse a manifest that does not belong where it lies.
+
+        Raises:
+            LayerloopError: it is of another step, another iteration or another recipe.
+        """
+        parts = name.split("/")
+        kind = _KINDS.get(parts[0], parts[-2])
+        iteration = int(parts[1]) if parts[0] == "iterations" else manifest.iteration
+        if (manifest.kind, manifest.iteration) != (kind, iteration):
+            raise LayerloopError(
+                f"{self.uri}/{name} is of {manifest.kind} {manifest.iteration}, not of {kind} {iteration}: restore the "
+                "right one"
+            )
+        made_with = manifest.metadata.get("recipe_sha256")
+        if made_with is not None and self.recipe_sha256 is not None and made_with != self.recipe_sha256:
+            raise LayerloopError(
+                f"{self.uri}/{name} was made with a {RECIPE} of sha256 {made_with!s:.12}, it is now "
+                f"{self.recipe_sha256:.12}: restore the {RECIPE} that the campaign began with"
+            )
 
     def sources(self) -> Manifest:
         """The committed sources.
@@ -155,7 +214,11 @@ class Campaign:
 
     def committed_groups(self, iteration: int, groups: Collection[int] | None = None) -> dict[int, Manifest]:
         """Manifests of the groups that are committed, by group, complete or not; only of `groups` if given."""
-        return committed_groups(self.store, self.rollouts_dir(iteration), iteration, groups)
+        folder = self.rollouts_dir(iteration)
+        found = committed_groups(self.store, folder, iteration, groups)
+        for group, manifest in found.items():
+            self.check_origin(manifest_name(folder, group), manifest)
+        return found
 
     def sampled_groups(self, iteration: int) -> list[int]:
         """Numbers of the groups that are committed; quicker than to read their manifests."""
@@ -183,22 +246,29 @@ class Campaign:
         return manifest
 
 
-def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe, and runtime values in it: recipe.json of earlier versions held both."""
-    try:
-        data = store.read(RECIPE)
-    except MissingObjectError:
-        raise LayerloopError(
-            f"campaign {store.uri} has no {RECIPE}: start it with shard_dataset, or correct the URI"
-        ) from None
+def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any], str]:
+    """The recipe, runtime values in it (recipe.json of earlier versions held both), and the sha256 of the file."""
     where = f"{store.uri}/{RECIPE}"
+    for attempt in range(READS):
+        try:
+            data = store.read(RECIPE)
+            content = unseal(data, where=where)
+            break
+        except MissingObjectError:
+            raise LayerloopError(
+                f"campaign {store.uri} has no {RECIPE}: start it with shard_dataset, or correct the URI"
+            ) from None
+        except DamagedError:
+            if attempt == READS - 1:
+                raise
     try:
-        value = json.loads(data)
-    except ValueError:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
         value = None
+    sha256 = hashlib.sha256(data).hexdigest()
     if not isinstance(value, dict):
-        return Recipe.from_json(data, where=where), {}  # says what is wrong with it
-    return split_recipe(value, where=where)
+        return Recipe.from_json(content, where=where), {}, sha256  # says what is wrong with it
+    return *split_recipe(value, where=where), sha256
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -12,5 +12,5 @@ def final_weights(policy: Manifest) -> File:
 
     Both are in peft's layout, with the same `adapter_config.json`.
     """
-    averaged = any(file.name.endswith(f"/{AVERAGE}") for file in policy.files)
+    averaged = any(file.base_name == AVERAGE for file in policy.files)
     return policy.file(AVERAGE if averaged else SAMPLING)

@@ -21,8 +21,8 @@ def cache_folder() -> Path:
 def local_folder(uri: str, *, cache: Path | None = None) -> Path:
     """A local folder with the objects under `uri`: the folder itself where it is local, else a copy, made only once.
 
-    The objects under a URI are taken to be immutable. A copy is identified by the URI and by the names and sizes of all
-    objects; of several processes that want it at once one downloads it, and an interrupted download is continued.
+    A copy is identified by the URI and by the names, sizes and ETags of all objects; of several processes that want it
+    at once one downloads it, and an interrupted download is continued.
 
     Args:
         uri: a folder path, `file://`, `s3://bucket/prefix`, or `hf://owner/name[/subfolder]` of the Hugging Face hub.
@@ -38,10 +38,11 @@ def local_folder(uri: str, *, cache: Path | None = None) -> Path:
         if not store.root.is_dir():
             raise LayerloopError(f"folder {store.root} does not exist: correct the path, or give an s3:// URI")
         return store.root
-    sizes = store.sizes()
+    entries = store.entries()
+    sizes = {name: entry.size for name, entry in entries.items()}
     if not sizes:
         raise LayerloopError(f"{store.uri} has no objects: correct the URI, or upload the files first")
-    text = "\n".join([store.uri, *(f"{name} {size}" for name, size in sorted(sizes.items()))])
+    text = "\n".join([store.uri, *(f"{name} {entry.size} {entry.etag}" for name, entry in entries.items())])
     base = (cache or cache_folder()) / "folders"
     base.mkdir(parents=True, exist_ok=True)
     final = base / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -61,6 +62,9 @@ def local_folder(uri: str, *, cache: Path | None = None) -> Path:
             if not path.is_file() or path.stat().st_size != size:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 store.download(name, path)
+        for path in [path for path in partial.rglob("*") if path.is_file()]:
+            if path.relative_to(partial).as_posix() not in sizes:  # of a download that was killed
+                path.unlink()
         partial.rename(final)
     return final
 

@@ -9,14 +9,16 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.regular_files import open_regular
-from layerloop.components.storage.store import Names, Store, checked_name
+from layerloop.components.storage.store import Entry, MissingObjectError, Names, Store, checked_name
 
 TEMPORARY = ".tmp-"  # file name prefix of what is being written to a folder; never listed
 
@@ -27,8 +29,13 @@ class LocalStore(Store):
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().absolute()
         self.uri = str(self.root)
+        self._has_links = True  # until a hard link was refused
         if self.root.exists() and not self.root.is_dir():
             raise LayerloopError(f"{self.uri} is a file, not a folder: give a folder")
+
+    @property
+    def creates_once(self) -> bool:
+        return self._has_links
 
     def write(self, name: str, data: bytes) -> None:
         with self._temporary(name) as (file, temporary):
@@ -65,26 +72,51 @@ class LocalStore(Store):
             yield file
 
     def exists(self, name: str) -> bool:
-        return self._path(name).is_file()
+        try:
+            self.size(name)
+        except MissingObjectError:
+            return False
+        return True
 
     def size(self, name: str) -> int:
-        path = self._path(name)
-        if not path.is_file():
+        try:
+            found = self._path(name).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._missing(name) from None
+        except OSError as error:
+            raise LayerloopError(f"{self.uri}/{name} cannot be read ({error.strerror}): allow it") from None
+        if not stat.S_ISREG(found.st_mode):
             raise self._missing(name)
-        return path.stat().st_size
+        return found.st_size
 
-    def sizes(self, prefix: str = "") -> dict[str, int]:
+    def entries(self, prefix: str = "") -> dict[str, Entry]:
         folder = prefix.rpartition("/")[0]
-        start = self._path(folder) if folder else self.root
-        found: dict[str, int] = {}
-        for directory, _, files in os.walk(start):
-            relative = Path(directory).relative_to(self.root).as_posix()
-            for file in files:
-                name = file if relative == "." else f"{relative}/{file}"
-                if name.startswith(prefix) and not file.startswith(TEMPORARY):
-                    with contextlib.suppress(FileNotFoundError):  # replaced or deleted while we walked
-                        found[name] = os.stat(os.path.join(directory, file)).st_size
+        found: dict[str, Entry] = {}
+        for name, path in self._files(self._path(folder) if folder else self.root):
+            if name.startswith(prefix) and not path.name.startswith(TEMPORARY):
+                with contextlib.suppress(FileNotFoundError):  # replaced or deleted while we walked
+                    about = path.stat()
+                    found[name] = Entry(about.st_size, about.st_mtime, f"{about.st_ino}-{about.st_mtime_ns}")
         return dict(sorted(found.items()))
+
+    def clock(self) -> float:
+        try:  # that of the file system, which may be another machine's
+            with tempfile.NamedTemporaryFile(dir=self.root, prefix=TEMPORARY) as file:
+                return os.fstat(file.fileno()).st_mtime
+        except OSError:
+            return time.time()
+
+    def copy(self, name: str, target: str) -> None:
+        with self.open(name) as source, self._temporary(target) as (file, temporary):
+            shutil.copyfileobj(source, file, 1 << 20)
+            self._publish(file, temporary, self._path(target))
+
+    def leftovers(self) -> Names:
+        return sorted(name for name, path in self._files(self.root) if path.name.startswith(TEMPORARY))
+
+    def remove_leftovers(self) -> None:
+        for name in self.leftovers():
+            self._path(name).unlink(missing_ok=True)
 
     def folders(self, name: str = "") -> Names:
         path = self._path(name.rstrip("/")) if name else self.root
@@ -102,6 +134,22 @@ class LocalStore(Store):
             raise LayerloopError(
                 f"{self.uri} cannot be written ({error.strerror}): give a folder that can be"
             ) from None
+
+    def _files(self, folder: Path) -> Iterator[tuple[str, Path]]:
+        """Names and paths of all files in a folder of the store.
+
+        Raises:
+            LayerloopError: a folder in it cannot be read: its objects must not seem to be missing.
+        """
+
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise LayerloopError(f"{error.filename} cannot be read ({error.strerror}): allow it") from None
+
+        for directory, _, files in os.walk(folder, onerror=refuse):
+            relative = Path(directory).relative_to(self.root).as_posix()
+            for file in files:
+                yield file if relative == "." else f"{relative}/{file}", Path(directory, file)
 
     def _path(self, name: str) -> Path:
         return self.root / checked_name(name)
@@ -144,6 +192,7 @@ class LocalStore(Store):
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
                 raise
+            self._has_links = False
             warn_once(f"{self.uri}: this file system has no hard links, so create-only writes are check-then-rename")
             if path.exists():
                 return False

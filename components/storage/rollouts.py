@@ -1,25 +1,27 @@
 """The rollouts of an iteration: one shard per group, committed by a manifest per group.
 
-    iterations/000007/rollouts/g000003.tar     the samples of group 3; schema/trajectory.py describes them
-    iterations/000007/rollouts/g000003.json    the manifest that commits it
+    iterations/000007/rollouts/g000003-<hash>.tar    the samples of group 3; schema/trajectory.py describes them
+    iterations/000007/rollouts/g000003.json          the manifest that commits it
 
 Neither names nor bytes depend on which worker sampled the group or on how many workers there were, so every attempt at
-an iteration may have another number of them. Campaigns sampled by earlier versions have `w00of02-000000.tar` and one
-manifest per worker, `w00of02.json`, with its groups in the order of its shards: these are read, but no longer written.
+an iteration may have another number of them. Earlier versions wrote `g000003.tar`, and before that
+`w00of02-000000.tar` and one manifest per worker, `w00of02.json`, with its groups in the order of its shards: these are
+read, but no longer written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
-from layerloop.components.schema.trajectory import GroupRecord, candidate_key, group_key
+from layerloop.components.schema.trajectory import REMEDY, GroupRecord, candidate_key, group_key
 from layerloop.components.storage.groups import Group, SampledGroup, read_group, samples_of
 from layerloop.components.storage.manifests import commit, load
-from layerloop.components.storage.shards import existing_shard, read_shard, write_shard
+from layerloop.components.storage.shards import existing_shards, read_shard, write_shard
 from layerloop.components.storage.store import Store
 
 _GROUP = re.compile(r"g(\d{6,})\.json")
@@ -28,7 +30,7 @@ _READERS = 16  # manifests that are fetched at once
 
 
 def shard_name(folder: str, group: int) -> str:
-    """Name of a group's shard in the rollouts folder of its iteration."""
+    """Name of a group's shard in the rollouts folder of its iteration, without its hash."""
     return f"{folder}/g{group:06d}.tar"
 
 
@@ -40,7 +42,9 @@ def manifest_name(folder: str, group: int) -> str:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_group(store: Store, folder: str, group: SampledGroup, *, model_calls: int) -> Manifest:
+def write_group(
+    store: Store, folder: str, group: SampledGroup, *, model_calls: int, recipe_sha256: str | None = None
+) -> Manifest:
     """Write a group's shard and commit it; a group that another attempt has committed meanwhile is left unchanged.
 
     Returns:
@@ -54,19 +58,28 @@ def write_group(store: Store, folder: str, group: SampledGroup, *, model_calls: 
     if done is not None:
         return _checked(done, store, record.iteration, record.group)
     shard = write_shard(store, shard_name(folder, record.group), samples_of(group))
-    return commit_group(store, folder, record, shard, model_calls=model_calls)
+    return commit_group(store, folder, record, shard, model_calls=model_calls, recipe_sha256=recipe_sha256)
 
 
-def commit_group(store: Store, folder: str, record: GroupRecord, shard: Shard, *, model_calls: int) -> Manifest:
-    """Commit a group whose shard is in the store.
+def commit_group(
+    store: Store,
+    folder: str,
+    record: GroupRecord,
+    shard: Shard,
+    *,
+    model_calls: int,
+    recipe_sha256: str | None = None,
+) -> Manifest:
+    """Commit a group whose shard is in the store; `recipe_sha256` is `Campaign.recipe_sha256`.
 
     Returns:
-        The manifest that counts: this one, or that of an attempt which was faster and wrote the same bytes.
+        The manifest that counts: this one, or that of an attempt which was faster, whose bytes may be others (sampled
+        on another kind of processor, for instance).
 
     Raises:
-        LayerloopError: a faster attempt wrote other bytes (on another kind of processor, for instance).
+        LayerloopError: a faster attempt sampled with another policy.
     """
-    name = manifest_name(folder, record.group)
+    where = manifest_name(folder, record.group)
     manifest = Manifest(
         kind="rollouts",
         iteration=record.iteration,
@@ -82,15 +95,19 @@ def commit_group(store: Store, folder: str, record: GroupRecord, shard: Shard, *
             "base_fingerprint": record.base_fingerprint,
             "adapter_sha256": record.adapter_sha256,
             "sigmas": {f"{record.width}x{record.height}": list(record.sigmas)},
+            **({"recipe_sha256": recipe_sha256} if recipe_sha256 else {}),
         },
     )
-    stored = _checked(commit(store, name, manifest), store, record.iteration, record.group)
-    if stored.shards != manifest.shards:
-        raise LayerloopError(
-            f"{store.uri}/{name} names a shard with sha256 {stored.shards[0].sha256[:12]}, this attempt wrote "
-            f"{shard.sha256[:12]}: two attempts sampled the group at once on unlike machines; delete {name} and run "
-            "the step again"
-        )
+    stored = _checked(commit(store, where, manifest), store, record.iteration, record.group)
+    for name, theirs, ours in (
+        ("base_fingerprint", stored.metadata.get("base_fingerprint"), record.base_fingerprint),
+        ("adapter_sha256", stored.metadata.get("adapter_sha256"), record.adapter_sha256),
+    ):
+        if theirs != ours:
+            raise LayerloopError(
+                f"{store.uri}/{where} was committed by another attempt with {name} {theirs!s:.12}, this one has "
+                f"{ours!s:.12}: use one model and one adapter, {REMEDY}"
+            )
     return stored
 
 
@@ -106,13 +123,12 @@ def resume_group(
 ) -> tuple[Shard, GroupRecord] | None:
     """The shard of a group that an interrupted attempt wrote completely, with the same policy, and did not commit."""
     keys = [group_key(iteration, group), *(candidate_key(iteration, group, c) for c in range(group_size))]
-    shard = existing_shard(store, shard_name(folder, group), keys)
-    if shard is None:
-        return None
-    _, members = next(read_shard(store, shard, required=("json",), wanted=lambda suffix: suffix == "json"))
-    record = GroupRecord.from_json(members["json"], where=f"{store.uri}/{shard.name}")
-    same = (record.base_fingerprint, record.adapter_sha256) == (base_fingerprint, adapter_sha256)
-    return (shard, record) if same else None
+    for shard in existing_shards(store, shard_name(folder, group), keys):
+        _, members = next(read_shard(store, shard, required=("json",), wanted=lambda suffix: suffix == "json"))
+        record = GroupRecord.from_json(members["json"], where=f"{store.uri}/{shard.name}")
+        if (record.base_fingerprint, record.adapter_sha256) == (base_fingerprint, adapter_sha256):
+            return shard, record
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- what is committed
@@ -147,6 +163,12 @@ def committed_groups(
             if groups is None or group in groups:
                 found.setdefault(group, manifest)
     return dict(sorted(found.items()))
+
+
+def rollouts_sha256(manifests: Mapping[int, Manifest]) -> str:
+    """Hash of an iteration's groups and their bytes: what scores are of."""
+    text = "".join(f"{group} {manifests[group].shards[0].sha256}\n" for group in sorted(manifests))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _listed(store: Store, folder: str) -> tuple[dict[int, str], list[str]]:

@@ -6,17 +6,16 @@ members follow each other as `<key>.<suffix>`. Keys have no dots, since WebDatas
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import re
 import tarfile
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.manifest import Shard
-from layerloop.components.storage.store import MissingObjectError, Store
+from layerloop.components.schema.manifest import Shard, content_name
+from layerloop.components.schema.record import DamagedError
+from layerloop.components.storage.store import READS, Store, hash_file, scratch_file, written_before
 
 Sample = tuple[str, dict[str, bytes]]
 
@@ -25,7 +24,7 @@ _SUFFIX = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # lower case: WebDataset l
 
 
 def write_shard(store: Store, name: str, samples: Iterable[Sample]) -> Shard:
-    """Write samples as one tar: to a local temporary file, then hashed, then uploaded.
+    """Write samples as one tar: to a local temporary file, then hashed, then uploaded as `content_name(name)`.
 
     Equal samples in equal order give equal bytes (mtime 0, no owner, members sorted by suffix).
 
@@ -33,7 +32,7 @@ def write_shard(store: Store, name: str, samples: Iterable[Sample]) -> Shard:
         ValueError: a key or suffix that WebDataset would misread, a key given twice, or a sample without members.
     """
     keys: set[str] = set()
-    with tempfile.NamedTemporaryFile(prefix="layerloop-", suffix=".tar") as file:
+    with scratch_file() as (file, path):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, members in samples:
                 if not _KEY.fullmatch(key) or key in keys:
@@ -46,9 +45,10 @@ def write_shard(store: Store, name: str, samples: Iterable[Sample]) -> Shard:
                         raise ValueError(f"shard {name}: suffix {suffix!r} of {key!r} is not lower-case words and dots")
                     _add_member(tar, f"{key}.{suffix}", members[suffix])
         file.flush()
-        digest, size = _hash(file)
-        store.upload(name, Path(file.name))
-    return Shard(name=name, bytes=size, sha256=digest, samples=len(keys))
+        digest, size = hash_file(file)
+        own = content_name(name, digest)
+        store.upload(own, path)
+    return Shard(name=own, bytes=size, sha256=digest, samples=len(keys))
 
 
 def read_shard(
@@ -69,33 +69,54 @@ def read_shard(
             one that `write_shard` makes (members apart, nested names, links, a required member missing).
     """
     where = f"{store.uri}/{shard.name}"
-    with store.open(shard.name) as file:
-        digest, size = _hash(file)
-        if (size, digest) != (shard.bytes, shard.sha256):
-            raise LayerloopError(
-                f"{where} has {size} bytes and sha256 {digest[:12]}, its manifest says {shard.bytes} and "
-                f"{shard.sha256[:12]}: it was changed after it was committed, restore it"
-            )
+    with _checked(store, shard) as file:
         count = _check_members(file, where, required)
         if count != shard.samples:
             raise LayerloopError(f"{where} has {count} samples, its manifest says {shard.samples}: restore it")
         yield from _samples(file, where, wanted)
 
 
-def existing_shard(store: Store, name: str, keys: Sequence[str]) -> Shard | None:
-    """An earlier shard of that name if it is complete and has exactly those keys in that order, else None."""
-    where = f"{store.uri}/{name}"
-    try:
+def existing_shards(store: Store, name: str, keys: Sequence[str]) -> Iterator[Shard]:
+    """Complete shards that earlier attempts wrote as `name`, with exactly those keys in that order.
+
+    Their bytes have the hash that their name says. One of an earlier version, whose name says none, is read twice.
+    """
+    for found, digits in written_before(store, name):
+        with contextlib.suppress(LayerloopError):  # gone, cut short, or not a shard of layerloop: it is written again
+            if (shard := _described(store, found, digits, keys)) is not None:
+                yield shard
+
+
+def _described(store: Store, name: str, digits: str, keys: Sequence[str]) -> Shard | None:
+    """A shard's manifest entry; None if it has other keys, or not the hash that its name says."""
+    for _ in range(READS):
         with store.open(name) as file:
-            digest, size = _hash(file)
-            _check_members(file, where, ())
-            if [key for key, _ in _grouped(file, where)] != list(keys):
-                return None
-    except MissingObjectError:
-        return None
-    except LayerloopError:
-        return None  # not a shard of layerloop: it is written again
-    return Shard(name=name, bytes=size, sha256=digest, samples=len(keys))
+            digest, size = hash_file(file)
+            if digits and not digest.startswith(digits):
+                continue
+            if not digits:
+                digits = digest
+                continue
+            _check_members(file, name, ())
+            if [key for key, _ in _grouped(file, name)] == list(keys):
+                return Shard(name=name, bytes=size, sha256=digest, samples=len(keys))
+            return None
+    return None
+
+
+@contextlib.contextmanager
+def _checked(store: Store, shard: Shard) -> Iterator[BinaryIO]:
+    """The shard's file, checked, and fetched again where it is not what was committed."""
+    for _ in range(READS):
+        with store.open(shard.name) as file:
+            digest, size = hash_file(file)
+            if (size, digest) == (shard.bytes, shard.sha256):
+                yield file
+                return
+    raise DamagedError(
+        f"{store.uri}/{shard.name} has {size} bytes and sha256 {digest[:12]}, its manifest says {shard.bytes} and "
+        f"{shard.sha256[:12]}: it was changed after it was committed, restore it"
+    )
 
 
 def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -104,17 +125,6 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = len(data), 0o444, 0
     tar.addfile(info, io.BytesIO(data))
-
-
-def _hash(file: IO[bytes]) -> tuple[str, int]:
-    """sha256 and size in bytes; the file is left at its beginning."""
-    file.seek(0)
-    digest, size = hashlib.sha256(), 0
-    while block := file.read(1 << 20):
-        digest.update(block)
-        size += len(block)
-    file.seek(0)
-    return digest.hexdigest(), size
 
 
 def _grouped(file: BinaryIO, where: str) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
@@ -136,7 +146,7 @@ def _grouped(file: BinaryIO, where: str) -> Iterator[tuple[str, dict[str, tuple[
                 if suffix in members:
                     raise LayerloopError(f"{where} holds {info.name!r} twice: it is not a shard of layerloop")
                 members[suffix] = (info.offset_data, info.size)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise LayerloopError(f"{where} is not a complete tar ({error}): restore it, or delete it") from None
     if key is not None:
         yield key, members

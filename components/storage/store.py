@@ -2,29 +2,53 @@
 
 Every store keeps two promises that everything else relies on:
 - an object is complete or absent: a process killed at any instant leaves nothing half-visible;
-- `create` succeeds for exactly one of several writers of the same name.
+- `create` succeeds for exactly one of several writers of the same name. A store of another kind says so in
+  `creates_once`; there two may succeed, where one of them stops for seconds in the middle.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
+import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import HASH_DIGITS, content_name
 
 Names = list[str]  # `list` itself is a method's name inside the class below
+
+
+READS = 3  # of bytes that are not what they should be: a bit may have flipped on their way
 
 
 class MissingObjectError(LayerloopError):
     """A named object is not in the store."""
 
 
+@dataclass(frozen=True)
+class Entry:
+    """An object as a listing shows it."""
+
+    size: int  # bytes
+    modified: float  # seconds, by the store's clock
+    etag: str = ""  # changes with the content, where the store says one
+
+
 class Store(ABC):
     """A tree of immutable-once-committed objects. Names are relative, with `/` between their parts."""
 
     uri: str
+
+    @property
+    @abstractmethod
+    def creates_once(self) -> bool:
+        """Whether `create` succeeds for one writer only, whatever their timing."""
 
     def read(self, name: str) -> bytes:
         """The object's bytes. Raises MissingObjectError."""
@@ -60,8 +84,16 @@ class Store(ABC):
         """Size of the object in bytes. Raises MissingObjectError."""
 
     @abstractmethod
+    def entries(self, prefix: str = "") -> dict[str, Entry]:
+        """The objects whose name begins with `prefix`, by sorted name."""
+
+    @abstractmethod
+    def clock(self) -> float:
+        """Seconds by the clock that dates the entries."""
+
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Sizes in bytes of the objects whose name begins with `prefix`, by sorted name."""
+        return {name: entry.size for name, entry in self.entries(prefix).items()}
 
     def list(self, prefix: str = "") -> Names:
         """Sorted names of the objects whose name begins with `prefix`."""
@@ -76,6 +108,18 @@ class Store(ABC):
         """Remove the object; nothing happens if it is not there."""
 
     @abstractmethod
+    def copy(self, name: str, target: str) -> None:
+        """Create or replace `target` by the object's content, at once. Raises MissingObjectError."""
+
+    @abstractmethod
+    def leftovers(self) -> Names:
+        """What killed writers left that is no object, by names for people: unfinished uploads, temporary files."""
+
+    @abstractmethod
+    def remove_leftovers(self) -> None:
+        """Remove the leftovers. Only while nobody writes: what is being written looks the same."""
+
+    @abstractmethod
     def check_writable(self) -> None:
         """Check before the work that objects can be written here; nothing is left behind.
 
@@ -85,6 +129,43 @@ class Store(ABC):
 
     def _missing(self, name: str) -> MissingObjectError:
         return MissingObjectError(f"{self.uri}/{name} does not exist: was it moved or deleted, or is the URI misspelt?")
+
+
+def written_before(store: Store, name: str) -> Iterator[tuple[str, str]]:
+    """Objects that were written as `name`: their names, and the beginning of their sha256 that the name says.
+
+    One of an earlier version bears `name` itself, which says nothing: ''.
+    """
+    stem, _, suffix = content_name(name, "0" * HASH_DIGITS).partition("0" * HASH_DIGITS)
+    pattern = re.compile(f"{re.escape(stem)}([0-9a-f]{{{HASH_DIGITS}}}){re.escape(suffix)}")
+    for found in store.list(stem.removesuffix("-")):
+        if match := pattern.fullmatch(found):
+            yield found, match[1]
+        elif found == name:
+            yield found, ""
+
+
+def hash_file(file: IO[bytes]) -> tuple[str, int]:
+    """sha256 and size in bytes; the file is left at its beginning."""
+    file.seek(0)
+    digest, size = hashlib.sha256(), 0
+    while block := file.read(1 << 20):
+        digest.update(block)
+        size += len(block)
+    file.seek(0)
+    return digest.hexdigest(), size
+
+
+@contextlib.contextmanager
+def scratch_file() -> Iterator[tuple[IO[bytes], Path]]:
+    """A temporary file and a path to it. On Linux it has no name that a kill could leave behind."""
+    descriptors = Path("/proc/self/fd")
+    if descriptors.is_dir():
+        with tempfile.TemporaryFile(prefix="layerloop-") as file:
+            yield file, descriptors / str(file.fileno())
+    else:
+        with tempfile.NamedTemporaryFile(prefix="layerloop-") as named:
+            yield named, Path(named.name)
 
 
 def is_name(name: str) -> bool:

@@ -9,9 +9,9 @@ from urllib.parse import unquote, urlsplit
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.local import LocalStore
-from layerloop.components.storage.store import MissingObjectError, Store
+from layerloop.components.storage.store import READS, MissingObjectError, Store
 
-__all__ = ["LocalStore", "MissingObjectError", "Store", "open_store", "read_uri"]
+__all__ = ["READS", "LocalStore", "MissingObjectError", "Store", "open_store", "read_uri"]
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 

@@ -1,6 +1,6 @@
 """The training state that an iteration hands to the next: adapter, AdamW's moments, averages, counters. No pickle.
 
-Files in `iterations/<iteration>/policy/`, all float32:
+Files in `iterations/<iteration>/policy/<hash>/`, all float32:
     adapter_model.safetensors, adapter_config.json    the policy that samples next, in peft's layout
     optimizer.safetensors    exp_avg.<key>, exp_avg_sq.<key>; trained.<key> where other weights learn than sample
     ema.safetensors          the averaged adapter, keys as in adapter_model.safetensors, where recipe.update.ema is set
@@ -69,7 +69,7 @@ class TrainingState:
             LayerloopError: a file is missing, changed, or of another adapter.
         """
         fresh = LearnerState(iteration=iteration, algorithm=update.algorithm, optimizer_steps=0, ema_steps=0)
-        if not any(file.name.endswith(f"/{LEARNER}") for file in previous.files):
+        if not any(file.base_name == LEARNER for file in previous.files):
             return cls(policy, update, fresh)
         learner = previous.file(LEARNER)
         stored = LearnerState.from_json(read_file(store, learner), where=f"{store.uri}/{learner.name}")

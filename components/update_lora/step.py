@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,14 @@ from layerloop.components.runtime.distributed import (
     world_size,
 )
 from layerloop.components.runtime.progress import log
+from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.manifests import add_file, already_committed, commit
+from layerloop.components.storage.lease import hold
+from layerloop.components.storage.manifests import add_folder
+from layerloop.components.storage.rollouts import rollouts_sha256
 from layerloop.components.storage.shards import read_shard
 from layerloop.components.storage.stores import open_store
 
@@ -58,11 +62,20 @@ def run(
     """
     started = time.monotonic()
     opened = Campaign.open(campaign, runtime)
-    recipe = opened.recipe
     current = opened.open_iteration(iteration)
     folder = opened.policy_dir(current)
-    if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
+    if (done := opened.already_committed(folder, log=log)) is not None:
         return _result(done)
+    with hold(opened.store, log=log):
+        if (done := opened.already_committed(folder, log=log)) is not None:  # by the run that held it until now
+            return _result(done)
+        result = _result(_update(opened, current, loaded))
+    return StepResult(manifests=result.manifests, metrics=result.metrics | {"seconds": time.monotonic() - started})
+
+
+def _update(opened: Campaign, current: int, loaded: LoadedPolicy | None) -> Manifest:
+    """Learn from an iteration and commit the policy; on every rank. Raises as `run`."""
+    recipe = opened.recipe
 
     from layerloop.components.update_lora.advantages import advantages_of
     from layerloop.components.update_lora.algorithm import timesteps_of
@@ -75,6 +88,7 @@ def run(
         with failing_together():
             previous = opened.policy(current - 1)
             rollouts = opened.rollouts(current)
+            _check_scored(opened, current, rollouts)
             advantages = advantages_of(score_rows(opened, current), recipe.update)
             steps = _plan(opened, advantages)
             if rank() == 0:
@@ -95,8 +109,7 @@ def run(
             if rank() == 0:
                 manifest = _commit(opened, current, policy, state, advantages, diagnostics)
         text = broadcast_json(manifest.model_dump(mode="json") if manifest else None)
-    result = _result(Manifest.model_validate(text))
-    return StepResult(manifests=result.manifests, metrics=result.metrics | {"seconds": time.monotonic() - started})
+    return Manifest.model_validate(text)
 
 
 def score_rows(campaign: Campaign, iteration: int) -> list[ScoreRow]:
@@ -110,6 +123,20 @@ def score_rows(campaign: Campaign, iteration: int) -> list[ScoreRow]:
         for shard in campaign.scores(iteration).shards
         for key, members in read_shard(campaign.store, shard, required=("json",))
     ]
+
+
+def _check_scored(campaign: Campaign, iteration: int, rollouts: Mapping[int, Manifest]) -> None:
+    """Refuse scores of other rollouts than those that are there; earlier versions did not say which they are of.
+
+    Raises:
+        LayerloopError: naming both.
+    """
+    scored, there = campaign.scores(iteration).metadata.get("rollouts_sha256"), rollouts_sha256(rollouts)
+    if scored not in (None, there):
+        raise LayerloopError(
+            f"{campaign.uri}/{campaign.scores_dir(iteration)} is of rollouts {scored!s:.12}, those that are there have "
+            f"{there:.12}: delete {campaign.scores_dir(iteration)}/{MANIFEST} to have them scored"
+        )
 
 
 def _plan(campaign: Campaign, advantages: Advantages) -> tuple[OptimizerStep, ...]:
@@ -153,7 +180,7 @@ def _commit(
         paths = state.write(policy, Path(temporary), base=campaign.recipe.model.base)
         if (done := campaign.find(folder)) is not None:  # another attempt was faster: its files stay
             return done
-        files = tuple(add_file(campaign.store, f"{folder}/{path.name}", path) for path in paths)
+        files = add_folder(campaign.store, folder, {path.name: path for path in paths})
     norms = diagnostics.gradient_norms
     manifest = Manifest(
         kind="policy",
@@ -171,6 +198,8 @@ def _commit(
             "adapter_sha256": files[0].sha256,
             "base_fingerprint": policy.fingerprint,
             "base": campaign.recipe.model.base,
+            "previous_adapter_sha256": campaign.policy(iteration - 1).metadata.get("adapter_sha256"),
+            "scores_sha256": [shard.sha256 for shard in campaign.scores(iteration).shards],
             "algorithm": campaign.recipe.update.algorithm,
             "filtered_fraction": advantages.filtered_fraction,
             "reward_mean": advantages.reward_mean,
@@ -183,7 +212,7 @@ def _commit(
             "per_timestep": {name: list(row) for name, row in diagnostics.per_timestep().items()},
         },
     )
-    return commit(campaign.store, f"{folder}/{MANIFEST}", manifest)
+    return campaign.commit(folder, manifest)
 
 
 def _result(manifest: Manifest) -> StepResult:

@@ -14,6 +14,7 @@ from typing import Any
 from layerloop.components.layers.columns import DEFINITIONS, quoted
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.manifests import read_file
 from layerloop.pipelines.research.arms import Run, Study
 
 REWARD_STD = "reward_std"
@@ -79,7 +80,10 @@ def outcome(study: Study, run: Run) -> Outcome:
 
     campaign = Campaign.open(str(study.campaign(run)))
     evaluation = campaign.evaluation_dir(f"iteration-{study.iterations:06d}")
-    metrics = json.loads(campaign.store.read(f"{evaluation}/metrics.json"))
+    evaluated = campaign.find(evaluation)
+    if evaluated is None:
+        raise LayerloopError(f"{campaign.uri}/{evaluation} is not committed: run the study again")
+    metrics = json.loads(read_file(campaign.store, evaluated.file("metrics.json")))
     found = {}
     remedy = f"remove {campaign.uri}/{evaluation} and run the study again"
     for name in _quoted_in(metrics):
@@ -91,7 +95,8 @@ def outcome(study: Study, run: Run) -> Outcome:
         found[name] = (float(comparison["base"]), float(comparison["tuned"]))
     curve, spreads = [], []
     for iteration in range(1, study.iterations + 1):
-        table = pq.read_table(io.BytesIO(campaign.store.read(f"{campaign.scores_dir(iteration)}/scores.parquet")))
+        scores = campaign.scores(iteration).file("scores.parquet")
+        table = pq.read_table(io.BytesIO(read_file(campaign.store, scores)))
         rows = [row for row in table.to_pylist() if row["reward"] is not None]
         alone = [row["reward_phase1"] for row in rows]
         curve.append((iteration, sum(alone) / len(alone)))

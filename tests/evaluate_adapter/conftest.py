@@ -17,7 +17,7 @@ from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 from layerloop.components.runtime.contract import StepResult
 from layerloop.components.schema.manifest import Manifest
 
-from ..campaigns import SIDE, CampaignBuilder
+from ..campaigns import SIDE, CampaignBuilder, named
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,7 +95,7 @@ class Evaluated:
     page: str  # report.html
 
     def file(self, name: str) -> bytes:
-        return self.lab.store.read(f"evaluations/iteration-000002/{name}")
+        return self.lab.store.read(named(self.lab.store, f"evaluations/iteration-000002/{name}"))
 
 
 @pytest.fixture(scope="session")
@@ -104,5 +104,5 @@ def evaluated(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Eval
     result = run(campaign=lab.uri, runtime="evaluation: {batch_size: 4}")
     manifest = lab.campaign.find("evaluations/iteration-000002")
     assert manifest is not None
-    metrics = json.loads(lab.store.read("evaluations/iteration-000002/metrics.json"))
+    metrics = json.loads(lab.store.read(named(lab.store, "evaluations/iteration-000002/metrics.json")))
     return Evaluated(lab, result, manifest, metrics, result.files["report"].decode())

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,12 +26,14 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import MANIFEST
 from layerloop.components.storage.manifests import add_file, commit, read_file, verify
 
-from ..campaigns import CampaignBuilder
+from ..campaigns import CampaignBuilder, named, policy_folder
 from .conftest import Evaluated, MakeLab, drawn_design, hold_out, source_of
 
 
 def metrics_of(lab: CampaignBuilder, iteration: int = 2) -> dict[str, dict[str, float]]:
-    return json.loads(lab.store.read(f"evaluations/iteration-{iteration:06d}/metrics.json"))
+    manifest = lab.campaign.find(f"evaluations/iteration-{iteration:06d}")
+    assert manifest is not None
+    return json.loads(read_file(lab.store, manifest.file("metrics.json")))
 
 
 def test_an_evaluation_leaves_everything_that_it_promises(evaluated: Evaluated) -> None:
@@ -64,10 +65,10 @@ def test_layers_are_sampled_as_at_inference_from_the_cases_seed(evaluated: Evalu
     lab = evaluated.lab
     cases = read_cases(lab.campaign, lab.campaign.sources())
     policy = LayeredPolicy.load(lab.recipe.model)
-    prompt = load(lab.store.read("sources/prompt.safetensors"))["prompt_embeds"]
+    prompt = load(lab.store.read(named(lab.store, "sources/prompt.safetensors")))["prompt_embeds"]
     for model in ("base", "iteration-000002"):
         if model != "base":
-            put_adapter(policy.transformer, read_adapter(Path(lab.uri) / lab.campaign.policy_dir(2)))
+            put_adapter(policy.transformer, read_adapter(policy_folder(lab.campaign, 2)))
         (shard,) = (shard for shard in evaluated.manifest.shards if f"/{model}/" in shard.name)
         stacks = read_decompositions(lab.store, shard)
         for case in (cases.cases[0], cases.cases[-1]):
@@ -95,7 +96,7 @@ def test_the_average_is_evaluated_where_one_is_kept_as_it_is_what_would_be_publi
     hold_out(lab, [drawn_design(1, 2), drawn_design(2, 3)], [])
     lab.adapter(1)
     where, trained = lab.campaign.policy_dir(1), lab.campaign.policy(1)
-    tensors = load(lab.store.read(f"{where}/adapter_model.safetensors"))
+    tensors = load(lab.adapter_weights(1))
     average = add_file(lab.store, f"{where}/ema.safetensors", save({k: v * 0 for k, v in tensors.items()}))
     lab.store.delete(f"{where}/{MANIFEST}")
     commit(lab.store, f"{where}/{MANIFEST}", trained.model_copy(update={"files": (*trained.files, average)}))
@@ -123,8 +124,8 @@ def test_an_interrupted_run_continues_with_the_shards_that_it_finished(
 ) -> None:
     run(campaign=lab.uri)
     kept = metrics_of(lab)
+    lab.store.delete(named(lab.store, "evaluations/iteration-000002/metrics.json"))
     lab.store.delete("evaluations/iteration-000002/manifest.json")
-    lab.store.delete("evaluations/iteration-000002/metrics.json")
     capsys.readouterr()
     run(campaign=lab.uri)
     assert capsys.readouterr().err.count("7 decompositions, kept from an earlier attempt") == 2

@@ -23,7 +23,7 @@ from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.publish_adapter.step import run
 from layerloop.components.storage.campaign import Campaign
 
-from ..campaigns import prompt_embeds
+from ..campaigns import policy_folder, prompt_embeds
 from .conftest import MakeCampaign, velocity
 
 LOADING = {
@@ -92,7 +92,7 @@ def ours(campaign: Campaign) -> tuple[torch.Tensor, torch.Tensor]:
     """Velocities of the base and of the campaign's adapter."""
     policy = LayeredPolicy.load(campaign.recipe.model)
     base = velocity(policy)
-    put_adapter(policy.transformer, read_adapter(Path(campaign.uri) / campaign.policy_dir(1)))
+    put_adapter(policy.transformer, read_adapter(policy_folder(campaign, 1)))
     return base, velocity(policy)
 
 

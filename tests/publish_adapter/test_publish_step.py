@@ -32,7 +32,7 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import add_file, commit
 
-from ..campaigns import CampaignBuilder
+from ..campaigns import CampaignBuilder, plain_name, policy_folder
 from .conftest import MakeCampaign, velocity
 
 FILES = {
@@ -51,9 +51,12 @@ def test_both_layouts_load_and_give_the_campaigns_output(make_campaign: MakeCamp
 
     folder = published(campaign, "first")
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == FILES
+    for file in result.manifests["adapter"].files:
+        name = plain_name(file.name).removeprefix("publications/first/")
+        assert (folder / name).read_bytes() == campaign.store.read(file.name), "what people load is what is committed"
     wanted = LayeredPolicy.load(campaign.recipe.model)
     before = velocity(wanted)
-    put_adapter(wanted.transformer, read_adapter(Path(campaign.uri) / campaign.policy_dir(1)))
+    put_adapter(wanted.transformer, read_adapter(policy_folder(campaign, 1)))
     by_peft = LayeredPolicy.load(campaign.recipe.model)
     by_peft.transformer = PeftModel.from_pretrained(by_peft.transformer, folder / "peft")
     by_diffusers = LayeredPolicy.load(campaign.recipe.model)
@@ -102,7 +105,7 @@ def test_the_average_is_published_where_one_is_kept(make_campaign: MakeCampaign)
     campaign = make_campaign(ema=True)
     result = run(campaign=campaign.uri, publish_as="averaged")
     weights = load((published(campaign, "averaged") / "peft/adapter_model.safetensors").read_bytes())
-    average = load((Path(campaign.uri) / campaign.policy_dir(1) / "ema.safetensors").read_bytes())
+    average = load((policy_folder(campaign, 1) / "ema.safetensors").read_bytes())
     assert weights.keys() == average.keys()
     assert all(torch.equal(weights[key], average[key]) for key in weights)
     assert "exponential average of the weights" in result.files["card"].decode()
@@ -158,7 +161,7 @@ def test_publishing_again_under_the_same_name_changes_nothing(make_campaign: Mak
 def test_an_old_publication_is_found_again_as_it_is(make_campaign: MakeCampaign) -> None:
     """One of before the weights lay at the root: a folder per layout, fewer numbers."""
     campaign = make_campaign()
-    write_layouts(read_adapter(Path(campaign.uri) / campaign.policy_dir(1)), folder := published(campaign, "old"))
+    write_layouts(read_adapter(policy_folder(campaign, 1)), folder := published(campaign, "old"))
     (folder / "diffusers").mkdir()
     (folder / "pytorch_lora_weights.safetensors").rename(folder / "diffusers/pytorch_lora_weights.safetensors")
     (folder / "pytorch_lora_weights.bf16.safetensors").unlink()

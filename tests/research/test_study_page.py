@@ -15,12 +15,16 @@ from layerloop.components.evaluate_adapter.assess import Row, compare_rows
 from layerloop.components.evaluate_adapter.results import metrics_json
 from layerloop.components.layers.columns import BY_SLOT, better_of, quoted
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import parse_recipe
-from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.manifests import add_file
 from layerloop.pipelines.research.arms import Run, Study
 from layerloop.pipelines.research.outcomes import outcome
 from layerloop.pipelines.research.page import write_results
 from layerloop.pipelines.research.study import study_recipe
+
+from ..campaigns import named
 
 # What the base scores; its layer_l1 and slot_l1 by layer count.
 BASE = {"bad_layers": 0.4, "evenness_gap": 0.6}
@@ -54,7 +58,7 @@ def finished(study: Study, run: Run, *, better: float, alone: float, used: float
     """A campaign with what `outcome` reads: tuned = base times (1 - better), and +-alone, +-used about the reward."""
     campaign = Campaign.create_or_open(str(study.campaign(run)), parse_recipe(study.recipe_of(run)))
     folder = campaign.evaluation_dir(f"iteration-{study.iterations:06d}")
-    campaign.store.write(f"{folder}/metrics.json", evaluation(design_rows(), design_rows(better)))
+    _commit(campaign, folder, "metrics.json", evaluation(design_rows(), design_rows(better)), kind="evaluation")
     for iteration in range(1, study.iterations + 1):
         rows = [
             {"group": group, "reward_phase1": 0.5 + sign * alone, "reward": 0.5 + sign * used}
@@ -64,8 +68,20 @@ def finished(study: Study, run: Run, *, better: float, alone: float, used: float
         rows.append({"group": 1, "reward_phase1": None, "reward": None})  # masked
         table = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows), table)
-        campaign.store.write(f"{campaign.scores_dir(iteration)}/scores.parquet", table.getvalue())
+        _commit(
+            campaign,
+            campaign.scores_dir(iteration),
+            "scores.parquet",
+            table.getvalue(),
+            kind="scores",
+            iteration=iteration,
+        )
     return run
+
+
+def _commit(campaign: Campaign, folder: str, name: str, data: bytes, **fields: object) -> None:
+    file = add_file(campaign.store, f"{folder}/{name}", data)
+    campaign.commit(folder, Manifest.model_validate({"files": (file,), **fields}))
 
 
 def test_an_outcome_is_what_the_files_say(study: Study) -> None:
@@ -93,10 +109,12 @@ def test_an_outcome_is_what_the_files_say(study: Study) -> None:
 )
 def test_an_evaluation_that_cannot_be_quoted_is_named(study: Study, key: str, value: object, message: str) -> None:
     run = finished(study, Run("full", 1), better=0.6, alone=0.02, used=0.1)
-    file = study.campaign(run) / "evaluations" / "iteration-000002" / "metrics.json"
-    metrics = json.loads(file.read_text())
+    campaign = Campaign.open(str(study.campaign(run)))
+    folder = campaign.evaluation_dir("iteration-000002")
+    metrics = json.loads(campaign.store.read(named(campaign.store, f"{folder}/metrics.json")))
     metrics[key] = value
-    file.write_text(json.dumps(metrics))
+    campaign.store.delete(f"{folder}/{MANIFEST}")
+    _commit(campaign, folder, "metrics.json", json.dumps(metrics).encode(), kind="evaluation")
     with pytest.raises(LayerloopError, match=message):
         outcome(study, run)
 

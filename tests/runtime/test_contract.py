@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -172,6 +173,31 @@ def test_a_task_writes_its_artifacts_parameters_and_metadata(tmp_path: Path) -> 
         "name": "a b",
         "ok": "true",
     }
+
+
+RUN_ID, SALT = "0a1b2c3d-0000-4000-8000-00000000000a", "0a1b2c3d-0000-4000-8000-00000000000b"
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        (f"minio://mlpipeline/v2/artifacts/layerloop-train/{RUN_ID}/generate-rollouts/{SALT}/rollouts", RUN_ID),
+        (f"s3://{SALT}/root/layerloop-train/{RUN_ID}/score-rollouts/{SALT}/scores", RUN_ID),
+        (f"s3://root/layerloop-train/{RUN_ID}/score-rollouts/scores", RUN_ID),
+        ("/home/me/runs/artifacts/train/task/rollouts", ""),
+    ],
+)
+def test_the_pods_of_a_run_know_that_they_belong_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, name: str
+) -> None:
+    """By the URIs of their artifacts, which every attempt at a task has in common."""
+    monkeypatch.setenv("LAYERLOOP_RUN", "")  # so that it is removed afterwards
+    monkeypatch.delenv("LAYERLOOP_RUN")
+    monkeypatch.setattr("layerloop.components.runtime.contract.local_path", lambda _: tmp_path / "out")
+    task = {"inputs": {"parameterValues": {"campaign": "c"}}}
+    task |= {"outputs": {"artifacts": {"rollouts": {"artifacts": [{"name": "rollouts", "uri": uri}]}}}}
+    assert step_main(run, argv=["--executor-input", json.dumps(task)]) == 0
+    assert os.environ.get("LAYERLOOP_RUN", "") == name
 
 
 def test_kfp_itself_reads_what_is_written(tmp_path: Path) -> None:

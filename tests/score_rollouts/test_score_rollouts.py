@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,8 +18,11 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.runtime import JudgeRuntime
 from layerloop.components.score_rollouts.step import run
 from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.lease import hold
+from layerloop.components.storage.manifests import read_file
 
-from .judges import rows_of
+from ..campaigns import CampaignBuilder, named, plain_name
+from .judges import meddling_judge, rows_of
 
 MakeCampaign = Callable[..., Campaign]
 
@@ -75,11 +83,49 @@ def test_a_step_that_lost_its_output_repeats_no_request(make_campaign: MakeCampa
     before = rows_of(campaign)
     folder = campaign.scores_dir(1)
     for name in ("manifest.json", "scores.parquet", "000000.tar"):
-        campaign.store.delete(f"{folder}/{name}")
+        campaign.store.delete(named(campaign.store, f"{folder}/{name}"))
     again = run(campaign=campaign.uri, judge_url=judge_url)
     assert again.metrics["judge_requests"] == 0
     assert again.metrics["judge_cache_hits"] == first.metrics["judge_replies"]
     assert [r.reward for r in rows_of(campaign)] == [r.reward for r in before]
+
+
+def test_two_at_once_with_a_judge_that_never_says_the_same_twice_leave_scores_that_are_whole(
+    make_campaign: MakeCampaign,
+) -> None:
+    """Of one run, so that the lease keeps neither waiting: what either writes has names of its own."""
+
+    def moody(body: dict[str, Any], number: int, text: str) -> str:
+        return re.sub(r"\b[0-5]\b", lambda _: str(random.randint(0, 5)), text)
+
+    campaign = make_campaign()
+    with meddling_judge() as judge:
+        judge.change = moody  # type: ignore[method-assign]
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(lambda _: run(campaign=campaign.uri, iteration=1, judge_url=judge.url), range(2)))
+    assert results[0].manifests == results[1].manifests == {"scores": campaign.scores(1)}
+    assert len(rows_of(campaign)) == 8 and read_file(campaign.store, campaign.scores(1).file("scores.parquet"))
+
+
+def test_a_second_run_waits_for_the_one_that_judges_and_asks_nothing(
+    make_campaign: MakeCampaign, capsys: pytest.CaptureFixture[str]
+) -> None:
+    campaign = make_campaign()
+    holds, go_on = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with hold(campaign.store, log=lambda line: None, run="first"):
+            holds.set()
+            go_on.wait(60)
+            CampaignBuilder(campaign).scores(1)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert holds.wait(30)
+    threading.Timer(1.0, go_on.set).start()
+    run(campaign=campaign.uri, iteration=1, judge_url="http://127.0.0.1:9/v1")  # nothing listens there
+    thread.join()
+    assert f"training of {campaign.uri} is held by run first (" in capsys.readouterr().err
 
 
 def test_results_do_not_depend_on_workers_or_concurrency(
@@ -112,7 +158,9 @@ def test_no_value_of_the_judges_runtime_changes_a_score_or_the_name_of_a_reply(
     for key, value in {"": None, **OTHER_RUNTIMES}.items():
         run(campaign=campaign.uri, judge_url=judge_url, runtime=json.dumps({"judge": {key: value}} if key else {}))
         files = {
-            name: campaign.store.read(name) for name in campaign.store.list(f"{folder}/") if "/batches/" not in name
+            plain_name(name): campaign.store.read(name)
+            for name in campaign.store.list(f"{folder}/")
+            if "/batches/" not in name
         }
         scores = {name: files[f"{folder}/{name}"] for name in ("000000.tar", "scores.parquet")}
         found[key] = scores, sorted(name for name in files if "/replies/" in name)

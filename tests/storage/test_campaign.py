@@ -7,9 +7,10 @@ import pytest
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
-from layerloop.components.schema.recipe import Recipe, RolloutRecipe
-from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.manifests import commit
+from layerloop.components.schema.recipe import Recipe, RolloutRecipe, parse_recipe
+from layerloop.components.schema.record import seal
+from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.manifests import add_file, commit
 
 from ..campaigns import CampaignBuilder, drawn_group
 
@@ -29,10 +30,55 @@ def commit_policy(campaign: Campaign, iteration: int) -> Manifest:
 
 def test_the_first_recipe_is_frozen(store_uri: str) -> None:
     campaign = Campaign.create_or_open(store_uri, recipe())
-    assert campaign.store.read("recipe.json") == recipe().to_json()
+    assert campaign.store.read("recipe.json") == seal(recipe().to_json())
     assert Campaign.create_or_open(store_uri, recipe()).recipe == recipe()
     assert Campaign.open(store_uri).recipe == recipe()
     assert campaign.uri == store_uri
+
+
+def test_a_changed_recipe_shows(store_uri: str) -> None:
+    campaign = Campaign.create_or_open(store_uri, recipe(seed=3))
+    data = campaign.store.read("recipe.json")
+    assert parse_recipe(data) == recipe(seed=3), "another campaign may begin with it"
+    campaign.store.write("recipe.json", data.replace(b'"seed": 3', b'"seed": 2'))
+    with pytest.raises(LayerloopError, match=r"recipe\.json has content of sha256 .* and says .*: it was changed"):
+        Campaign.open(store_uri)
+
+
+def test_an_output_of_another_recipe_is_refused(store_uri: str) -> None:
+    """Someone replaced the recipe by another that is whole."""
+    campaign = Campaign.create_or_open(store_uri, recipe(seed=3))
+    campaign.commit(campaign.policy_dir(1), Manifest(kind="policy", iteration=1))
+    assert campaign.policy(1).metadata == {"recipe_sha256": campaign.recipe_sha256}
+    campaign.store.write("recipe.json", seal(recipe(seed=2).to_json()))
+    with pytest.raises(LayerloopError, match=r"policy/manifest\.json was made with a recipe\.json of sha256 .*, it is"):
+        Campaign.open(store_uri).policy(1)
+
+
+@pytest.mark.parametrize(("kind", "iteration"), [("scores", 1), ("policy", 2)])
+def test_an_output_in_the_place_of_another_is_refused(tmp_path: Path, kind: str, iteration: int) -> None:
+    campaign = Campaign.create_or_open(str(tmp_path), recipe())
+    commit(
+        campaign.store,
+        f"{campaign.policy_dir(1)}/{MANIFEST}",
+        Manifest.model_validate({"kind": kind, "iteration": iteration}),
+    )
+    with pytest.raises(LayerloopError, match=f"is of {kind} {iteration}, not of policy 1: restore the right one"):
+        campaign.policy(1)
+
+
+def test_a_step_that_begins_finds_what_is_committed_and_says_so_once_it_has_verified_it(store_uri: str) -> None:
+    campaign, said = Campaign.create_or_open(store_uri, recipe()), list[str]()
+    store, folder = campaign.store, campaign.scores_dir(1)
+    assert campaign.already_committed(folder, log=said.append) is None and said == []
+    file = add_file(store, f"{folder}/scores.parquet", b"1")
+    manifest = campaign.commit(folder, Manifest(kind="scores", iteration=1, files=(file,)))
+    assert campaign.already_committed(folder, log=said.append) == manifest
+    assert said == [f"{store.uri}/{folder}/{MANIFEST} is committed already"]
+    store.delete(file.name)
+    with pytest.raises(LayerloopError, match=r"scores-\w+\.parquet is missing but a scores manifest names it"):
+        campaign.already_committed(folder, log=said.append)
+    assert len(said) == 1
 
 
 def test_another_recipe_is_refused_with_the_fields_that_differ(store_uri: str) -> None:

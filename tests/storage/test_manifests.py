@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from pathlib import Path
 
@@ -8,7 +9,16 @@ import pytest
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
-from layerloop.components.storage.manifests import add_file, already_committed, commit, load, read_file, verify
+from layerloop.components.storage.manifests import (
+    add_file,
+    add_folder,
+    commit,
+    find_file,
+    load,
+    place_files,
+    read_file,
+    verify,
+)
 from layerloop.components.storage.shards import write_shard
 from layerloop.components.storage.stores import Store, open_store
 
@@ -37,18 +47,6 @@ def test_a_committed_manifest_loads_equal(store_uri: str) -> None:
     assert commit(store, NAME, manifest) == manifest  # a second attempt that made the same
 
 
-def test_a_step_that_begins_finds_what_is_committed_and_says_so_once_it_has_verified_it(store_uri: str) -> None:
-    store, said = open_store(store_uri), list[str]()
-    assert already_committed(store, NAME, log=said.append) is None and said == []
-    manifest = commit(store, NAME, output(store))
-    assert already_committed(store, NAME, log=said.append) == manifest
-    assert said == [f"{store.uri}/{NAME} is committed already"]
-    store.delete("iterations/000001/scores/000000.tar")
-    with pytest.raises(LayerloopError, match=r"000000\.tar is missing but a scores manifest names it"):
-        already_committed(store, NAME, log=said.append)
-    assert len(said) == 1
-
-
 def test_the_first_commit_stands_if_it_verifies(store_uri: str) -> None:
     store = open_store(store_uri)
     first = commit(store, NAME, output(store))
@@ -60,13 +58,13 @@ def test_the_first_commit_stands_if_it_verifies(store_uri: str) -> None:
 def test_a_manifest_naming_a_missing_or_changed_file_is_not_committed(store_uri: str) -> None:
     store = open_store(store_uri)
     manifest = output(store)
-    store.write("iterations/000001/scores/scores.parquet", b"other size")
+    store.write(manifest.files[0].name, b"other size")
     with pytest.raises(
-        LayerloopError, match=r"scores\.parquet has 10 bytes instead of 6 but a scores manifest names it"
+        LayerloopError, match=r"scores-.*\.parquet has 10 bytes instead of 6 but a scores manifest names it"
     ):
         commit(store, NAME, manifest)
-    store.delete("iterations/000001/scores/000000.tar")
-    with pytest.raises(LayerloopError, match=r"000000\.tar is missing but a scores manifest names it"):
+    store.delete(manifest.shards[0].name)
+    with pytest.raises(LayerloopError, match=r"000000-.*\.tar is missing but a scores manifest names it"):
         commit(store, NAME, manifest)
     assert load(store, NAME) is None
 
@@ -92,8 +90,8 @@ def test_a_single_file_is_verified_without_listing_its_folder(tmp_path: Path) ->
     store = open_store(tmp_path)
     manifest = Manifest(kind="evaluation", iteration=1, files=(add_file(store, "evaluations/a/metrics.json", b"{}"),))
     verify(store, manifest)
-    store.delete("evaluations/a/metrics.json")
-    with pytest.raises(LayerloopError, match=r"metrics\.json is missing"):
+    store.delete(manifest.files[0].name)
+    with pytest.raises(LayerloopError, match=r"metrics-.*\.json is missing"):
         verify(store, manifest)
 
 
@@ -108,13 +106,75 @@ def test_added_files_carry_the_hash_of_what_was_added(store_uri: str, tmp_path: 
     store = open_store(store_uri)
     (tmp_path / "f").write_bytes(b"weights" * 1000)
     file = add_file(store, "policy/adapter.safetensors", tmp_path / "f")
-    assert file == File(
-        name="policy/adapter.safetensors", bytes=7000, sha256=hashlib.sha256(b"weights" * 1000).hexdigest()
-    )
+    digest = hashlib.sha256(b"weights" * 1000).hexdigest()
+    assert file == File(name=f"policy/adapter-{digest[:16]}.safetensors", bytes=7000, sha256=digest)
+    assert file.base_name == "adapter.safetensors" and find_file(store, "policy/adapter.safetensors") == file
     assert read_file(store, file) == b"weights" * 1000
     store.write(file.name, b"Weights" * 1000)
-    with pytest.raises(LayerloopError, match="it was changed after it was committed"):
+    theirs = hashlib.sha256(b"Weights" * 1000).hexdigest()
+    message = f"has 7000 bytes of sha256 {theirs[:12]}, its manifest says 7000 and {digest[:12]}: it was changed after"
+    with pytest.raises(LayerloopError, match=message):
         read_file(store, file)
+    assert find_file(store, "policy/adapter.safetensors") is None
+    store.write("policy/adapter.safetensors", b"of an earlier version")
+    assert (taken := find_file(store, "policy/adapter.safetensors")) is not None
+    assert taken.name == "policy/adapter.safetensors" and read_file(store, taken) == b"of an earlier version"
+
+
+def test_files_that_keep_their_names_lie_in_a_folder_named_by_them_all(store_uri: str) -> None:
+    store = open_store(store_uri)
+    one = add_folder(store, "publications/x", {"README.md": b"card", "peft/weights": b"1"})
+    other = add_folder(store, "publications/x", {"README.md": b"card", "peft/weights": b"2"})
+    assert [file.name.split("/", 3)[3] for file in one] == ["README.md", "peft/weights"]
+    assert len({file.name for file in (*one, *other)}) == 4
+    assert one == add_folder(store, "publications/x", {"README.md": b"card", "peft/weights": b"1"})
+    manifest = Manifest(kind="published", iteration=1, files=one)
+    assert manifest.file("weights").sha256 == hashlib.sha256(b"1").hexdigest()
+    store.write("published/x/README.md", b"ca")  # half a copy, of an attempt that was killed or lost
+    place_files(store, manifest, "published/x")
+    assert {name: store.read(f"published/x/{name}") for name in ("README.md", "peft/weights")} == {
+        "README.md": b"card", "peft/weights": b"1",
+    }  # fmt: skip
+
+
+def test_a_manifest_carries_its_own_hash(store_uri: str) -> None:
+    store = open_store(store_uri)
+    manifest = commit(store, NAME, output(store))
+    text = store.read(NAME)
+    for old, new in (
+        (b'"groups": 1', b'"groups": 2'),
+        (b'"judge": "x"', b'"judge": "y"'),
+        (b'"iteration": 1', b'"iteration": 2'),
+    ):
+        assert old in text
+        store.write(NAME, text.replace(old, new))
+        with pytest.raises(
+            LayerloopError, match=f"^{store_uri}/{NAME} has content of sha256 .* and says .* restore it$"
+        ):
+            load(store, NAME)
+    unsealed = json.loads(text)
+    del unsealed["sha256"]
+    store.write(NAME, json.dumps(unsealed).encode())  # of an earlier version
+    assert load(store, NAME) == manifest
+
+
+def test_a_manifest_that_lists_an_object_twice_is_one_line(tmp_path: Path) -> None:
+    manifest = output(open_store(tmp_path))
+    twice = manifest.model_copy(update={"shards": manifest.shards * 2})
+    with pytest.raises(LayerloopError, match=r"^x: iterations/.*\.tar is listed twice: restore the manifest"):
+        Manifest.from_json(twice.to_json(), where="x")
+
+
+def test_a_slower_attempt_with_other_bytes_takes_over_the_winners_manifest_and_harms_nothing(
+    store_uri: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(store_uri)
+    slow = output(store, b"slow")  # written, not committed yet
+    fast = commit(store, NAME, output(store, b"fast"))
+    again = output(store, b"slow")
+    assert commit(store, NAME, again) == fast and again == slow
+    assert [read_file(store, file) for file in fast.files] == [b"fast"]
+    assert "was committed by another attempt first: that one counts" in caplog.text
 
 
 def test_racing_commits_agree_on_one_manifest(store_uri: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import Recipe
+from layerloop.components.schema.record import seal
 from layerloop.components.schema.runtime import TINY, Runtime, flat, merged
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.runtime import VARIABLE, read_runtime, runtime_values
@@ -46,7 +47,7 @@ def old_recipe_json(recipe: Recipe, values: dict[str, Any]) -> bytes:
 def test_every_key_may_differ_between_two_runs_of_a_campaign(store_uri: str) -> None:
     campaign = Campaign.create_or_open(store_uri, RECIPE)
     frozen = campaign.store.read("recipe.json")
-    assert frozen == RECIPE.to_json() and not set(flat(json.loads(frozen))) & set(OTHER)
+    assert frozen == seal(RECIPE.to_json()) and not set(flat(json.loads(frozen))) & set(OTHER)
     assert set(OTHER) == set(flat(Runtime().model_dump())), "every key is tried"
     for key, value in OTHER.items():
         default = flat(campaign.runtime.model_dump())[key]

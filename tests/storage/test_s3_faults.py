@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import http.client
 import itertools
+import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,9 +16,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.storage import s3
-from layerloop.components.storage.stores import Store, open_store
+from layerloop.components.storage.stores import MissingObjectError, Store, open_store
 
 Spoil = Callable[["Proxy"], bool]  # whether it has answered the request itself
 
@@ -93,7 +97,10 @@ def probe(request: Proxy) -> bool:
     return "conditional-write-probe" in request.path
 
 
-NO_CONDITIONS = "no conditional writes here, so create-only writes are check-then-put"
+NO_CONDITIONS = (
+    "no conditional writes here, so create-only writes bid for a second, and a writer that stops in the middle may "
+    "replace a manifest"
+)
 
 
 def test_a_server_that_overlooks_conditions_is_noticed_once_and_still_creates_only_once(
@@ -216,23 +223,217 @@ def test_a_body_that_breaks_off_is_fetched_again(faulty: FaultyServer, store: St
             "access denied (AccessDenied): allow get, put, list and delete to the credentials in use",
         ),
         (403, "InvalidAccessKeyId", "the store refused the credentials (InvalidAccessKeyId): renew or correct them"),
+        (400, "ExpiredToken", "the credentials have expired (ExpiredToken): renew them and run the step again"),
+        (404, "NoSuchBucket", "bucket layerloop-tests does not exist: create it or correct the URI"),
+        (403, "QuotaExceeded", "there is no room left (QuotaExceeded): free some space, or raise the quota"),
+        (418, "XMinioStorageFull", "there is no room left (XMinioStorageFull): free some space, or raise the quota"),
+        (403, "RequestTimeTooSkewed", "this machine's clock is off by 20 minutes (RequestTimeTooSkewed): set it right"),
+        (400, "IllegalLocationConstraintException", "bucket layerloop-tests is in another region"),
         (418, "Teapot", "the store answered Teapot: see its own log"),
     ],
 )
 def test_refusals_are_one_line_without_secrets(
-    faulty: FaultyServer, store: Store, status: int, code: str, message: str
+    faulty: FaultyServer, store: Store, tmp_path: Path, status: int, code: str, message: str
 ) -> None:
     def refuse(request: Proxy) -> bool:
-        text = f"<Error><Code>{code}</Code><Message>key testing-id secret testing-secret</Message></Error>"
+        text = f"<Error><Code>{code}</Code><Message>key testing-id secret testing-secret</Message>"
+        text += "<RequestTime>20261128T091500Z</RequestTime><ServerTime>2026-11-28T08:55:00Z</ServerTime></Error>"
         request.answer(status, text.encode())
         return True
 
     faulty.spoil = refuse
-    for ask in (lambda: store.write("x", b""), lambda: store.list(), lambda: store.create("x", b"")):
+    (tmp_path / "file").write_bytes(b"1")
+    for ask in (
+        lambda: store.write("x", b""),
+        lambda: store.list(),
+        lambda: store.create("x", b""),
+        lambda: store.upload("x", tmp_path / "file"),
+        lambda: store.read("x"),
+    ):
         with pytest.raises(LayerloopError) as caught:
             ask()
         assert message in str(caught.value)
-        assert "testing-" not in str(caught.value)
+        assert "testing-i" not in str(caught.value) and "testing-secret" not in str(caught.value)
+
+
+def test_a_store_that_is_too_busy_is_no_refusal_for_good(
+    faulty: FaultyServer, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a retried task tries again: refusals are remembered, this is not."""
+
+    def busy(request: Proxy) -> bool:
+        request.answer(503, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
+        return True
+
+    monkeypatch.setattr(s3, "ATTEMPTS", 1)
+    s3._new_client.cache_clear()
+    faulty.spoil = busy
+    with pytest.raises(UnavailableError, match=r"x: the store is too busy \(SlowDown\): try again later"):
+        open_store(store.uri).write("x", b"")
+    s3._new_client.cache_clear()
+
+
+def once(spoil: Callable[[Proxy], None], *, command: str) -> tuple[Spoil, list[str]]:
+    """Spoil the first request of a kind; and the paths of all of that kind."""
+    seen: list[str] = []
+
+    def maybe(request: Proxy) -> bool:
+        if request.command != command or probe(request):
+            return False
+        seen.append(request.path)
+        if len(seen) > 1:
+            return False
+        spoil(request)
+        return True
+
+    return maybe, seen
+
+
+def cut_short(request: Proxy) -> None:
+    status, headers, body = request.forward()
+    kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
+    request.answer(status, body[: len(body) // 2], [*kept, ("Content-Length", str(len(body)))])
+    request.wfile.flush()
+    request.drop()
+
+
+def reset(request: Proxy) -> None:
+    """Half of the answer, and then a reset where the rest should be."""
+    status, headers, body = request.forward()
+    kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
+    request.answer(status, body[: len(body) // 2], [*kept, ("Content-Length", str(len(body)))])
+    request.wfile.flush()
+    request.close_connection = True
+    request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    request.connection.close()
+
+
+def flip_a_bit(request: Proxy) -> None:
+    status, headers, body = request.forward()
+    request.answer(status, body[:-1] + bytes([body[-1] ^ 1]), headers)
+
+
+def test_a_reset_in_the_middle_of_an_error_or_a_listing_is_asked_again(faulty: FaultyServer, store: Store) -> None:
+    store.write("there", b"1")
+    faulty.spoil, seen = once(reset, command="GET")
+    with pytest.raises(MissingObjectError):
+        store.read("nowhere")
+    assert len(seen) == 2
+    for spoil in (reset, cut_short):
+        faulty.spoil, seen = once(spoil, command="GET")
+        assert store.list() == ["there"]
+        assert len(seen) == 2
+
+
+def test_an_opened_file_whose_body_breaks_off_is_fetched_again_with_patience(
+    faulty: FaultyServer, store: Store, tmp_path: Path
+) -> None:
+    data = bytes(range(256)) * 1000
+    store.write("x", data)
+    gets = itertools.count()
+
+    def break_off(request: Proxy) -> bool:
+        if request.command != "GET" or next(gets) > 6:  # more often than boto3 tries by itself
+            return False
+        cut_short(request)
+        return True
+
+    faulty.spoil = break_off
+    with store.open("x") as file:
+        assert file.read() == data
+    gets = itertools.count()
+    store.download("x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == data
+
+
+def test_a_bit_that_flips_on_the_way_from_the_store_is_read_again(faulty: FaultyServer, store: Store) -> None:
+    store.write("x", b"manifest")
+    faulty.spoil, seen = once(flip_a_bit, command="GET")
+    assert store.read("x") == b"manifest"
+    assert len(seen) == 2
+
+
+def test_a_store_whose_etags_are_no_md5_is_read_twice_once_only(
+    faulty: FaultyServer, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encrypted by a key of the user's, for instance."""
+    monkeypatch.setattr(s3, "_other_etags", set())
+    for name in ("x", "y"):
+        store.write(name, b"content")
+
+    def other_etag(request: Proxy) -> bool:
+        if request.command != "GET":
+            return False
+        status, headers, body = request.forward()
+        kept = [(name, value) for name, value in headers if name.lower() != "etag"]
+        request.answer(status, body, [*kept, ("ETag", f'"{"0" * 32}"')])
+        return True
+
+    faulty.spoil = other_etag
+    before = len(faulty.seen)
+    assert [store.read(name) for name in ("x", "y", "x")] == [b"content"] * 3
+    assert len(faulty.seen) - before == 4
+
+
+def test_a_bit_that_flips_on_the_way_to_the_store_is_noticed_there(
+    faulty: FaultyServer, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header that comes with every part says so; this server compares, as S3 and rclone do."""
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    puts = list[str]()
+
+    def compare(request: Proxy) -> bool:
+        if request.command != "PUT" or probe(request):
+            return False
+        puts.append(request.path)
+        if len(puts) % 2:
+            request.body = b"!" + request.body[1:]
+        digest = base64.b64encode(hashlib.md5(request.body).digest()).decode()
+        if request.headers["Content-MD5"] == digest:
+            return False
+        request.answer(400, b"<Error><Code>BadDigest</Code><Message>no</Message></Error>")
+        return True
+
+    faulty.spoil = compare
+    store.write("x", b"content")
+    assert store.read("x") == b"content" and len(puts) == 2
+    (tmp_path / "small").write_bytes(b"file")
+    store.upload("small", tmp_path / "small")
+    assert store.read("small") == b"file" and len(puts) == 4
+    faulty.spoil = lambda request: request.command == "PUT" and "Content-MD5" not in request.headers
+    (tmp_path / "large").write_bytes(bytes(11 << 20))
+    store.upload("large", tmp_path / "large")
+    assert store.size("large") == 11 << 20
+
+
+def test_an_answer_without_a_length_is_looked_up_in_the_listing(faulty: FaultyServer, store: Store) -> None:
+    store.write("x", b"123")
+
+    def without_length(request: Proxy) -> bool:
+        if request.command != "HEAD":
+            return False
+        status, headers, _ = request.forward()
+        request.answer(status, b"", [(n, v) for n, v in headers if n.lower() != "content-length"])
+        request.close_connection = True
+        return True
+
+    faulty.spoil = without_length
+    assert store.size("x") == 3
+
+
+def test_unfinished_uploads_are_left_over_and_removed(faulty: FaultyServer, store: Store) -> None:
+    import boto3
+
+    bucket, _, prefix = store.uri.removeprefix("s3://").partition("/")
+    client = boto3.client("s3")
+    client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/big.tar")
+    other = client.create_multipart_upload(Bucket=bucket, Key="elsewhere/big.tar")
+    store.write(f"{s3.PROBE}0123", b"")
+    store.write("kept", b"1")
+    assert store.leftovers() == [f"{s3.PROBE}0123", "unfinished upload of big.tar"]
+    store.remove_leftovers()
+    assert store.leftovers() == [] and store.list() == ["kept"]
+    client.abort_multipart_upload(Bucket=bucket, Key="elsewhere/big.tar", UploadId=other["UploadId"])
 
 
 def test_a_bucket_that_does_not_exist_is_one_line(s3_environment: dict[str, str]) -> None:

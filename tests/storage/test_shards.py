@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -7,7 +8,7 @@ import os
 import pickle
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,14 @@ import webdataset
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard
-from layerloop.components.storage.shards import Sample, existing_shard, read_shard, write_shard
+from layerloop.components.storage.shards import Sample, existing_shards, read_shard, write_shard
 from layerloop.components.storage.stores import Store, open_store
 
 NAME = "iterations/000001/rollouts/w00of01-000000.tar"
+
+
+def existing_shard(store: Store, name: str, keys: Sequence[str]) -> Shard | None:
+    return next(existing_shards(store, name, keys), None)
 
 
 def samples(count: int = 3) -> list[Sample]:
@@ -55,8 +60,8 @@ def put_tar(
 def test_samples_come_back_as_they_were(store_uri: str) -> None:
     store = open_store(store_uri)
     shard = write_shard(store, NAME, samples())
-    assert (shard.name, shard.samples, shard.bytes) == (NAME, 3, store.size(NAME))
-    assert shard.sha256 == hashlib.sha256(store.read(NAME)).hexdigest()
+    assert (shard.base_name, shard.samples, shard.bytes) == (NAME.rpartition("/")[2], 3, store.size(shard.name))
+    assert shard.sha256 == hashlib.sha256(store.read(shard.name)).hexdigest()
     assert list(read_shard(store, shard, required=["json", "source.png"])) == [
         (key, dict(sorted(members.items()))) for key, members in samples()
     ]
@@ -67,13 +72,13 @@ def test_equal_samples_give_equal_bytes_whatever_the_order_of_members(tmp_path: 
     first = write_shard(store, "a.tar", samples())
     second = write_shard(store, "b.tar", [(key, dict(reversed(members.items()))) for key, members in samples()])
     assert first.sha256 == second.sha256
-    with tarfile.open(tmp_path / "a.tar") as tar:
+    with tarfile.open(tmp_path / first.name) as tar:
         assert {(m.mtime, m.uid, m.uname, m.mode) for m in tar} == {(0, 0, "", 0o444)}
 
 
 def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
-    write_shard(open_store(tmp_path), "s-000000.tar", samples())
-    dataset = webdataset.WebDataset(str(tmp_path / "s-000000.tar"), shardshuffle=False)
+    shard = write_shard(open_store(tmp_path), "s-000000.tar", samples())
+    dataset = webdataset.WebDataset(str(tmp_path / shard.name), shardshuffle=False)
     read = [(sample["__key__"], {k: v for k, v in sample.items() if not k.startswith("__")}) for sample in dataset]
     assert read == [(key, members) for key, members in samples()]
 
@@ -126,9 +131,9 @@ def test_a_producer_that_fails_half_way_leaves_no_shard_and_no_temporary_file(
 def test_one_changed_bit_is_refused_before_any_sample_is_yielded(store_uri: str) -> None:
     store = open_store(store_uri)
     shard = write_shard(store, NAME, samples())
-    data = bytearray(store.read(NAME))
+    data = bytearray(store.read(shard.name))
     data[1500] ^= 1
-    store.write(NAME, bytes(data))
+    store.write(shard.name, bytes(data))
     reader = read_shard(store, shard)
     with pytest.raises(
         LayerloopError, match=r"its manifest says .*: it was changed after it was committed, restore it$"
@@ -139,11 +144,11 @@ def test_one_changed_bit_is_refused_before_any_sample_is_yielded(store_uri: str)
 def test_a_shortened_shard_and_a_missing_one_are_refused(store_uri: str) -> None:
     store = open_store(store_uri)
     shard = write_shard(store, NAME, samples())
-    store.write(NAME, store.read(NAME)[:-512])
-    with pytest.raises(LayerloopError, match=f"{store_uri}/{NAME} has {shard.bytes - 512} bytes"):
+    store.write(shard.name, store.read(shard.name)[:-512])
+    with pytest.raises(LayerloopError, match=f"{store_uri}/{shard.name} has {shard.bytes - 512} bytes"):
         next(read_shard(store, shard))
-    store.delete(NAME)
-    with pytest.raises(LayerloopError, match=f"{store_uri}/{NAME} does not exist"):
+    store.delete(shard.name)
+    with pytest.raises(LayerloopError, match=f"{store_uri}/{shard.name} does not exist"):
         next(read_shard(store, shard))
 
 
@@ -206,8 +211,62 @@ def test_an_earlier_shard_is_taken_only_with_exactly_these_keys(store_uri: str) 
     assert existing_shard(store, NAME, keys) == shard
     assert existing_shard(store, NAME, keys[:2]) is None
     assert existing_shard(store, NAME, list(reversed(keys))) is None
-    store.write(NAME, b"rubbish")
+    store.write(shard.name, b"rubbish")
     assert existing_shard(store, NAME, keys) is None
+
+
+def test_shards_of_other_bytes_have_names_of_their_own(store_uri: str) -> None:
+    store = open_store(store_uri)
+    one, other = write_shard(store, NAME, samples()), write_shard(store, NAME, [("a", {"json": b"1"})])
+    assert one.name == f"{NAME.removesuffix('.tar')}-{one.sha256[:16]}.tar"
+    assert store.list() == sorted([one.name, other.name])
+    assert [existing_shard(store, NAME, keys) for keys in ([key for key, _ in samples()], ["a"])] == [one, other]
+
+
+def test_a_shard_of_an_earlier_version_without_a_hash_in_its_name_is_taken(store_uri: str) -> None:
+    store = open_store(store_uri)
+    shard = write_shard(store, "elsewhere.tar", samples())
+    store.write(NAME, store.read(shard.name))
+    keys = [key for key, _ in samples()]
+    assert existing_shard(store, NAME, keys) == shard.model_copy(update={"name": NAME})
+
+
+class Flipping:
+    """A store that answers some reads with one bit flipped: the transfer is to blame, the object is whole."""
+
+    def __init__(self, store: Store, flips: int) -> None:
+        self._store, self.flips = store, flips
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[io.BytesIO]:
+        yield io.BytesIO(self.read(name))
+
+    def read(self, name: str) -> bytes:
+        data = bytearray(self._store.read(name))
+        if self.flips:
+            self.flips -= 1
+            data[700] ^= 4
+        return bytes(data)
+
+
+def test_a_bit_that_flips_on_the_way_is_read_again_and_never_gets_into_a_manifest(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    keys = [key for key, _ in samples()]
+    shard = write_shard(store, NAME, samples())
+    for flips in (1, 2):
+        assert existing_shard(Flipping(store, flips), NAME, keys) == shard  # type: ignore[arg-type]
+        assert list(read_shard(Flipping(store, flips), shard)) == list(read_shard(store, shard))  # type: ignore[arg-type]
+    assert existing_shard(Flipping(store, 3), NAME, keys) is None  # type: ignore[arg-type]
+    with pytest.raises(LayerloopError, match=f"sha256 .*, its manifest says .* and {shard.sha256[:12]}"):
+        next(read_shard(Flipping(store, 3), shard))  # type: ignore[arg-type]
+    plain = store.read(shard.name)
+    store.delete(shard.name)
+    store.write(NAME, plain)  # of an earlier version: no name to compare with, so two reads have to agree
+    found = existing_shard(Flipping(store, 1), NAME, keys)  # type: ignore[arg-type]
+    assert found is None or found.sha256 == shard.sha256
 
 
 class Explosive:

@@ -13,7 +13,7 @@ from safetensors.torch import load
 
 from layerloop.components.update_lora.step import run
 
-from ..campaigns import CampaignBuilder
+from ..campaigns import CampaignBuilder, policy_folder
 from .conftest import MakeLab, nan_in_the_last_group
 
 
@@ -55,8 +55,8 @@ def test_two_ranks_give_the_adapter_of_one_process_bit_for_bit_where_the_order_o
     completed = torchrun(together)
     assert completed.returncode == 0, completed.stderr
     for name in ("adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors", "learner.json"):
-        path = f"{alone.campaign.policy_dir(1)}/{name}"
-        assert alone.store.read(path) == together.store.read(path), name
+        one, other = (policy_folder(lab.campaign, 1) / name for lab in (alone, together))
+        assert one.read_bytes() == other.read_bytes(), name
     stored = together.campaign.policy(1)
     assert stored.counts == result.manifests["policy"].counts
     assert stored.metadata == result.manifests["policy"].metadata, "diagnostics are those of all ranks"

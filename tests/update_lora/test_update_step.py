@@ -20,14 +20,17 @@ from layerloop.components.policy.lora import new_adapter, put_adapter
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.policy.sampling import COEFFICIENTS, Plan, rollout
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.trajectory import GroupRecord
-from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.manifests import add_folder, read_file
+from layerloop.components.storage.rollouts import rollouts_sha256
 from layerloop.components.storage.shards import Sample, read_shard
 from layerloop.components.update_lora.forward_process import draw
 from layerloop.components.update_lora.state import TrainingState
 from layerloop.components.update_lora.step import run
 
-from ..campaigns import SIDE, CampaignBuilder, prompt_embeds, varied
+from ..campaigns import SIDE, CampaignBuilder, policy_folder, prompt_embeds, varied
 from .conftest import WINDOW, G, MakeLab, nan_in_the_last_group
 
 GRPO_EMA = {"ema": 0.9, "kl": 0.1}
@@ -35,7 +38,7 @@ NFT_DECAY = {"algorithm": "nft", "ema": 0.9, "nft": {"timesteps": 2, "old_decay"
 
 
 def state_of(lab: CampaignBuilder, iteration: int, name: str = "optimizer.safetensors") -> dict[str, torch.Tensor]:
-    return load(lab.store.read(f"{lab.campaign.policy_dir(iteration)}/{name}"))
+    return load((policy_folder(lab.campaign, iteration) / name).read_bytes())
 
 
 def first_gradient(lab: CampaignBuilder) -> dict[str, torch.Tensor]:
@@ -276,7 +279,7 @@ def test_it_learns_what_is_rewarded(make_lab: MakeLab, update: dict[str, Any], w
 
 def test_the_adapter_is_peft_layout_and_loads_with_peft_itself(lab: CampaignBuilder) -> None:
     run(campaign=lab.uri)
-    folder = Path(lab.uri) / lab.campaign.policy_dir(1)
+    folder = policy_folder(lab.campaign, 1)
     ours = lab.policy(1)
     theirs = LayeredPolicy.load(lab.recipe.model)
     latents, condition = ours.noise(3, 2, 32, 32), Condition(torch.ones(1, 4, 64), prompt_embeds()[None], 32, 32)
@@ -310,8 +313,8 @@ def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
         )  # fmt: skip
     names = ["adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors", "learner.json"]
     for name in names:
-        path = f"{uninterrupted.campaign.policy_dir(4)}/{name}"
-        assert uninterrupted.store.read(path) == resumed.store.read(path), name
+        one, other = (policy_folder(lab.campaign, 4) / name for lab in (uninterrupted, resumed))
+        assert one.read_bytes() == other.read_bytes(), name
     assert uninterrupted.adapter_weights(4) != uninterrupted.adapter_weights(2)
 
 
@@ -389,8 +392,41 @@ def test_a_committed_iteration_is_returned_and_not_done_again(lab: CampaignBuild
     assert lab.store.sizes().keys() == before.keys() - {"sources/manifest.json"}
 
 
-def test_files_of_a_killed_attempt_are_replaced(lab: CampaignBuilder) -> None:
-    lab.store.write(f"{lab.campaign.policy_dir(1)}/adapter_model.safetensors", b"half an adapter")
+def test_scores_of_other_rollouts_are_refused(lab: CampaignBuilder) -> None:
+    folder = lab.campaign.scores_dir(1)
+    manifest = lab.campaign.scores(1)
+    for rollouts, refused in ((rollouts_sha256(lab.campaign.rollouts(1)), False), ("1" * 64, True)):
+        changed = manifest.model_copy(update={"metadata": {**manifest.metadata, "rollouts_sha256": rollouts}})
+        lab.store.write(f"{folder}/{MANIFEST}", changed.to_json())
+        if refused:
+            with pytest.raises(LayerloopError, match="scores is of rollouts 111111111111, those that are there have"):
+                run(campaign=lab.uri, iteration=1)
+        else:
+            assert run(campaign=lab.uri, iteration=1).manifests["policy"].metadata["scores_sha256"]
+            lab.store.delete(f"{lab.campaign.policy_dir(1)}/{MANIFEST}")
+    assert not lab.committed(1)
+
+
+def test_an_attempt_that_was_overtaken_loses_nothing(lab: CampaignBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was paused after its check (a slow disk, a virtual machine that moved) and another committed meanwhile, of
+    other bytes (another kind of processor)."""
+    real, overtaken = Campaign.commit, list[Manifest]()
+
+    def commit_late(campaign: Campaign, folder: str, manifest: Manifest) -> Manifest:
+        monkeypatch.setattr(Campaign, "commit", real)
+        content = {"adapter_model.safetensors": b"faster", "optimizer.safetensors": b"1"}
+        files = add_folder(campaign.store, folder, content)
+        faster = manifest.model_copy(update={"files": files})
+        overtaken.append(real(campaign, folder, faster))
+        return real(campaign, folder, manifest)
+
+    monkeypatch.setattr(Campaign, "commit", commit_late)
+    assert run(campaign=lab.uri).manifests["policy"] == overtaken[0] == lab.campaign.policy(1)
+    assert [read_file(lab.store, file) for file in overtaken[0].files] == [b"faster", b"1"]
+
+
+def test_files_of_a_killed_attempt_do_not_count(lab: CampaignBuilder) -> None:
+    lab.store.write(f"{lab.campaign.policy_dir(1)}/{'0' * 16}/adapter_model.safetensors", b"half an adapter")
     manifest = run(campaign=lab.uri).manifests["policy"]
     assert len(lab.adapter_weights(1)) == manifest.file("adapter_model.safetensors").bytes
 
@@ -420,7 +456,7 @@ def test_masked_candidates_are_left_out_and_counted(lab: CampaignBuilder, make_l
 
 def test_it_starts_from_an_adapter_that_the_recipe_names(lab: CampaignBuilder, make_lab: MakeLab) -> None:
     run(campaign=lab.uri)
-    source = Path(lab.uri) / lab.campaign.policy_dir(1)
+    source = policy_folder(lab.campaign, 1)
     sha256 = lab.campaign.policy(1).metadata["adapter_sha256"]
     follower = make_lab("follower", lora={"rank": 2, "alpha": 2.0, "start_from": str(source)})
     change = changed_record(everywhere=True, adapter_sha256=sha256)
@@ -439,7 +475,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_nothing_is_committed(
     lab: CampaignBuilder, make_lab: MakeLab, tmp_path: Path
 ) -> None:
     run(campaign=lab.uri)
-    folder = Path(shutil.copytree(Path(lab.uri) / lab.campaign.policy_dir(1), tmp_path / "adapter"))
+    folder = Path(shutil.copytree(policy_folder(lab.campaign, 1), tmp_path / "adapter"))
     follower = make_lab("follower", lora={"rank": 2, "alpha": 2.0, "start_from": str(folder)})
     follower.ready(1)
     tensors = load((folder / "adapter_model.safetensors").read_bytes())
@@ -547,7 +583,7 @@ def no_tensors(samples: list[Sample]) -> list[Sample]:
         (swapped_candidates, "i000001-g000003-c02 holds the record of i000001-g000003-c03: delete"),
         (
             lambda samples: samples[:1] + samples[2:],
-            "g000000.tar:i000001-g000000-c01 is where i000001-g000000-c00 should be: delete",
+            ".tar:i000001-g000000-c01 is where i000001-g000000-c00 should be: delete",
         ),
     ],
     ids=[

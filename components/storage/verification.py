@@ -1,0 +1,331 @@
+"""Verification of a campaign: every object that a manifest names is read and hashed, and what the manifests say of each
+other is compared. Repair removes what no manifest names, and has made again what the next run can make.
+
+Nothing here loads a model: an adapter is followed from base to head by the hashes that the steps wrote down.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.judging import ScoreRow
+from layerloop.components.schema.manifest import HASH_DIGITS, File, Manifest, Shard
+from layerloop.components.schema.trajectory import candidate_key
+from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
+from layerloop.components.storage.lease import FOLDER as LEASE
+from layerloop.components.storage.lease import SCOPES, USUAL, Timing, hold
+from layerloop.components.storage.manifests import load, place_files, visible_name
+from layerloop.components.storage.rollouts import read_groups, rollouts_sha256
+from layerloop.components.storage.shards import read_shard
+from layerloop.components.storage.store import Store, hash_file
+
+Log = Callable[[str], None]
+THREADS = 8
+SAY_SECONDS = 5.0
+_OPEN = re.compile(r"iterations/(\d{6})/(rollouts|scores)/")
+_MANIFEST = re.compile(rf"manifest(-[0-9a-f]{{{HASH_DIGITS}}})?\.json|(g\d{{6,}}|w\d+of\d+)(-[0-9a-f]{{16}})?\.json")
+# Names that no manifest lists and that are right all the same: the recipe, the lease, records of runs and refusals, the
+# judge's replies (they were paid for), and the table of what was left out under the name that people look for.
+_KEPT = re.compile(
+    rf"{RECIPE}|({LEASE}|runs|refusals)/.*|iterations/\d{{6}}/scores/replies/.*|sources/rejects\.parquet"
+)
+
+
+@dataclass
+class Findings:
+    """What a verification found."""
+
+    objects: int = 0
+    bytes: int = 0
+    faults: dict[str, str] = field(default_factory=dict)  # object, or folder -> what is wrong with it
+    orphans: dict[str, int] = field(default_factory=dict)  # object that no manifest names -> bytes
+    leftovers: list[str] = field(default_factory=list)  # of killed writers, by names for people
+    copies: list[str] = field(default_factory=list)  # publications whose visible files are not copies
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+
+    def lines(self) -> Iterator[str]:
+        """What is wrong, one line each, and a summary."""
+        yield from (f"{where}: {what}" for where, what in sorted(self.faults.items()))
+        yield from (f"{folder}: files that people load are not those of its manifest" for folder in self.copies)
+        size = sum(self.orphans.values())
+        if self.orphans:
+            yield f"{len(self.orphans)} objects of {_size(size)} are named by no manifest (--repair removes them)"
+        if self.leftovers:
+            yield f"{len(self.leftovers)} unfinished writes are left over (--repair removes them)"
+        verdict = "all is what was committed" if self.sound else f"{len(self.faults) + len(self.copies)} faults"
+        yield f"{self.objects} objects of {len(self.manifests)} manifests, {_size(self.bytes)} read: {verdict}"
+
+    @property
+    def sound(self) -> bool:
+        """Whether everything that is committed is right; orphans do no harm."""
+        return not self.faults and not self.copies
+
+
+def verify_campaign(campaign: Campaign, *, log: Log) -> Findings:
+    """Read and compare everything that is committed, several objects at once. Nothing is changed.
+
+    Args:
+        log: is told every few seconds how far it is.
+    """
+    store = campaign.store
+    entries = store.entries()
+    found = Findings(leftovers=store.leftovers())
+    for name in entries:
+        if _MANIFEST.fullmatch(name.rpartition("/")[2]) and not _KEPT.fullmatch(name):
+            _load(campaign, name, found)
+    named: dict[str, tuple[str, File]] = {}
+    for where, manifest in found.manifests.items():
+        for file in (*manifest.shards, *manifest.files):
+            known = named.setdefault(file.name, (where, file))[1]
+            if (known.bytes, known.sha256) != (file.bytes, file.sha256):
+                found.faults[file.name] = f"{where} and {named[file.name][0]} say different hashes of it"
+    said = time.monotonic()
+    with ThreadPoolExecutor(THREADS) as pool:
+        reads = {pool.submit(_fault_of, store, file): file for _, file in named.values()}
+        for done in as_completed(reads):
+            file = reads[done]
+            found.objects += 1
+            found.bytes += file.bytes
+            if fault := done.result():
+                found.faults.setdefault(file.name, fault)
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                log(f"verified {found.objects} of {len(named)} objects, {_size(found.bytes)}")
+    _check_iterations(campaign, found)
+    visible = _check_copies(store, found)
+    found.orphans = {
+        name: entry.size
+        for name, entry in entries.items()
+        if name not in named and name not in found.manifests and name not in visible
+        and name not in found.faults and not _KEPT.fullmatch(name)
+    }  # fmt: skip
+    return found
+
+
+def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> None:
+    """Remove what no manifest names, copy publications' visible files again, and have made again what the next run can
+    make: rollouts and scores of the iteration in progress, evaluations. What cannot be made again stays.
+
+    Raises:
+        LayerloopError: a run holds the campaign.
+    """
+    store = campaign.store
+    with ExitStack() as held:
+        for scope in SCOPES:
+            held.enter_context(hold(store, scope, log=log, timing=timing))
+        found = verify_campaign(campaign, log=log)  # nobody writes from here on
+        for name in found.orphans:
+            store.delete(name)
+        if found.orphans:
+            log(f"removed {len(found.orphans)} objects that no manifest names, {_size(sum(found.orphans.values()))}")
+        if found.leftovers:
+            store.remove_leftovers()
+            log(f"removed {len(found.leftovers)} unfinished writes")
+        for folder in found.copies:
+            manifest = found.manifests[f"{folder}/{MANIFEST}"]
+            for file in manifest.files:
+                store.delete(visible_name(folder, file))
+            place_files(store, manifest, folder)
+            log(f"{folder}: copied the committed files to where people load them")
+        for name in sorted(_repeatable(campaign, found)):
+            store.delete(name)
+            log(f"{name}: removed, the next run makes it again")
+
+
+def _repeatable(campaign: Campaign, found: Findings) -> set[str]:
+    """Manifests with a fault whose output the next run makes again as it was meant to be."""
+    following = campaign.head() + 1
+    names = set()
+    for where, manifest in found.manifests.items():
+        match = _OPEN.match(where)
+        in_progress = match is not None and int(match[1]) == following
+        broken = where in found.faults or any(f.name in found.faults for f in (*manifest.shards, *manifest.files))
+        if broken and (in_progress or manifest.kind == "evaluation"):
+            names.add(where)
+    return names
+
+
+def _load(campaign: Campaign, name: str, found: Findings) -> None:
+    try:
+        manifest = load(campaign.store, name)
+        if manifest is not None:
+            campaign.check_origin(name, manifest)
+            found.manifests[name] = manifest
+    except LayerloopError as error:
+        found.faults[name] = _without(campaign.uri, name, error)
+
+
+def _fault_of(store: Store, file: File) -> str:
+    """What is wrong with one object; empty if nothing is."""
+    try:
+        if isinstance(file, Shard):
+            for _ in read_shard(store, file, wanted=lambda suffix: False):
+                pass
+            return ""
+        with store.open(file.name) as opened:
+            digest, size = hash_file(opened)
+    except LayerloopError as error:
+        return _without(store.uri, file.name, error)
+    if (size, digest) != (file.bytes, file.sha256):
+        return f"has {size} bytes of sha256 {digest[:12]}, its manifest says {file.bytes} and {file.sha256[:12]}"
+    return ""
+
+
+# ------------------------------------------------------------------------------------- what manifests say of each other
+
+
+def _check_iterations(campaign: Campaign, found: Findings) -> None:
+    """Groups, scores and adapters of every iteration, from base to head."""
+    head = campaign.head()
+    before: Manifest | None = None
+    for iteration in range(1, head + 2):
+        policy = found.manifests.get(f"{campaign.policy_dir(iteration)}/{MANIFEST}")
+        scores = found.manifests.get(f"{campaign.scores_dir(iteration)}/{MANIFEST}")
+        try:
+            groups = campaign.committed_groups(iteration)
+        except LayerloopError as error:
+            found.faults.setdefault(campaign.rollouts_dir(iteration), _without(campaign.uri, "", error))
+            groups = {}
+        if iteration <= head and policy is None:
+            found.faults.setdefault(
+                campaign.policy_dir(iteration), f"is not committed, but that of iteration {head} is"
+            )
+        _check_groups(campaign, iteration, groups, before, found)
+        if scores is not None:
+            _check_scores(campaign, iteration, scores, groups, found)
+        if policy is not None:
+            _check_policy(campaign, iteration, policy, before, scores, found)
+        before = policy
+
+
+def _check_groups(
+    campaign: Campaign, iteration: int, groups: Mapping[int, Manifest], before: Manifest | None, found: Findings
+) -> None:
+    where = campaign.rollouts_dir(iteration)
+    planned = campaign.recipe.rollout
+    for group, manifest in groups.items():
+        name = f"{where}/g{group:06d}.json"
+        if group not in range(planned.groups):
+            found.faults.setdefault(name, f"is of group {group}, the recipe has {planned.groups}")
+        if manifest.counts.get("candidates") != planned.group_size:
+            said = manifest.counts.get("candidates")
+            found.faults.setdefault(name, f"has {said} candidates, the recipe says {planned.group_size}")
+        adapter = manifest.metadata.get("adapter_sha256")
+        if before is not None and adapter != before.metadata.get("adapter_sha256"):
+            wanted = before.metadata.get("adapter_sha256")
+            found.faults.setdefault(
+                name, f"was sampled with adapter {adapter!s:.12}, that of iteration {iteration - 1} is {wanted!s:.12}"
+            )
+        _same_base(name, manifest, before, found)
+
+
+def _check_scores(
+    campaign: Campaign, iteration: int, scores: Manifest, groups: Mapping[int, Manifest], found: Findings
+) -> None:
+    """Compare the rows with the rollouts: the same candidates, each once, of the same image and layer count."""
+    name = f"{campaign.scores_dir(iteration)}/{MANIFEST}"
+    made_of = scores.metadata.get("rollouts_sha256")
+    if made_of is not None and made_of != rollouts_sha256(groups):
+        found.faults.setdefault(name, f"is of rollouts {made_of!s:.12}, those there are {rollouts_sha256(groups):.12}")
+    if any(shard.name in found.faults for shard in scores.shards):
+        return
+    try:
+        rows = {
+            key: ScoreRow.from_json(members["json"], where=f"{shard.name}:{key}")
+            for shard in scores.shards
+            for key, members in read_shard(campaign.store, shard, required=("json",))
+        }
+        sound = {group: m for group, m in groups.items() if m.shards[0].name not in found.faults}
+        sampled = {
+            candidate_key(iteration, group.record.group, candidate.record.candidate): group.record
+            for group in read_groups(campaign.store, sound)
+            for candidate in group.candidates
+        }
+    except LayerloopError as error:
+        found.faults.setdefault(name, _without(campaign.uri, "", error))
+        return
+    faults = []
+    for key, row in rows.items():
+        record = sampled.get(key)
+        if candidate_key(row.iteration, row.group, row.candidate) != key:
+            faults.append(f"the row of {key} is of {candidate_key(row.iteration, row.group, row.candidate)}")
+        elif record is None and len(sound) == len(groups):
+            faults.append(f"scores {key}, which was not sampled")
+        elif record is not None and (row.image_key, row.layers) != (record.image_key, record.layers):
+            faults.append(f"{key} is of image {row.image_key} with {row.layers} layers, its rollout is not")
+        elif row.reward is not None and not 0 <= row.reward <= 1:
+            faults.append(f"{key} has reward {row.reward:g}, outside of 0..1")
+    faults += [f"{key} was sampled and has no score" for key in sampled if key not in rows]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        found.faults.setdefault(name, faults[0] + more)
+
+
+def _check_policy(
+    campaign: Campaign,
+    iteration: int,
+    policy: Manifest,
+    before: Manifest | None,
+    scores: Manifest | None,
+    found: Findings,
+) -> None:
+    name = f"{campaign.policy_dir(iteration)}/{MANIFEST}"
+    said = policy.metadata.get("adapter_sha256")
+    try:
+        held = policy.file("adapter_model.safetensors").sha256
+    except KeyError:
+        found.faults.setdefault(name, "names no adapter_model.safetensors")
+        return
+    if said != held:
+        found.faults.setdefault(name, f"says adapter {said!s:.12} and names one of {held:.12}")
+    if before is not None and "previous_adapter_sha256" in policy.metadata:
+        begun, ended = policy.metadata["previous_adapter_sha256"], before.metadata.get("adapter_sha256")
+        if begun != ended:
+            found.faults.setdefault(
+                name, f"continues adapter {begun!s:.12}, that of iteration {iteration - 1} is {ended!s:.12}"
+            )
+    learnt_from = policy.metadata.get("scores_sha256")
+    if scores is not None and learnt_from not in (None, [shard.sha256 for shard in scores.shards]):
+        found.faults.setdefault(name, "was learnt from other scores than those that are there")
+    _same_base(name, policy, before, found)
+
+
+def _same_base(name: str, manifest: Manifest, before: Manifest | None, found: Findings) -> None:
+    ours, theirs = (m.metadata.get("base_fingerprint") if m else None for m in (manifest, before))
+    if ours and theirs and ours != theirs:
+        found.faults.setdefault(name, f"is of base {ours!s:.12}, the iteration before of {theirs!s:.12}")
+
+
+def _check_copies(store: Store, found: Findings) -> set[str]:
+    """Names of publications' visible files; folders where they are not what they copy go to `found.copies`."""
+    visible: set[str] = set()
+    for where, manifest in found.manifests.items():
+        folder, _, base = where.rpartition("/")
+        if manifest.kind != "published" or base != MANIFEST:
+            continue
+        copies = {name: file for file in manifest.files if (name := visible_name(folder, file)) != file.name}
+        visible |= copies.keys()
+        if any(
+            _fault_of(store, File(name=name, bytes=file.bytes, sha256=file.sha256)) for name, file in copies.items()
+        ):
+            found.copies.append(folder)
+    return visible
+
+
+def _without(uri: str, name: str, error: LayerloopError) -> str:
+    """An error's words without the URI and name that its line begins with anyway."""
+    return str(error).replace(f"{uri}/", "").removeprefix(name).lstrip(": ")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
