@@ -91,9 +91,7 @@ def run(
     with process_group() as device:
         sampled = sample_iteration(opened, current, committed, mine, device=device, loaded=loaded)
     manifest = worker_manifest(current, sampled.manifests, worker=worker, workers=workers)
-    return _result(
-        manifest, seconds=time.monotonic() - started, sampled=sampled.written, bad_layers=sampled.bad_layers
-    )
+    return _result(manifest, seconds=time.monotonic() - started, sampled=sampled.written, bad_layers=sampled.bad_layers)
 
 
 @dataclass(frozen=True)
@@ -148,9 +146,7 @@ def sample_iteration(
     return Sampled(loaded, dict(sorted({**manifests, **_gather(written)}.items())), len(written), bad_layers)
 
 
-def _images(
-    campaign: Campaign, sources: Manifest, todo: Sequence[GroupPlan]
-) -> dict[int, tuple[str, np.ndarray]]:
+def _images(campaign: Campaign, sources: Manifest, todo: Sequence[GroupPlan]) -> dict[int, tuple[str, np.ndarray]]:
     """Key and image of the groups, by the image's number; each rank reads a share of them."""
     numbers = sorted({plan.image for plan in todo})
     with failing_together():
