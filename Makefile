@@ -1,11 +1,13 @@
 # The workflow, a target a step. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast slow lint mutants bench study lock wheel compile pretrain clean
+.PHONY: help install docs demo test fast slow lint mutants bench study lock wheel compile pretrain clean
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
+# A process a core, of one thread each. The tests of a file stay together, since they share what they set up.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 CLUSTER ?= manifests/cluster.example.yaml
 
 help: ## list the targets
@@ -33,13 +35,13 @@ demo: $(READY) ## run the whole pipeline on this machine and make a report; agai
 	  $(if $(ITERATIONS),--iterations $(ITERATIONS))
 
 test: $(READY) ## run all tests, lint and types among them
-	@$(VENV)/bin/python -m pytest
+	@$(PYTEST)
 
 fast: $(READY) ## run the fast half of the tests, for while you work
-	@$(VENV)/bin/python -m pytest -q -m "fast and not slow"
+	@$(PYTEST) -q -m "fast and not slow"
 
 slow: $(READY) ## run the long tests too, which `make test` leaves out
-	@$(VENV)/bin/python -m pytest -m slow
+	@$(PYTEST) -m slow
 
 lint: $(READY) ## only formatting, lint, types and the arrows between packages
 	@$(VENV)/bin/python -m pytest tests/test_house.py
@@ -62,6 +64,9 @@ compile: $(READY) ## write the packages in pipelines/compiled, after recipes, co
 	@$(VENV)/bin/layerloop compile -o pipelines/compiled/train.yaml --cluster $(CLUSTER)
 	@$(VENV)/bin/layerloop compile -o pipelines/compiled/train-resident.yaml --resident --cluster $(CLUSTER)
 	@$(VENV)/bin/layerloop compile -o pipelines/compiled/evaluate.yaml --pipeline evaluate --cluster $(CLUSTER)
+
+docs: $(READY) ## build the documentation's site in build/site; a link that leads nowhere stops it
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet && echo "built build/site: open build/site/index.html"
 
 wheel: $(READY) ## build dist/*.whl, as the images install it
 	@$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist

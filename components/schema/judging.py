@@ -14,8 +14,8 @@ BackdropName = Literal["white", "black", "checker"]
 class PhaseTwoRecipe(Record):
     """Phase 2: re-scoring of a group's candidates against each other, in grids of candidates x layers, or by pairs."""
 
-    enabled: bool = True
-    method: Literal["grid", "pairwise"] = "grid"
+    enabled: bool = True  # off: rewards are those of phase 1 alone
+    method: Literal["grid", "pairwise"] = "grid"  # all candidates in one image, or pairs of them
     repeats: int = Field(default=1, ge=1)  # over the group, each in another shuffled order, averaged
     resolution: int = Field(default=160, ge=32)  # longest side of a grid cell, pixels
     max_candidates: int = Field(default=12, ge=2)  # in one grid; a larger group is split into overlapping grids
@@ -35,14 +35,14 @@ class PhaseTwoRecipe(Record):
 class JudgeRecipe(Record):
     """Settings of the judgement. URL, key and how the endpoint is called (runtime.judge) belong to the run."""
 
-    model: str = "layerloop-reference-judge"
+    model: str = "layerloop-reference-judge"  # as the endpoint names it
     rubric: str = "default"  # a name of components/judge/rubrics, or the path of a YAML file
     resolution: int = Field(default=256, ge=32)  # longest side of an image shown to the judge, pixels
     backdrops: tuple[BackdropName, ...] = ("white",)  # what each layer is shown on
     method: Literal["rubric", "checklist"] = "rubric"  # phase 1: anchors 0..5, or yes/no questions per criterion
     extraction: Literal["sampled", "expected"] = "sampled"  # the number written, or its mean under top_logprobs
     samples: int = Field(default=1, ge=1)  # phase-1 judgements of a candidate, averaged (self-ensemble)
-    temperature: float = Field(default=0.0, ge=0, le=2)
+    temperature: float = Field(default=0.0, ge=0, le=2)  # of the judge's answers; 0 repeats one
     max_tokens: int = Field(default=1024, ge=64)  # of a reply about one candidate; more candidates get more
     observations: bool = False  # let the judge describe the images before the numbers
     aggregation: Literal["mean", "log"] = "mean"  # of criteria; "log" so that one criterion cannot dominate

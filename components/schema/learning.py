@@ -23,9 +23,9 @@ LORA_TARGETS = (
 class LoraRecipe(Record):
     """Low-rank adapter of the transformer. Defaults: the paper's r=16, alpha=16 on attention and feed-forward."""
 
-    rank: int = Field(default=16, ge=1, le=1024)
-    alpha: float = Field(default=16.0, gt=0)
-    targets: tuple[str, ...] = LORA_TARGETS
+    rank: int = Field(default=16, ge=1, le=1024)  # r (paper: 16)
+    alpha: float = Field(default=16.0, gt=0)  # the product is scaled by alpha / rank (paper: 16)
+    targets: tuple[str, ...] = LORA_TARGETS  # linear layers of the transformer's blocks, by the end of their names
     start_from: str | None = None  # an adapter (either layout) to start with: a folder, s3://, hf://owner/name[/sub]
 
     @model_validator(mode="after")
@@ -67,20 +67,21 @@ class UpdateRecipe(Record):
     (flow_grpo's configs).
     """
 
-    algorithm: AlgorithmName = "grpo"
-    ratio_norm: Literal["sum_rescale", "guard", "mean"] = "sum_rescale"
-    clip_low: float = Field(default=0.02, gt=0, lt=1)
-    clip_high: float = Field(default=0.02, gt=0)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_epsilon: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
+    algorithm: AlgorithmName = "grpo"  # Flow-GRPO (arXiv 2505.05470) or DiffusionNFT (arXiv 2509.16117)
+    ratio_norm: Literal["sum_rescale", "guard", "mean"] = "sum_rescale"  # scale of the log-ratio, see above
+    clip_low: float = Field(default=0.02, gt=0, lt=1)  # the ratio is held to 1 - clip_low and above
+    clip_high: float = Field(default=0.02, gt=0)  # the ratio is held to 1 + clip_high and below
+    learning_rate: float = Field(default=1e-4, gt=0)  # of AdamW, constant
+    adam_betas: tuple[float, float] = (0.9, 0.999)  # decay of the gradient's first and second moment
+    adam_epsilon: float = Field(default=1e-8, gt=0)  # added to the root of the second moment
+    weight_decay: float = Field(default=0.0, ge=0)  # of AdamW, on the adapter
     max_grad_norm: float = Field(default=1.0, gt=0)  # clipping
     stop_grad_norm: float = Field(default=1e3, gt=0)  # a larger norm before clipping stops the step
     steps: int = Field(default=2, ge=1)  # optimizer steps per iteration; the groups are split between them
     reweight: bool = True  # gradient reweighting over the window's timesteps
+    # Added to the group's deviation, by which advantages are divided
     advantage_epsilon: float = Field(default=1e-4, ge=0)
-    advantage_clip: float = Field(default=5.0, gt=0)
+    advantage_clip: float = Field(default=5.0, gt=0)  # advantages are held to ±this (flow_grpo: 5)
     min_reward_std: float = Field(default=1e-4, ge=0)  # groups whose rewards spread no more than this are filtered
     kl: float = Field(default=0.0, ge=0)  # weight of the KL to the base: exact per window step, or the velocity's MSE
     ema: float | None = Field(default=None, gt=0, lt=1)  # decay of an averaged adapter: evaluated and published

@@ -18,9 +18,10 @@ from layerloop.components.schema.yaml_text import load_yaml
 class ModelRecipe(Record):
     """The frozen base. `base` is "tiny" (shipped), a Hugging Face id, or a folder or s3:// URI in diffusers' layout."""
 
+    # "tiny" (shipped), a Hugging Face id, or a folder or s3:// URI in diffusers' layout
     base: str = "Qwen/Qwen-Image-Layered"
-    revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    revision: str | None = None  # commit, tag or branch of a Hugging Face base; none: its main branch
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the frozen base; adapter and latents are float32
     prompt: str = "a clean, well composed image"  # the released model's; a basic prompt beats a detailed one (paper)
     fp8_base: bool = False  # store the frozen base in float8_e4m3fn
 
@@ -30,9 +31,9 @@ class DataRecipe(Record):
 
     resolution: int = Field(default=640, ge=16)  # longest side, pixels
     multiple: int = Field(default=16, ge=8)  # sides are rounded to this
-    images_per_shard: int = Field(default=256, ge=1)
+    images_per_shard: int = Field(default=256, ge=1)  # of the sources
     max_megapixels: float = Field(default=100.0, gt=0)  # a larger image is rejected before it is decoded
-    max_reject_fraction: float = Field(default=0.1, ge=0, le=1)
+    max_reject_fraction: float = Field(default=0.1, ge=0, le=1)  # share of unusable images at which sharding stops
     duplicate_bits: int = Field(default=3, ge=0, le=64)  # difference-hash distance up to which images are duplicates
     duplicates: Literal["near", "exact"] = "near"  # which are left out; exact: only those of equal pixels
     holdout: int = Field(default=8, ge=0)  # images set aside for evaluation
@@ -42,11 +43,11 @@ class WindowRecipe(Record):
     """The stochastic steps. `fixed` starts at `start`; `random` draws a start per group in [start, stop-size];
     `sliding` advances by `stride` steps an iteration through the same range, and wraps."""
 
-    size: int = Field(default=4, ge=1)
-    position: Literal["fixed", "random", "sliding"] = "fixed"
-    start: int = Field(default=0, ge=0)
+    size: int = Field(default=4, ge=1)  # steps that are stochastic and trained on
+    position: Literal["fixed", "random", "sliding"] = "fixed"  # how the place of the window is chosen, see above
+    start: int = Field(default=0, ge=0)  # its first step, or the begin of the range
     stop: int | None = None  # exclusive end of the range; None: steps-1 (the last step is never stochastic)
-    stride: int = Field(default=1, ge=1)
+    stride: int = Field(default=1, ge=1)  # steps that a sliding window advances an iteration
 
 
 class NoiseRecipe(Record):
@@ -56,10 +57,11 @@ class NoiseRecipe(Record):
     all of it is. `flow_sde`: the fresh noise is proportional to eta, without an upper bound.
     """
 
+    # Flow-SDE (Flow-GRPO, arXiv 2505.05470) or CPS (arXiv 2509.05952)
     dynamics: Literal["flow_sde", "cps"] = "flow_sde"
-    eta: float = Field(default=0.7, gt=0)
-    schedule: Literal["constant", "decay"] = "constant"
-    final_eta: float = Field(default=0.3, gt=0)
+    eta: float = Field(default=0.7, gt=0)  # noise level of the window's first step (flow_grpo: 0.7 to 1.5)
+    schedule: Literal["constant", "decay"] = "constant"  # whether it stays over the window
+    final_eta: float = Field(default=0.3, gt=0)  # noise level of the window's last step, where it decays
 
     @model_validator(mode="after")
     def _quarter_turn(self) -> Self:
@@ -77,10 +79,12 @@ class RolloutRecipe(Record):
     """One iteration's sampling."""
 
     groups: int = Field(default=16, ge=1)  # images per iteration
-    group_size: int = Field(default=8, ge=2)  # G
+    group_size: int = Field(default=8, ge=2)  # candidates of an image, G
+    # L of a group is drawn from min_layers..max_layers, uniformly (paper: 2 to 5)
     min_layers: int = Field(default=2, ge=1, le=20)
-    max_layers: int = Field(default=5, ge=1, le=20)
-    steps: int = Field(default=10, ge=2)
+    max_layers: int = Field(default=5, ge=1, le=20)  # the base was trained on up to 20
+    steps: int = Field(default=10, ge=2)  # of the sampler, per candidate
+    # Solver of the steps outside the window; Heun asks the model twice a step
     outside: Literal["heun", "euler"] = "heun"
     window: WindowRecipe = WindowRecipe()
     noise: NoiseRecipe = NoiseRecipe()
@@ -127,7 +131,7 @@ class EvaluationRecipe(Record):
     """Samples of `evaluate_adapter`, made exactly as at inference."""
 
     steps: int = Field(default=50, ge=1)  # Heun steps
-    layers: tuple[int, ...] = (2, 3, 4)
+    layers: tuple[int, ...] = (2, 3, 4)  # layer counts at which each case is decomposed
     designs: int = Field(default=32, ge=0)  # held-out designs with ground truth
     pictures: int = Field(default=8, ge=0)  # held-out unlabelled images
     max_edits: int = Field(default=5, ge=0, le=5)  # LayerD's merges
@@ -136,8 +140,9 @@ class EvaluationRecipe(Record):
 class Recipe(Record):
     """A campaign's definition, frozen by its first run."""
 
+    # Of the recipe; published adapters are called by it
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0)  # all randomness of the campaign follows from it
     model: ModelRecipe = ModelRecipe()
     data: DataRecipe = DataRecipe()
     rollout: RolloutRecipe = RolloutRecipe()

@@ -49,8 +49,8 @@ class EvaluationRuntime(Record):
 class BatchRuntime(Record):
     """Batch API mode: a file of requests is uploaded, polled for and collected. Slower; cheaper where discounted."""
 
-    enabled: bool = False
-    poll_seconds: float = Field(default=30.0, gt=0)
+    enabled: bool = False  # use the endpoint's batch API
+    poll_seconds: float = Field(default=30.0, gt=0)  # between two looks at a batch
     max_hours: float = Field(default=24.0, gt=0)  # a batch that takes longer fails the step, which can be resumed
     linger_seconds: float = Field(default=5.0, gt=0)  # a batch is sent when no request has joined it for so long
     max_requests: int = Field(default=20_000, ge=1, le=50_000)  # in one file (OpenAI: 50,000)
@@ -60,9 +60,9 @@ class BatchRuntime(Record):
 class PriceRuntime(Record):
     """Prices of a judge per million tokens, in any currency. Zero: no cost is reported."""
 
-    input: float = Field(default=0.0, ge=0)
+    input: float = Field(default=0.0, ge=0)  # of tokens that the judge reads
     cached_input: float | None = Field(default=None, ge=0)  # None: as `input`
-    output: float = Field(default=0.0, ge=0)
+    output: float = Field(default=0.0, ge=0)  # of tokens that the judge writes
 
 
 class JudgeRuntime(Record):

@@ -153,8 +153,11 @@ def _exists(text: str) -> bool:
 
 def _find_plain(text: str) -> tuple[Files, Listing, bool]:
     """(store, listing, whether the URI is that of one file)."""
-    if "://" not in text and Path(text).is_file():
-        return LocalFiles(Path(text).parent), Listing({Path(text).name: Path(text).stat().st_size}), True
+    try:
+        if "://" not in text and Path(text).is_file():
+            return LocalFiles(Path(text).parent), Listing({Path(text).name: Path(text).stat().st_size}), True
+    except OSError as error:  # a folder above it may not be entered, or a name of it is too long
+        raise LayerloopError(f"{printable(text)} cannot be reached ({error.strerror}): allow it, or correct it") from None
     store = open_files(text)
     listing = store.listed()
     folder, _, name = text.rpartition("/")

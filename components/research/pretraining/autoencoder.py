@@ -189,7 +189,8 @@ def train_autoencoder(
     _learn_to_reconstruct(training, vae, encode_too=True, seed=schedule.seed, designs=designs, side=side)
     training.average.copy_to(vae)
     vae.eval().requires_grad_(False)
-    _set_latent_statistics(vae, draw_frames(np.random.default_rng((schedule.seed, 2)), designs=400, side=side))
+    frames = draw_frames(np.random.default_rng((schedule.seed, 2)), designs=max(24, designs // 30), side=side)
+    _set_latent_statistics(vae, frames)
 
 
 def refine_decoder(

@@ -1,0 +1,64 @@
+"""The documentation: every key is explained, every link leads somewhere, pages outside docs/ are part of the site."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from layerloop.components.schema.recipe import DataRecipe, Recipe
+from layerloop.components.schema.record import Record
+from layerloop.components.schema.runtime import Runtime
+
+ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+assert _spec and _spec.loader
+hooks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(hooks)
+
+
+@pytest.mark.parametrize("model", [Recipe, Runtime])
+def test_every_key_says_what_it_means(model: type[Record]) -> None:
+    silent = [
+        ".".join((*path, key))
+        for path, section in hooks._sections(model, ())
+        for key, field in section.model_fields.items()
+        if not hooks._is_section(field) and not hooks.meanings(section).get(key)
+    ]
+    assert silent == [], "write a comment at each field"
+
+
+def test_a_row_has_type_range_default_and_meaning() -> None:
+    page = hooks.reference(Recipe, "recipe")
+    assert "| `resolution` | integer, ≥ 16 | `640` | Longest side, pixels |" in page
+    assert "| `name` | text | required |" in page
+    assert "## `judge.phase2`" in page
+    assert "| `batch_size` | integer, ≥ 1 | `1`; tiny: `12` |" in hooks.reference(Runtime, "runtime")
+
+
+def test_a_comment_above_a_field_and_behind_it_are_both_read() -> None:
+    assert hooks.meanings(DataRecipe)["multiple"] == "sides are rounded to this"
+    assert hooks.meanings(Recipe)["name"].startswith("Of the recipe")
+
+
+def build(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+def test_the_site_builds_with_no_link_that_leads_nowhere(tmp_path: Path) -> None:
+    done = build(tmp_path / "site")
+    assert done.returncode == 0, done.stdout + done.stderr
+    start = (tmp_path / "site" / "index.html").read_text()
+    assert 'href="JUDGE/"' in start and 'href="contributing/"' in start
+    assert "fonts.googleapis.com" not in start, "a page fetches from elsewhere"
+    assert "Difference-hash distance" in (tmp_path / "site" / "reference" / "recipe" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("page", [*hooks.PAGES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_to_files_of_the_repository_name_files_that_are_there(page: str) -> None:
+    folder = (ROOT / page).parent
+    targets = [match[3].partition("#")[0] for match in hooks._LINK.finditer((ROOT / page).read_text())]
+    missing = [target for target in targets if target and ":" not in target and not (folder / target).exists()]
+    assert missing == []
