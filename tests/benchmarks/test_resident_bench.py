@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ from layerloop.components.generate_rollouts.sharing import share_batches
 from layerloop.components.runtime.balance import forward_cost
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.shard_dataset.step import run as shard_dataset
+from layerloop.components.train_stretch.step import run as train_stretch
 from layerloop.components.update_lora.advantages import GroupAdvantage
 from layerloop.components.update_lora.plan import candidates_of, plan_steps
 from layerloop.components.update_lora.trajectories import reader_of
@@ -21,6 +25,8 @@ from layerloop.pipelines.inputs import absolute, packaged_recipes
 from layerloop.pipelines.local import LocalRun, run_pipeline
 from layerloop.pipelines.packages import write_pipeline
 from layerloop.pipelines.train import train_pipeline
+
+from .test_judge_bench import server
 
 PAPER = parse_recipe(packaged_recipes()["paper"])
 ITERATIONS = 3
@@ -98,3 +104,32 @@ def trained(folder: Path, *, resident: bool) -> float:
 def duration(run: LocalRun) -> float:
     training = [step for step in run.steps if step.step not in ("shard_dataset", "publish_adapter")]
     return max(step.began + step.seconds for step in training) - min(step.began for step in training)
+
+
+@pytest.mark.timeout(3600)
+def test_the_judge_is_hidden_behind_the_sampler(tmp_path: Path, record_benchmark: Callable[[str, float], None]) -> None:
+    """Share of the judge's service time that adds nothing to a resident iteration's wall time.
+
+    The judge sleeps, eight requests at a time, for as long in all as sampling takes with a judge that answers at once.
+    """
+    begun = tmp_path / "begun"
+    recipe = parse_recipe(packaged_recipes()["tiny"]).model_dump(mode="json")
+    recipe["judge"] |= {"model": "bench", "canaries": False}
+    images, _ = make_pictures(tmp_path)
+    shard_dataset(campaign=str(begun), recipe=json.dumps(recipe), images=str(images))
+
+    def iteration(name: str, service: float) -> tuple[dict[str, float], int]:
+        campaign = shutil.copytree(begun, tmp_path / name)
+        with server(8, service) as url:
+            metrics = train_stretch(campaign=str(campaign), iterations=1, judge_url=url).metrics
+        return metrics, len(list((campaign / "iterations/000001/scores/replies").glob("*.json")))
+
+    iteration("warm-up", 0.0)
+    quick, requests = iteration("quick", 0.0)
+    service = 8 * quick["sampling_seconds"] / requests
+    slow, _ = iteration("slow", service)
+    added = slow["seconds"] - quick["seconds"]
+    hidden = 1 - max(0.0, added) / quick["sampling_seconds"]
+    print({"sampling": quick["sampling_seconds"], "waiting": slow["waiting_seconds"], "added": added})
+    record_benchmark("judge_hidden_fraction", hidden)
+    assert hidden >= 0.75
