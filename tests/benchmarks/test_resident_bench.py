@@ -34,10 +34,14 @@ TOKENS = 1600  # of a frame of 640 x 640 pixels
 CANDIDATE_BYTES = 15e6  # of a candidate of 4 layers at 640 pixels, nearly proportional to its frames
 
 
+@pytest.mark.timeout(1800)
 def test_rank_balance(record_benchmark: Callable[[str, float], None]) -> None:
     """Makespan over mean of an iteration's sampling, the worst of 200 iterations of the paper's recipe and 2 to 32
     ranks."""
-    plans = [plan_iteration(PAPER, iteration, PAPER.rollout.groups) for iteration in range(1, 201)]
+    planned = [plan_iteration(PAPER, iteration, PAPER.rollout.groups) for iteration in range(1, 201)]
+    plans = {
+        tuple(sorted(group.layers for group in plan)): plan for plan in planned
+    }.values()  # what makes a difference
 
     def worst(ranks: int) -> float:
         return max(makespan(plan, ranks) for plan in plans)
@@ -58,6 +62,7 @@ def makespan(plan: list, ranks: int) -> float:  # type: ignore[type-arg]
     return max(loads) / statistics.mean(loads)
 
 
+@pytest.mark.timeout(1800)
 def test_update_fetches(record_benchmark: Callable[[str, float], None]) -> None:
     """Bytes that the busiest of 8 ranks fetches for an update of the paper's recipe, over an equal share of the bytes
     that are learned from; the mean over 200 iterations."""
