@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -76,7 +77,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from layerloop.pipelines.demo import run_demo
 
     folder = Path(arguments.folder)
-    if arguments.images and not arguments.campaign:
+    if any(arguments.images) and not arguments.campaign:
         raise LayerloopError("--campaign is not given: other images need another campaign than the demo's, name it")
     job = _job(arguments, campaign=arguments.campaign or str(folder / "campaign"))
     run_demo(job, folder=folder, fresh=arguments.fresh)
@@ -86,17 +87,17 @@ def _run(arguments: argparse.Namespace) -> None:
     _need_kfp("layerloop run")
     from layerloop.components.schema.recipe import parse_recipe
     from layerloop.components.storage.runtime import read_runtime
-    from layerloop.pipelines.inputs import check_judge
+    from layerloop.pipelines.inputs import check_judge, what_is_trained
     from layerloop.pipelines.job import run_job, say_what_was_made
 
+    job = _job(arguments, campaign=arguments.campaign)
     judge_url = arguments.judge_url or os.environ.get("OPENAI_BASE_URL", "")
     if not judge_url:
         raise LayerloopError("--judge-url is empty: give an OpenAI-compatible base URL, or run `layerloop judge serve`")
-    job = _job(arguments, campaign=arguments.campaign)
     recipe = parse_recipe(job.recipe)
     judge = recipe.judge
     check_judge(judge_url, judge, read_runtime(job.runtime, recipe).judge)
-    print(f"judge {judge.model} at {judge_url}", flush=True)
+    print(f"{what_is_trained(recipe)}\njudge {judge.model} at {judge_url}", flush=True)
     say_what_was_made(run_job(job, runs=Path(arguments.runs)), job)
 
 
@@ -107,7 +108,7 @@ def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:
     recipe, runtime = recipe_and_runtime(arguments.recipe, arguments.set, arguments.runtime)
     return Job(
         campaign=campaign,
-        images=arguments.images,
+        images=_one_uri(arguments.images),
         designs=arguments.designs,
         recipe=recipe,
         runtime=runtime,
@@ -116,6 +117,20 @@ def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:
         workers=arguments.workers,
         step_by_step=arguments.step_by_step,
     )
+
+
+def _one_uri(images: Sequence[str]) -> str:
+    """The one value of --images.
+
+    Raises:
+        LayerloopError: several, as a shell makes of a pattern.
+    """
+    if len(images) > 1:
+        raise LayerloopError(
+            f"--images got {len(images)} values, {images[0]} {images[1]} and so on, as a shell makes of a pattern: "
+            "quote it, as in --images 'photos/*.jpg', or name the folder"
+        )
+    return images[0]
 
 
 def _compile(arguments: argparse.Namespace) -> None:
@@ -270,20 +285,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="layerloop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and those of what it builds on")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     demo = _command(commands, "demo", _demo, "run everything on this machine with embedded defaults, and make a report")
     demo.add_argument("--fresh", action="store_true", help="remove the demo's campaign and start again")
     demo.add_argument("--folder", default="demo", metavar="DIR", help="where everything goes (default: %(default)s)")
     demo.add_argument("--campaign", default="", metavar="DIR", help="the campaign (default: DIR/campaign of --folder)")
-    demo.add_argument("--images", default="", metavar="URI", help="your own images in place of the demo's")
+    demo.add_argument("--images", default=[""], nargs="+", metavar="URI", help="your own images in place of the demo's")
     _job_options(demo, recipe="tiny")
 
     run = _command(commands, "run", _run, "run the training pipeline on this machine on your own images", RUN_EXAMPLES)
     run.add_argument(
         "--campaign", required=True, metavar="URI", help="folder or s3://bucket/prefix that holds the state"
     )
-    run.add_argument("--images", required=True, metavar="URI", help="folder, glob, WebDataset or parquet of images")
+    run.add_argument(
+        "--images", required=True, nargs="+", metavar="URI", help="folder, quoted glob, WebDataset or parquet of images"
+    )
     run.add_argument("--runs", default="layerloop-runs", metavar="DIR", help="logs of this run (default: %(default)s)")
     _job_options(run, recipe="tiny")
 
@@ -349,6 +367,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Version(argparse.Action):
+    """Print what a report of a fault needs: layerloop's version, Python's, and those of the packages it builds on."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import importlib.metadata
+        import platform
+
+        print(f"layerloop {importlib.metadata.version('layerloop')}")
+        found = [f"Python {platform.python_version()}"]
+        for name in ("torch", "diffusers", "peft", "transformers", "kfp", "openai", "boto3"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found.append(f"{name} {importlib.metadata.version(name)}")
+        print(f"{', '.join(found)}; {platform.platform()}")
+        parser.exit()
+
+
 def _command(commands: Any, name: str, handler: Any, summary: str, examples: str = "") -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -362,7 +396,12 @@ def _command(commands: Any, name: str, handler: Any, summary: str, examples: str
 
 
 def _job_options(parser: argparse.ArgumentParser, *, recipe: str) -> None:
-    parser.add_argument("--designs", default="", metavar="URI", help="held-out designs with known layers (parquet)")
+    parser.add_argument(
+        "--designs",
+        default="",
+        metavar="URI",
+        help="held-out designs with known layers: Crello's parquet, or a folder with a folder of PNG layers for each",
+    )
     parser.add_argument(
         "--judge-url", default="", metavar="URL", help="OpenAI-compatible base URL; key: OPENAI_API_KEY"
     )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import importlib.resources
 import os
+import re
 import sys
+import types
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ import yaml
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
-from layerloop.components.schema.recipe import parse_recipe, parse_recipe_runtime
+from layerloop.components.schema.recipe import Recipe, parse_recipe, parse_recipe_runtime
 from layerloop.components.schema.run_recipe import packaged_recipes
 from layerloop.components.schema.runtime import JudgeRuntime, checked_values, flat, merged, runtime_key, split_runtime
 from layerloop.components.storage.runtime import runtime_values
@@ -44,7 +48,10 @@ def recipe_and_runtime(value: str, changes: Sequence[str] = (), runtime: str = "
             text = Path(value).read_text()
         except (OSError, UnicodeDecodeError) as error:
             reason = "is not text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
-            raise LayerloopError(f"recipe {value} {reason}: name a YAML file or one of {', '.join(packaged)}") from None
+            close = difflib.get_close_matches(value, packaged, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            names = ", ".join(packaged)
+            raise LayerloopError(f"recipe {value} {reason}: name a YAML file or one of {names}{meant}") from None
     _, found = parse_recipe_runtime(text)
     if found:
         names = ", ".join(flat(found))
@@ -74,6 +81,7 @@ def _changed(text: str, changes: Sequence[str]) -> tuple[str, dict[str, Any]]:
     runtime: dict[str, Any] = {}
     for change in changes:
         path, separator, value = change.partition("=")
+        path = re.sub(r"^(recipe|runtime)\.", "", path)  # as messages write it
         keys = path.split(".")
         if not separator or not keys[-1]:
             raise LayerloopError(f"--set {change!r} is no change: write it as judge.model=name")
@@ -85,13 +93,40 @@ def _changed(text: str, changes: Sequence[str]) -> tuple[str, dict[str, Any]]:
             if not isinstance(section_values, dict):
                 raise LayerloopError(f"--set {path}: recipe.{section} is no section of the recipe")
         try:
-            section_values[key] = yaml.safe_load(value)
+            section_values[key] = _value_of(keys, value)
         except yaml.YAMLError:
             raise LayerloopError(f"--set {path}: {value!r} is no YAML value: quote it") from None
     recipe, found = split_runtime(recipe)  # of a change such as judge={...}
     if recipe != yaml.safe_load(text):
         text = yaml.safe_dump(recipe, sort_keys=False)
     return text, checked_values(merged(found, runtime), where="runtime")
+
+
+def _value_of(keys: Sequence[str], text: str) -> Any:
+    """The value that `--set` writes as `text`: YAML, and for a list also `2,3` or a single item.
+
+    Raises:
+        yaml.YAMLError: neither.
+    """
+    value = yaml.safe_load(text)
+    annotation: Any = Recipe
+    for key in keys:
+        field = getattr(annotation, "model_fields", {}).get(key)
+        annotation = field.annotation if field else None
+    if typing.get_origin(annotation) is not tuple or isinstance(value, list | dict | types.NoneType):
+        return value
+    return [yaml.safe_load(item) for item in text.split(",")]
+
+
+def what_is_trained(recipe: Recipe) -> str:
+    """The first line of a run: which model learns, at what size."""
+    size = f"{recipe.data.resolution} pixels"
+    if recipe.model.base == "tiny":
+        return (
+            f"recipe {recipe.name}: trains the tiny policy that ships with layerloop, at {size}, to try things out; "
+            "`--recipe paper` trains Qwen-Image-Layered, on a GPU of 80 GB"
+        )
+    return f"recipe {recipe.name}: trains {recipe.model.base} at {size}, in {recipe.model.dtype}"
 
 
 def absolute(uri: str) -> str:

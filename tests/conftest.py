@@ -18,8 +18,8 @@ import pytest
 
 from .campaigns import save_tiny_base
 
-# Every setting of a KFP task asks for the caller's name with inspect.stack() (kfp 2.17), which by default also looks up the
-# source lines of each frame; under pytest's stack of fifty frames that takes a quarter of a second.
+# Every setting of a KFP task asks for the caller's name with inspect.stack() (kfp 2.17), which by default also looks up
+# the source lines of each frame; under pytest's stack of fifty frames that takes a quarter of a second.
 inspect.stack = functools.partial(inspect.stack, 0)
 
 BUCKET = "layerloop-tests"
@@ -27,7 +27,7 @@ FAST = ("judge", "layers", "mutants", "schema", "storage")  # folders whose test
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the fast half, `make fast`, by folder; whole runs first, so that no process is left alone with one at the end."""
+    """Mark the fast half, `make fast`, by folder. Whole runs go first: else one process ends alone with them."""
     items.sort(key=lambda item: "e2e" not in item.path.parts)
     for item in items:
         if item.path.relative_to(Path(__file__).parent).parts[0] in FAST:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import typing
 from typing import Any, Final, Self, TypeVar
 
@@ -76,6 +77,10 @@ def _one_line(cls: type[Record], item: Any, where: str) -> str:
         message = str(item["ctx"]["error"])
         return message if message.startswith(where) else f"{where}.{path}: {message}" if path else f"{where}: {message}"
     wanted = _WANTED.get(item["type"]) or item["msg"][0].lower() + item["msg"][1:]
+    if item["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+        close = difflib.get_close_matches(str(item["input"]), choices, n=1)
+        wanted = f"choose one of {', '.join(choices)}" + (f"; did you mean {close[0]!r}?" if close else "")
     return f"{where}.{path} is {item['input']!r}: {wanted}"
 
 

@@ -29,8 +29,10 @@ from layerloop.components.shard_dataset.files import (
     suffix_of,
 )
 
-_DECODABLE = ("png", "jpg", "jpeg", "jfif", "webp", "avif", "gif", "bmp", "tif", "tiff", "jp2", "j2k", "ppm", "pgm")
-IMAGE_SUFFIXES = frozenset((*_DECODABLE, "heic", "heif"))  # the last two are rejected by name, not passed over
+IMAGE_SUFFIXES = frozenset((
+    "png", "jpg", "jpeg", "jfif", "webp", "avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "jp2", "j2k", "ppm",
+    "pgm",
+))  # fmt: skip
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "data")
 _CONTAINERS = ("tar", "parquet")
 _PACKED = ("gz", "tgz", "bz2", "tbz2", "xz", "txz", "zst", "zip", "7z", "rar")
@@ -157,7 +159,9 @@ def _find_plain(text: str) -> tuple[Files, Listing, bool]:
         if "://" not in text and Path(text).is_file():
             return LocalFiles(Path(text).parent), Listing({Path(text).name: Path(text).stat().st_size}), True
     except OSError as error:  # a folder above it may not be entered, or a name of it is too long
-        raise LayerloopError(f"{printable(text)} cannot be reached ({error.strerror}): allow it, or correct it") from None
+        raise LayerloopError(
+            f"{printable(text)} cannot be reached ({error.strerror}): allow it, or correct it"
+        ) from None
     store = open_files(text)
     listing = store.listed()
     folder, _, name = text.rpartition("/")

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # What photographs and designs come as. Not EPS (runs Ghostscript) nor formats that are not in use.
-_KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, JPEG 2000 or AVIF"
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+_KINDS = "PNG, JPEG, WebP, HEIC, GIF, BMP, TIFF, JPEG 2000 or AVIF"
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM")
 
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _MAX_PROFILE = 1 << 20  # bytes; Pillow's own limit of an unpacked chunk
@@ -43,6 +44,8 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+            raise LayerloopError("image is HEIC or AVIF, truncated or damaged: save it again") from None
         raise LayerloopError(f"image starts with {data[:12]!r}, not a known format: give a {_KINDS}") from None
     except Image.DecompressionBombError:
         raise LayerloopError(
@@ -160,8 +163,10 @@ def decode_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """The FORMATS that this build of Pillow reads. Its warnings, of images that are refused anyway, are silenced."""
+    import pillow_heif
     from PIL import Image
 
+    pillow_heif.register_heif_opener()  # photographs of phones; turned upright by it, with EXIF's orientation reset
     warnings.filterwarnings("ignore", module=r"PIL\.")
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)

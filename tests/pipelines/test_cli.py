@@ -17,7 +17,7 @@ from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.runtime import runtime_values
 from layerloop.components.storage.stores import open_store
 from layerloop.pipelines.cli import build_parser, main
-from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_and_runtime, recipe_text
+from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_and_runtime, recipe_text, what_is_trained
 
 COMMANDS = [
     ["demo"], ["run"], ["compile"], ["recipe"], ["runtime"], ["submit"], ["schedule", "apply"], ["schedule", "list"],
@@ -282,3 +282,48 @@ def test_a_reader_that_stops_reading_is_no_traceback() -> None:
     process.stdout.close()  # as `| head` does
     assert process.stderr.read() == ""
     assert process.wait(timeout=60) == 128 + 13
+
+
+@pytest.mark.parametrize(
+    ("change", "layers"),
+    [("evaluation.layers=2,4", (2, 4)), ("recipe.evaluation.layers=3", (3,)), ("evaluation.layers=[2, 5]", (2, 5))],
+)
+def test_a_list_is_written_as_people_write_it(change: str, layers: tuple[int, ...]) -> None:
+    assert parse_recipe(recipe_text("tiny", [change])).evaluation.layers == layers
+
+
+def test_a_text_with_a_comma_stays_one_text() -> None:
+    assert (
+        parse_recipe(recipe_text("tiny", ["model.prompt=clean, well composed"])).model.prompt == "clean, well composed"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["recipe", "papr"], r"recipe papr cannot be read .*; did you mean 'paper'\?$"),
+        (["recipe", "tiny", "--set", "rollout.outside=huen"], "choose one of heun, euler; did you mean 'heun'\\?$"),
+        (["run", "--campaign", "c", "--images", "a.png", "b.png"], "--images got 2 values, a.png b.png .*: quote it"),
+    ],
+)
+def test_a_slip_of_the_fingers_is_one_line_with_what_was_meant(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.search(line, said), said
+
+
+def test_the_version_says_what_a_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"layerloop \d+\.\d+\.\d+", first)
+    assert "Python 3." in second and "kfp 2." in second
+
+
+def test_a_run_says_first_which_model_it_trains() -> None:
+    assert "tiny policy that ships with layerloop, at 64 pixels" in what_is_trained(parse_recipe(recipe_text("tiny")))
+    paper = what_is_trained(parse_recipe(recipe_text("paper")))
+    assert paper == "recipe stable-layers: trains Qwen/Qwen-Image-Layered at 640 pixels, in bfloat16"

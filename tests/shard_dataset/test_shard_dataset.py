@@ -37,7 +37,7 @@ from layerloop.components.storage.stores import open_store
 Encoded = Callable[..., bytes]
 
 REMEDY = "give a folder of images, a glob, WebDataset tars or parquet"
-KINDS = "PNG, JPEG, WebP, GIF, BMP, TIFF, JPEG 2000 or AVIF"
+KINDS = "PNG, JPEG, WebP, HEIC, GIF, BMP, TIFF, JPEG 2000 or AVIF"
 
 
 def samples(campaign: str, split: str) -> list[Sample]:
@@ -171,7 +171,7 @@ def test_what_cannot_be_read_is_listed_with_the_reason_and_counted(
     assert reasons["cut.png"].startswith("image is truncated or damaged")
     assert reasons["bomb.png"].startswith("image is more than twice over 100 megapixels")
     assert reasons["strip.png"].startswith("image is 3000 x 2, at most 0.0 pixels on its short side")
-    assert "not a known format" in reasons["phone.heic"]
+    assert reasons["phone.heic"] == "image is HEIC or AVIF, truncated or damaged: save it again"
     log = capsys.readouterr().err
     assert "rejected bomb.png: image is more than twice over 100 megapixels: make it smaller" in log
     assert "rejected 1 more images, listed in rejects.parquet" in log
@@ -186,8 +186,8 @@ def test_too_many_rejects_fail_the_step_with_its_rejects_and_nothing_committed(
         run(campaign=f"{store_uri}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=str(folder))
     assert str(caught.value) == (
         "8 of 15 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input or allow more; "
-        "the first is bad-0.png: image starts with b'text', not a known format: give a PNG, JPEG, WebP, GIF, BMP, "
-        "TIFF, JPEG 2000 or AVIF"
+        "the first is bad-0.png: image starts with b'text', not a known format: give a PNG, JPEG, WebP, HEIC, GIF, "
+        "BMP, TIFF, JPEG 2000 or AVIF"
     )
     assert open_store(store_uri).list() == ["c/sources/rejects.parquet"]
     table = pq.read_table(io.BytesIO(open_store(store_uri).read("c/sources/rejects.parquet"))).to_pylist()

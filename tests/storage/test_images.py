@@ -7,6 +7,7 @@ import sys
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image
 
@@ -160,3 +161,31 @@ def test_a_decompression_bomb_costs_no_memory() -> None:
     message, kilobytes = done.stdout.decode().splitlines()
     assert message.startswith("image is 6000 x 6000, 36.0 megapixels, over the 10 allowed")
     assert int(kilobytes) < 60_000
+
+
+def heic(orientation: int) -> bytes:
+    """A phone's photograph, 96 x 64: red above, blue on the left, and an EXIF orientation."""
+    pillow_heif.register_heif_opener()
+    array = np.zeros((64, 96, 3), np.uint8)
+    array[:32], array[:, :48, 2] = (200, 30, 30), 250
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "HEIF", quality=95, exif=exif.tobytes())
+    return buffer.getvalue()
+
+
+def test_a_phones_photograph_is_read_and_turned_once() -> None:
+    plain, turned = decode_image(heic(1)), decode_image(heic(6))
+    assert (plain.size, turned.size) == ((96, 64), (64, 96))
+    assert plain.getpixel((90, 5))[0] > 150, "red above on the right"
+    assert turned.getexif().get(0x0112, 1) == 1, "or it would be turned again"
+    right_way = plain.transpose(Image.Transpose.ROTATE_270)
+    assert np.abs(np.asarray(turned, int) - np.asarray(right_way, int)).mean() < 8
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.97])
+def test_a_phones_photograph_that_is_cut_off_is_said_to_be(share: float) -> None:
+    data = heic(1)
+    with pytest.raises(LayerloopError, match="HEIC or AVIF, truncated or damaged|truncated or damaged"):
+        decode_image(data[: int(len(data) * share)])
