@@ -28,20 +28,25 @@ def cluster_of(folder: Path, text: str = "") -> Cluster:
 
 
 class Compiled:
-    """Container, Kubernetes settings and task of every step of a compiled training pipeline with one iteration."""
+    """Container, Kubernetes settings and task of every step of the training pipelines, step by step and resident, with
+    one iteration."""
 
     def __init__(self, folder: Path, text: str = "", recipe: str = TINY) -> None:
-        pipeline = train_pipeline(iterations=1, workers=1, recipe=recipe, cluster=cluster_of(folder, text))
-        self.spec, platform = yaml.safe_load_all(write_pipeline(pipeline, folder / "train.yaml").read_text())
-        settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-        executors = self.spec["deploymentSpec"]["executors"]
-        tasks = {n: t for c in self.spec["components"].values() if "dag" in c for n, t in c["dag"]["tasks"].items()}
-        tasks |= self.spec["root"]["dag"]["tasks"]
-        self.containers = {self._verb(name): executor["container"] for name, executor in executors.items()}
-        self.settings = {self._verb(name): value for name, value in settings.items()}
-        steps = {name for name, step in STEPS.items() if not step.composes}  # test_train.py has the stretch's pod
-        self.tasks = {verb: tasks[verb.replace("_", "-")] for verb in steps}
-        assert set(self.containers) == set(self.settings) == steps
+        self.containers: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
+        self.tasks: dict[str, Any] = {}
+        cluster = cluster_of(folder, text)
+        for resident in (True, False):
+            pipeline = train_pipeline(iterations=1, workers=1, recipe=recipe, cluster=cluster, resident=resident)
+            self.spec, platform = yaml.safe_load_all(write_pipeline(pipeline, folder / "train.yaml").read_text())
+            settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+            executors = self.spec["deploymentSpec"]["executors"]
+            tasks = {n: t for c in self.spec["components"].values() if "dag" in c for n, t in c["dag"]["tasks"].items()}
+            tasks |= self.spec["root"]["dag"]["tasks"]
+            self.containers |= {self._verb(name): executor["container"] for name, executor in executors.items()}
+            self.settings |= {self._verb(name): value for name, value in settings.items()}
+            self.tasks |= {self._verb(name): tasks[name.removeprefix("exec-")] for name in executors}
+        assert set(self.containers) == set(self.settings) == set(STEPS)
 
     @staticmethod
     def _verb(executor: str) -> str:
