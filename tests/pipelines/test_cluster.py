@@ -85,10 +85,8 @@ def test_a_step_gets_only_the_secrets_that_it_uses(tmp_path: Path) -> None:
         assert all(secret["optional"] for secret in settings["secretAsEnv"])
         store = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
         assert found.pop("layerloop-store") == store
-        if verb == "score_rollouts":
-            assert found == {"layerloop-judge": {"OPENAI_API_KEY"}}
-        else:
-            assert found == {"layerloop-hub": {"HF_TOKEN"}}
+        judge, hub = {"layerloop-judge": {"OPENAI_API_KEY"}}, {"layerloop-hub": {"HF_TOKEN"}}
+        assert found == {"score_rollouts": judge, "train_stretch": judge | hub}.get(verb, hub)
 
 
 def test_a_secret_can_be_left_out(tmp_path: Path) -> None:
@@ -105,7 +103,8 @@ def test_sharding_and_scoring_ask_for_little_and_for_no_gpu(tmp_path: Path) -> N
     without = {"shard_dataset": 0, "score_rollouts": 0}
     assert (
         compiled.gpus()
-        == {"generate_rollouts": 1, "update_lora": 1, "evaluate_adapter": 1, "publish_adapter": 1} | without
+        == {"generate_rollouts": 1, "update_lora": 1, "train_stretch": 1, "evaluate_adapter": 1, "publish_adapter": 1}
+        | without
     )
     assert compiled.resources("shard_dataset") == ("4", "24Gi")
     assert compiled.resources("score_rollouts") == ("2", "8Gi")
@@ -116,7 +115,7 @@ def test_sharding_and_scoring_ask_for_little_and_for_no_gpu(tmp_path: Path) -> N
 
 def test_cpu_and_memory_grow_with_the_gpus(tmp_path: Path) -> None:
     compiled = Compiled(tmp_path, "gpus: 8\nupdate_gpus: 4\nevaluate_gpus: 2\npolicy: {cpu: 7500m, memory: 90Gi}")
-    counts = {"generate_rollouts": 8, "update_lora": 4, "evaluate_adapter": 2, "publish_adapter": 1}
+    counts = {"generate_rollouts": 8, "update_lora": 4, "train_stretch": 8, "evaluate_adapter": 2, "publish_adapter": 1}
     assert {verb: count for verb, count in compiled.gpus().items() if count} == counts
     assert compiled.resources("generate_rollouts") == ("60000m", "720Gi")
     assert compiled.resources("update_lora") == ("30000m", "360Gi")
