@@ -1,6 +1,6 @@
 # The workflow, a target a step. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install docs demo test fast slow lint mutants bench study lock wheel compile pretrain clean
+.PHONY: help install docs demo test fast slow lint mutants fuzz bench study lock wheel compile pretrain clean
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
@@ -49,6 +49,10 @@ lint: $(READY) ## only formatting, lint, types and the arrows between packages
 # PART=1/4 runs a quarter of them, ONLY=name one; what was caught is kept in build/mutants.json.
 mutants: $(READY) ## check that the tests catch every deliberate fault of tests/mutants/faults.yaml; resumable
 	@$(VENV)/bin/python tests/mutants $(if $(PART),--part $(PART)) $(if $(ONLY),--only $(ONLY)) $(if $(JOBS),--jobs $(JOBS))
+
+# MINUTES=60 for each target, ONLY=tars for one; what failed is kept in build/fuzz.
+fuzz: $(READY) ## look for inputs that are neither a result, a reject nor one line; make test has a slice of it
+	@$(VENV)/bin/python tests/fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
 
 bench: $(READY) ## measure; writes build/benchmarks.json
 	@$(VENV)/bin/python -m pytest tests/benchmarks

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layerloop.components.runtime.environment import usable_environment
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli_cluster import add_cluster_commands
+from layerloop.pipelines.cli_compare import add_compare_command
 
 DESCRIPTION = """\
 Fine-tune an image layer decomposition model by reinforcement learning, as a Kubeflow pipeline or on this machine.
@@ -97,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> None:
     recipe = parse_recipe(job.recipe)
     judge = recipe.judge
     check_judge(judge_url, judge, read_runtime(job.runtime, recipe).judge)
-    print(f"{what_is_trained(recipe)}\njudge {judge.model} at {judge_url}", flush=True)
+    print(f"{what_is_trained(recipe)}\njudge {judge.model} at {without_secrets(judge_url)}", flush=True)
     say_what_was_made(run_job(job, runs=Path(arguments.runs)), job)
 
 
@@ -110,6 +112,7 @@ def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:
         campaign=campaign,
         images=_one_uri(arguments.images),
         designs=arguments.designs,
+        benchmark=arguments.benchmark,
         recipe=recipe,
         runtime=runtime,
         judge_url=arguments.judge_url,
@@ -363,6 +366,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = _command(campaign, "show", _show, "head, iterations, rewards and sizes as a table")
     show.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
+    add_compare_command(commands, _command)
     add_cluster_commands(commands, campaign, _command)
     return parser
 
@@ -401,6 +405,9 @@ def _job_options(parser: argparse.ArgumentParser, *, recipe: str) -> None:
         default="",
         metavar="URI",
         help="held-out designs with known layers: Crello's parquet, or a folder with a folder of PNG layers for each",
+    )
+    parser.add_argument(
+        "--benchmark", default="", metavar="URI", help="pictures to evaluate on (default: some held out of the images)"
     )
     parser.add_argument(
         "--judge-url", default="", metavar="URL", help="OpenAI-compatible base URL; key: OPENAI_API_KEY"

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.runtime import read_runtime
@@ -59,7 +60,7 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
         recipe = parse_recipe(job.recipe)
         judge = recipe.judge
         check_judge(judge_url, judge, read_runtime(job.runtime, recipe).judge)
-        print(f"{what_is_trained(recipe)}\njudge {judge.model} at {judge_url}", flush=True)
+        print(f"{what_is_trained(recipe)}\njudge {judge.model} at {without_secrets(judge_url)}", flush=True)
         run = run_job(replace(job, judge_url=judge_url), runs=folder / "runs")
     say_what_was_made(run, job)
     if judge.model in SCORE_RANGE:

@@ -36,14 +36,14 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
     def evaluation(
         campaign: str,
         left: str,
-        fail_when_worse: bool,
+        baseline: str,
         sources: Input[Dataset],
         policy: Input[Model],
         runtime: dict[str, Any],
     ) -> None:
         with dsl.If(left != "nothing", name="there is a policy"):
             task = evaluate_adapter(
-                campaign=campaign, sources=sources, policy=policy, fail_when_worse=fail_when_worse, runtime=runtime
+                campaign=campaign, sources=sources, policy=policy, baseline=baseline, runtime=runtime
             )
             apply("evaluate_adapter", task)
 
@@ -52,15 +52,14 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
         display_name="layerloop: evaluation of a campaign",
         pipeline_root=cluster.pipeline_root,
     )
-    def evaluate(
-        campaign: str, iteration: int = 0, fail_when_worse: bool = True, runtime: dict[str, Any] = free
-    ) -> None:
+    def evaluate(campaign: str, iteration: int = 0, baseline: str = "previous", runtime: dict[str, Any] = free) -> None:
         """Evaluate a policy of a campaign; green, with a word in the log, while the campaign has none.
 
         Args:
             campaign: Root URI of the campaign (s3://bucket/prefix), which a training run has begun.
             iteration: Whose adapter; 0 for the head, as it is when the run starts.
-            fail_when_worse: Fail where an interval says that it is worse than the adapter evaluated before it.
+            baseline: Fail where it is clearly worse than the adapter evaluated before it (`previous`), or than the
+                `metrics.json` at this URI; empty: never.
             runtime: As in the training pipeline.
         """
         shard = shard_dataset(campaign=campaign, iteration=iteration, evaluate="only", runtime=runtime)
@@ -70,7 +69,7 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
             left=shard.outputs["left"],
             sources=shard.outputs["sources"],
             policy=shard.outputs["policy"],
-            fail_when_worse=fail_when_worse,
+            baseline=baseline,
             runtime=runtime,
         )
 

@@ -23,6 +23,7 @@ class Job:
     images: str
     recipe: str  # YAML text
     designs: str = ""
+    benchmark: str = ""
     judge_url: str = ""
     publish_as: str = ""
     iterations: int = 3
@@ -45,6 +46,7 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
         "campaign": absolute(job.campaign),
         "images": absolute(job.images),
         "designs": absolute(job.designs),
+        "benchmark": absolute(job.benchmark),
         "judge_url": job.judge_url,
         "publish_as": job.publish_as,
         "runtime": dict(job.runtime),

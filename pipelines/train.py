@@ -179,6 +179,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         campaign: str,
         images: str,
         designs: str = "",
+        benchmark: str = "",
         judge_url: str = "",
         recipe: str = "",
         overrides: dict[str, Any] = {},  # noqa: B006
@@ -193,6 +194,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             campaign: Root URI of the campaign (s3://bucket/prefix). Created by its first run, continued by later ones.
             images: Unlabelled images: a folder, glob, WebDataset or parquet with images. Read by the first run.
             designs: Held-out designs with ground-truth layers, for the evaluation; empty for none.
+            benchmark: Unlabelled pictures to evaluate on, in any form of images; empty: those held out of the images.
             judge_url: Base URL of an OpenAI-compatible endpoint; empty for OPENAI_BASE_URL of the pods.
             recipe: Name of a packaged recipe, or the URI of a YAML file; empty for the one that was compiled in. A
                 campaign that was made with another one is refused.
@@ -209,6 +211,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             overrides=overrides,
             images=images,
             designs=designs,
+            benchmark=benchmark,
             judge_url=judge_url,
             default_recipe=recipe_text,
             iterations=iterations,

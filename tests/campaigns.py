@@ -263,7 +263,10 @@ class CampaignBuilder:
 
 
 def _source(image: np.ndarray, layers: np.ndarray | None = None) -> Sample:
-    members = {"png": encode_png(image), "json": json.dumps({"origin": "drawn"}).encode()}
+    record: dict[str, Any] = {"origin": "drawn"}
+    if layers is not None:
+        record |= {"layers": len(layers), "truth": {"elements": len(layers), "hidden": 0, "text_previews": 1}}
+    members = {"png": encode_png(image), "json": json.dumps(record).encode()}
     if layers is not None:
         members |= {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(layers)}
     return hashlib.sha256(image.tobytes()).hexdigest()[:16], members

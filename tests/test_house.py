@@ -186,7 +186,8 @@ UNCALLED = {
     "components/layers/export.py": {"write_psd", "write_png_zip"},  # for users, who have layers and want files
     "pipelines/local.py": {"overhead"},  # for the benchmark of that name
 }
-CALLED_BY_LIBRARIES = {"do_GET", "do_POST", "handle_error", "ignore_aliases", "log_message", "send_error"}
+CALLED_BY_LIBRARIES = {"do_GET", "do_POST", "handle_error", "handle_one_request", "ignore_aliases", "log_message"}
+CALLED_BY_LIBRARIES |= {"readinto", "send_error", "setup"}
 
 
 def definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:

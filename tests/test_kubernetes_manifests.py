@@ -215,7 +215,7 @@ def test_no_pod_gets_a_sidecar_of_the_mesh() -> None:
         assert template["metadata"]["labels"]["sidecar.istio.io/inject"] == "false", name
 
 
-@pytest.mark.parametrize("name", ["judge", "judge-to-zero", "reference-judge"])
+@pytest.mark.parametrize("name", ["judge", "judge-to-zero", "judge-qwen3-vl", "reference-judge"])
 def test_a_judge_is_reached_from_its_namespace_and_from_labelled_ones(name: str) -> None:
     resources = rendered(MANIFESTS / name)
     (policy,) = [r for r in resources if r["kind"] == "NetworkPolicy"]

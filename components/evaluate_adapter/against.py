@@ -1,13 +1,13 @@
-"""Comparison of an evaluation with the previous one, by which a nightly evaluation fails."""
+"""The regression gate: an evaluation fails where it is worse than a baseline, an earlier one or a metrics.json."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from layerloop.components.evaluate_adapter.assess import Row
-from layerloop.components.evaluate_adapter.statistics import LEVEL, Comparison, compare
+from layerloop.components.evaluate_adapter.statistics import Comparison, compare, holm
 from layerloop.components.layers.columns import better_of, quoted, title_of
 from layerloop.components.layers.measure import MEASURES
 from layerloop.components.runtime.progress import log
@@ -16,85 +16,135 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.manifests import read_file
+from layerloop.components.storage.stores import read_uri
 
-# Few, to keep false alarms rare: with every measure at 95 %, most nights would have one.
+PREVIOUS: Final = "previous"  # the baseline that is the campaign's last evaluation of an earlier iteration
+
+# Few, to keep false alarms rare and the adjustment for their number small.
 WATCHED = tuple(
     (kind, column)
     for kind in ("designs", "pictures")
     for column in quoted("nightly")
     if kind == "designs" or MEASURES[column].needs != "truth"
 )
+_IDENTITY = ("kind", "key", "layers", "seed")
 
 
-def fail_when_worse(campaign: Campaign, evaluation: Manifest) -> None:
-    """Compare an evaluation with the last one of an earlier iteration, image by image, and log the differences.
+class WorseError(LayerloopError):
+    """An evaluation is worse than its baseline. It is committed all the same."""
 
-    Both adapters decomposed the same images from the same noise, and each stored its numbers (`samples.parquet`), so
-    differences are paired. The intervals are those of the report, widened for the number of measures that are watched
-    (Bonferroni), so that at most one in twenty evaluations fails where nothing changed.
+    status: int = 3
+
+
+def watched_rows(rows: Sequence[Row]) -> list[Row]:
+    """Of each decomposition of the adapter its identity and the measures that a later evaluation is gated by; what
+    `metrics.json` keeps of them, so that this one file is a baseline."""
+    columns = dict.fromkeys(column for _, column in WATCHED)
+    return [{name: row.get(name) for name in (*_IDENTITY, *columns)} for row in rows]
+
+
+def fail_when_worse(campaign: Campaign, evaluation: Manifest, baseline: str) -> None:
+    """Compare an evaluation with a baseline, image by image, and log the differences.
+
+    Both adapters decomposed the same images from the same noise, and their numbers stand in `metrics.json`, so
+    differences are paired. P-values are adjusted for the measures that are watched (Holm), so that at most one in
+    twenty evaluations fails where nothing changed.
+
+    Args:
+        baseline: The path or URI of a `metrics.json`, or "previous" for the campaign's last evaluation of an earlier
+            iteration; where there is none, or none of the same images, that is logged and nothing fails.
 
     Raises:
-        LayerloopError: an interval says that a watched measure is worse; the line names each of them.
+        WorseError: a watched measure is clearly worse; the line names each of them.
+        LayerloopError: `baseline` is no such file, has no image in common, or other definitions of the measures.
     """
-    now = evaluation.iteration
-    names = [f"iteration-{earlier:06d}" for earlier in range((now or 0) - 1, 0, -1)]
-    evaluated = set(campaign.evaluations())
-    before = next((name for name in names if name in evaluated), None)
-    previous = campaign.find(campaign.evaluation_dir(before)) if before else None
-    if before is None or previous is None:
-        log(f"iteration {now} is the first evaluated iteration: there is no earlier one to compare it with")
+    now = json.loads(read_file(campaign.store, evaluation.file("metrics.json")))
+    iteration = evaluation.iteration or 0
+    if baseline == PREVIOUS:
+        name, before = _previous(campaign, iteration)
+        if before is None:
+            log(f"iteration {iteration} is the first evaluated iteration: there is no earlier one to compare it with")
+            return
+    else:
+        name, before = baseline, read_baseline(baseline)
+    comparisons = compare_evaluations(before.get("watched", []), now["watched"], seed=campaign.recipe.seed)
+    if (reason := _incomparable(name, before, now, comparisons)) is not None:
+        if baseline != PREVIOUS:
+            raise LayerloopError(reason)
+        log(reason)
         return
-    comparisons = compare_evaluations(
-        _adapter_rows(campaign, previous),
-        _adapter_rows(campaign, evaluation),
-        resamples=campaign.runtime.evaluation.bootstrap,
-        seed=campaign.recipe.seed,
-    )
-    if not comparisons:
-        log(f"{before} was evaluated on other images than iteration {now}: they cannot be compared")
-        return
-    for name, comparison in comparisons.items():
-        log(f"since {before}: {_comparison_text(name, comparison)}")
-    worse = [
-        _comparison_text(name, comparison) for name, comparison in comparisons.items() if _is_worse(name, comparison)
-    ]
+    for column, comparison in comparisons.items():
+        log(f"since {name}: {_comparison_text(column, comparison)}")
+    worse = [_comparison_text(column, item) for column, item in comparisons.items() if _is_worse(column, item)]
     if worse:
-        report = f"{campaign.uri}/{campaign.evaluation_dir(f'iteration-{now:06d}')}/report.html"
-        raise LayerloopError(f"iteration {now} is worse than {before}: {'; '.join(worse)}: see {report}")
+        report = f"{campaign.uri}/{campaign.evaluation_dir(f'iteration-{iteration:06d}')}/report.html"
+        raise WorseError(f"iteration {iteration} is worse than {name}: {'; '.join(worse)}: see {report}")
 
 
-def compare_evaluations(
-    before: Sequence[Row], now: Sequence[Row], *, resamples: int, seed: int
-) -> dict[str, Comparison]:
+def read_baseline(uri: str) -> dict[str, Any]:
+    """A `metrics.json` at a path or URI.
+
+    Raises:
+        LayerloopError: not there, or not the `metrics.json` of an evaluation.
+    """
+    remedy = "give the metrics.json of an evaluation"
+    try:
+        document: Any = json.loads(read_uri(uri))
+    except ValueError:
+        raise LayerloopError(f"baseline {uri} is not JSON: {remedy}") from None
+    rows = document.get("watched") if isinstance(document, dict) else None
+    if not isinstance(rows, list) or not isinstance(document.get("definitions"), dict):
+        raise LayerloopError(f"baseline {uri} has no numbers by image: {remedy}, of this version of layerloop")
+    if not all(isinstance(row, dict) and set(_IDENTITY) <= row.keys() for row in rows):
+        raise LayerloopError(f"baseline {uri} has a row without its image and seed: {remedy}")
+    return document
+
+
+def compare_evaluations(before: Sequence[Row], now: Sequence[Row], *, seed: int) -> dict[str, Comparison]:
     """The watched measures over the images of both, `designs.bad_layers` and so on; `base` is before."""
     earlier = {_identity(row): row for row in before}
     pairs = [(earlier[key], row) for row in now if (key := _identity(row)) in earlier]
-    level = 1 - (1 - LEVEL) / len(WATCHED)
     found = {}
     for kind, column in WATCHED:
         chosen = [(b, n) for b, n in pairs if n["kind"] == kind]
         comparison = compare(
             [b.get(column) for b, _ in chosen],
             [n.get(column) for _, n in chosen],
-            resamples=resamples,
-            seed=seed_for(seed, "bootstrap", kind, column, 0),
-            level=level,
+            seed=seed_for(seed, "sign flips"),
         )
         if comparison.n:
             found[f"{kind}.{column}"] = comparison
-    return found
+    return holm(found)
 
 
-def _adapter_rows(campaign: Campaign, evaluation: Manifest) -> list[Row]:
-    """Rows of the adapter's decompositions in an evaluation's `samples.parquet`."""
-    import pyarrow.parquet as pq
+def _previous(campaign: Campaign, iteration: int) -> tuple[str, dict[str, Any] | None]:
+    """Name and metrics of the last evaluation of an earlier iteration."""
+    evaluated = set(campaign.evaluations())
+    names = [f"iteration-{earlier:06d}" for earlier in range(iteration - 1, 0, -1)]
+    for name in (name for name in names if name in evaluated):
+        manifest = campaign.find(campaign.evaluation_dir(name))
+        if manifest is not None:
+            return name, json.loads(read_file(campaign.store, manifest.file("metrics.json")))
+    return "", None
 
-    table: Any = pq.read_table(io.BytesIO(read_file(campaign.store, evaluation.file("samples.parquet"))))
-    return [row for row in table.to_pylist() if row["model"] != "base"]
+
+def _incomparable(
+    name: str, before: Mapping[str, Any], now: Mapping[str, Any], comparisons: Mapping[str, Comparison]
+) -> str | None:
+    """Why two evaluations cannot be compared, in one line."""
+    if not comparisons:
+        return f"{name} was evaluated on other images or from other seeds: they cannot be compared, evaluate it again"
+    columns = dict.fromkeys(column for _, column in WATCHED)
+    theirs: Mapping[str, Any] = before.get("definitions", {})
+    other = [column for column in columns if theirs.get(column) != now["definitions"].get(column)]
+    if other:
+        what = ", ".join(other)
+        return f"{name} was measured by another definition of {what}: they cannot be compared, evaluate it again"
+    return None
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("kind", "key", "layers", "seed"))
+    return tuple(row[name] for name in _IDENTITY)
 
 
 def _is_worse(name: str, comparison: Comparison) -> bool:
@@ -104,6 +154,6 @@ def _is_worse(name: str, comparison: Comparison) -> bool:
 
 
 def _comparison_text(name: str, c: Comparison) -> str:
-    interval = "" if c.low is None else f", interval {c.low:+.4g} to {c.high:+.4g}"
+    interval = "" if c.low is None else f", interval {c.low:+.4g} to {c.high:+.4g}, p {c.adjusted:.2g}"
     title = title_of(name.partition(".")[2])
     return f"{name} ({title[:1].lower()}{title[1:]}) {c.base:.4g} -> {c.tuned:.4g}{interval}, {c.n} pairs"

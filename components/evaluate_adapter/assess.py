@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from layerloop.components.evaluate_adapter.cases import Case, Kind
-from layerloop.components.evaluate_adapter.statistics import Comparison, compare
+from layerloop.components.evaluate_adapter.statistics import FLIPS, Comparison, compare, holm
 from layerloop.components.layers import layerd
-from layerloop.components.layers.columns import LAYERD
-from layerloop.components.layers.measure import MEASURES, measure_all, slot_l1
+from layerloop.components.layers.columns import BY_SLOT, COLUMNS, LAYERD, gives_verdict, slots_of
+from layerloop.components.layers.matching import layer_l1, slot_l1
+from layerloop.components.layers.measure import MEASURES, match, measure_all
+from layerloop.components.layers.planes import cleared, completed
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.seeds import seed_for
 
+Heading = TypeVar("Heading", bound=str | int)  # of a table: a kind of case, or a layer count
 Row = dict[str, Any]  # one decomposition: its case, and its numbers by column; None where undefined
 
 
 def assess(case: Case, stack: Pixels, *, max_edits: int) -> Row:
-    """All numbers of one decomposition, as a flat row.
+    """All numbers of one decomposition, as a flat row. Layers that it lacks of those asked for count as blank.
 
-    Columns in addition to `measure.MEASURES`: `slot_l1_<k>` of slot k; `layerd_<score>_<edits>`, and
+    Columns in addition to `measure.MEASURES`: `layer_l1_<k>` and `slot_l1_<k>` of slot k; `layerd_<score>_<edits>`, and
     `layerd_clean_...` after alpha of 2/255 and less was cleared; `layerd_edits`, the merges that were made.
     """
+    stack = completed(stack, case.layers)
     row: Row = {"key": case.key, "kind": case.kind, "layers": case.layers, "seed": case.seed}
     row |= {"height": stack.shape[1], "width": stack.shape[2]}
-    row |= measure_all(stack, case.source, case.truth)
-    if case.truth is None:
+    matching = None if case.truth is None else match(stack, case.truth)
+    row |= measure_all(stack, case.source, matching)
+    if case.truth is None or matching is None:
         return row
-    row |= {f"slot_l1_{slot}": value for slot, value in enumerate(slot_l1(stack, case.truth))}
+    for column, values in (("layer_l1", layer_l1(matching)), ("slot_l1", slot_l1(matching))):
+        row |= {f"{column}_{slot}": value for slot, value in enumerate(values)}
     if min(len(stack), len(case.truth)) < 2:  # LayerD's protocol leaves these out
         return row
-    for prefix, seen in (("layerd", stack), ("layerd_clean", layerd.clear_faint_alpha(stack))):
+    for prefix, seen in (("layerd", stack), ("layerd_clean", cleared(stack))):
         levels = layerd.evaluate(seen, case.truth, max_edits=max_edits)
         row[f"{prefix}_edits"] = len(levels) - 1
         for edits in range(max_edits + 1):
@@ -52,13 +58,19 @@ class Comparisons:
         named = {f"{kind}.{column}": value for kind, table in self.by_kind.items() for column, value in table.items()}
         for layers, table in self.slots.items():
             for column, value in table.items():
-                tail = column.removeprefix("slot_l1").replace("_", ".slot")
-                named[f"designs.slot_l1.L{layers}{tail}"] = value
+                name = next(name for name in BY_SLOT if column.startswith(name))
+                tail = column.removeprefix(name).replace("_", ".slot")
+                named[f"designs.{name}.L{layers}{tail}"] = value
         return named
 
 
-def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, resamples: int, seed: int) -> Comparisons:
-    """Paired comparisons of every numeric column, of rows of the same cases in the same order."""
+def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, seed: int, flips: int = FLIPS) -> Comparisons:
+    """Paired comparisons of every numeric column, of rows of the same cases in the same order.
+
+    P-values are adjusted for what is read together: the measures of the tables that give verdicts, LayerD's scores
+    by number of edits, and the slots by layer count.
+    """
+    seed = seed_for(seed, "sign flips")
 
     def table(kind: Kind, columns: Sequence[str], layers: int | None = None) -> dict[str, Comparison]:
         pairs = [
@@ -69,20 +81,32 @@ def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, resamples: int, s
             result = compare(
                 [b.get(column) for b, _ in pairs],
                 [t.get(column) for _, t in pairs],
-                resamples=resamples,
-                seed=seed_for(seed, "bootstrap", kind, column, layers or 0),
+                flips=flips,
+                seed=seed,
             )
-            if result.n:
+            if result.base is not None or result.tuned is not None:
                 found[column] = result
         return found
 
     kinds: list[Kind] = [kind for kind in ("designs", "pictures") if any(row["kind"] == kind for row in base)]
     columns = list(dict.fromkeys([*MEASURES, *(c for row in base for c in row if c.startswith("layerd_"))]))
     counts = sorted({row["layers"] for row in base if row["kind"] == "designs"})
+    by_kind: Mapping[Kind, Mapping[str, Comparison]] = {kind: table(kind, columns) for kind in kinds}
+    slots = {
+        count: table("designs", [name for column in BY_SLOT for name in slots_of(column, count)], count)
+        for count in counts
+    }
     return Comparisons(
-        by_kind={kind: table(kind, columns) for kind in kinds},
-        slots={
-            count: table("designs", ["slot_l1", *(f"slot_l1_{slot}" for slot in range(count))], count)
-            for count in counts
-        },
+        by_kind=_adjusted(_adjusted(by_kind, lambda name: name in COLUMNS), lambda name: name not in COLUMNS),
+        slots=_adjusted(slots, lambda name: True),
     )
+
+
+def _adjusted(
+    tables: Mapping[Heading, Mapping[str, Comparison]], belongs: Callable[[str], bool]
+) -> dict[Heading, dict[str, Comparison]]:
+    """The tables with the p-values of the columns that belong, and give verdicts, adjusted for each other."""
+    flat = {(heading, name): value for heading, table in tables.items() for name, value in table.items()}
+    family = [(heading, name) for heading, name in flat if belongs(name) and gives_verdict(name)]
+    flat = holm(flat, family)
+    return {heading: {name: flat[heading, name] for name in table} for heading, table in tables.items()}

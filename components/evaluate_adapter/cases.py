@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -51,6 +53,7 @@ class Cases:
 
     cases: tuple[Case, ...]
     left_out: Mapping[str, int]  # reason -> number of held-out images
+    truth: Mapping[str, int] = field(default_factory=dict)  # sums of what the sources say of the designs (truth.py)
 
     def of(self, kind: Kind) -> list[Case]:
         """The cases of one kind, in order."""
@@ -61,7 +64,8 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
     """The held-out images that the recipe's evaluation asks for.
 
     Designs are taken at their own layer count, when that is one of `recipe.evaluation.layers`, and evenly over the
-    counts. Unlabelled images are taken at 4 layers, or at the most that the recipe evaluates. Within a count, images
+    counts. Unlabelled images, of the benchmark where the campaign has one, are taken at 4 layers, or at the most that
+    the recipe evaluates. Within a count, images
     come in the order of their keys, which are content hashes: an arbitrary choice, the same for every adapter.
 
     Raises:
@@ -75,7 +79,8 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
 
     chosen, left_out = _choose_designs(samples("designs", ("png", "layer0.png")), recipe)
     layers = UNLABELLED_LAYERS if UNLABELLED_LAYERS in recipe.layers else max(recipe.layers)
-    unlabelled = sorted(samples("holdout", ("png",)), key=lambda sample: sample[0])
+    split = "benchmark" if sources.shards_of("benchmark") else "holdout"
+    unlabelled = sorted(samples(split, ("png",)), key=lambda sample: sample[0])
     if len(unlabelled) > recipe.pictures:
         left_out["images beyond recipe.evaluation.pictures"] = len(unlabelled) - recipe.pictures
     cases = [_design_case(key, members, seed) for key, members in chosen]
@@ -85,7 +90,8 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
             f"{campaign.uri} holds out nothing that recipe.evaluation asks for: begin a campaign with designs, "
             "or with recipe.data.holdout and recipe.evaluation.pictures of 1 or more"
         )
-    return Cases(tuple(sorted(cases, key=lambda case: (case.kind, case.geometry, case.key))), left_out)
+    ordered = sorted(cases, key=lambda case: (case.kind, case.geometry, case.key))
+    return Cases(tuple(ordered), left_out, _truth_facts(members for _, members in chosen))
 
 
 def batches(cases: Iterable[Case], size: int) -> Iterator[list[Case]]:
@@ -131,6 +137,15 @@ def _layer_count(members: Mapping[str, bytes]) -> int:
     while f"layer{count}.png" in members:
         count += 1
     return count
+
+
+def _truth_facts(designs: Iterable[Mapping[str, bytes]]) -> Counter[str]:
+    """Sums over the designs of what their records say of their true layers; `designs` counts those that say it."""
+    found: Counter[str] = Counter()
+    for members in designs:
+        facts = json.loads(members.get("json", b"{}")).get("truth")
+        found.update({**facts, "designs": 1, "rows": int("text_previews" in facts)} if facts else {"untold": 1})
+    return found
 
 
 def _design_case(key: str, members: Mapping[str, bytes], seed: int) -> Case:

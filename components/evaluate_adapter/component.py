@@ -14,7 +14,7 @@ def evaluate_adapter(
     report: Output[HTML],
     evaluation: Output[Artifact],
     metrics: Output[Metrics],
-    fail_when_worse: bool = False,
+    baseline: str = "",
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Compare adapter and base on the same seeds, on held-out designs and unlabelled images.
@@ -26,7 +26,8 @@ def evaluate_adapter(
         report: Self-contained HTML page with tables and contact sheets.
         evaluation: Manifest of the evaluation (report, metrics.json, contact sheets).
         metrics: Every measure for base and adapter.
-        fail_when_worse: Fail where the adapter is worse than the one that was evaluated before it.
+        baseline: Fail where the adapter is clearly worse than the `metrics.json` at this URI, or than the evaluation
+            before it (`previous`); empty: never.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(

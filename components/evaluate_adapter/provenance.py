@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from layerloop.components.evaluate_adapter.cases import Cases
+from layerloop.components.layers.truth import differences
 from layerloop.components.runtime.distributed import world_size
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
@@ -45,6 +46,21 @@ def notices(cases: Cases) -> list[str]:
         )
     if not cases.of("pictures"):
         texts.append("This campaign holds out no unlabelled images, so this page is about designs only.")
+    return texts
+
+
+def ground_truth(cases: Cases, recipe: Recipe) -> list[str]:
+    """How the designs' true layers were made, in sentences."""
+    facts = cases.truth
+    texts = []
+    if facts.get("rows"):
+        texts += differences(recipe.data.designs, facts)
+    if given := facts.get("designs", 0) - facts.get("rows", 0):
+        texts.append(f"{given} designs came as files of layers, without those that an opaque layer hides altogether.")
+    if facts.get("untold"):
+        texts.append(
+            f"{facts['untold']} designs were sharded by an earlier version of layerloop, which kept hidden layers."
+        )
     return texts
 
 

@@ -17,10 +17,18 @@ from layerloop.components.evaluate_adapter.cases import Kind
 from layerloop.components.evaluate_adapter.charts import Point
 from layerloop.components.evaluate_adapter.gallery import ShownCase, article, gallery
 from layerloop.components.evaluate_adapter.sheets import GAIN
-from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD, Comparison
-from layerloop.components.layers.columns import GROUPS, LAYERD, better_of, quoted, title_of
-from layerloop.components.layers.layerd import PROTOCOL
-from layerloop.components.layers.measure import DEFINITIONS, MEASURES
+from layerloop.components.evaluate_adapter.statistics import METHOD, Comparison
+from layerloop.components.layers.columns import (
+    DEFINITIONS,
+    GROUPS,
+    LAYERD,
+    better_of,
+    gives_verdict,
+    quoted,
+    slots_of,
+    title_of,
+)
+from layerloop.components.layers.measure import MEASURES
 
 TARGET_BYTES = 950_000  # Kubeflow's page shows reports of about a megabyte
 HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabelled images"}
@@ -38,11 +46,11 @@ class Report:
     reference: Mapping[str, float]  # means of the true layers themselves, by column
     judge: str  # who gave the rewards, in a sentence or two
     notices: Sequence[str] = ()
+    ground_truth: Sequence[str] = ()  # how the true layers were made, in sentences
     curve: Sequence[Point] = ()
     shown: Sequence[ShownCase] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
     max_edits: int = 5
-    resamples: int = 2000
     version: str = ""
 
 
@@ -60,7 +68,7 @@ def render(report: Report) -> bytes:
         "layerd": _layerd_section(report),
         "slots": _slots_section(report),
         "training": _training_section(report.curve),
-        "method": escape(METHOD.format(resamples=report.resamples, fewest=FEWEST)),
+        "method": escape(METHOD),
         "definitions": _definitions(report),
         "settings": "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in report.settings.items()),
         "version": escape(report.version),
@@ -88,22 +96,38 @@ def _articles_within(articles: Sequence[str], kinds: Sequence[Kind], room: int) 
 # -------------------------------------------------------------------------------------------------------------- words
 
 
-def number(value: float | None, *, signed: bool = False) -> str:
-    """A number of a table: three decimals, a typographic minus; a dash where it is undefined."""
+def number(value: float | None, *, signed: bool = False, decimals: int = 3) -> str:
+    """A number of a table: a typographic minus; a dash where it is undefined."""
     if value is None:
         return "–"
-    text = f"{value:+.3f}" if signed else f"{value:.3f}"
+    text = f"{value:{'+' if signed else ''}.{decimals}f}"
     if float(text) == 0:
-        text = "0.000"
+        text = f"{0:.{decimals}f}"
     return text.replace("-", "−")
 
 
+def difference_of(c: Comparison) -> str:
+    """A difference to the digits that its interval supports, and as a share of the base's value."""
+    text = number(c.difference, signed=True, decimals=c.decimals)
+    if c.relative is None or not 0.0005 <= abs(c.relative) < 10:
+        return text
+    share = f"{100 * c.relative:+.{0 if abs(c.relative) >= 0.095 else 1}f}"
+    return f"{text} ({share.replace('-', '−')} %)"
+
+
+def interval_of(c: Comparison, otherwise: str = "–") -> str:
+    """The interval of a difference; `otherwise` where there is none."""
+    if c.low is None or c.high is None:
+        return otherwise
+    low, high = (number(end, signed=True, decimals=c.decimals) for end in (c.low, c.high))
+    return f"{low} … {high}"
+
+
 def verdict(column: str, comparison: Comparison) -> str:
-    """ "good" or "bad" where the interval excludes 0 and one direction is better, else ""."""
-    better = better_of(column)
-    if not comparison.clear or better is None or comparison.difference is None:
+    """ "good" or "bad" where the difference is clear and one direction is better, else ""."""
+    if not comparison.clear or not gives_verdict(column) or comparison.difference is None:
         return ""
-    return "good" if (comparison.difference < 0) == (better == "lower") else "bad"
+    return "good" if (comparison.difference < 0) == (better_of(column) == "lower") else "bad"
 
 
 def summary(report: Report) -> str:
@@ -121,13 +145,15 @@ def summary(report: Report) -> str:
     columns = [column for group in GROUPS.values() for column in group if column in table]
     by_verdict: dict[str, list[str]] = {"good": [], "bad": [], "": []}
     for column in columns:
-        if better_of(column) is not None:
+        if gives_verdict(column):
             by_verdict[verdict(column, table[column])].append(column)
 
     def listed(some: Sequence[str]) -> str:
         named = [
-            f"{_lower(title_of(c))} ({number(table[c].base)} → <strong>{number(table[c].tuned)}</strong>)"
-            for c in some[:4]
+            f"{_lower(title_of(name))} ({number(c.base, decimals=c.decimals)} → "
+            f"<strong>{number(c.tuned, decimals=c.decimals)}</strong>)"
+            for name in some[:4]
+            for c in (table[name],)
         ]
         more = f" and {len(some) - 4} more" if len(some) > 4 else ""
         return ", ".join(named) + more
@@ -175,14 +201,14 @@ def _cards(report: Report) -> str:
         if column not in table:
             continue
         c = table[column]
-        interval = f"{number(c.low, signed=True)} … {number(c.high, signed=True)}" if c.low is not None else "one image"
         wish = {"lower": "↓ lower is better", "higher": "↑ higher is better", None: ""}[better_of(column)]
         cards.append(
             f'<div class="card"><p class="what">{escape(title_of(column))}<span class="wish">{wish}</span></p>'
             '<div class="value">'
-            f'<span class="from">{number(c.base)}</span><span class="arrow">→</span>{number(c.tuned)}</div>'
-            f'<div class="delta"><span class="chip {verdict(column, c)}">{number(c.difference, signed=True)}</span> '
-            f'<span class="small">{interval}</span></div></div>'
+            f'<span class="from">{number(c.base, decimals=c.decimals)}</span><span class="arrow">→</span>'
+            f"{number(c.tuned, decimals=c.decimals)}</div>"
+            f'<div class="delta"><span class="chip {verdict(column, c)}">{difference_of(c)}</span> '
+            f'<span class="small">{interval_of(c, "one image")}</span></div></div>'
         )
     return "".join(cards)
 
@@ -213,14 +239,21 @@ def _measures_section(report: Report, kind: Kind) -> str:
 
 def _row(report: Report, column: str, c: Comparison, reference: bool) -> str:
     wish = {"lower": "↓", "higher": "↑", None: ""}[better_of(column)]
-    interval = f"{number(c.low, signed=True)} … {number(c.high, signed=True)}" if c.low is not None else "–"
     return (
         f'<tr><th scope="row">{escape(title_of(column))}<span class="wish">{wish}</span></th>'
-        + (f'<td class="dim">{number(report.reference.get(column))}</td>' if reference else "")
-        + f"<td>{number(c.base)}</td><td>{number(c.tuned)}</td>"
-        f'<td class="{verdict(column, c)}">{number(c.difference, signed=True)}</td><td class="dim">{interval}</td>'
-        f'<td>{charts.whisker(c, verdict(column, c))}</td><td class="dim">{c.n}</td></tr>'
+        + (f'<td class="dim">{number(report.reference.get(column), decimals=c.decimals)}</td>' if reference else "")
+        + f"<td>{number(c.base, decimals=c.decimals)}</td><td>{number(c.tuned, decimals=c.decimals)}</td>"
+        f'<td class="{verdict(column, c)}">{difference_of(c)}</td><td class="dim">{interval_of(c)}</td>'
+        f'<td>{charts.whisker(c, verdict(column, c))}</td><td class="dim">{_count(c)}</td></tr>'
     )
+
+
+def _count(c: Comparison) -> str:
+    """How many images were compared, and for how many the measure was undefined."""
+    undefined = [
+        f"{count} of {who}" for who, count in (("base", c.base_undefined), ("adapter", c.tuned_undefined)) if count
+    ]
+    return f"{c.n}<br>undefined: {', '.join(undefined)}" if undefined else str(c.n)
 
 
 def _layerd_section(report: Report) -> str:
@@ -257,23 +290,41 @@ def _levels_table(table: Mapping[str, Comparison], prefix: str, max_edits: int) 
 
 
 def _slots_section(report: Report) -> str:
-    slots = report.comparisons.slots
-    if not slots:
+    if not report.comparisons.slots:
         return ""
+    return (
+        '<h2>Layers by layer count</h2><p class="note">Each predicted slot against the true layer it is matched to, '
+        "one to one, laid on black and on white; base → adapter. Lower is better. Slot k of both models may be matched "
+        "to different true layers.</p>"
+        + _slots_table(report, "layer_l1")
+        + "<details><summary>Per-slot RGB L1, as the paper shows layers: on white only</summary>"
+        '<p class="small">White content is nothing on white, so no verdict follows from these.</p>'
+        + _slots_table(report, "slot_l1")
+        + "</details>"
+    )
+
+
+def _slots_table(report: Report, column: str) -> str:
+    slots = report.comparisons.slots
     most = max(slots)
     heads = "".join(f"<th>slot {slot}</th>" for slot in range(most))
     rows = []
     for layers, table in sorted(slots.items()):
-        cells = [_base_adapter_difference("slot_l1", table["slot_l1"])]
-        for slot in range(most):
-            c = table.get(f"slot_l1_{slot}")
-            arrow = f'{number(c.base)}<span class="dim"> → </span>{number(c.tuned)}' if c else ""
-            cells.append(f'<td class="{verdict("slot_l1", c) if c else ""}">{arrow}</td>')
-        count = f'<th scope="row">{layers} layers</th><td class="dim">{table["slot_l1"].n}</td>'
+        if column not in table:
+            continue
+        cells = [_base_adapter_difference(column, table[column])]
+        for name in slots_of(column, most)[1:]:
+            c = table.get(name)
+            arrow = (
+                f'{number(c.base, decimals=c.decimals)}<span class="dim"> → </span>'
+                f"{number(c.tuned, decimals=c.decimals)}"
+                if c
+                else ""
+            )
+            cells.append(f'<td class="{verdict(name, c) if c else ""}">{arrow}</td>')
+        count = f'<th scope="row">{layers} layers</th><td class="dim">{table[column].n}</td>'
         rows.append(f"<tr>{count}{''.join(cells)}</tr>")
     return (
-        '<h2>Per-slot RGB L1 by layer count</h2><p class="note">Each predicted slot against the true layer it matches '
-        "best, one to one; base → adapter. Slot 0 is the background. Lower is better.</p>"
         '<div class="panel"><table><thead><tr><th>Designs of</th><th>n</th><th class="first">mean, base</th>'
         f"<th>adapter</th><th>difference</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -281,8 +332,8 @@ def _slots_section(report: Report) -> str:
 
 def _base_adapter_difference(column: str, c: Comparison) -> str:
     return (
-        f'<td class="first">{number(c.base)}</td><td>{number(c.tuned)}</td>'
-        f'<td class="{verdict(column, c) or "dim"}">{number(c.difference, signed=True)}</td>'
+        f'<td class="first">{number(c.base, decimals=c.decimals)}</td><td>{number(c.tuned, decimals=c.decimals)}</td>'
+        f'<td class="{verdict(column, c) or "dim"}">{number(c.difference, signed=True, decimals=c.decimals)}</td>'
     )
 
 
@@ -304,9 +355,12 @@ def _definitions(report: Report) -> str:
         ("Blank", DEFINITIONS["blank"]),
         ("Glazed", DEFINITIONS["glazed"]),
         ("Duplicate", DEFINITIONS["duplicate"]),
+        ("Idle", DEFINITIONS["idle"]),
     ]
     if report.comparisons.slots:
         entries.append(("Slots", DEFINITIONS["slots"]))
     if any(column.startswith("layerd_") for column in computed):
-        entries.append(("LayerD", PROTOCOL))
+        entries.append(("LayerD", DEFINITIONS["layerd"]))
+    if report.ground_truth:
+        entries.append(("True layers", " ".join(report.ground_truth)))
     return "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in entries)

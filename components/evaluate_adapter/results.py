@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from layerloop.components.evaluate_adapter.against import watched_rows
 from layerloop.components.evaluate_adapter.assess import Comparisons, Row
 from layerloop.components.evaluate_adapter.charts import Point
-from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD
-from layerloop.components.layers.columns import better_of, quoted, title_of
-from layerloop.components.layers.layerd import PROTOCOL
-from layerloop.components.layers.measure import DEFINITIONS
+from layerloop.components.evaluate_adapter.statistics import METHOD
+from layerloop.components.layers.columns import DEFINITIONS, better_of, quoted, title_of
 from layerloop.components.storage.manifests import read_file
 
 if TYPE_CHECKING:
@@ -23,30 +22,38 @@ if TYPE_CHECKING:
 
 
 def metrics_json(
-    comparisons: Comparisons, reference: Mapping[str, float], provenance: Mapping[str, Any], *, resamples: int
+    comparisons: Comparisons,
+    reference: Mapping[str, float],
+    provenance: Mapping[str, Any],
+    *,
+    rows: Sequence[Row] = (),
 ) -> bytes:
     """`{"designs.bad_layers": {"base", "tuned", "difference", "low", "high", "n", ...}, ...}` and explanations.
 
-    In addition to the comparison each measure has `title`, `better` ("lower", "higher" or null), `clear` (its interval
-    excludes 0) and, on designs, `reference`: the true layers' own value. The other keys are `definitions`,
-    `method` and `provenance`. Numbers that are undefined are null.
+    In addition to the comparison each measure has `title`, `better` ("lower", "higher" or null) and, on designs,
+    `reference`: the true layers' own value. The other keys are `definitions`, `method`, `provenance` and `watched`, of
+    the adapter's `rows` what makes this file the baseline of a later evaluation. Numbers that are undefined are null.
     """
     document: dict[str, Any] = {}
     for name, comparison in comparisons.flat().items():
-        kind, _, column = name.partition(".")
-        column = column.split(".")[0]
+        kind, column, *by_count = name.split(".")
         document[name] = {
             **comparison.as_json(),
-            "title": title_of(column),
+            "title": ", ".join([title_of(column), *map(_in_words, by_count)]),
             "better": better_of(column),
-            "clear": comparison.clear,
         }
         if kind == "designs" and name == f"designs.{column}" and column in reference:
             document[name]["reference"] = reference[column]
-    document["definitions"] = {**DEFINITIONS, "layerd": PROTOCOL}
-    document["method"] = METHOD.format(resamples=resamples, fewest=FEWEST)
+    document["definitions"] = dict(DEFINITIONS)
+    document["method"] = METHOD
     document["provenance"] = dict(provenance)
+    document["watched"] = watched_rows(rows)
     return (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _in_words(part: str) -> str:
+    """A part of a comparison's name: `3 layers` of `L3`, `slot 0` of `slot0`."""
+    return f"{part[1:]} layers" if part.startswith("L") else part.replace("slot", "slot ")
 
 
 def kubeflow_metrics(document: Mapping[str, Any]) -> dict[str, float]:
@@ -58,7 +65,8 @@ def kubeflow_metrics(document: Mapping[str, Any]) -> dict[str, float]:
             if comparison is None:
                 continue
             for name, key in (("base", "base"), ("adapter", "tuned"), ("difference", "difference")):
-                found[f"{kind}_{column}_{name}"] = float(comparison[key])
+                if comparison[key] is not None:
+                    found[f"{kind}_{column}_{name}"] = float(comparison[key])
     for name, value in document["provenance"].get("seconds", {}).items():
         found[f"seconds_{name}"] = float(value)
     return found

@@ -71,7 +71,7 @@ def strips_of(choice: Choice, stacks: Mapping[str, Pixels]) -> list[Strip]:
 
 def caption(layer: Mapping[str, float | bool]) -> tuple[str, list[str]]:
     """Text under a layer: its flags ("" for none), and lines of numbers (non-breaking spaces within)."""
-    flags = ", ".join(name for name in ("blank", "glazed", "duplicate") if layer[name])
+    flags = ", ".join(name for name in ("blank", "glazed", "duplicate", "idle") if layer[name])
     alpha = f"α {layer['mean_alpha']:.2f}"
     if layer["semi_transparent"] >= 0.005:
         alpha += f", semi {100 * layer['semi_transparent']:.0f} %"

@@ -18,7 +18,14 @@ from layerloop.components.evaluate_adapter import against
 from layerloop.components.evaluate_adapter.assess import Row, assess, compare_rows
 from layerloop.components.evaluate_adapter.cases import Case, Cases, Kind, read_cases
 from layerloop.components.evaluate_adapter.gallery import ShownCase
-from layerloop.components.evaluate_adapter.provenance import Clock, model_name, notices, provenance, settings
+from layerloop.components.evaluate_adapter.provenance import (
+    Clock,
+    ground_truth,
+    model_name,
+    notices,
+    provenance,
+    settings,
+)
 from layerloop.components.evaluate_adapter.report import Report, render
 from layerloop.components.evaluate_adapter.results import (
     judge_sentence,
@@ -57,7 +64,7 @@ def run(
     *,
     campaign: str,
     iteration: int | None = None,
-    fail_when_worse: bool = False,
+    baseline: str = "",
     runtime: str = "",
 ) -> StepResult:
     """Compare an adapter with its base on held-out designs and unlabelled images, and write the report.
@@ -70,8 +77,9 @@ def run(
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         iteration: The iteration whose adapter to evaluate; by default the last committed one.
-        fail_when_worse: Fail where the adapter is worse than the one that was evaluated before it (against.py); the
-            evaluation is committed all the same.
+        baseline: Fail, with exit status 3, where the adapter is clearly worse than this (against.py): the path or URI
+            of the `metrics.json` of an evaluation on the same images, or `previous`, the evaluation before it; by
+            default nothing. The evaluation is committed all the same.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
 
@@ -79,10 +87,13 @@ def run(
         On rank 0 the evaluation; on other ranks, which are done when all is sampled, nothing.
 
     Raises:
+        WorseError: it is clearly worse than the baseline.
         LayerloopError: there is no adapter yet, nothing is held out, the base is not the one that the adapter was
-            trained on, or the adapter decodes into NaN.
+            trained on, the adapter decodes into NaN, or the baseline cannot be compared with.
     """
     opened = Campaign.open(campaign, runtime)
+    if baseline and baseline != against.PREVIOUS:
+        against.read_baseline(baseline)  # refused before hours of sampling
     current = opened.head() if iteration is None else iteration
     if current < 1:
         raise LayerloopError(
@@ -90,7 +101,7 @@ def run(
         )
     folder = opened.evaluation_dir(_evaluation_name(current))
     if (done := already_committed(opened.store, f"{folder}/{MANIFEST}", log=log)) is not None:
-        return _result(opened, done, fail_when_worse)
+        return _result(opened, done, baseline)
 
     clock = Clock()
     with process_group() as device:
@@ -106,7 +117,7 @@ def run(
     measured = _measure_both_models(opened, current, cases, sampled, clock)
     facts = provenance(opened.recipe, loaded.policy, opened.policy(current), cases, clock)
     manifest = _commit(opened, current, cases, loaded, sampled, measured, facts)
-    return _result(opened, manifest, fail_when_worse)
+    return _result(opened, manifest, baseline)
 
 
 def _evaluation_name(iteration: int) -> str:
@@ -173,7 +184,14 @@ def _measure_both_models(campaign: Campaign, iteration: int, cases: Cases, sampl
     with clock.time("measuring"):
         base = _measure_shards(campaign, sampled.chunks, sampled.base, measure, "base")
         tuned = _measure_shards(campaign, sampled.chunks, sampled.tuned, measure, _evaluation_name(iteration))
-    return Measured(base, tuned, [measure(case, case.truth) for case in cases.cases if case.truth is not None])
+        known = [(case, case.truth) for case in cases.cases if case.truth is not None]
+        with ThreadPoolExecutor(_threads()) as pool:
+            truth = list(pool.map(lambda pair: measure(*pair), known))
+    return Measured(base, tuned, truth)
+
+
+def _threads() -> int:
+    return min(16, os.cpu_count() or 1)  # numpy and Pillow release the interpreter lock on large arrays
 
 
 def _measure_shards(
@@ -183,8 +201,7 @@ def _measure_shards(
     from layerloop.components.evaluate_adapter.decompose import read_decompositions
 
     rows: list[Row] = []
-    threads = min(8, os.cpu_count() or 1)  # numpy releases the interpreter lock on large arrays
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(_threads()) as pool:
         pairs = list(zip(chunks, shards, strict=True))
         for chunk, shard in progress(pairs, what=f"measuring {model}", unit="shards"):
             stacks = read_decompositions(campaign.store, shard)
@@ -209,7 +226,7 @@ def _commit(
     report = _report(campaign, iteration, cases, measured, shown, settings(facts))
     folder = campaign.evaluation_dir(_evaluation_name(iteration))
     files = {
-        "metrics.json": metrics_json(report.comparisons, report.reference, facts, resamples=report.resamples),
+        "metrics.json": metrics_json(report.comparisons, report.reference, facts, rows=measured.tuned),
         "samples.parquet": samples_table({"base": measured.base, _evaluation_name(iteration): measured.tuned}),
         **{_sheet_name(item.choice): encode_png(contact_sheet(item.choice, item.strips)) for item in shown},
         "report.html": render(report),
@@ -234,21 +251,20 @@ def _report(
     setting_rows: dict[str, str],
 ) -> Report:
     recipe, scores = campaign.recipe, score_manifests(campaign, iteration)
-    resamples = campaign.runtime.evaluation.bootstrap
     return Report(
         title=f"Iteration {iteration} against its base",
         campaign=recipe.name,
         model=model_name(recipe),
         counts={"designs": len(cases.of("designs")), "pictures": len(cases.of("pictures"))},
-        comparisons=compare_rows(measured.base, measured.tuned, resamples=resamples, seed=recipe.seed),
+        comparisons=compare_rows(measured.base, measured.tuned, seed=recipe.seed),
         reference=mean_of(measured.truth),
         judge=judge_sentence(scores),
         notices=notices(cases),
+        ground_truth=ground_truth(cases, recipe),
         curve=reward_curve(campaign, scores),
         shown=shown,
         settings=setting_rows,
         max_edits=recipe.evaluation.max_edits,
-        resamples=resamples,
         version=version("layerloop"),
     )
 
@@ -282,9 +298,9 @@ def _sheet_name(choice: Choice) -> str:
     return f"sheets/{choice.case.kind}-{choice.case.name}.png"
 
 
-def _result(campaign: Campaign, manifest: Manifest, fail_when_worse: bool) -> StepResult:
-    if fail_when_worse:
-        against.fail_when_worse(campaign, manifest)
+def _result(campaign: Campaign, manifest: Manifest, baseline: str) -> StepResult:
+    if baseline:
+        against.fail_when_worse(campaign, manifest, baseline)
     document = json.loads(read_file(campaign.store, manifest.file("metrics.json")))
     return StepResult(
         manifests={"evaluation": manifest},

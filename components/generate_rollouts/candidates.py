@@ -9,7 +9,7 @@ import torch
 
 from layerloop.components.generate_rollouts.plan import GroupPlan, initial_seed, step_seed
 from layerloop.components.generate_rollouts.sharing import Part
-from layerloop.components.layers.measure import bad_layers
+from layerloop.components.layers.flags import flags_of
 from layerloop.components.policy.at import LoadedPolicy
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.policy.sampling import Plan, Trajectory, rollout
@@ -115,9 +115,9 @@ def group_record(
     )
 
 
-def mean_bad_layers(stacks: np.ndarray) -> float:
-    """Blank or glazed layers in one of `stacks[G, L, H, W, 4]` uint8, on average."""
-    return float(np.mean([bad_layers(stack) for stack in stacks]))
+def mean_bad_layers(stacks: np.ndarray, image: np.ndarray) -> float:
+    """Bad layers in one of `stacks[G, L, H, W, 4]` uint8, decompositions of `image`, on average."""
+    return float(np.mean([flags_of(stack, image).bad.sum() for stack in stacks]))
 
 
 def opaque(image: np.ndarray) -> np.ndarray:

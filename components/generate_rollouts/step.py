@@ -264,7 +264,7 @@ class Writer:
 
         if self._written:
             next(reversed(self._written.values())).result()
-        self.bad_layers.append(mean_bad_layers(part.stacks))
+        self.bad_layers.append(mean_bad_layers(part.stacks, group.image))
         sampled = sampled_group(self._campaign.recipe, group, part)
         calls = _model_calls(group.record)
         self._written[group.record.group] = self._pool.submit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from urllib.parse import urlsplit
 
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 
 
@@ -26,7 +27,7 @@ def judge_address(given: str) -> str:
     except ValueError:  # a port that is no number, or brackets that do not match
         good = False
     if not good or any(letter.isspace() for letter in url):
-        raise LayerloopError(f"{name} is {url!r}: give a base URL such as http://127.0.0.1:8788/v1")
+        raise LayerloopError(f"{name} is {without_secrets(url)!r}: give a base URL such as http://127.0.0.1:8788/v1")
     return url
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
 from layerloop.components.judge.replies import UnusableError
-from layerloop.components.judge.transport import Connection, TransportError
+from layerloop.components.judge.transport import MAX_FILE, Connection, TooLargeError, TransportError
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.runtime import BatchRuntime
 
@@ -25,6 +25,8 @@ ENDPOINT = "/v1/chat/completions"
 OVER = frozenset({"completed", "failed", "expired", "cancelled"})
 LABEL = "layerloop"  # metadata key under which a batch carries the digest of its requests
 POLL_FAILURES = 20  # in a row, until the judge counts as gone
+CALL_SECONDS = 120.0  # of a call about a batch, in all
+FILE_SECONDS = 3600.0  # of sending or fetching a file
 
 
 class Ledger(Protocol):
@@ -171,7 +173,7 @@ class Batches:
             gathering.file.close()
         api = self.connection.openai
         uploaded = await self._call_with_retries(
-            lambda: api.files.create(file=("requests.jsonl", data), purpose="batch")
+            lambda: api.files.create(file=("requests.jsonl", data), purpose="batch"), seconds=FILE_SECONDS
         )
         batch = await self._call_with_retries(
             lambda: api.batches.create(
@@ -227,7 +229,7 @@ class Batches:
         answers: dict[str, tuple[int, bytes]] = {}
         for file in (batch.output_file_id, batch.error_file_id):
             if file:
-                content = await self._call_with_retries(lambda file=file: api.files.content(file))
+                content = await self._call_with_retries(lambda file=file: api.files.content(file), seconds=FILE_SECONDS)
                 answers |= read_output(content.content)
         entry["failed"] = [key for key in entry["keys"] if answers.get(key, (0, b""))[0] != 200]
         await asyncio.to_thread(self.ledger.enter, name, entry)
@@ -259,13 +261,18 @@ class Batches:
                     future.set_exception(error)
         self._early |= {key: body for key, (status, body) in answers.items() if status == 200 and key not in waiting}
 
-    async def _call_with_retries(self, call: Any) -> Any:
-        """An API call about batches, retried while the judge cannot be reached or is busy."""
+    async def _call_with_retries(self, call: Any, *, seconds: float = CALL_SECONDS) -> Any:
+        """An API call about batches of at most so many seconds, retried while the judge cannot be reached or is busy.
+
+        Raises:
+            LayerloopError: it refuses batches, a file is too large, or it cannot be reached for long.
+        """
         import openai
 
         for attempt in range(POLL_FAILURES):
             try:
-                return await call()
+                async with asyncio.timeout(seconds):
+                    return await call()
             except openai.APIStatusError as error:
                 problem = self.connection.status_error(error)
                 if not problem.problem.retry:
@@ -274,7 +281,12 @@ class Batches:
                         "set runtime.judge.batch.enabled to false"
                     ) from None
                 wait = problem.retry_after
-            except openai.APIConnectionError:
+            except (openai.APIConnectionError, TooLargeError, TimeoutError) as error:
+                if isinstance(error.__cause__ or error, TooLargeError):
+                    raise LayerloopError(
+                        f"judge {self.connection.url} gives a file of answers of over {MAX_FILE >> 20} MB: "
+                        "lower runtime.judge.batch.max_requests"
+                    ) from None
                 wait = None
             await asyncio.sleep(min(self.runtime.poll_seconds, wait or 0.5 * 2**attempt))
         raise UnavailableError(f"judge {self.connection.url} cannot be reached: run the step again when it is back")

@@ -18,15 +18,17 @@ from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.images import candidate_images, encode_image, fitted
 from layerloop.components.judge.methods import PHASE1, rubric_of
 from layerloop.components.judge.parsing import parse
-from layerloop.components.judge.replies import PAID, Reply, UnusableError, read_body
+from layerloop.components.judge.replies import PAID, SWITCH, Reply, UnusableError, read_body
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
+from layerloop.components.judge.serving import try_prefixes, try_thinking
 from layerloop.components.judge.transport import TransportError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
 
 IMAGE_COUNTS = (4, 8, 16, 32)  # images in one request that are tried, in order, until one is refused
-ATTEMPTS = 3  # of a probe whose answer is unusable: one bad answer is no finding
+ATTEMPTS = 3  # of a probe: one answer, good or bad, is no finding
+ENOUGH = 2  # answers of these that must be good
 MOST_REFUSALS = 8  # features that are given up one after another
 NEEDED_IMAGES = 8  # source, recomposition and the layers of L = 5 on one backdrop, with room for one
 GOOD_AGREEMENT, POOR_AGREEMENT = 0.8, 0.5  # rank agreement with the canaries' grades
@@ -44,6 +46,8 @@ class CheckReport:
     json_object: bool
     logprobs: bool
     images_per_request: int
+    thinking: str  # "off", or where the thought lies
+    prefix_caching: str
     latency_p50_seconds: float
     latency_p95_seconds: float
     requests: int
@@ -66,6 +70,8 @@ class CheckReport:
             "JSON object": "yes" if self.json_object else "no",
             "log-probabilities": "yes" if self.logprobs else "no: extraction must be sampled",
             "images per request": f"{self.images_per_request}{more}",
+            "thinking": self.thinking,
+            "prefix caching": self.prefix_caching,
             "latency": f"{self.latency_p50_seconds:.2f} s median, {self.latency_p95_seconds:.2f} s p95",
             "tokens per request": f"{self.tokens_input / asked:.0f} in, {self.tokens_output / asked:.0f} out",
             "rank agreement": f"{_number(canaries.agreement)} phase 1, {_number(canaries.agreement_phase2)} phase 2 "
@@ -132,10 +138,13 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
             judge.features, response_format="json_schema" if json_schema else "json_object" if json_object else "none"
         )
         images = await _images(judge, rubric, recipe)
+        connection, features, most = judge.connection, judge.features, runtime.timeout_seconds
+        thoughts = await try_thinking(connection, probe, recipe, features, timeout=most)
+        prefixes = await try_prefixes(connection, rubric, recipe, features, timeout=most)
         canaries = await score_canaries(judge, rubric, recipe, designs=designs)
         statistics = judge.statistics
     report = CheckReport(
-        url=url,
+        url=judge.url,
         model=model,
         models=models,
         version=", ".join(sorted(statistics.versions)),
@@ -143,6 +152,8 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
         json_object=json_object,
         logprobs=logprobs,
         images_per_request=images,
+        thinking=_thinking(thoughts),
+        prefix_caching="not known: the request was refused" if prefixes is None else str(prefixes),
         latency_p50_seconds=statistics.percentile(0.5),
         latency_p95_seconds=statistics.percentile(0.95),
         requests=statistics.answered,
@@ -176,6 +187,8 @@ def _judged(report: CheckReport) -> CheckReport:
         )
     if not report.json_schema:
         light.append("it does not hold itself to a JSON schema: more answers will be repaired or repeated")
+    if not report.thinking.startswith("off"):
+        light.append(f"thinking is {report.thinking}: {SWITCH}")
     if report.canaries.failures and not grave:
         light.append(f"{len(report.canaries.failures)} canaries got no judgement")
     verdict = "unfit" if grave else "usable" if light else "good"
@@ -217,8 +230,17 @@ async def _post(judge: Judge, request: Request, wanted: EndpointFeatures, *, att
     raise UnusableError("http_400", "every feature is refused")
 
 
+def _thinking(thoughts: list[str | None]) -> str:
+    """What some answers say about thinking."""
+    some = [thought for thought in thoughts if thought is not None]
+    if not thoughts:
+        return "not known: the request was refused"
+    return f"on in {len(some)} of {len(thoughts)} answers, {some[0]}" if some else f"off ({len(thoughts)} answers)"
+
+
 async def _answers(judge: Judge, request: Request, features: EndpointFeatures) -> bool:
-    """Whether the endpoint answers with usable JSON by this format; a bad answer is asked for again."""
+    """Whether the endpoint answers with usable JSON by this format, most of the times that it is asked."""
+    good = 0
     for attempt in range(ATTEMPTS):
         try:
             reply, as_wanted = await _post(judge, request, features, attempt=attempt)
@@ -229,9 +251,8 @@ async def _answers(judge: Judge, request: Request, features: EndpointFeatures) -
             if error.reason.startswith("http_4") and not error.retry:
                 return False
             continue
-        if reply.text.lstrip().startswith("{"):
-            return True
-    return False
+        good += reply.text.lstrip().startswith("{")
+    return good >= ENOUGH
 
 
 async def _has_logprobs(judge: Judge, request: Request, json_schema: bool) -> bool:

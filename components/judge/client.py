@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -27,7 +28,8 @@ from layerloop.components.judge.parsing import expected_scores, parse
 from layerloop.components.judge.replies import PAID, Reply, UnusableError, read_body
 from layerloop.components.judge.requests import Request, Scores
 from layerloop.components.judge.statistics import Statistics
-from layerloop.components.judge.transport import BUSY, Connection, TransportError
+from layerloop.components.judge.transport import BUSY, Connection, ForbiddenError, TransportError
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
@@ -36,6 +38,7 @@ from layerloop.components.schema.seeds import seed_for
 NO_KEY = "none"  # sent where OPENAI_API_KEY is not set: local servers take any
 RETRY_TEMPERATURE = 0.4  # at least, when an answer was unusable: at 0 the same one would come again
 REFUSALS = frozenset({400, 404, 415, 422, 501})  # statuses that may be about a parameter of the request
+REFUSED = frozenset({"refused", "http_400", "http_403", "http_422", "http_451"})  # reasons that a judge would not
 NEVER = 1e6  # runtime.judge.give_up_seconds from which a judge never counts as gone, and every failure is a mask
 NO_ROUTE = frozenset({404, 405, 410})  # statuses of a URL or model that does not exist
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds between attempts, doubling, times a random 0.5..1
@@ -90,7 +93,8 @@ class Judge:
         seed: int = 0,
         ledger: Ledger | None = None,
     ) -> None:
-        self.url, self.recipe, self.seed = url, recipe, seed
+        self.url, self._base_url = without_secrets(url), url  # the first is shown
+        self.recipe, self.seed = recipe, seed
         self.runtime = runtime = runtime or JudgeRuntime()
         self.replies: ReplyStore = replies if replies is not None else ReplyMemory()
         self.limiter = Limiter(runtime.concurrency)
@@ -105,9 +109,10 @@ class Judge:
         self.log: Callable[[str], None] = lambda line: None
         self._key = _key(api_key) or _key(os.environ.get("OPENAI_API_KEY")) or NO_KEY
         self._jitter = random.Random()
+        self._asked: set[str] = set()  # keys of the replies that came since this was made
 
     async def __aenter__(self) -> Self:
-        self.connection = Connection(self.url, self._key)
+        self.connection = Connection(self._base_url, self._key)
         if self.runtime.batch.enabled:
             self.batches = Batches(self.connection, self.runtime.batch, self._ledger)
             await self.batches.open()
@@ -198,35 +203,67 @@ class Judge:
             hint = "give the base URL of an OpenAI-compatible API, such as http://127.0.0.1:8788/v1"
         return LayerloopError(f"judge {self.url} has no /chat/completions ({said}): {hint}")
 
-    async def ask(self, request: Request, *, sample: int = 0, priority: int = 0) -> tuple[Scores, Reply]:
+    async def ask(
+        self, request: Request, *, sample: int = 0, priority: int = 0, refusals: int = 0
+    ) -> tuple[Scores, Reply]:
         """The scores of a request's rows, and the reply they were read from.
+
+        An unusable answer is drawn again, `recipe.redraws` times at most; a refusal `refusals` times. Answers that an
+        earlier attempt of the step stored are read first. Those that it stored and could not use are not the end: the
+        request is then asked as often as a new one, under keys of its own, so that no reply is paid twice.
 
         Raises:
             UnusableError: there is no judgement; the caller masks with its reason.
             LayerloopError: the judge is gone, or it refuses the key.
         """
-        last = UnusableError("no_json")
-        for redraw in range(self.recipe.redraws + 1):
+        drawn = refused = 0  # unusable answers and refusals among them, of this attempt of the step or of one before
+        redraw = 0
+        while True:
             key = self._address(request, sample, redraw)
+            earlier = key in self.replies and key not in self._asked
             try:
                 if key in self.replies:
-                    body = await asyncio.to_thread(self.replies.get, key)
-                    self.statistics.cache_hits += 1
-                    self.statistics.count(body)
-                    reply = read_body(body)
-                else:
-                    reply = await self._fetch(request, key, sample, redraw, priority)
-                scores = parse(request, reply)
-                if self.recipe.extraction == "expected":
-                    scores, missing = expected_scores(request, reply, scores)
-                    self.statistics.missing_logprobs += missing
-                return scores, reply
+                    return await self._recall(request, key)
+                return self._read(request, await self._fetch(request, key, sample, redraw, priority))
             except UnusableError as error:
-                last = error
-                if not error.retry:
-                    break
-                self.statistics.invalid_retries += 1
-        raise last
+                drawn += 1
+                refused += error.reason in REFUSED
+                may = error.retry or error.reason in REFUSED  # what else may not was retried, by its transport
+                if may and drawn <= self.recipe.redraws and refused <= refusals:
+                    self.statistics.invalid_retries += 1
+                elif earlier:
+                    drawn = refused = 0
+                else:
+                    raise
+                if key in self.replies:  # a request that was refused without a reply is sent again as it is
+                    redraw += 1
+
+    async def recall(self, request: Request, *, sample: int = 0) -> Scores | UnusableError | None:
+        """The scores that replies of an earlier attempt of the step give, or why none of them does; None without any.
+        Nothing is asked."""
+        found: UnusableError | None = None
+        for redraw in itertools.count():
+            key = self._address(request, sample, redraw)
+            if key not in self.replies or key in self._asked:
+                return found
+            try:
+                return self._read(request, read_body(await asyncio.to_thread(self.replies.get, key)))[0]
+            except UnusableError as error:
+                found = error
+        return found
+
+    async def _recall(self, request: Request, key: str) -> tuple[Scores, Reply]:
+        body = await asyncio.to_thread(self.replies.get, key)
+        self.statistics.cache_hits += 1
+        self.statistics.count(body)
+        return self._read(request, read_body(body))
+
+    def _read(self, request: Request, reply: Reply) -> tuple[Scores, Reply]:
+        scores = parse(request, reply)
+        if self.recipe.extraction == "expected":
+            scores, missing = expected_scores(request, reply, scores)
+            self.statistics.missing_logprobs += missing
+        return scores, reply
 
     def _address(self, request: Request, sample: int, redraw: int) -> str:
         recipe = self.recipe
@@ -322,6 +359,11 @@ class Judge:
                 raise TransportError(UnusableError("slow", f"over {allowed:.1f} s")) from None
             self.breaker.bad("timeout")
             raise TransportError(UnusableError("timeout", f"over {timeout:g} s")) from None
+        except ForbiddenError as error:
+            await self._is_alive()  # raises it again where the key is refused, whatever is asked
+            self.connection.saw_answer()
+            problem = UnusableError("http_403", shown(error.text), retry=False)
+            raise TransportError(problem, status=403, text=error.text) from None
         except TransportError as error:
             if error.status in BUSY:
                 self.statistics.rate_limited += 1
@@ -354,6 +396,7 @@ class Judge:
         self.connection.saw_answer()
         self.statistics.answered += 1
         self.statistics.count(body)
+        self._asked.add(key)
         await asyncio.to_thread(self.replies.put, key, body)
         if problem is not None:
             raise problem

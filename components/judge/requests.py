@@ -2,8 +2,8 @@
 
 The question and the reading of its answer belong to a judge method (`methods/`); here is the part that all methods
 share. The order inside a request is: the rubric (the same for a campaign), the source image (the same for a group),
-then the candidate's own images. So a server with prefix caching encodes the shared part of a group once. Nothing that
-an image shows is ever copied into the words.
+then the candidate's own images. So a server whose prefix caching works for its model computes the shared part of a
+group once (`layerloop judge check` measures it). Nothing that an image shows is ever copied into the words.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ class Statistics:
     answered: int = 0  # usable or not
     cache_hits: int = 0  # replies found in the store
     invalid_retries: int = 0  # asked again because the answer was unusable
+    followed_up: int = 0  # grids without an answer, which were asked in another order or in halves
     rate_limited: int = 0  # 429 and 503
     given_up: int = 0  # requests abandoned for being slow
     missing_logprobs: int = 0  # scores taken as sampled, though expected values were asked for

@@ -7,6 +7,7 @@ typed `create` spends 2 ms per request on traversing the images.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import re
 import time
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerloop.components.judge.errors import read_error, shown
 from layerloop.components.judge.replies import MAX_BODY, UnusableError
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
 if TYPE_CHECKING:
@@ -32,7 +34,16 @@ BUSY = frozenset({429, 503, 529})
 LONGEST_RETRY_AFTER = 120.0  # seconds of Retry-After that are obeyed
 FORBIDDEN = 8  # answers 403 in a row after good ones, until it is the key and not the requests
 
+MAX_FILE = 1 << 30  # bytes of a file of answers, of a batch; any other body has MAX_BODY
 LANE = 8  # connections of one HTTP client
+
+
+class ForbiddenError(LayerloopError):
+    """A 403 before anything was answered: of the key, or of this one request."""
+
+    def __init__(self, message: str, text: str) -> None:
+        super().__init__(message)
+        self.text = text
 
 
 class TransportError(Exception):
@@ -64,8 +75,9 @@ class Connection:
         import httpx2
         from openai import AsyncOpenAI
 
-        self.url = url
+        self.url = without_secrets(url)  # as it is shown
         # Loading the certificates takes 50 ms, so it is done once, and not for plain HTTP.
+        self._trust_env = not _is_direct(url)
         self._verify = False if url.lower().startswith("http://") else _certificates()
         try:
             client = self._client()
@@ -75,7 +87,7 @@ class Connection:
             odd = [n for n in given if not os.environ[n].startswith(("http://", "https://"))]
             name = (odd or given or ["the proxy"])[0]
             raise LayerloopError(
-                f"{name} is {_without_password(os.environ.get(name, ''))}, which cannot be used for judge {url} "
+                f"{name} is {_without_password(os.environ.get(name, ''))}, which cannot be used for judge {self.url} "
                 f"({' '.join(str(error).split())[:100]}): unset it, give an http:// proxy, or put the host in NO_PROXY"
             ) from None
         self.openai = AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=client)
@@ -89,7 +101,7 @@ class Connection:
 
         return DefaultAsyncHttpxClient(
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=LANE),
-            trust_env=not _is_direct(self.url),
+            trust_env=self._trust_env,
             follow_redirects=False,  # a redirect would send images and key to another host
             verify=self._verify,
             headers={
@@ -124,22 +136,23 @@ class Connection:
         lane = self._lane()
         lane.active += 1
         try:
-            response = await lane.openai.post(
-                "/chat/completions",
-                cast_to=httpx2.Response,
-                content=payload,
-                options={"headers": {"Content-Type": "application/json"}, "timeout": timeout},
-            )
+            async with asyncio.timeout(timeout):  # of the whole: the client's own is of each read
+                response = await lane.openai.post(
+                    "/chat/completions",
+                    cast_to=httpx2.Response,
+                    content=payload,
+                    options={"headers": {"Content-Type": "application/json"}, "timeout": timeout},
+                )
             return bytes(response.content)
-        except (openai.APITimeoutError, httpx2.TimeoutException):
+        except (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError):
             raise TransportError(UnusableError("timeout", f"over {timeout:g} s")) from None
         except openai.APIStatusError as error:
             raise self.status_error(error) from None
-        except _TooLargeError:
+        except TooLargeError:
             raise TransportError(UnusableError("body_too_large", f"over {MAX_BODY >> 20} MB")) from None
         except (openai.APIConnectionError, httpx2.HTTPError, httpx2.StreamError, OSError) as error:
             cause = (error.__cause__ if isinstance(error, openai.APIConnectionError) else None) or error
-            if isinstance(cause, _TooLargeError):
+            if isinstance(cause, TooLargeError):
                 raise TransportError(UnusableError("body_too_large", f"over {MAX_BODY >> 20} MB")) from None
             raise TransportError(UnusableError("connection", type(cause).__name__)) from None
         finally:
@@ -162,7 +175,7 @@ class Connection:
                 "the step again; what it has answered is stored, and only the rest is sent"
             )
         if status == 401 or (status == 403 and not self.answered):
-            raise LayerloopError(
+            raise (LayerloopError if status == 401 else functools.partial(ForbiddenError, text=text))(
                 f"judge {self.url} {FATAL[status]} (HTTP {status}{': ' if text else ''}{shown(_without_keys(text))}): "
                 "set OPENAI_API_KEY to a key that it takes"
             )
@@ -241,13 +254,15 @@ def _without_password(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//...@", url)
 
 
-class _TooLargeError(Exception):
+class TooLargeError(Exception):
     """A body that is longer than any judgement."""
 
 
 async def _bound_body(response: Any) -> None:
-    """Event hook: let no body, of an error either, be read beyond MAX_BODY."""
+    """Event hook: let no body, of an error either, be read beyond MAX_BODY, nor a file beyond MAX_FILE."""
     import httpx2
+
+    most = MAX_FILE if response.request.url.path.endswith("/content") else MAX_BODY
 
     class Bounded(httpx2.AsyncByteStream):
         def __init__(self, stream: Any) -> None:
@@ -257,15 +272,15 @@ async def _bound_body(response: Any) -> None:
             size = 0
             async for chunk in self.stream:
                 size += len(chunk)
-                if size > MAX_BODY:
-                    raise _TooLargeError
+                if size > most:
+                    raise TooLargeError
                 yield chunk
 
         async def aclose(self) -> None:
             await self.stream.aclose()
 
     if response.headers.get("content-encoding", "identity") != "identity":
-        raise _TooLargeError  # we sent Accept-Encoding: identity; a compressed body may be a decompression bomb
+        raise TooLargeError  # we sent Accept-Encoding: identity; a compressed body may be a decompression bomb
     response.stream = Bounded(response.stream)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import get_args
 
+from layerloop.components.layers import measure
+from layerloop.components.layers.layerd import PROTOCOL
 from layerloop.components.layers.measure import MEASURES, Better, Column, Group, Place
 
 # LayerD's scores, by the name in layerd.EditLevel. There is a column for every number of edits; the first is quoted.
@@ -20,10 +22,12 @@ LAYERD: Mapping[str, Column] = {
     "rgb_l1": Column(
         name="layerd_rgb_l1_0", title="LayerD RGB L1", better="lower", group="Against the true layers",
         quoted={"kubeflow": 0, "card": 9},
+        blind=("untouched", "veils", "alpha noise", "junk"),
     ),
     "alpha_iou": Column(
         name="layerd_alpha_iou_0", title="LayerD alpha IoU", better="higher", group="Against the true layers",
         quoted={"designs headline": 2, "kubeflow": 0, "card": 10},
+        blind=("background", "colour noise"),
     ),
 }  # fmt: skip
 
@@ -32,10 +36,17 @@ GROUPS: Mapping[Group, tuple[str, ...]] = {
     group: tuple(column.name for column in (*MEASURES.values(), *LAYERD.values()) if column.group == group)
     for group in get_args(Group)
 }
+BY_SLOT = ("layer_l1", "slot_l1")  # compared by layer count as well, and of each slot: `layer_l1_0` and so on
 COLUMNS: Mapping[str, Column] = {
     name: {**MEASURES, **{column.name: column for column in LAYERD.values()}}[name]
     for names in GROUPS.values()
     for name in names
+}
+
+# What a report explains: measures by name, and the terms that they use.
+DEFINITIONS: Mapping[str, str] = {
+    **measure.DEFINITIONS,
+    "layerd": " ".join([PROTOCOL, *(f"{column.title}: {column.blindness}" for column in LAYERD.values())]),
 }
 
 
@@ -45,27 +56,41 @@ def quoted(place: Place) -> list[str]:
     return sorted(names, key=lambda name: COLUMNS[name].quoted[place])
 
 
-def better_of(column: str) -> Better:
+def column_of(name: str) -> Column | None:
+    """The column of COLUMNS that a name in tables belongs to: `slot_l1` of `slot_l1_2`, which is that of slot 2, and
+    `layerd_cost_0` of `layerd_clean_cost_3`; None of `layerd_edits`."""
+    if name.startswith("layerd_"):
+        return LAYERD.get(_score(name))
+    return COLUMNS.get(name) or COLUMNS.get(name.rpartition("_")[0])
+
+
+def slots_of(column: str, layers: int) -> list[str]:
+    """The columns of `column`, one of BY_SLOT, for decompositions into so many layers: itself and that of each slot."""
+    return [column, *(f"{column}_{slot}" for slot in range(layers))]
+
+
+def better_of(name: str) -> Better:
     """Whether a lower or a higher value of a column is better."""
-    if column in MEASURES:
-        return MEASURES[column].better
-    if column.startswith("layerd_"):
-        score = _score(column)
-        return LAYERD[score].better if score else None
-    return "lower"  # slot_l1_<k>
+    column = column_of(name)
+    return column.better if column else None
 
 
-def title_of(column: str) -> str:
+def gives_verdict(name: str) -> bool:
+    """Whether a difference in a column may be called better or worse."""
+    column = column_of(name)
+    return column is not None and column.better is not None and column.verdict
+
+
+def title_of(name: str) -> str:
     """A column's human-readable name."""
-    if column in MEASURES:
-        return MEASURES[column].title
-    if column.startswith("layerd_"):
-        score, edits = _score(column), column.rpartition("_")[2]
-        if not score:
-            return "LayerD edits made"
-        tail = ", faint alpha cleared" if column.startswith("layerd_clean_") else ""
-        return f"{LAYERD[score].title}, {edits} edit{'' if edits == '1' else 's'}{tail}"
-    return column
+    column = column_of(name)
+    if column is None:
+        return "LayerD edits made" if name == "layerd_edits" else name
+    if name.startswith("layerd_"):
+        edits = name.rpartition("_")[2]
+        tail = ", faint alpha cleared" if name.startswith("layerd_clean_") else ""
+        return f"{column.title}, {edits} edit{'' if edits == '1' else 's'}{tail}"
+    return column.title if name == column.name else f"{column.title}, slot {name.rpartition('_')[2]}"
 
 
 def _score(column: str) -> str:

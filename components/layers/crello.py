@@ -1,23 +1,27 @@
 """Designs in the column layout of Crello v5: rows made of generated designs, their parquet files, and the renderer.
 
-Crello is cyberagent/crello on the Hugging Face hub. Only numpy and Pillow are needed; pyarrow for parquet.
+Crello is cyberagent/crello on the Hugging Face hub. Only numpy and Pillow are needed; pyarrow for parquet. What of the
+rendered elements is ground truth says truth.py.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFont
 
 from layerloop.components.layers.designs import draw_sketch
 from layerloop.components.layers.paint import paint
 from layerloop.components.layers.sketch import Element, Sketch
+from layerloop.components.layers.text import FontFiles, Text, draw_text, text_of
+from layerloop.components.schema.errors import LayerloopError
 
 Design = dict[str, Any]  # a row
 
@@ -41,16 +45,22 @@ TEXT_COLUMNS = {
 
 
 def generate_design(
-    rng: np.random.Generator, *, canvas: tuple[int, int] = (320, 320), layers: int, photo_share: float = 0.15
+    rng: np.random.Generator,
+    *,
+    canvas: tuple[int, int] = (320, 320),
+    layers: int,
+    photo_share: float = 0.15,
+    every_kind: bool = False,
 ) -> Design:
     """One design as a row in Crello v5's columns, its elements painted as PNG (straight RGBA, unrotated, bottom first).
 
-    `canvas` is (width, height) in pixels; `layers` counts the background. The same `rng` state gives the same row, byte
-    for byte. Raises ValueError for `layers` under 1 or sides under 16.
+    `canvas` is (width, height) in pixels; `layers` counts the background. With `every_kind` five more elements stand
+    among them, which Crello's rows have and sketches have not: see `_with_every_kind`. The same `rng` state gives the
+    same row, byte for byte. Raises ValueError for `layers` under 1 or sides under 16.
     """
-    return design_of(
-        draw_sketch(rng, canvas=canvas, layers=layers, photo_share=photo_share), f"{rng.integers(2**63):016x}"
-    )
+    sketch = draw_sketch(rng, canvas=canvas, layers=layers, photo_share=photo_share)
+    design = design_of(sketch, f"{rng.integers(2**63):016x}")
+    return _with_every_kind(design, rng) if every_kind else design
 
 
 def design_of(sketch: Sketch, name: str) -> Design:
@@ -78,6 +88,59 @@ def design_of(sketch: Sketch, name: str) -> Design:
     for column, empty in TEXT_COLUMNS.items():
         design[column] = [list(empty) if isinstance(empty, list) else empty for _ in elements]
     return design
+
+
+def _with_every_kind(design: Design, rng: np.random.Generator) -> Design:
+    """The design with five more elements: right over the background an opaque picture that covers the canvas and so
+    hides it; on top a turned bar, a card of opacity 0.5, a shadow whose image is nowhere opaque, and a text with its
+    preview, half as transparent as its opacity and its colour say together."""
+    width, height = float(design["canvas_width"]), float(design["canvas_height"])
+    colour = [int(value) for value in rng.integers(40, 216, 3)]
+    ramp = np.empty((48, 64, 3), np.uint8)
+    ramp[:] = (np.array(colour) + np.linspace(-40, 39, 64)[:, None]).astype(np.uint8)
+    bar, card = np.full((6, 40, 4), 255, np.uint8), np.full((20, 30, 4), 255, np.uint8)
+    bar[..., :3], card[..., :3] = rng.integers(0, 256, 3), rng.integers(0, 256, 3)
+    shadow = np.zeros((32, 32, 4), np.uint8)
+    shadow[4:-4, 4:-4, 3] = 110
+    elements = [
+        ("ImageElement", (0.0, 0.0, width, height), 0.0, 1.0, ramp, 1),
+        ("SvgElement", (0.1 * width, 0.15 * height, 0.4 * width, 0.06 * height), 25.0, 1.0, bar, None),
+        ("SvgElement", (0.6 * width, 0.1 * height, 0.3 * width, 0.2 * height), 0.0, 0.5, card, None),
+        ("ImageElement", (0.1 * width, 0.5 * height, 0.3 * width, 0.3 * height), 0.0, 1.0, shadow, None),
+    ]
+    made = {name: list(value) if isinstance(value, list) else value for name, value in design.items()}
+    for kind, box, angle, opacity, pixels, index in elements:
+        _insert(made, index, kind, box, angle, opacity, _encode_png(pixels))
+    box = (0.45 * width, 0.62 * height, 0.5 * width, 0.14 * height)
+    text = Text(
+        "Big sale", box[2], 0.12 * height, 1.0, 0.0, "center", [False] * 8, [False] * 8, ["rgba(20,20,20,0.5)"] * 8, []
+    )
+    preview = Image.new("RGBA", (360, max(1, round(360 * box[3] / box[2]))))
+    drawn = draw_text(text, lambda bold, italic, pixels: cast(Any, ImageFont.load_default(pixels)), 360 / box[2])
+    assert drawn is not None
+    preview.paste(drawn[0], (round(drawn[1][0] * 360 / box[2]), round(drawn[1][1] * 360 / box[2])))
+    _insert(made, None, "TextElement", box, 0.0, 0.5, _encode_png(np.asarray(preview)))
+    of_text = {
+        "text": text.text, "font": "Montserrat", "font_size": text.size, "text_align": text.align,
+        "font_bold": list(text.bold), "font_italic": list(text.italic), "text_color": list(text.colours),
+        "text_line": [0] * 8,
+    }  # fmt: skip
+    for name, value in of_text.items():
+        made[name][-1] = value
+    return made
+
+
+def _insert(
+    design: Design, index: int | None, kind: str, box: tuple[float, ...], angle: float, opacity: float, image: bytes
+) -> None:
+    """Put an element into a row, in every column; on top where `index` is None."""
+    at = int(design["length"]) if index is None else index
+    values: dict[str, Any] = {"type": kind, "angle": angle, "opacity": opacity, "color": [], "image": image}
+    values |= dict(zip(("left", "top", "width", "height"), box, strict=True))
+    values |= {name: list(empty) if isinstance(empty, list) else empty for name, empty in TEXT_COLUMNS.items()}
+    for name, value in values.items():
+        design[name].insert(at, value)
+    design["length"] += 1
 
 
 def _element_type(element: Element) -> str:
@@ -126,9 +189,19 @@ def write_designs_parquet(path: str | Path, designs: Iterable[Design]) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
-NEEDED_COLUMNS = (
-    "id", "length", "canvas_width", "canvas_height", "left", "top", "width", "height", "angle", "opacity", "image",
-)  # fmt: skip
+_NUMBERS = ("left", "top", "width", "height", "angle", "opacity")  # columns with a number for each element
+NEEDED_COLUMNS = ("id", "length", "canvas_width", "canvas_height", *_NUMBERS, "image")
+REVISION = "5.1.0"  # of cyberagent/crello; what LayerD takes
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One element on the canvas: (H, W, 4) uint8, straight RGBA, 0 where transparent; whether its own image is nowhere
+    opaque; and for a text what it was drawn from."""
+
+    layer: np.ndarray
+    transparent: bool
+    text: Literal["", "preview", "fonts"]
 
 
 def _image_bytes(image: Any) -> bytes | None:
@@ -143,40 +216,154 @@ def _decode(encoded: bytes) -> Image.Image:
         return opened.convert("RGBA")
 
 
-def render_design(
-    design: Design,
-    *,
-    longest_side: int | None = None,
-    size: tuple[int, int] | None = None,
-    decode: Callable[[bytes], Image.Image] = _decode,
-) -> np.ndarray:
-    """The layers of a row in Crello v5's columns: (L, H, W, 4) uint8, straight RGBA, bottom first, 0 where transparent.
+def class_labels(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Names of the classes by column, of a parquet schema's metadata as the datasets library writes it: such a column
+    holds indices."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    inner = {name: value.get("feature", value) for name, value in features.items() if isinstance(value, dict)}
+    return {
+        name: list(f["names"]) for name, f in inner.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"
+    }
 
-    As LayerD renders ground truth: for every element a transparent canvas, translated to (left, top), rotated by
-    `angle` degrees clockwise about the element's centre, its image stretched over (width, height), anti-aliased, at
-    `opacity`. Give `longest_side` in pixels, or `size` as (width, height), or neither for the design's own canvas.
-    `decode` makes an RGBA image of an element's bytes, where they are not our own.
 
-    Raises ValueError naming the element where it has no image (a real Crello text element has a font instead).
+def with_labels(row: Design, labels: Mapping[str, Sequence[str]]) -> Design:
+    """The row with class indices replaced by their names."""
+
+    def named(value: Any, names: Sequence[str]) -> Any:
+        if isinstance(value, list):
+            return [named(item, names) for item in value]
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+    return {name: named(value, labels[name]) if name in labels else value for name, value in row.items()}
+
+
+def check_row(design: Design) -> None:
+    """Refuse a row that cannot be rendered.
+
+    Raises:
+        LayerloopError: naming the column, and the element, that is null, of another length, or no number.
     """
+    for name in ("length", "canvas_width", "canvas_height"):
+        if not _is_number(design.get(name)) or float(design[name]) < 1:
+            raise LayerloopError(f"column {name} is {_shown(design.get(name))}: give a number of 1 or more")
+    count = int(design["length"])
+    for name in (*_NUMBERS, "image"):
+        values = design.get(name)
+        if not isinstance(values, Sequence) or len(values) < count:
+            found = _shown(values) if not isinstance(values, Sequence) else f"a list of {len(values)}"
+            raise LayerloopError(f"column {name} is {found}, but length is {count}: give a value for each element")
+    for name in _NUMBERS:
+        for index, value in enumerate(design[name][:count]):
+            if not _is_number(value):
+                raise LayerloopError(f"column {name} is {_shown(value)} for element {index}: give a number")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else repr(value)[:40]
+
+
+def render_design(
+    design: Design, *, longest_side: int | None = None, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """The elements of a row in Crello v5's columns, made by us, as layers: (L, H, W, 4) uint8, straight RGBA, bottom
+    first, 0 where transparent.
+
+    Give `longest_side` in pixels, or `size` as (width, height), or neither for the design's own canvas.
+
+    Raises:
+        LayerloopError: as `render_elements`.
+    """
+    check_row(design)
     canvas = (float(design["canvas_width"]), float(design["canvas_height"]))
     if size is None:
         scale = 1.0 if longest_side is None else longest_side / max(canvas)
         size = (max(1, round(canvas[0] * scale)), max(1, round(canvas[1] * scale)))
     elif longest_side is not None:
         raise ValueError("give longest_side or size, not both")
-    out = np.zeros((int(design["length"]), size[1], size[0], 4), np.uint8)
-    for index in range(len(out)):
+    return np.stack([element.layer for element in render_elements(design, size=size)])
+
+
+def render_elements(
+    design: Design,
+    *,
+    size: tuple[int, int],
+    decode: Callable[[bytes], Image.Image] = _decode,
+    fonts: FontFiles | None = None,
+) -> Iterator[Rendered]:
+    """The elements of a row in Crello v5's columns one by one, on a canvas of `size` = (width, height).
+
+    As LayerD renders ground truth (src/layerd/data/renderer.py): for every element a transparent canvas, translated to
+    (left, top), rotated by `angle` degrees clockwise about the element's centre, its image stretched over (width,
+    height), anti-aliased, at `opacity`. A text's opacity is that of its colour. It is drawn from `fonts` where they
+    have its family, else it is its image, a preview.
+
+    Args:
+        decode: makes an RGBA image of an element's bytes, where they are not our own.
+
+    Raises:
+        LayerloopError: as `check_row`, or naming the element that has no image.
+    """
+    check_row(design)
+    canvas = (float(design["canvas_width"]), float(design["canvas_height"]))
+    for index in range(int(design["length"])):
+        is_text = _is_text(design, index)
         encoded = _image_bytes(design["image"][index])
-        if encoded is None:
-            kind = design["type"][index] if "type" in design else "element"
-            raise ValueError(f"element {index} ({kind}) of design {design['id']} has no image: it cannot be rendered")
-        image = decode(encoded)
         box = tuple(float(design[name][index]) for name in ("left", "top", "width", "height"))
+        drawn = _drawn_text(design, index, box, canvas, size, fonts) if is_text and fonts else None
+        if drawn is None and encoded is None:
+            raise LayerloopError(
+                f"element {index} ({_kind(design, index)}) of design {design['id']} has no image: it cannot be rendered"
+            )
+        image, box = drawn or (decode(encoded or b""), box)
+        layer = np.zeros((size[1], size[0], 4), np.uint8)
         if box[2] > 0 and box[3] > 0:
-            out[index] = _place_element(image, box, float(design["angle"][index]), canvas, size)
-            out[index, ..., 3] = np.rint(out[index, ..., 3] * min(1.0, max(0.0, float(design["opacity"][index]))))
-    return out
+            layer = _place_element(image, box, float(design["angle"][index]), canvas, size)
+        if not is_text:
+            layer[..., 3] = np.rint(layer[..., 3] * min(1.0, max(0.0, float(design["opacity"][index]))))
+        source: Literal["", "preview", "fonts"] = "" if not is_text else "preview" if drawn is None else "fonts"
+        yield Rendered(layer, int(np.asarray(image.getchannel("A")).max(initial=0)) < 255, source)
+
+
+def _kind(design: Design, index: int) -> str:
+    return str(design["type"][index]) if "type" in design else "element"
+
+
+def _is_text(design: Design, index: int) -> bool:
+    """Whether an element is a text: by its type, or by having words where types are numbers without names."""
+    if isinstance(kind := design["type"][index] if "type" in design else None, str):
+        return kind.lower() == "textelement"
+    return bool("text" in design and design["text"][index])
+
+
+def _drawn_text(
+    design: Design,
+    index: int,
+    box: tuple[float, ...],
+    canvas: tuple[float, float],
+    size: tuple[int, int],
+    fonts: FontFiles,
+) -> tuple[Image.Image, tuple[float, ...]] | None:
+    """A text element drawn from font files, on a box about the same centre; None where the files lack its family."""
+    face = fonts.face(str(design["font"][index]))
+    if face is None:
+        return None
+    zoom = 2 * math.sqrt(size[0] * size[1] / (canvas[0] * canvas[1]))
+    drawn = draw_text(text_of(design, index), face, zoom)
+    if drawn is None:
+        return Image.new("RGBA", (1, 1)), box
+    image, (left, top, right, bottom) = drawn
+    half = (max(box[2] / 2 - left, right - box[2] / 2), max(box[3] / 2 - top, bottom - box[3] / 2))
+    whole = Image.new("RGBA", (max(1, round(2 * half[0] * zoom)), max(1, round(2 * half[1] * zoom))))
+    whole.paste(image, (round((left - box[2] / 2 + half[0]) * zoom), round((top - box[3] / 2 + half[1]) * zoom)))
+    centre = (box[0] + box[2] / 2, box[1] + box[3] / 2)
+    return whole, (centre[0] - half[0], centre[1] - half[1], whole.width / zoom, whole.height / zoom)
 
 
 def _place_element(
@@ -210,4 +397,4 @@ def _place_element(
     f = (sin * centre_x - cos * centre_y + height / 2) * to_own_y + 2
     fine = (size[0] * finer, size[1] * finer)
     placed = padded.transform(fine, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR)
-    return np.asarray(placed.reduce(finer).convert("RGBA"))
+    return np.array(placed.reduce(finer).convert("RGBA"))

@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 DIFFUSERS_BFLOAT16 = "pytorch_lora_weights.bf16.safetensors"
 PEFT, DIFFUSERS = "peft", "diffusers"  # subfolders by layout: peft's of every publication, diffusers' of old ones
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
+PATTERN_SECONDS, LONGEST_PATTERN = 0.2, 1000  # of a key of alpha_pattern: to match one module, and its characters
 UNSUPPORTED = {"use_dora": False, "lora_bias": False, "modules_to_save": None, "bias": "none", "fan_in_fan_out": False}
 
 
@@ -239,7 +239,6 @@ def _scale(module: str, rank: int, config: dict[str, Any] | None, where: Path) -
     if config is None:
         return 1.0
     from peft import LoraConfig
-    from peft.utils.other import get_pattern_key
 
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
@@ -247,15 +246,9 @@ def _scale(module: str, rank: int, config: dict[str, Any] | None, where: Path) -
             f"{where} has alpha_pattern {reprlib.repr(patterns)}, which is not a mapping: write it as "
             '{"to_q": 8} with the alpha of each module'
         )
-    try:
-        pattern = get_pattern_key(patterns, module)
-    except re.error as error:
-        raise LayerloopError(
-            f"{where} has alpha_pattern {reprlib.repr(patterns)} with a key that is not a regular expression "
-            f"({error}): correct it, or name modules in full"
-        ) from None
+    pattern = _matching(patterns, module, where)
     field, alpha = "lora_alpha", config.get("lora_alpha", LoraConfig.lora_alpha)
-    if pattern in patterns:
+    if pattern is not None:
         field, alpha = f"alpha_pattern[{pattern!r}]", patterns[pattern]
     largest = torch.finfo(torch.float32).max
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= largest:
@@ -264,6 +257,26 @@ def _scale(module: str, rank: int, config: dict[str, Any] | None, where: Path) -
             "adapter was trained with, such as 16"
         )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _matching(patterns: dict[str, Any], module: str, where: Path) -> str | None:
+    """The first pattern that matches a module as peft's `get_pattern_key` does, but never for longer than
+    `PATTERN_SECONDS`: a pattern such as `(a+)+b` takes Python's own matcher longer than anybody lives."""
+    import regex
+
+    for pattern in patterns:
+        try:
+            if len(pattern) > LONGEST_PATTERN:
+                raise regex.error(f"{len(pattern)} characters")
+            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS):
+                return pattern
+        except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError) as error:
+            why = "it takes too long" if isinstance(error, TimeoutError) else " ".join(str(error).split())[:120]
+            raise LayerloopError(
+                f"{where} has alpha_pattern {reprlib.repr(pattern)}, which is not a regular expression that can be "
+                f"used ({why}): correct it, or name modules in full"
+            ) from None
+    return None
 
 
 # ---- merging

@@ -24,6 +24,7 @@ from layerloop.components.reference_judge.rules import Floats, RecoveredLayers
 
 MAX_LAYERS = 64
 MAX_PIXELS = 24_000_000  # of one image
+MAX_TOTAL_PIXELS = 48_000_000  # of a request: its images are held decoded, and a few MB of PNG may have gigabytes
 SIDE = 128  # longest side at which images are compared, as coarse as a VLM's patches
 
 _ROW = re.compile(r"^candidate (\d+): (.+)$", re.MULTILINE)
@@ -148,20 +149,26 @@ def _parts(messages: Any) -> list[str | Pixels]:
             continue
         if not isinstance(content, list):
             raise BadRequestError(f"'{where}.content' must be text or a list of parts", param=where)
-        parts += [_part(part, f"{where}.content.{at}") for at, part in enumerate(content)]
+        for at, part in enumerate(content):
+            parts.append(_part(part, f"{where}.content.{at}", most=MAX_TOTAL_PIXELS - _pixels(parts)))
     return parts
 
 
-def _part(part: Any, where: str) -> str | Pixels:
+def _pixels(parts: list[str | Pixels]) -> int:
+    return sum(part.shape[0] * part.shape[1] for part in parts if not isinstance(part, str))
+
+
+def _part(part: Any, where: str, *, most: int) -> str | Pixels:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     if isinstance(part, dict) and part.get("type") == "image_url" and isinstance(part.get("image_url"), dict):
-        return decode_data_url(part["image_url"].get("url"), where)
+        return decode_data_url(part["image_url"].get("url"), where, most=most)
     raise BadRequestError(f"'{where}' is neither a text nor an image_url part", param=where)
 
 
-def decode_data_url(url: Any, where: str) -> Pixels:
+def decode_data_url(url: Any, where: str, *, most: int = MAX_PIXELS) -> Pixels:
     """RGB `(H, W, 3)` of a base64 data URL of a PNG, JPEG or WebP image, its size checked before it is decoded.
+    `most` is what the request may still have in pixels.
 
     Raises:
         BadRequestError: another kind of URL (nothing is ever fetched), not base64, not an image, or too large.
@@ -178,6 +185,8 @@ def decode_data_url(url: Any, where: str) -> Pixels:
                 raise BadRequestError(
                     f"'{where}' has {image.width}x{image.height} pixels, over {MAX_PIXELS}", param=where
                 )
+            if image.width * image.height > most:
+                raise BadRequestError(f"the images of the request have over {MAX_TOTAL_PIXELS} pixels", param=where)
             return np.asarray(image.convert("RGB"))
     except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise BadRequestError(f"'{where}' cannot be decoded as an image", param=where, code="invalid_image") from None

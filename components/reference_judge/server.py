@@ -11,10 +11,12 @@ Wrong requests get the API's error objects with a 4xx. It listens on loopback by
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import re
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -32,6 +34,8 @@ from layerloop.components.schema.errors import LayerloopError
 MAX_BODY = 64 << 20  # bytes of one request
 MAX_FILE = 256 << 20  # bytes of a file of batched requests
 IDLE_SECONDS = 120  # after which a silent connection is closed
+HEAD_SECONDS = 20.0  # from the first byte of a request to the end of its head
+BODY_SECONDS, BODY_RATE = 30.0, 100_000  # for a body, and bytes a second beyond
 PATCH = 28  # pixels a side that count as one input token, as with Qwen's VLMs
 
 
@@ -109,6 +113,27 @@ def serve(host: str = "127.0.0.1", port: int = 8788, *, model: str = NAME, max_b
         server.server_close()
 
 
+class _TimedReader(io.RawIOBase):
+    """Reads a socket up to the moment `until`, in all: a client that sends a byte now and then holds no thread."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.until: float | None = None  # monotonic seconds; None until the first byte of a request
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = IDLE_SECONDS if self.until is None else self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request takes too long")
+        self.connection.settimeout(min(IDLE_SECONDS, left))
+        count = self.connection.recv_into(buffer)
+        if self.until is None:
+            self.until = time.monotonic() + HEAD_SECONDS
+        return count
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: JudgeServer
     protocol_version = "HTTP/1.1"
@@ -117,6 +142,16 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     server_version = NAME
     sys_version = ""
+
+    def setup(self) -> None:
+        super().setup()
+        self._reader = _TimedReader(self.connection)
+        self.rfile.close()
+        self.rfile = io.BufferedReader(self._reader)
+
+    def handle_one_request(self) -> None:
+        self._reader.until = None
+        super().handle_one_request()
 
     def do_GET(self) -> None:
         self._answer("GET")
@@ -167,6 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > most:
             what = f"the request has {int(length) >> 20} MB, over {most >> 20}"
             raise BadRequestError(what, status=413, code="too_large")
+        self._reader.until = time.monotonic() + BODY_SECONDS + int(length) / BODY_RATE
         data = self.rfile.read(int(length))
         if len(data) < int(length):
             raise ConnectionError("the client went away")
@@ -174,6 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, value: dict[str, Any] | bytes) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.connection.settimeout(IDLE_SECONDS)
         self.send_response(status)
         self.send_header("Content-Type", "application/octet-stream" if value is data else "application/json")
         self.send_header("Content-Length", str(len(data)))

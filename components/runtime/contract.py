@@ -79,7 +79,8 @@ def step_main(
         argv: arguments, by default the process's own.
 
     Returns:
-        The exit status: 0, or 2 after a one-line `error: ...` on standard error. Defects keep their traceback.
+        The exit status: 0, or the error's (2, if it is not one of its own) after a one-line `error: ...` on standard
+        error. Defects keep their traceback.
     """
     name = _step_name(run)
     parser = _parser(run, name)
@@ -121,7 +122,7 @@ def step_main(
         print(f"error: {error}", file=sys.stderr, flush=True)
         if refusals is not None:
             refusals.remember(error)
-        return 2
+        return error.status
     return 0
 
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 class LayerloopError(Exception):
     """Bad input or a refused operation, in one line that names the thing, its value and the remedy.
 
-    Steps and the command line print it without a traceback and exit with status 2; anything else that is raised is a
-    defect and keeps its traceback.
+    Steps and the command line print it without a traceback and exit with its `status`; anything else that is raised is
+    a defect and keeps its traceback.
     """
+
+    status: int = 2
 
 
 class UnavailableError(LayerloopError):

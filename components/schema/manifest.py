@@ -43,7 +43,7 @@ class Manifest(Record):
     metadata: dict[str, JsonValue] = {}
 
     def shards_of(self, split: str) -> tuple[Shard, ...]:
-        """Shards whose file name begins with `<split>-`, in order (sources: 'train', 'holdout', 'designs')."""
+        """Shards whose file name begins with `<split>-`, in order (sources: train, holdout, designs, benchmark)."""
         return tuple(s for s in self.shards if s.name.rsplit("/", 1)[-1].startswith(f"{split}-"))
 
     def file(self, name: str) -> File:

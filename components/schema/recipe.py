@@ -26,6 +26,14 @@ class ModelRecipe(Record):
     fp8_base: bool = False  # store the frozen base in float8_e4m3fn
 
 
+class DesignsRecipe(Record):
+    """How held-out designs become true layers (layers/truth.py)."""
+
+    transparent: Literal["keep", "drop"] = "keep"  # elements whose image is nowhere opaque; LayerD drops them
+    layers: Literal["elements", "groups"] = "elements"  # groups: what does not overlap is one layer (LayerD's grouping)
+    fonts: str | None = None  # folder (or s3://, hf://) of font files for texts, which are previews otherwise
+
+
 class DataRecipe(Record):
     """Normalisation of source images, and limits beyond which they are rejected."""
 
@@ -37,6 +45,7 @@ class DataRecipe(Record):
     duplicate_bits: int = Field(default=3, ge=0, le=64)  # difference-hash distance up to which images are duplicates
     duplicates: Literal["near", "exact"] = "near"  # which are left out; exact: only those of equal pixels
     holdout: int = Field(default=8, ge=0)  # images set aside for evaluation
+    designs: DesignsRecipe = DesignsRecipe()
 
 
 class WindowRecipe(Record):

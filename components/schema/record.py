@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import typing
 from typing import Any, Final, Self, TypeVar
 
@@ -47,6 +48,12 @@ class Record(BaseModel):
 
 R = TypeVar("R", bound="Record")
 
+_SHOWN = 8  # problems of a record that are told
+_VALUES = reprlib.Repr()  # a wrong value is told in a few words, whatever its length
+_VALUES.maxstring = _VALUES.maxother = 200
+_VALUES.maxlist = _VALUES.maxtuple = _VALUES.maxdict = _VALUES.maxset = 12
+_VALUES.maxlong = 60
+
 
 def validate(cls: type[R], value: Any, *, where: str) -> R:
     """`cls.model_validate` with every problem put into one readable line that begins with `where`."""
@@ -55,17 +62,19 @@ def validate(cls: type[R], value: Any, *, where: str) -> R:
     try:
         return cls.model_validate(value)
     except ValidationError as error:
-        raise LayerloopError("; ".join(_one_line(cls, item, where) for item in error.errors())) from None
+        items = error.errors()
+        more = f"; and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+        raise LayerloopError("; ".join(_one_line(cls, item, where) for item in items[:_SHOWN]) + more) from None
 
 
 def _one_line(cls: type[Record], item: Any, where: str) -> str:
     import difflib
 
-    path = ".".join(str(part) for part in item["loc"])
+    path = ".".join(str(part)[:80] for part in item["loc"])
     if item["type"] == "extra_forbidden":
         known = _fields_at(cls, item["loc"][:-1])
-        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-        section, dot, key = str(item["loc"][-1]).partition(".")
+        close = difflib.get_close_matches(str(item["loc"][-1])[:80], known, n=1)
+        section, dot, key = str(item["loc"][-1])[:200].partition(".")
         if dot and section in known:  # as `--set` writes it
             remedy = f'write it as {{"{section}": {{"{key}": ...}}}}'
         else:
@@ -79,9 +88,9 @@ def _one_line(cls: type[Record], item: Any, where: str) -> str:
     wanted = _WANTED.get(item["type"]) or item["msg"][0].lower() + item["msg"][1:]
     if item["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-        close = difflib.get_close_matches(str(item["input"]), choices, n=1)
+        close = difflib.get_close_matches(str(item["input"])[:80], choices, n=1)
         wanted = f"choose one of {', '.join(choices)}" + (f"; did you mean {close[0]!r}?" if close else "")
-    return f"{where}.{path} is {item['input']!r}: {wanted}"
+    return f"{where}.{path} is {_VALUES.repr(item['input'])}: {wanted}"
 
 
 # In place of pydantic's words, which name classes of ours and of Python.

@@ -43,7 +43,6 @@ class EvaluationRuntime(Record):
     """Settings for an evaluation."""
 
     batch_size: int = Field(default=1, ge=1)  # cases in one forward pass; rounding
-    bootstrap: int = Field(default=2000, ge=100)  # resamples behind the intervals; their ends move by Monte Carlo error
 
 
 class BatchRuntime(Record):
@@ -94,10 +93,11 @@ TINY: Final[Mapping[str, Any]] = {
     "model": {"gradient_checkpointing": False},
     "rollout": {"batch_size": 12},
     "update": {"microbatch": 48},
-    "evaluation": {"batch_size": 8, "bootstrap": 1000},
+    "evaluation": {"batch_size": 8},
     "judge": {"concurrency": 8},
 }
 RENAMED: Final = {("judge", "impatience"): "timeout_factor"}  # keys of earlier recipes
+REMOVED: Final = frozenset({("evaluation", "bootstrap")})  # keys of earlier recipes that mean nothing any more
 
 
 def runtime_key(section: str, key: str) -> str | None:
@@ -115,16 +115,18 @@ def split_runtime(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     """
     recipe, runtime = dict(values), {}
     for section in Runtime.model_fields:
-        if not isinstance(both := values.get(section), Mapping):
+        if not isinstance(given := values.get(section), Mapping):
             continue
+        both = {key: value for key, value in given.items() if (section, key) not in REMOVED}
         kept = {key: value for key, value in both.items() if runtime_key(section, key) is None}
         moved = {runtime_key(section, key): value for key, value in both.items() if key not in kept}
         if section == "judge" and "retries" in moved:
             kept.setdefault("redraws", moved["retries"])
         if moved:
-            recipe[section], runtime[section] = kept, moved
-            if not kept:
-                del recipe[section]
+            runtime[section] = moved
+        recipe[section] = kept
+        if given and not kept:
+            del recipe[section]
     return recipe, runtime
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from layerloop.components.judge.images import CandidateImages, candidate_images, fitted
-from layerloop.components.layers.measure import bad, duplicate
+from layerloop.components.layers.flags import flags_of
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.storage.groups import Candidate, Group
@@ -45,8 +45,7 @@ def prepare(candidate: Candidate, group: Group, recipe: JudgeRecipe) -> Prepared
     stack = candidate.stack()
     penalty = 0.0
     if recipe.artifact_penalty:
-        artifacts = bad(stack) | duplicate(stack, group.image()[..., :3])
-        penalty = recipe.artifact_penalty * float(artifacts.mean())
+        penalty = recipe.artifact_penalty * float(flags_of(stack, group.image()).bad.mean())
     sized = fitted(stack, recipe.resolution)
     cells = None
     if recipe.phase2.enabled:

@@ -94,6 +94,7 @@ def judge_metrics(statistics: Statistics, price: PriceRuntime) -> dict[str, floa
         "judge_replies": float(statistics.answered),
         "judge_cache_hits": float(statistics.cache_hits),
         "judge_invalid_retries": float(statistics.invalid_retries),
+        "judge_grids_followed_up": float(statistics.followed_up),
         "judge_rate_limited": float(statistics.rate_limited),
         "judge_given_up": float(statistics.given_up),
         "judge_missing_logprobs": float(statistics.missing_logprobs),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from layerloop.components.judge.client import Judge
 from layerloop.components.judge.grids import draw_grid
@@ -15,16 +15,20 @@ from layerloop.components.judge.limiter import Limiter
 from layerloop.components.judge.methods import PHASE1, PHASE2
 from layerloop.components.judge.methods.method import GridScore
 from layerloop.components.judge.replies import UnusableError
+from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.schema.trajectory import GroupRecord, candidate_key, group_key
+from layerloop.components.score_rollouts.follow_ups import Grid, follow_ups
 from layerloop.components.score_rollouts.judgement import Judgement, prepare
 from layerloop.components.score_rollouts.rewards import enough_valid, reward_of, score_rows
 from layerloop.components.storage.groups import Group
 
 T = TypeVar("T")
+_Answer = list[GridScore] | UnusableError  # of a grid
+REFUSALS = 1  # times that a candidate whose request was refused is asked about again; a grid has its follow-ups
 FIRST, LAST = 0, 1  # priorities: phase 2 goes first, because it finishes groups, so that few groups are in memory
 
 
@@ -79,7 +83,10 @@ class Scorer:
             judgement.penalty = prepared.penalty
             request = self.phase1.request(self.rubric, source, prepared.images, self.recipe, label=label)
             samples = range(self.recipe.samples)
-            answers = await _all(self.judge.ask(request, sample=sample, priority=LAST) for sample in samples)
+            answers = await _all(
+                _or_unusable(self.judge.ask(request, sample=sample, priority=LAST, refusals=REFUSALS))
+                for sample in samples
+            )
         judgement.samples = [answer[0][0] for answer in answers if not isinstance(answer, UnusableError)]
         if judgement.samples:
             judgement.phase1 = self.phase1.combine(judgement.samples, self.rubric.names)
@@ -93,40 +100,81 @@ class Scorer:
         """Fill in `phase2` and `repeats`; a candidate that no grid judged is masked. Returns position observations."""
         valid = [index for index, j in enumerate(judgements) if j.reason is None]
         layers, height, width = next(cells.shape[:3] for cells in shown.cells if cells is not None)
-        plans: list[tuple[int, int, list[int]]] = []  # (repeat, grid, candidates from top to bottom)
+        tasks: list[Coroutine[Any, Any, list[_Answer]]] = []
         for repeat in range(self.recipe.phase2.repeats):
             rng = random.Random(seed_for(self.seed, shown.record.iteration, shown.record.image_key, "phase2", repeat))
             orders = self.phase2.plan(valid, (layers, height, width), self.recipe.phase2, rng)
-            plans += [(repeat, grid, order) for grid, order in enumerate(orders)]
-        answers = await _all(self._judge_grid(shown, judgements, *plan) for plan in plans)
+            for number, order in enumerate(orders):
+                grid = Grid(repeat, number, tuple(order))
+                tasks.append(self._judge_grid(shown, judgements, grid, grids=len(orders)))
+        answers = [answer for answers in await _all(tasks) for answer in answers]
         grids = [answer for answer in answers if not isinstance(answer, UnusableError)]
         failed = next((answer for answer in answers if isinstance(answer, UnusableError)), None)
         self._combine(judgements, valid, grids, failed)
         return [observation for grid in grids for observation in self._positions(grid)]
 
     async def _judge_grid(
-        self, shown: _ShownGroup, judgements: Sequence[Judgement], repeat: int, grid: int, order: list[int]
-    ) -> list[GridScore]:
-        record = shown.record
+        self, shown: _ShownGroup, judgements: Sequence[Judgement], grid: Grid, *, grids: int
+    ) -> list[_Answer]:
+        """The scores of a grid of the repeat's `grids`, or why it has none and those of what was asked in its place."""
+        names = (self.seed, shown.record.iteration, shown.record.image_key, "phase2", grid.repeat, grid.number, "again")
+        rng = random.Random(seed_for(*names))
+        tries = follow_ups(grid, grids=grids, overlap=self.recipe.phase2.overlap, rng=rng)
         async with self.decode_slots.slot(FIRST):
-            stacks = [cells for index in order if (cells := shown.cells[index]) is not None]
-            grids: dict[str, EncodedImage] = await asyncio.to_thread(
-                lambda: {name: draw_grid(stacks, name) for name in self.recipe.backdrops}
-            )
-            request = self.phase2.request(
-                self.rubric,
-                shown.source,
-                grids,
-                self.recipe,
-                phase1=[scores for index in order if (scores := judgements[index].phase1) is not None],
-                layers=record.layers,
-                label=f"{group_key(record.iteration, record.group)} repeat {repeat} grid {grid}",
-            )
-            found, _ = await self.judge.ask(request, sample=repeat, priority=FIRST)
+            request = await self._grid_request(shown, judgements, grid)
+            before = await self.judge.recall(request, sample=grid.repeat)
+            if isinstance(before, UnusableError) and (stored := await self._stored(shown, judgements, tries)):
+                tries = [stored]  # an attempt of the step before this one has paid for it
+            else:
+                answer = await self._ask(request, grid)
+                if not isinstance(answer, UnusableError):
+                    return [answer]
+                before = answer
+            self.judge.statistics.followed_up += 1
+            for following in tries:
+                answers = await _all(self._ask_following(shown, judgements, part) for part in following)
+                if any(not isinstance(answer, UnusableError) for answer in answers):
+                    break
+        return [before, *answers]
+
+    async def _stored(
+        self, shown: _ShownGroup, judgements: Sequence[Judgement], tries: Sequence[list[Grid]]
+    ) -> list[Grid] | None:
+        """The first of some tries whose grids all have a stored answer."""
+        for following in tries:
+            requests = [await self._grid_request(shown, judgements, grid) for grid in following]
+            replies = [await self.judge.recall(request, sample=following[0].repeat) for request in requests]
+            if all(isinstance(reply, list) for reply in replies):
+                return following
+        return None
+
+    async def _ask_following(self, shown: _ShownGroup, judgements: Sequence[Judgement], grid: Grid) -> _Answer:
+        return await self._ask(await self._grid_request(shown, judgements, grid), grid)
+
+    async def _ask(self, request: Request, grid: Grid) -> _Answer:
+        answer = await _or_unusable(self.judge.ask(request, sample=grid.repeat, priority=FIRST))
+        if isinstance(answer, UnusableError):
+            return answer
         return [
-            GridScore(repeat, grid, position, candidate, scores)
-            for position, (candidate, scores) in enumerate(zip(order, found, strict=True))
+            GridScore(grid.repeat, grid.number, position, candidate, scores)
+            for position, (candidate, scores) in enumerate(zip(grid.order, answer[0], strict=True))
         ]
+
+    async def _grid_request(self, shown: _ShownGroup, judgements: Sequence[Judgement], grid: Grid) -> Request:
+        record = shown.record
+        stacks = [cells for index in grid.order if (cells := shown.cells[index]) is not None]
+        drawn: dict[str, EncodedImage] = await asyncio.to_thread(
+            lambda: {name: draw_grid(stacks, name) for name in self.recipe.backdrops}
+        )
+        return self.phase2.request(
+            self.rubric,
+            shown.source,
+            drawn,
+            self.recipe,
+            phase1=[scores for index in grid.order if (scores := judgements[index].phase1) is not None],
+            layers=record.layers,
+            label=f"{group_key(record.iteration, record.group)} repeat {grid.repeat} grid {grid.number}",
+        )
 
     def _combine(
         self,
@@ -154,15 +202,16 @@ class Scorer:
         return [(score.position, reward - mean) for score, reward in zip(grid, rewards, strict=True)]
 
 
-async def _all(asked: Iterable[Awaitable[T]]) -> list[T | UnusableError]:
-    """Results in order, an UnusableError in place of a missing answer; any other exception cancels the rest."""
-
-    async def one(question: Awaitable[T]) -> T | UnusableError:
-        try:
-            return await question
-        except UnusableError as error:
-            return error
-
+async def _all(asked: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; an exception cancels the rest."""
     async with asyncio.TaskGroup() as tasks:
-        running = [tasks.create_task(one(question)) for question in asked]
+        running = [tasks.create_task(question) for question in asked]
     return [task.result() for task in running]
+
+
+async def _or_unusable(asked: Awaitable[T]) -> T | UnusableError:
+    """The result, or the UnusableError in its place."""
+    try:
+        return await asked
+    except UnusableError as error:
+        return error

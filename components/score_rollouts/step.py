@@ -16,6 +16,7 @@ from layerloop.components.judge.methods import prompt_hash, rubric_of
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.progress import log
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.manifest import Manifest
@@ -79,7 +80,8 @@ def run(
     replies = StoredReplies(opened.store, f"{folder}/replies")
     if wait is None:
         opened.rollouts(current)
-    log(f"judging iteration {current} by {recipe.judge.model} at {url}; {len(replies)} replies are stored already")
+    where = without_secrets(url)
+    log(f"judging iteration {current} by {recipe.judge.model} at {where}; {len(replies)} replies are stored already")
 
     start = time.monotonic()
     judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed)
@@ -170,7 +172,8 @@ def _refuse_too_many_dropped(
         raise LayerloopError(
             f"{dropped} of {len(groups)} groups have fewer than {recipe.judge.min_valid} valid candidates "
             f"(most often {_example(rows, common)}), over recipe.judge.max_dropped_fraction {allowed:g}: look at the "
-            "judge's answers in scores/replies, or try `layerloop judge check`"
+            "judge's answers in scores/replies, try `layerloop judge check`, and run the step again: what was unusable "
+            "is asked again"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from layerloop.components.runtime.progress import log
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe, Recipe
 from layerloop.components.schema.runtime import ModelRuntime
@@ -59,4 +60,4 @@ def _fetched(field: str, uri: str) -> Path:
     try:
         return local_folder(uri)
     except LayerloopError as error:
-        raise LayerloopError(f"{field} is {uri}: {error}") from None
+        raise LayerloopError(f"{field} is {without_secrets(uri)}: {error}") from None

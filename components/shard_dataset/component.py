@@ -17,6 +17,7 @@ def shard_dataset(
     overrides: dict[str, Any] = {},  # noqa: B006
     images: str = "",
     designs: str = "",
+    benchmark: str = "",
     judge_url: str = "",
     default_recipe: str = "",
     iterations: int = 1,
@@ -41,6 +42,7 @@ def shard_dataset(
         overrides: Changes of the recipe, section by section.
         images: Unlabelled images: a folder, glob, WebDataset or parquet with an image column.
         designs: Held-out designs with ground-truth layers (parquet in Crello's columns); empty for none.
+        benchmark: Unlabelled pictures to evaluate on, in any form of images; empty: those held out of the images.
         judge_url: Base URL of the judge that the run will ask; checked before hours of work.
         default_recipe: YAML text of the recipe that the pipeline was compiled with.
         iterations: Iterations of this run.

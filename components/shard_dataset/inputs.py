@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.shard_dataset.files import (
     Files,
@@ -28,6 +29,8 @@ from layerloop.components.shard_dataset.files import (
     printable,
     suffix_of,
 )
+from layerloop.components.shard_dataset.listed import SUFFIXES as LIST_SUFFIXES
+from layerloop.components.shard_dataset.listed import ListedFiles
 
 IMAGE_SUFFIXES = frozenset((
     "png", "jpg", "jpeg", "jfif", "webp", "avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "jp2", "j2k", "ppm",
@@ -38,6 +41,12 @@ _CONTAINERS = ("tar", "parquet")
 _PACKED = ("gz", "tgz", "bz2", "tbz2", "xz", "txz", "zst", "zip", "7z", "rar")
 _PATTERN = re.compile(r"[*?\[]|\{[^{}]*(?:\.\.|,)[^{}]*\}")  # a glob, or braces that braceexpand would expand
 _RANGE = re.compile(r"\{[^{},]*\.\.[^{},]*\}")  # {000..099}
+
+# Bounds of a row group of parquet, whose few bytes may stand for any number.
+_FREE_BYTES, _MOST_RATIO = 64_000_000, 100
+_FREE_ENTRIES = 1_000_000
+_BATCH_BYTES = 256_000_000  # unpacked at once
+_MOST_TOLD = 10_000  # rows of a group that cannot be read, each in the table of rejects
 
 # `<key>.<word>.png` beside other files of the key is what WebDataset keeps about an image, not the image.
 _ROLES = re.compile(
@@ -79,11 +88,16 @@ class Item:
 
 def absolute_uri(uri: str) -> str:
     """The URI by which inputs are recorded: local paths absolute, everything without a trailing slash, printable."""
-    return printable(_absolute(uri))
+    return _shown(_absolute(uri))
+
+
+def _shown(uri: str) -> str:
+    return printable(without_secrets(uri))
 
 
 def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Inputs:
-    """List the files at a file, folder (all the way down) or glob (`*`, `?`, `[...]`, `**`, `{000..099}`).
+    """List the files at a file, folder (all the way down) or glob (`*`, `?`, `[...]`, `**`, `{000..099}`), or those
+    that a text file lists (listed.py).
 
     In a folder, files that are neither an image by their suffix nor a container are passed over, and hidden files
     everywhere; a file that a glob or the URI itself names is always taken. A place that exists under the very name is
@@ -95,21 +109,24 @@ def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXE
     Raises:
         LayerloopError: nothing there, nothing usable, or not every number of a range.
     """
-    remedy = "give a folder of images, a glob, WebDataset tars or parquet"
+    remedy = "give a folder of images, a glob, WebDataset tars, parquet or a list of URIs (.txt)"
     text = _absolute(uri)
     literal = _find_plain(text) if not _PATTERN.search(text) or _exists(text) else None
     if literal is None:
         found = _find_glob(text, what=what)
         if not found.sizes:
-            raise LayerloopError(f"{what} {printable(uri)} matches no file: {remedy}")
+            raise LayerloopError(f"{what} {_shown(uri)} matches no file: {remedy}")
         return found
     store, listing, named = literal
+    if named and suffix_of(text) in LIST_SUFFIXES:
+        listed = ListedFiles(text, _text_of(store, next(iter(listing.sizes)), printable(text)))
+        return Inputs(printable(text), listed, listed.listed().sizes)
     if named:
-        return Inputs(printable(text), store, listing.sizes)
+        return Inputs(_shown(text), store, listing.sizes)
     if isinstance(store, LocalFiles) and not store.root.exists():
-        raise LayerloopError(f"{what} {printable(uri)} does not exist: {remedy}")
+        raise LayerloopError(f"{what} {_shown(uri)} does not exist: {remedy}")
     if not listing.sizes and not listing.passed:
-        raise LayerloopError(f"{what} {printable(uri)} is empty: {remedy}")
+        raise LayerloopError(f"{what} {_shown(uri)} is empty: {remedy}")
     useful = {
         name: size
         for name, size in listing.sizes.items()
@@ -118,9 +135,9 @@ def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXE
     passed = [*listing.passed, *(_passed(name) for name in listing.sizes if name not in useful)]
     if not useful:
         raise LayerloopError(
-            f"{what} {printable(uri)} has {len(listing.sizes)} files but no image, tar or parquet: {remedy}"
+            f"{what} {_shown(uri)} has {len(listing.sizes)} files but no image, tar or parquet: {remedy}"
         )
-    return Inputs(printable(text), store, useful, passed)
+    return Inputs(_shown(text), store, useful, passed)
 
 
 def read_items(inputs: Inputs, *, max_bytes: int) -> Iterator[Item]:
@@ -141,6 +158,13 @@ def read_items(inputs: Inputs, *, max_bytes: int) -> Iterator[Item]:
 # -------------------------------------------------------------------------------------------------------------- finding
 
 
+def _text_of(store: Files, name: str, where: str) -> str:
+    try:
+        return store.read(name).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise LayerloopError(f"list {where} is not text in UTF-8: write one URI a line") from None
+
+
 def _absolute(uri: str) -> str:
     text = uri.strip().removeprefix("file://")
     return text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute())
@@ -159,9 +183,8 @@ def _find_plain(text: str) -> tuple[Files, Listing, bool]:
         if "://" not in text and Path(text).is_file():
             return LocalFiles(Path(text).parent), Listing({Path(text).name: Path(text).stat().st_size}), True
     except OSError as error:  # a folder above it may not be entered, or a name of it is too long
-        raise LayerloopError(
-            f"{printable(text)} cannot be reached ({error.strerror}): allow it, or correct it"
-        ) from None
+        remedy = "allow it, or correct it"
+        raise LayerloopError(f"{_shown(text)} cannot be reached ({error.strerror}): {remedy}") from None
     store = open_files(text)
     listing = store.listed()
     folder, _, name = text.rpartition("/")
@@ -193,9 +216,9 @@ def _find_glob(text: str, *, what: str) -> Inputs:
         wanted = [re.compile(_regex(pattern)) for pattern in patterns]
         listed = store.listed(literal).sizes
         sizes = {name: size for name, size in listed.items() if any(regex.fullmatch(name) for regex in wanted)}
-    _check_ranges(inner, list(sizes), f"{what} {printable(text)}")
+    _check_ranges(inner, list(sizes), f"{what} {_shown(text)}")
     shown = {name: size for name, size in sizes.items() if not _hidden(name)}
-    return Inputs(printable(text), store, shown, [_passed(name) for name in sizes if name not in shown])
+    return Inputs(_shown(text), store, shown, [_passed(name) for name in sizes if name not in shown])
 
 
 def _expanded(text: str) -> list[str]:
@@ -205,7 +228,7 @@ def _expanded(text: str) -> list[str]:
         return list(braceexpand(text, escape=False))
     except ValueError:
         raise LayerloopError(
-            f"{printable(text)} has unbalanced braces: close them, or write the folder's name without"
+            f"{_shown(text)} has unbalanced braces: close them, or write the folder's name without"
         ) from None
 
 
@@ -415,8 +438,12 @@ def parquet_rows(table: Any, columns: list[str] | None, *, batch: int) -> Iterat
     for group in range(table.num_row_groups):
         count = table.metadata.row_group(group).num_rows
         done = 0
-        problem = "row is missing"
-        for size in (batch, 1):  # one by one where a batch cannot be read, up to the row at fault
+        packed, unpacked, entries = _sizes(table.metadata.row_group(group), columns)
+        problem = _bomb(packed, unpacked, max(entries, count)) or "row is missing"
+        batch = max(
+            1, min(batch, _BATCH_BYTES // max(1, unpacked))
+        )  # a dictionary may give every row its largest value
+        for size in (batch, 1) if problem == "row is missing" else ():  # one by one where a batch cannot be read
             try:
                 start = 0
                 for part in table.iter_batches(batch_size=size, row_groups=[group], columns=columns):
@@ -429,9 +456,32 @@ def parquet_rows(table: Any, columns: list[str] | None, *, batch: int) -> Iterat
                 problem = f"row cannot be read, the parquet is damaged ({one_line(error)}): make it again"
                 continue
             break
-        for number in range(done, count):
-            yield first + number, problem
+        if count - done > _MOST_TOLD:
+            yield first + done, f"{count - done} rows: {problem}"
+        else:
+            for number in range(done, count):
+                yield first + number, problem
         first += count
+
+
+def _sizes(group: Any, columns: list[str] | None) -> tuple[int, int, int]:
+    """(bytes as stored, bytes unpacked, most entries of a column) of a row group's columns, by the file's own words."""
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    read = [c for c in chunks if columns is None or c.path_in_schema.partition(".")[0] in columns]
+    return (
+        sum(chunk.total_compressed_size for chunk in read),
+        sum(chunk.total_uncompressed_size for chunk in read),
+        max((chunk.num_values for chunk in read), default=0),
+    )
+
+
+def _bomb(packed: int, unpacked: int, entries: int) -> str | None:
+    """Why a row group is not unpacked: images and designs do not shrink to a hundredth; zeros do, to a thousandth."""
+    if unpacked > _FREE_BYTES and unpacked > _MOST_RATIO * packed:
+        return f"row group has {packed} bytes and unpacks to {unpacked / 1e6:.0f} MB: write it again from the images"
+    if entries > max(_FREE_ENTRIES, packed):
+        return f"row group has {entries} entries in {packed} bytes: write it again from the images"
+    return None
 
 
 def _image_column(schema: Any, where: str) -> str:

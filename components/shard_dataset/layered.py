@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from layerloop.components.layers.stack import Pixels, composite, resize
+from layerloop.components.layers.crello import (
+    NEEDED_COLUMNS,
+    REVISION,
+    check_row,
+    class_labels,
+    render_elements,
+    with_labels,
+)
+from layerloop.components.layers.stack import resize
+from layerloop.components.layers.text import FontFiles
+from layerloop.components.layers.truth import Truth, ground_truth
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.shard_dataset.files import Files, InputError, Passed, printable, suffix_of
@@ -26,6 +37,7 @@ from layerloop.components.shard_dataset.inputs import (
     parquet_rows,
 )
 from layerloop.components.shard_dataset.normalise import target_size, upright_srgb
+from layerloop.components.storage.folders import local_folder
 from layerloop.components.storage.images import decode_image
 
 _REMEDY = "give parquet in Crello's columns, or a folder with a subfolder of numbered PNG layers for each design"
@@ -36,17 +48,18 @@ _FLAT = re.compile(
     re.IGNORECASE,
 )
 _LEADING, _TRAILING = re.compile(r"(\d+)(?!\d)"), re.compile(r"(.*?)(\d+)", re.DOTALL)
+_SMALLEST = 16  # pixels of a canvas's side
 _NORMALISED = 2.0  # design pixels; no element's box is so small, unless it is a share of the canvas
 
 
 @dataclass(frozen=True)
 class DesignItem:
-    """One design: its origin (printable), how to get what it is made of, and of that its layers `(L, H, W, 4)` uint8
-    at the recipe's size."""
+    """One design: its origin (printable), how to get what it is made of, and of that its ground truth at the recipe's
+    size."""
 
     origin: str
     load: Callable[[], Any]
-    render: Callable[[Any], Pixels]
+    render: Callable[[Any], Truth]
 
 
 def find_designs(uri: str) -> Inputs:
@@ -63,7 +76,7 @@ def find_designs(uri: str) -> Inputs:
         layers = set(alone)  # the folder is itself one design
     useful = {name: size for name, size in found.sizes.items() if name.endswith(".parquet") or name in layers}
     if not useful:
-        raise LayerloopError(f"designs {printable(uri)} has no designs: {_REMEDY}")
+        raise LayerloopError(f"designs {printable(without_secrets(uri))} has no designs: {_REMEDY}")
     rest = [name for name in found.sizes if name not in useful]
     passed = [Passed(printable(name), f".{suffix_of(name)}", "not a layer of a design") for name in rest]
     return Inputs(found.uri, found.store, useful, [*found.passed, *passed])
@@ -95,11 +108,13 @@ def read_designs(inputs: Inputs, data: DataRecipe) -> Iterator[DesignItem]:
     """All designs, in the order of their names.
 
     Raises:
-        LayerloopError: a parquet file without the columns of designs, or of an older revision of Crello.
+        LayerloopError: a parquet file without the columns of designs, or of an older revision of Crello; no fonts where
+            the recipe says.
     """
+    fonts = FontFiles(local_folder(data.designs.fonts)) if data.designs.fonts else None
     for name in inputs.sizes:
         if name.endswith(".parquet"):
-            yield from _parquet_designs(inputs.store, name, data)
+            yield from _parquet_designs(inputs.store, name, data, fonts)
     layers = [name for name in inputs.sizes if not name.endswith(".parquet")]
     for folder, names in groupby(layers, key=_folder_of):
         yield _folder_design(inputs.store, folder or inputs.uri.rpartition("/")[2], layer_order(list(names)), data)
@@ -122,25 +137,7 @@ def _prefix(stem: str) -> str:
     return match[1] if match else stem
 
 
-def complete(stack: Pixels) -> Pixels:
-    """The stack as ground truth: layers without a visible pixel left out, white below a background that is not opaque.
-
-    So the layers of a design always recompose to its image (LayerD's ground truth inserts the white likewise).
-
-    Raises:
-        LayerloopError: no layer has a visible pixel.
-    """
-    visible = stack[stack[..., 3].any(axis=(1, 2))]
-    if not len(visible):
-        raise LayerloopError("design has no visible layer: give one with pixels")
-    if composite(visible)[..., 3].min() == 255:
-        return visible
-    return np.concatenate([np.full_like(visible[:1], 255), visible])
-
-
-def _parquet_designs(store: Files, name: str, data: DataRecipe) -> Iterator[DesignItem]:
-    from layerloop.components.layers.crello import NEEDED_COLUMNS
-
+def _parquet_designs(store: Files, name: str, data: DataRecipe, fonts: FontFiles | None) -> Iterator[DesignItem]:
     where = f"{store.uri}/{printable(name)}"
     with store.open(name) as file:
         table = open_parquet(file)
@@ -149,15 +146,16 @@ def _parquet_designs(store: Files, name: str, data: DataRecipe) -> Iterator[Desi
         missing = [column for column in NEEDED_COLUMNS if column not in table.schema_arrow.names]
         if missing:
             raise LayerloopError(f"{where} lacks the columns {', '.join(missing)}: {_REMEDY}")
-        _refuse_old_revision(table, where)
+        labels = class_labels(table.schema_arrow.metadata)
+        _refuse_old_revision(table, labels, where)
         for number, row in parquet_rows(table, None, batch=4):
             if isinstance(row, str):
                 yield DesignItem(f"{printable(name)}:{number}", lambda row=row: _unreadable(row), _nothing)  # type: ignore[misc]
             else:
                 yield DesignItem(
                     f"{printable(name)}:{printable(str(row['id']))}",
-                    lambda row=row: row,  # type: ignore[misc]
-                    lambda row: _render_row(row, data),
+                    lambda row=row: with_labels(row, labels),  # type: ignore[misc]
+                    lambda row: _render_row(row, data, fonts),
                 )
 
 
@@ -165,16 +163,22 @@ def _unreadable(problem: str) -> Any:
     raise InputError(problem)
 
 
-def _nothing(_: Any) -> Pixels:
+def _nothing(_: Any) -> Truth:
     raise AssertionError("what cannot be loaded is not rendered")
 
 
-def _refuse_old_revision(table: Any, where: str) -> None:
-    """Refuse a table all of whose boxes are shares of the canvas, as Crello had them before v5.
+def _refuse_old_revision(table: Any, labels: Mapping[str, Any], where: str) -> None:
+    """Refuse a table of Crello's revisions 3 and 4: the canvas is the index of a class, boxes are shares of the canvas
+    and angles radians, in columns of the same names.
 
     Raises:
         LayerloopError: it is one.
     """
+    if classes := [name for name in ("canvas_width", "canvas_height") if name in labels]:
+        raise LayerloopError(
+            f"{where} has class indices as {' and '.join(classes)}, revision 3 or 4 of Crello: take revision "
+            f"{REVISION} of cyberagent/crello"
+        )
     columns = ["canvas_width", "canvas_height", "left", "top", "width", "height"]
     rows = [row for _, row in parquet_rows(table, columns, batch=1024) if isinstance(row, dict)]
     boxed = [row for row in rows if _values(row)]
@@ -182,7 +186,7 @@ def _refuse_old_revision(table: Any, where: str) -> None:
         first = boxed[0]
         raise LayerloopError(
             f"{where} has boxes within 0..1 on a canvas of {first['canvas_width']} x {first['canvas_height']}, shares "
-            "and not pixels: an older revision of Crello; take revision 5.0.0 of cyberagent/crello"
+            f"and not pixels, revision 3 or 4 of Crello: take revision {REVISION} of cyberagent/crello"
         )
 
 
@@ -199,19 +203,25 @@ def _has_shares(row: Mapping[str, Any]) -> bool:
     return max(map(abs, _values(row)), default=math.inf) <= _NORMALISED
 
 
-def _render_row(row: dict[str, Any], data: DataRecipe) -> Pixels:
-    from layerloop.components.layers.crello import render_design
-
+def _render_row(row: dict[str, Any], data: DataRecipe, fonts: FontFiles | None) -> Truth:
     if _values(row) and _has_shares(row):
-        raise LayerloopError("design has boxes within 0..1, of an older revision of Crello: take revision 5.0.0")
+        raise LayerloopError(f"design has boxes within 0..1, of revision 3 or 4 of Crello: take revision {REVISION}")
     limit = int(data.max_megapixels * 1e6)
+    check_row(row)
+    if min(row["canvas_width"], row["canvas_height"]) < _SMALLEST:
+        raise LayerloopError(
+            f"canvas is {row['canvas_width']} x {row['canvas_height']} pixels, too small for a design: take revision "
+            f"{REVISION} of Crello, whose canvas is in pixels"
+        )
+    size = target_size(int(row["canvas_width"]), int(row["canvas_height"]), data)
     try:
-        size = target_size(int(row["canvas_width"]), int(row["canvas_height"]), data)
-        return complete(render_design(row, size=size, decode=lambda encoded: _layer(encoded, limit)))
-    except LayerloopError:
-        raise
-    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:  # told in full by render_design
+        rendered = list(render_elements(row, size=size, decode=lambda encoded: _layer(encoded, limit), fonts=fonts))
+    except (ValueError, TypeError, KeyError, IndexError) as error:  # of text columns that are missing or odd
         raise LayerloopError(one_line(error, most=300)) from None
+    stack = np.stack([element.layer for element in rendered])
+    truth = ground_truth(stack, data.designs, [element.transparent for element in rendered])
+    texts = Counter(element.text for element in rendered)
+    return Truth(truth.layers, {**truth.facts, "text_previews": texts["preview"], "text_fonts": texts["fonts"]})
 
 
 def _layer(encoded: bytes, limit: int) -> Image.Image:
@@ -224,7 +234,7 @@ def _folder_design(store: Files, folder: str, names: list[str], data: DataRecipe
     def load() -> dict[str, bytes]:
         return {name: store.read(name) for name in names}
 
-    def render(files: dict[str, bytes]) -> Pixels:
+    def render(files: dict[str, bytes]) -> Truth:
         limit = int(data.max_megapixels * 1e6)
         layers: list[Image.Image] = []
         numbers: dict[int | None, str] = {}
@@ -246,6 +256,6 @@ def _folder_design(store: Files, folder: str, names: list[str], data: DataRecipe
         else:
             raise LayerloopError(f"folder {origin} has two layers of one number: number them bottom to top")
         size = target_size(*layers[0].size, data)
-        return complete(np.stack([resize(np.asarray(layer), size) for layer in layers]))
+        return ground_truth(np.stack([resize(np.asarray(layer), size) for layer in layers]), data.designs)
 
     return DesignItem(origin, load, render)

@@ -108,7 +108,7 @@ def prepare_image(item: Item, data: DataRecipe) -> Prepared | Refused:
         image = decode_image(loaded, max_pixels=int(data.max_megapixels * 1e6))
         target_size(*image.size, data)  # refused before the work is done
         flat = on_white(upright_srgb(image))
-        return _prepared(item.origin, resized(flat, data), hash_image(flat), image.size, {})
+        return _prepared(item.origin, resized(flat, data), hash_image(flat), image.size)
 
     return guarded(item.origin, item.load, work)
 
@@ -117,11 +117,12 @@ def prepare_design(item: DesignItem) -> Prepared | Refused:
     """Render one design; its image is the composite of its layers."""
 
     def work(loaded: Any) -> Prepared:
-        stack = item.render(loaded)
-        layers = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(stack)}
-        pixels = on_backdrop(composite(stack), "white")
-        image_hash = hash_image(pixels)
-        return _prepared(item.origin, pixels, image_hash, (pixels.shape[1], pixels.shape[0]), layers)
+        truth = item.render(loaded)
+        layers = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(truth.layers)}
+        pixels = on_backdrop(composite(truth.layers), "white")
+        facts = {"layers": len(layers), "truth": dict(truth.facts)}
+        size = (pixels.shape[1], pixels.shape[0])
+        return _prepared(item.origin, pixels, hash_image(pixels), size, facts, layers)
 
     return guarded(item.origin, item.load, work)
 
@@ -209,7 +210,12 @@ def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
 
 
 def _prepared(
-    origin: str, pixels: Pixels, image_hash: ImageHash, original: tuple[int, int], layers: dict[str, bytes]
+    origin: str,
+    pixels: Pixels,
+    image_hash: ImageHash,
+    original: tuple[int, int],
+    facts: Mapping[str, Any] = {},
+    layers: Mapping[str, bytes] = {},
 ) -> Prepared:
     height, width = pixels.shape[:2]
     record = {
@@ -218,7 +224,7 @@ def _prepared(
         "height": height,
         "original_width": original[0],
         "original_height": original[1],
-        **({"layers": len(layers)} if layers else {}),
+        **facts,
     }
     members = {"png": encode_png(pixels), "json": json.dumps(record, sort_keys=True).encode(), **layers}
     return Prepared(origin, image_key(pixels), image_hash, members)

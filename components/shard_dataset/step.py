@@ -18,6 +18,7 @@ from typing import Any
 from layerloop.components.judge.address import judge_address
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.progress import log, progress
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.recipe import Recipe, parse_recipe_runtime
@@ -59,6 +60,7 @@ def run(
     overrides: Mapping[str, Any] | None = None,
     images: str = "",
     designs: str = "",
+    benchmark: str = "",
     judge_url: str = "",
     default_recipe: str = "",
     iterations: int = 1,
@@ -81,10 +83,12 @@ def run(
         recipe: The name of a packaged recipe, the path or URI of a YAML file, or YAML text; empty for `default_recipe`
             or, where that is empty too, for the campaign's own.
         overrides: Changes of the recipe, such as {"update": {"learning_rate": 1e-4}}.
-        images: A folder (all the way down) or glob of images, WebDataset tars, or parquet with an image column; local
-            or s3://.
+        images: A folder (all the way down) or glob of images, WebDataset tars, parquet with an image column, or a text
+            file with a URI on each line; local, s3:// or hf://datasets/owner/name.
         designs: Designs with their true layers, to evaluate on: parquet in Crello's columns, or a folder with a
             subfolder of numbered PNG layers for each. Optional.
+        benchmark: Unlabelled pictures to evaluate on, in any form that images may have; by default those that are held
+            out of the images. None of them is trained on.
         judge_url: Of the judge that a pipeline's run (one with a `run_id`) will ask: refused here, before hours of
             sampling, where it is no URL. By default the environment's OPENAI_BASE_URL.
         default_recipe: YAML text, of the recipe that a pipeline was compiled with.
@@ -125,42 +129,45 @@ def run(
     if found:
         target.check_publication(found)
     if done:
-        check_same_inputs(done, images=images, designs=designs)
+        check_same_inputs(done, images=images, designs=designs, benchmark=benchmark)
         return _result(opened, done, target)
-    return _result(opened, shard_sources(opened, images=images, designs=designs, runtime=runtime), target)
+    made = shard_sources(opened, images=images, designs=designs, benchmark=benchmark, runtime=runtime)
+    return _result(opened, made, target)
 
 
-def shard_sources(campaign: Campaign, *, images: str, designs: str, runtime: str = "") -> Manifest:
+def shard_sources(campaign: Campaign, *, images: str, designs: str, benchmark: str = "", runtime: str = "") -> Manifest:
     """Make and commit a campaign's sources, and freeze its recipe where this is its first run.
 
     Args:
         campaign: the campaign, which need not be stored yet.
-        images, designs, runtime: as of `run`.
+        images, designs, benchmark, runtime: as of `run`.
 
     Raises:
         LayerloopError: as `run`.
     """
     store, chosen = campaign.store, campaign.recipe
-
     if not images.strip():
         raise LayerloopError(f"images is empty and {store.uri} has no sources yet: give a folder of images")
     unlabelled = find_inputs(images, what="images")
     if printable(f"{store.uri}/").startswith(f"{unlabelled.uri}/"):
         raise LayerloopError(f"campaign {store.uri} lies inside images {images}: choose a folder outside")
     layered = find_designs(designs) if designs.strip() else None
+    asked = find_inputs(benchmark, what="benchmark") if benchmark.strip() else None
     store.check_writable()
     base = None if store.exists(RECIPE) and store.exists(PROMPT) else CheckedBase.of(chosen, campaign.runtime.model)
 
     with Spool() as spool:
-        # Designs come first: an image of one would leak it into training, and is dropped as its duplicate.
+        # What is held out comes first: a copy of it would leak into training, and is dropped as its duplicate.
         index = DuplicateIndex(chosen.data.duplicate_bits)
         truths = _gather_designs(layered, chosen, spool, index)
+        pictures = _gather_images(asked, chosen, spool, index) if asked else Gathered([], [])
         found = _gather_images(unlabelled, chosen, spool, index)
-        table = _table(_left_out(truths, layered) + _left_out(found, unlabelled))
+        read = {"designs": (truths, layered), "benchmark": (pictures, asked), "images": (found, unlabelled)}
+        table = _table([item for gathered, inputs in read.values() for item in _left_out(gathered, inputs)])
         try:
-            _say_what_became(truths, layered, found, unlabelled)
-            check_rejects(truths, chosen.data, what="designs", log=log)
-            check_rejects(found, chosen.data, what="images", log=log)
+            _say_what_became(read)
+            for what, (gathered, _) in read.items():
+                check_rejects(gathered, chosen.data, what=what, log=log)
             train, holdout = hold_out(found.keys, chosen.data.holdout, chosen.seed)
             if not train:
                 raise LayerloopError(f"images {images} has no image left to train on: give some that can be read")
@@ -174,6 +181,7 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, runtime: str
         campaign = Campaign.create_or_open(store.uri, chosen, runtime)
         prompt = add_file(store, PROMPT, embedding) if embedding is not None else describe_file(store, PROMPT)
         splits = {"train": train, "holdout": holdout, "designs": truths.keys}
+        splits |= {"benchmark": pictures.keys} if asked else {}
         shards = [shard for split, keys in splits.items() for shard in _write_split(campaign, spool, split, keys)]
     rejects = add_file(store, f"{campaign.sources_dir}/{REJECTS}", table)
     manifest = Manifest(
@@ -182,8 +190,8 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, runtime: str
         files=(rejects, prompt),
         counts={
             "images": found.seen,
-            "duplicates": found.duplicates + truths.duplicates,
-            "rejects": len(found.rejects) + len(truths.rejects),
+            "duplicates": sum(gathered.duplicates for gathered, _ in read.values()),
+            "rejects": sum(len(gathered.rejects) for gathered, _ in read.values()),
             **{split: len(keys) for split, keys in splits.items()},
         },
         metadata={
@@ -191,6 +199,8 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, runtime: str
             "images_sha256": unlabelled.sha256,
             "designs": layered.uri if layered else "",
             "designs_sha256": layered.sha256 if layered else "",
+            "benchmark": asked.uri if asked else "",
+            "benchmark_sha256": asked.sha256 if asked else "",
         },
     )
     return commit(store, f"{campaign.sources_dir}/{MANIFEST}", manifest)
@@ -268,26 +278,35 @@ def hold_out(keys: Sequence[str], wanted: int, seed: int) -> tuple[list[str], li
     return sorted(set(keys) - held), sorted(held)
 
 
-def check_same_inputs(done: Manifest, *, images: str, designs: str) -> None:
+def check_same_inputs(done: Manifest, *, images: str, designs: str, benchmark: str = "") -> None:
     """Refuse other inputs than the sources were made of; inputs left empty mean "the same".
 
     Raises:
         LayerloopError: another URI, or other files at the same URI.
     """
     remedy = "leave it empty to continue with the committed sources, or start another campaign"
-    for what, given, find in (("images", images, _find_images), ("designs", designs, find_designs)):
+    inputs = (
+        ("images", images, _find_images),
+        ("designs", designs, find_designs),
+        ("benchmark", benchmark, _find_images),
+    )
+    for what, given, find in inputs:
         if not given.strip():
             continue
-        uri, sha256 = done.metadata[what], done.metadata[f"{what}_sha256"]
+        uri, sha256 = done.metadata.get(what, ""), done.metadata.get(f"{what}_sha256", "")
         if absolute_uri(given) != uri:
-            raise LayerloopError(f"{what} is {given} but the campaign's sources were made of {uri or 'none'}: {remedy}")
+            raise LayerloopError(
+                f"{what} is {without_secrets(given)} but the campaign's sources were made of {uri or 'none'}: {remedy}"
+            )
         try:
             now = find(given).sha256
         except LayerloopError as error:
             log(f"{error}; the committed sources are used")
             continue
         if now != sha256:
-            raise LayerloopError(f"{what} {given} has other files than when the campaign's sources were made: {remedy}")
+            raise LayerloopError(
+                f"{what} {without_secrets(given)} has other files than when the campaign's sources were made: {remedy}"
+            )
 
 
 def _find_images(uri: str) -> Inputs:
@@ -327,12 +346,10 @@ def _left_out(gathered: Gathered, inputs: Inputs | None) -> list[Refused]:
     return [*gathered.refused, *(Refused(item.origin, "passed over", item.reason) for item in passed)]
 
 
-def _say_what_became(truths: Gathered, layered: Inputs | None, found: Gathered, unlabelled: Inputs) -> None:
-    parts = [account(found, unlabelled.passed, what="images")]
-    if layered:
-        parts.append(account(truths, layered.passed, what="designs"))
-    log("; ".join(parts))
-    for item in [*unlabelled.passed, *(layered.passed if layered else [])]:
+def _say_what_became(read: Mapping[str, tuple[Gathered, Inputs | None]]) -> None:
+    parts = [account(gathered, inputs.passed, what=what) for what, (gathered, inputs) in read.items() if inputs]
+    log("; ".join(reversed(parts)))  # images first
+    for item in [item for _, inputs in read.values() if inputs for item in inputs.passed]:
         if item.kind in ("unreadable folders", "linked folders") or item.reason.endswith("unpack it"):
             log(f"passed over {item.origin}: {item.reason}")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.regular_files import open_regular
 from layerloop.components.storage.store import Names, Store, checked_name
 
 TEMPORARY = ".tmp-"  # file name prefix of what is being written to a folder; never listed
@@ -55,7 +56,7 @@ class LocalStore(Store):
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
         try:
-            file = self._path(name).open("rb")
+            file = open_regular(self._path(name))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise self._missing(name) from None
         except OSError as error:

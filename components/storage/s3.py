@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.storage.store import MissingObjectError, Names, Store, checked_name, folder_prefix, is_name
 
@@ -45,8 +46,9 @@ class S3Store(Store):
         """
         parts = urlsplit(uri)
         if not parts.netloc or "@" in parts.netloc or parts.query or parts.fragment:
-            shown = uri if "@" not in parts.netloc and not parts.query else f"s3://...{parts.path}"  # may hold secrets
-            raise LayerloopError(f"store URI {shown} is not s3://bucket/prefix: set the rest by AWS_* variables")
+            raise LayerloopError(
+                f"store URI {without_secrets(uri)} is not s3://bucket/prefix: set the rest by AWS_* variables"
+            )
         prefix = parts.path.strip("/")
         return cls(parts.netloc, checked_name(prefix) if prefix else "", _client())
 

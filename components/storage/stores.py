@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.local import LocalStore
 from layerloop.components.storage.store import MissingObjectError, Store
@@ -31,7 +32,7 @@ def open_store(uri: str | Path) -> Store:
     match match.group(1).lower():
         case "file":
             if parts.netloc not in ("", "localhost"):
-                raise LayerloopError(f"store URI {text} names a host: write file:///absolute/path")
+                raise LayerloopError(f"store URI {without_secrets(text)} names a host: write file:///absolute/path")
             return LocalStore(Path(unquote(parts.path)))
         case "s3":
             from layerloop.components.storage.s3 import S3Store
@@ -39,7 +40,7 @@ def open_store(uri: str | Path) -> Store:
             return S3Store.from_uri(text)
         case scheme:
             raise LayerloopError(
-                f"store URI {text} has scheme {scheme}://: use a folder, file:// or s3://bucket/prefix"
+                f"store URI {without_secrets(text)} has scheme {scheme}://: use a folder, file:// or s3://bucket/prefix"
             )
 
 
@@ -49,7 +50,9 @@ def read_uri(uri: str | Path) -> bytes:
     Raises:
         LayerloopError: an impossible URI, or nothing there.
     """
+    if (shown := without_secrets(str(uri))) != str(uri):
+        raise LayerloopError(f"{shown} carries a password or a signature: give the URI alone and set AWS_* variables")
     folder, _, name = str(uri).rpartition("/")
     if not name or folder.endswith(":/"):
-        raise LayerloopError(f"{uri} is a folder: give a file")
+        raise LayerloopError(f"{without_secrets(str(uri))} is a folder: give a file")
     return open_store(folder or ("/" if str(uri).startswith("/") else ".")).read(name)

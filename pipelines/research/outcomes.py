@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerloop.components.layers.columns import quoted
+from layerloop.components.layers.columns import DEFINITIONS, quoted
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
 from layerloop.pipelines.research.arms import Run, Study
@@ -73,7 +73,7 @@ def outcome(study: Study, run: Run) -> Outcome:
     """Read one finished run.
 
     Raises:
-        LayerloopError: its evaluation lacks a measure that the study quotes.
+        LayerloopError: its evaluation lacks a measure that the study quotes, or has another definition of it.
     """
     import pyarrow.parquet as pq
 
@@ -81,10 +81,13 @@ def outcome(study: Study, run: Run) -> Outcome:
     evaluation = campaign.evaluation_dir(f"iteration-{study.iterations:06d}")
     metrics = json.loads(campaign.store.read(f"{evaluation}/metrics.json"))
     found = {}
+    remedy = f"remove {campaign.uri}/{evaluation} and run the study again"
     for name in _quoted_in(metrics):
         if (comparison := metrics.get(f"designs.{name}")) is None:
-            where = f"{campaign.uri}/{evaluation}"
-            raise LayerloopError(f"{where} lacks {name}, which the study quotes: remove it and run the study again")
+            raise LayerloopError(f"{run.name} lacks {name}, which the study quotes: {remedy}")
+        column = name.partition(".")[0]
+        if metrics["definitions"].get(column) != DEFINITIONS[column]:
+            raise LayerloopError(f"{run.name} was measured by another definition of {column}: {remedy}")
         found[name] = (float(comparison["base"]), float(comparison["tuned"]))
     curve, spreads = [], []
     for iteration in range(1, study.iterations + 1):

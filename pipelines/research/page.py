@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from layerloop.components.layers.columns import better_of, title_of
+from layerloop.components.layers.columns import better_of, gives_verdict, title_of
 from layerloop.components.reference_judge.identity import FINE, NAME
 from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.pipelines.research.arms import ARMS, LAYERS, Run, Study
@@ -122,16 +122,17 @@ def _expectations(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
     bad = interval([_relative(*item.metrics["bad_layers"]) for item in full])
     line("bad layers at least halved", bad, lambda change: change <= -0.5, percent=True)
     for layers in LAYERS:
-        l1 = interval([_relative(*item.metrics[f"slot_l1.L{layers}"]) for item in full])
-        line(f"per-slot RGB L1 at least 10 % lower, {layers} layers", l1, lambda change: change <= -0.1, percent=True)
-    even = interval([_relative(*item.metrics["evenness"]) for item in full])
-    line("evenness up", even, lambda change: change > 0, percent=True)
+        l1 = interval([_relative(*item.metrics[f"layer_l1.L{layers}"]) for item in full])
+        line(f"layer RGB L1 at least 10 % lower, {layers} layers", l1, lambda change: change <= -0.1, percent=True)
+    gap = interval([_relative(*item.metrics["evenness_gap"]) for item in full])
+    line("evenness nearer to that of the true layers", gap, lambda change: change < 0, percent=True)
     spread = interval([b / a if a else math.inf for a, b in (item.metrics[REWARD_STD] for item in full)])
     line("spread of rewards at least doubled by phase 2", spread, lambda ratio: ratio >= 2)
     if pairs := [(item, alone[item.run.seed]) for item in full if item.run.seed in alone]:
         for name in full[0].measures:
-            if (wanted := better_of(_column(name))) is None:
+            if not gives_verdict(_column(name)):
                 continue
+            wanted = better_of(_column(name))
             relative = interval([_relative(b.metrics[name][1], a.metrics[name][1]) for a, b in pairs])
             better: Callable[[float], bool] = (lambda gap: gap < 0) if wanted == "lower" else (lambda gap: gap > 0)
             line(f"{_title(name)}: ahead of `phase1_only`", relative, better, percent=True)
@@ -145,7 +146,7 @@ def _expectations(by_arm: Mapping[str, Sequence[Outcome]]) -> str:
 
 
 def _room(full: Sequence[Outcome], shipped: Sequence[Outcome]) -> str:
-    """How much of the per-slot L1 the base's faults cost, which is what there is to win back, and how much of it is
+    """How much of the layers' L1 the base's faults cost, which is what there is to win back, and how much of it is
     won: per layer count, over the seeds that both arms have. `shipped` began as the base was before its faults."""
     before = {item.run.seed: item for item in shipped}
     pairs = [(item, before[item.run.seed]) for item in full if item.run.seed in before]
@@ -153,7 +154,7 @@ def _room(full: Sequence[Outcome], shipped: Sequence[Outcome]) -> str:
         return ""
     cost, won = [], []
     for layers in LAYERS:
-        of = f"slot_l1.L{layers}"
+        of = f"layer_l1.L{layers}"
         base = mean([item.metrics[of][0] for item, _ in pairs])
         tuned = mean([item.metrics[of][1] for item, _ in pairs])
         shipped_l1 = mean([item.metrics[of][0] for _, item in pairs])
@@ -161,7 +162,7 @@ def _room(full: Sequence[Outcome], shipped: Sequence[Outcome]) -> str:
         won.append(f"{(base - tuned) / (base - shipped_l1):.0%}" if base > shipped_l1 else "none")
     seeds = ", ".join(str(item.run.seed) for item, _ in pairs)
     return f"""
-The faults are {", ".join(cost)} of the base's per-slot L1 at 2, 3 and 4 layers (against the policy as it ships;
+The faults are {", ".join(cost)} of the base's layer L1 at 2, 3 and 4 layers (against the policy as it ships;
 seed {seeds}): unlearning them can lower it by no more. `full` wins back {", ".join(won)} of that.
 """
 

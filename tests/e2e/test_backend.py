@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(1800)
 SMALL = [
     "rollout.groups=2", "rollout.group_size=3", "rollout.steps=4", "rollout.window.size=2", "rollout.max_layers=2",
     "data.holdout=2", "evaluation.steps=2", "evaluation.layers=[2]", "evaluation.designs=0", "evaluation.pictures=2",
-    "evaluation.bootstrap=100", "judge.min_valid=2",
+    "judge.min_valid=2",
 ]  # fmt: skip
 RECIPE = recipe_text("tiny", SMALL)
 JUDGE = "http://judge.invalid:8000/v1"  # for runs that end before they ask it

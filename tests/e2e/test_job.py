@@ -27,7 +27,6 @@ SMALL = {
     "evaluation.layers": "[2, 3]",
     "evaluation.designs": 4,
     "evaluation.pictures": 2,
-    "evaluation.bootstrap": 100,
 }
 
 

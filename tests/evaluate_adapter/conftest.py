@@ -101,7 +101,7 @@ class Evaluated:
 @pytest.fixture(scope="session")
 def evaluated(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
     lab = fill(lab_at(str(tmp_path_factory.mktemp("evaluated") / "campaign"), tiny_base))
-    result = run(campaign=lab.uri, runtime="evaluation: {batch_size: 4, bootstrap: 200}")
+    result = run(campaign=lab.uri, runtime="evaluation: {batch_size: 4}")
     manifest = lab.campaign.find("evaluations/iteration-000002")
     assert manifest is not None
     metrics = json.loads(lab.store.read("evaluations/iteration-000002/metrics.json"))

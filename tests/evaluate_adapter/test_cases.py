@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from layerloop.components.evaluate_adapter.cases import Case, batches, read_cases
+from layerloop.components.evaluate_adapter.cases import Case, Cases, batches, read_cases
+from layerloop.components.evaluate_adapter.provenance import ground_truth
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.seeds import seed_for
 
@@ -48,6 +49,19 @@ def test_the_choice_does_not_depend_on_the_order_of_the_sources(make_lab: MakeLa
         hold_out(lab, order, [source_of(drawn_design(seed, 3)) for seed in range(20, 24)])
         chosen.append([(c.name, c.seed) for c in read_cases(lab.campaign, lab.campaign.sources()).cases])
     assert chosen[0] == chosen[1] and len(chosen[0]) == 8
+
+
+def test_what_the_sources_say_of_the_chosen_designs_is_summed(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    hold_out(lab, [drawn_design(1, 2), drawn_design(2, 3), drawn_design(3, 5)], [])
+    cases = read_cases(lab.campaign, lab.campaign.sources())
+    assert cases.truth == {"designs": 2, "rows": 2, "elements": 5, "hidden": 0, "text_previews": 2}
+    texts = ground_truth(cases, lab.recipe)
+    assert "2 text elements are their row’s preview" in " ".join(texts)
+    (old,) = ground_truth(Cases((), {}, {"untold": 4}), lab.recipe)
+    assert old.startswith("4 designs were sharded by an earlier version")
+    (files,) = ground_truth(Cases((), {}, {"designs": 3}), lab.recipe)
+    assert files.startswith("3 designs came as files of layers")
 
 
 def test_a_damaged_design_is_refused_by_name(make_lab: MakeLab) -> None:

@@ -161,7 +161,8 @@ def test_metrics_explain_themselves(evaluated: Evaluated) -> None:
     assert document["provenance"]["adapter_sha256"] == adapter.metadata["adapter_sha256"]
     assert document["provenance"]["steps"] == 2 and document["provenance"]["model_calls_per_decomposition"] == 3
     bad = document["designs.bad_layers"]
-    assert bad.keys() == {"base", "tuned", "difference", "low", "high", "n", "title", "better", "clear", "reference"}
+    statistics = {"base", "tuned", "difference", "low", "high", "n", "p", "adjusted", "relative", "decimals", "clear"}
+    assert bad.keys() == statistics | {"title", "better", "reference", "undefined"}
     assert bad["n"] == 5 and bad["better"] == "lower" and bad["reference"] == 0
     assert {"designs.slot_l1.L2", "designs.slot_l1.L3.slot2", "designs.layerd_alpha_iou_5"} <= document.keys()
     assert document["designs.slot_l1.L2"]["n"] + document["designs.slot_l1.L3"]["n"] == 5
@@ -257,14 +258,14 @@ def test_a_nightly_evaluation_is_compared_with_the_one_before_it(
     evaluated: Evaluated, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lab, folder = evaluated.lab, "evaluations/iteration-000001"
-    table = add_file(lab.store, f"{folder}/samples.parquet", evaluated.file("samples.parquet"))
+    table = add_file(lab.store, f"{folder}/metrics.json", evaluated.file("metrics.json"))
     manifest = Manifest(kind="evaluation", iteration=1, files=(table,))
     commit(lab.store, f"{folder}/{MANIFEST}", manifest)
     try:
-        run(campaign=lab.uri, iteration=2, fail_when_worse=True)
+        run(campaign=lab.uri, iteration=2, baseline="previous")
         said = capsys.readouterr().err
         assert "since iteration-000001: designs.bad_layers" in said
-        assert "+0 to +0, 5 pairs" in said
+        assert "+0 to +0, p 1, 5 pairs" in said
         run(campaign=lab.uri, iteration=2)
         assert "since iteration" not in capsys.readouterr().err
     finally:

@@ -7,6 +7,8 @@ import io
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from html import unescape
 from typing import Any
 from xml.etree import ElementTree
 
@@ -23,15 +25,16 @@ from layerloop.components.evaluate_adapter.report import Report, number, render,
 from layerloop.components.evaluate_adapter.results import kubeflow_metrics, metrics_json
 from layerloop.components.evaluate_adapter.sheets import caption, choose, data_url, strips_of
 from layerloop.components.evaluate_adapter.statistics import Comparison
-from layerloop.components.layers.columns import COLUMNS, LAYERD, better_of, quoted, title_of
-from layerloop.components.layers.measure import DEFINITIONS, MEASURES
+from layerloop.components.layers.columns import COLUMNS, DEFINITIONS, LAYERD, better_of, quoted, title_of
+from layerloop.components.layers.measure import MEASURES
 from layerloop.components.layers.stack import Pixels
 
 from .conftest import drawn_design, source_of
 
 
 def compared(base: float, tuned: float, low: float, high: float, n: int = 20) -> Comparison:
-    return Comparison(base, tuned, tuned - base, low, high, n)
+    p = 0.5 if low <= 0 <= high else 0.001
+    return Comparison(base, tuned, tuned - base, low, high, n, p, p)
 
 
 BETTER = compared(0.5, 0.3, -0.3, -0.1)
@@ -58,14 +61,14 @@ def text_of(page: str) -> str:
 
 
 def test_the_summary_names_what_is_clearly_better_and_clearly_worse() -> None:
-    text = text_of(page_of({"bad_layers": BETTER, "slot_l1": WORSE, "evenness": UNCLEAR}))
-    assert "clearly better in bad layers (0.500 → 0.300 )" in text
-    assert "clearly worse in per-slot RGB L1 (0.500 → 0.700 )" in text
+    text = text_of(page_of({"bad_layers": BETTER, "layer_l1": WORSE, "halo": UNCLEAR, "evenness": BETTER}))
+    assert "clearly better in bad layers (0.50 → 0.30 )" in text
+    assert "clearly worse in layer RGB L1, on black and white (0.50 → 0.70 )" in text
     assert "The one other measure shows no clear difference." in text
 
 
 def test_the_summary_admits_when_nothing_is_clear() -> None:
-    text = text_of(page_of({"bad_layers": UNCLEAR, "slot_l1": UNCLEAR}))
+    text = text_of(page_of({"bad_layers": UNCLEAR, "layer_l1": UNCLEAR}))
     assert "does not differ from the base by more than chance in any of 2 measures" in text
     assert "clearly better" not in text and "clearly worse" not in text
 
@@ -74,7 +77,11 @@ def test_the_summary_admits_when_nothing_is_clear() -> None:
     ("column", "comparison", "expected"),
     [
         ("bad_layers", BETTER, "good"),  # lower is better, and it fell
-        ("evenness", BETTER, "bad"),  # higher is better, and it fell
+        ("inpainting_ssim", BETTER, "bad"),  # higher is better, and it fell
+        ("evenness", BETTER, ""),  # neither direction is better
+        ("slot_l1", BETTER, ""),  # lower is better, but white layers that are missing lower it too
+        ("slot_l1_2", BETTER, ""),
+        ("layer_l1_2", BETTER, "good"),
         ("layerd_alpha_iou_0", WORSE, "good"),
         ("layerd_clean_cost_3", WORSE, "bad"),
         ("bad_layers", UNCLEAR, ""),
@@ -89,7 +96,18 @@ def test_colour_follows_direction_and_interval(column: str, comparison: Comparis
 def test_only_clear_differences_are_coloured_on_the_page() -> None:
     page = page_of({"bad_layers": UNCLEAR, "evenness": UNCLEAR})
     assert 'class="chip good"' not in page and '<td class="bad"' not in page and 'var(--good)"' not in page
-    assert '<td class="good">−0.200</td>' in page_of({"bad_layers": BETTER})
+    assert '<td class="good">−0.20 (−40 %)</td>' in page_of({"bad_layers": BETTER})
+
+
+def test_where_a_measure_is_undefined_it_says_for_whom_and_how_often() -> None:
+    page = page_of({"residue": replace(UNCLEAR, tuned_undefined=7), "bad_layers": UNCLEAR})
+    assert page.count("undefined: ") == 1 and "20<br>undefined: 7 of adapter" in page
+    lost = compare_rows([{"kind": "designs", "layers": 2, "residue": 0.2}] * 2, [{"residue": None}] * 2, seed=0)
+    row = text_of(page_of({}, comparisons=lost))
+    assert "0 undefined: 2 of adapter" in row, "a measure that one model has nowhere keeps its row"
+    document = json.loads(metrics_json(lost, {}, {}))
+    assert document["designs.residue"]["tuned"] is None and document["designs.residue"]["base"] == 0.2
+    assert kubeflow_metrics(document) == {"designs_residue_base": 0.2}
 
 
 def test_numbers_are_readable() -> None:
@@ -98,17 +116,29 @@ def test_numbers_are_readable() -> None:
     ]  # fmt: skip
 
 
+def test_no_number_contradicts_its_colour() -> None:
+    """A clear difference whose interval would read "0.000 ... +0.002" at three decimals."""
+    page = text_of(page_of({"bad_layers": compared(0.5, 0.50105, 0.00004, 0.0021)}))
+    assert "+0.00105 (+0.2 %) +0.00004 … +0.00210" in page
+
+
 def test_definitions_are_repeated_verbatim() -> None:
     text = text_of(page_of(dict.fromkeys(MEASURES, UNCLEAR)))
     for name, definition in DEFINITIONS.items():
-        if name != "slots":
+        if name not in ("slots", "layerd"):
             assert definition.replace("'", "&#x27;") in text, name
+
+
+def test_how_the_true_layers_were_made_is_said() -> None:
+    text = text_of(page_of({"bad_layers": BETTER}, ground_truth=["Texts are <previews>.", "White goes below."]))
+    assert "True layers Texts are &lt;previews&gt;. White goes below." in text
+    assert "True layers" not in text_of(page_of({"bad_layers": BETTER}))
 
 
 def rows_of(page: str) -> list[str]:
     """Headings of the rows of the first table, in order."""
     body = page.split("<tbody>")[1].split("</tbody>")[0]
-    return [text_of(heading) for heading in re.findall(r'<th scope="row">(.*?)<span', body)]
+    return [text_of(unescape(heading)) for heading in re.findall(r'<th scope="row">(.*?)<span', body)]
 
 
 @pytest.mark.parametrize("kind", ["designs", "pictures"])
@@ -129,7 +159,7 @@ def test_the_headline_is_what_says_that_it_belongs_there(kind: Kind) -> None:
 
 def test_kubeflow_gets_the_columns_that_say_so() -> None:
     comparisons = Comparisons({"designs": dict.fromkeys(COLUMNS, BETTER), "pictures": {"residue": WORSE}})
-    document = json.loads(metrics_json(comparisons, {}, {"seconds": {"measuring": 2.0}}, resamples=10))
+    document = json.loads(metrics_json(comparisons, {}, {"seconds": {"measuring": 2.0}}))
     bases = [name for name in kubeflow_metrics(document) if name.endswith("_base")]
     assert bases == [*(f"designs_{name}_base" for name in quoted("kubeflow")), "pictures_residue_base"]
     assert kubeflow_metrics(document)["pictures_residue_adapter"] == 0.7
@@ -208,9 +238,13 @@ def test_flags_and_numbers_stand_under_a_layer() -> None:
             "blank": False,
             "glazed": True,
             "duplicate": False,
+            "idle": True,
         }
     )
-    assert flags == "glazed" and [line.replace("\u00a0", " ") for line in lines] == ["covers 61 %", "α 0.20, semi 93 %"]
+    assert flags == "glazed, idle" and [line.replace("\u00a0", " ") for line in lines] == [
+        "covers 61 %",
+        "α 0.20, semi 93 %",
+    ]
 
 
 def shown_samples(count: int) -> list[ShownCase]:
@@ -240,7 +274,7 @@ def test_a_page_that_would_grow_too_large_leaves_samples_out_and_says_so(monkeyp
     monkeypatch.setattr(report_module, "TARGET_BYTES", len(full) * 2 // 3)
     page = page_of({"bad_layers": BETTER}, shown=shown)
     kept = page.count("<article")
-    assert 1 <= kept < 6 and len(page) <= len(full) * 2 // 3 + 500
+    assert 1 <= kept < 6 and len(page) <= len(full) * 2 // 3 + 700
     assert f"{kept} of 20 cases" in page and f"{6 - kept} more are among the sheets" in page
 
 
@@ -279,6 +313,6 @@ def test_comparisons_by_layer_count_are_of_those_designs_only() -> None:
     cases = [Case(f"{n:016x}", "designs", n, n, source_of(t), t) for n, t in ((n, drawn_design(n, n)) for n in (2, 3))]
     base = [assess(case, case.truth, max_edits=0) for case in cases if case.truth is not None]
     tuned = [{**row, "slot_l1": row["layers"] / 10} for row in base]
-    slots = compare_rows(base, tuned, resamples=200, seed=0).slots
+    slots = compare_rows(base, tuned, seed=0).slots
     assert {count: table["slot_l1"].tuned for count, table in slots.items()} == {2: 0.2, 3: 0.3}
     assert "slot_l1_2" in slots[3] and "slot_l1_2" not in slots[2]

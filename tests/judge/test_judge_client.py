@@ -278,12 +278,44 @@ def test_what_was_answered_is_never_asked_again_even_if_it_was_unusable(
 def test_a_paid_answer_without_scores_is_stored_too(
     scripted: Any, one: Request, say: Say, message: dict[str, Any], reason: str, asked: int
 ) -> None:
+    """It is stored, since it was paid, and not recalled for ever: the next attempt of the step asks again, as often as
+    the first and under other keys, for what is wrong with a judge passes."""
     replies = ReplyMemory()
     scripted.answer = say("", **message)
-    for _ in range(2):
+    for attempt in (1, 2, 3):
         [error] = asyncio.run(ask_all(Judge(scripted.url, *settings(retries=2), replies=replies), [one]))
         assert isinstance(error, UnusableError) and error.reason == reason
-        assert len(scripted.bodies) == len(replies) == asked
+        assert len(scripted.bodies) == len(replies) == attempt * asked
+    assert len({body["seed"] for body in scripted.bodies}) == 3 * asked
+
+
+def test_an_interrupted_round_of_redraws_goes_on_where_it_was(
+    scripted: Any, one: Request, good: bytes, say: Say
+) -> None:
+    replies = ReplyMemory()
+    scripted.answer = lambda body, number: say("no idea") if number < 2 else b""
+    judge = Judge(scripted.url, *settings(redraws=4, retries=0, give_up_seconds=1e6), replies=replies)
+    [error] = asyncio.run(ask_all(judge, [one]))
+    assert isinstance(error, UnusableError) and len(replies) == 2
+    scripted.answer = say("no idea")
+    asyncio.run(ask_all(Judge(scripted.url, *settings(redraws=4), replies=replies), [one]))
+    assert len(replies) == 5  # as many as an uninterrupted run draws
+
+
+def test_a_request_that_was_refused_is_sent_again_as_often_as_its_caller_allows(
+    scripted: Any, one: Request, good: bytes, respond: Say
+) -> None:
+    flagged = respond('{"error": {"message": "flagged by moderation"}}', status="403 Forbidden")
+    scripted.answer = lambda body, number: flagged if number == 1 else good
+    judge = Judge(scripted.url, *settings(), replies=ReplyMemory())
+
+    async def twice() -> None:
+        async with judge:
+            await judge.ask(one, sample=0)
+            await judge.ask(one, sample=1, refusals=1)
+
+    asyncio.run(twice())
+    assert len(scripted.bodies) == 3 and scripted.bodies[1] == scripted.bodies[2]
 
 
 def test_another_model_sample_or_seed_is_another_question(scripted: Any, one: Request, good: bytes) -> None:

@@ -356,6 +356,20 @@ def test_a_first_403_stops_and_a_later_one_masks_its_request(serve: Any, one: Re
     (answer,) = ask(Judge(server.url, *settings()), [one])
     assert isinstance(answer, LayerloopError) and "refuses access (HTTP 403: flagged by moderation)" in str(answer)
 
+    flagged = variants(one, 25)[3].system
+    for concurrency in (1, 25):  # a refusal may come before any answer: a moderator is faster than a judge
+        server = serve(
+            lambda body, number: (403, refused) if body["messages"][0]["content"] == flagged else (200, FINE)
+        )
+        answers = ask(Judge(server.url, *settings(concurrency=concurrency)), variants(one, 25))
+        failed = [answer for answer in answers if isinstance(answer, BaseException)]
+        assert len(failed) == 1 and isinstance(failed[0], UnusableError) and failed[0].reason == "http_403"
+    first = variants(one, 3)[0].system
+    server = serve(lambda body, number: (403, refused) if body["messages"][0]["content"] == first else (200, FINE))
+    answers = ask(Judge(server.url, *settings(concurrency=1)), variants(one, 3))
+    assert [getattr(answer, "reason", "") for answer in answers] == ["http_403", "", ""]
+    assert len(server.bodies) == 4  # with the short question that shows that the key is good
+
     server = serve(lambda body, number: (403, refused) if number == 20 else (200, FINE))
     answers = ask(Judge(server.url, *settings(concurrency=1)), variants(one, 25))
     failed = [answer for answer in answers if isinstance(answer, BaseException)]

@@ -1,16 +1,27 @@
 """Rows in Crello's columns: generated, written, and rendered as layers."""
 
 import io
+import json
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from layerloop.components.layers.crello import design_of, generate_design, render_design, write_designs_parquet
+from layerloop.components.layers.crello import (
+    class_labels,
+    design_of,
+    generate_design,
+    render_design,
+    render_elements,
+    with_labels,
+    write_designs_parquet,
+)
 from layerloop.components.layers.designs import draw_sketch
 from layerloop.components.layers.paint import render_sketch
 from layerloop.components.layers.stack import flatten
+from layerloop.components.schema.errors import LayerloopError
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -133,7 +144,7 @@ def test_an_element_without_an_image_is_named():
     design = row((8, 8), (0, 0, 8, 8, 0, 1, solid(RED)), (0, 0, 8, 8, 0, 1, None)) | {
         "type": ["ImageElement", "TextElement"]
     }
-    with pytest.raises(ValueError, match=r"element 1 \(TextElement\) of design a has no image"):
+    with pytest.raises(LayerloopError, match=r"element 1 \(TextElement\) of design a has no image"):
         render_design(design)
 
 
@@ -143,3 +154,57 @@ def test_the_fast_painter_and_the_renderer_of_rows_agree(seed):
     fast, slow = render_sketch(sketch, (64, 48)), render_design(design_of(sketch, "a"), longest_side=64)
     assert np.abs(fast[..., 3].astype(float) - slow[..., 3]).mean() < 1.0
     assert np.abs(flatten(fast, "black").astype(float) - flatten(slow, "black")).mean() < 2.5
+
+
+def test_the_generator_writes_every_kind_of_element_into_every_column():
+    design = generate_design(np.random.default_rng(2), layers=3, photo_share=0, every_kind=True)
+    assert design["length"] == 8
+    assert {len(value) for value in design.values() if isinstance(value, list)} == {8}
+    assert set(design["type"]) == {"ColoredBackground", "ImageElement", "SvgElement", "TextElement"}
+    assert any(design["angle"]) and min(design["opacity"]) == 0.5 and design["text"][-1] == "Big sale"
+    assert design == generate_design(np.random.default_rng(2), layers=3, photo_share=0, every_kind=True)
+
+
+def test_elements_say_whether_their_own_image_is_nowhere_opaque():
+    design = generate_design(np.random.default_rng(2), layers=1, every_kind=True)
+    found = list(render_elements(design, size=(80, 80)))
+    assert [element.transparent for element in found] == [False, False, False, False, True, True]
+    assert [element.text for element in found] == ["", "", "", "", "", "preview"]
+
+
+def test_a_text_preview_is_stretched_over_its_box_and_keeps_its_own_alpha():
+    design = row((32, 16), (8, 4, 16, 8, 0, 0.5, solid(RED))) | {"type": ["TextElement"]}
+    assert render_design(design)[0, 8, 16].tolist() == [*RED, 255]
+    assert render_design(design | {"type": ["ImageElement"]})[0, 8, 16, 3] == 128
+    assert render_design(design | {"type": [4], "text": ["words"]})[0, 8, 16, 3] == 255  # types without names
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"canvas_width": None}, "column canvas_width is null: give a number of 1 or more"),
+        ({"length": None}, "column length is null"),
+        ({"opacity": [None]}, "column opacity is null for element 0: give a number"),
+        ({"left": None}, "column left is null, but length is 1: give a value for each element"),
+        ({"top": []}, "column top is a list of 0, but length is 1"),
+        ({"angle": [float("nan")]}, "column angle is nan for element 0"),
+        ({"width": ["4"]}, "column width is '4' for element 0"),
+        ({"image": None}, "column image is null, but length is 1"),
+    ],
+)
+def test_nulls_are_named_by_column_and_element(change, line):
+    with pytest.raises(LayerloopError, match="^" + re.escape(line)):
+        render_design(row((8, 8), (0, 0, 8, 8, 0, 1, solid(RED))) | change)
+
+
+def test_class_indices_become_the_names_that_the_datasets_library_keeps():
+    features = {
+        "type": {"feature": {"names": ["SvgElement", "TextElement"], "_type": "ClassLabel"}, "_type": "Sequence"},
+        "canvas_width": {"names": ["1080", "600"], "_type": "ClassLabel"},
+        "left": {"feature": {"dtype": "float32", "_type": "Value"}, "_type": "Sequence"},
+    }
+    labels = class_labels({b"huggingface": json.dumps({"info": {"features": features}}).encode()})
+    assert labels == {"type": ["SvgElement", "TextElement"], "canvas_width": ["1080", "600"]}
+    row = with_labels({"type": [1, 0, 7], "left": [1.0], "canvas_width": 1}, labels)
+    assert row == {"type": ["TextElement", "SvgElement", 7], "left": [1.0], "canvas_width": "600"}
+    assert class_labels(None) == class_labels({b"huggingface": b"{"}) == {}

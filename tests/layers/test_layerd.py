@@ -13,11 +13,11 @@ import pytest
 from layerloop.components.layers.layerd import (
     EditLevel,
     at_edits,
-    clear_faint_alpha,
     evaluate,
     group_indices,
     warp,
 )
+from layerloop.components.layers.planes import cleared
 from layerloop.components.layers.stack import Pixels, composite
 from layerloop.components.schema.errors import LayerloopError
 
@@ -70,8 +70,8 @@ def test_an_alpha_floor_of_one_level_collapses_the_grouping() -> None:
 
 
 def test_clearing_faint_alpha_undoes_a_floor_of_two_levels_and_no_more() -> None:
-    assert scores(clear_faint_alpha(toy(floor=2))) == [(0.0, 1.0)]
-    assert np.array_equal(clear_faint_alpha(toy(floor=3)), toy(floor=3))
+    assert scores(cleared(toy(floor=2))) == [(0.0, 1.0)]
+    assert np.array_equal(cleared(toy(floor=3)), toy(floor=3))
 
 
 def test_a_background_that_was_not_inpainted_is_barely_seen() -> None:

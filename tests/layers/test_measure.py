@@ -7,27 +7,36 @@ import math
 import numpy as np
 import pytest
 
-from layerloop.components.layers.measure import (
-    DEFINITIONS,
-    MEASURES,
-    bad,
+from layerloop.components.layers.background import holes, inpainting_l1, inpainting_ssim, residue, ring_smoothness
+from layerloop.components.layers.flags import (
     blank,
     coverage,
     duplicate,
-    evenness,
+    flags_of,
     glazed,
-    inpainting_l1,
-    inpainting_ssim,
+    idle,
     mean_alpha,
+    semi_transparent,
+)
+from layerloop.components.layers.matching import (
+    alpha_error,
+    alpha_gradient_error,
+    halo,
+    layer_l1,
+    mean_layer_l1,
     mean_slot_l1,
+    slot_l1,
+)
+from layerloop.components.layers.measure import (
+    DEFINITIONS,
+    MEASURES,
+    edge_recomposition,
+    evenness,
+    evenness_gap,
+    match,
     measure_all,
     measure_layers,
     recomposition_error,
-    residue,
-    ring_smoothness,
-    semi_transparent,
-    slot_l1,
-    used_layers,
 )
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
@@ -81,7 +90,9 @@ def test_blank_means_a_mean_alpha_under_one_half_percent() -> None:
         (120, 17, True),
         (229, 40, True),  # 0.898
         (230, 40, False),  # 0.902 is solid
-        (2, 64, False),  # fainter than counts as coverage; not blank either
+        (2, 64, False),  # nobody sees it: blank
+        (30, 4, True),  # not wide, but faint
+        (40, 4, False),  # 0.157
     ],
 )
 def test_glazed_means_a_wide_and_mostly_translucent_layer(alpha: int, rows: int, expected: bool) -> None:
@@ -96,15 +107,16 @@ def test_a_layer_with_enough_solid_pixels_is_not_glazed() -> None:
         assert glazed(veil[None]).tolist() == [expected]
 
 
-def test_a_very_faint_layer_is_blank_and_therefore_not_glazed() -> None:
-    stack = layer((200, 0, 0), 1)[None]
-    assert (blank(stack).item(), glazed(stack).item(), bad(stack).item()) == (True, False, True)
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_a_layer_that_nobody_sees_is_blank_and_therefore_not_glazed(alpha: int) -> None:
+    stack = layer((200, 0, 0), alpha)[None]
+    assert (blank(stack).item(), glazed(stack).item()) == (True, False)
 
 
 def test_a_wide_layer_of_three_levels_is_blank_and_not_glazed_too() -> None:
     stack = layer((200, 0, 0), 3, (0, SIDE // 4 + 4, 0, SIDE))[None]  # over 31 % of the canvas, mean alpha 0.0037
     assert coverage(stack).item() == 0.3125
-    assert (blank(stack).item(), glazed(stack).item(), bad(stack).item()) == (True, False, True)
+    assert (blank(stack).item(), glazed(stack).item()) == (True, False)
 
 
 def test_coverage_and_translucency_ignore_alpha_of_two_levels() -> None:
@@ -125,9 +137,49 @@ def test_a_duplicate_is_the_whole_source_again_above_layer_zero() -> None:
     far[..., :3] = np.clip(far[..., :3].astype(int) + 10, 0, 255)  # L1 0.039
     half = complete.copy()
     half[:7, :, 3] = 0  # opaque over 89 %
-    tests = np.stack([complete, complete, near, far, half])
-    assert duplicate(tests, source).tolist() == [False, True, True, False, False]
-    assert used_layers(tests, source) == pytest.approx(3 / 5)
+    for candidate, expected in ((complete, True), (near, True), (far, False), (half, False)):
+        assert duplicate(np.stack([layer((9, 9, 9), 255), candidate]), source).tolist() == [False, expected]
+
+
+def test_a_duplicate_is_also_a_layer_that_repeats_one_below() -> None:
+    ramp, red, blue = design()
+    moved = np.roll(red, 2, axis=0)  # IoU 0.88
+    tinted = red.copy()
+    tinted[..., :3] += 8  # RGB L1 0.031
+    for repeated, expected in ((red, True), (moved, False), (tinted, False), (ramp, True)):
+        stack = np.stack([ramp, red, blue, repeated])
+        assert duplicate(stack, source_of(design())).tolist() == [False, False, False, expected]
+    empty = np.stack([ramp, layer(), layer()])
+    assert not duplicate(empty, source_of(design())).any(), "blank layers are no copies of each other"
+
+
+def test_an_idle_layer_is_one_that_the_image_does_without() -> None:
+    stack = design()
+    source = source_of(stack)
+    assert not idle(stack, source).any()
+    whole = composite(stack)
+    assert idle(np.stack([whole, *stack[1:]]), source).tolist() == [False, True, False], "blue repairs what red hides"
+    veil = whole.copy()
+    veil[..., 3] = 100
+    assert idle(np.stack([whole, veil]), source).tolist() == [False, True]
+    assert idle(np.stack([*stack, layer((0, 255, 0), 255, (0, 8, 40, 48))]), source).tolist() == [False] * 3 + [True]
+    assert idle(np.stack([*stack, stack[2]]), source).tolist() == [False] * 3 + [True], "of equal ones the upper"
+    assert idle(np.stack([*stack, whole]), source).tolist() == [False] * 3 + [True]
+    assert idle(np.stack([stack[0], whole, whole * 0]), source).tolist() == [False] * 3, "the whole picture is of use"
+
+
+def test_a_layer_that_is_hidden_is_idle() -> None:
+    ramp, red, blue = design()
+    cover = layer((40, 90, 40), 255, (0, SIDE, 0, SIDE))
+    stack = np.stack([ramp, red, cover, blue])
+    assert idle(stack, source_of(stack)).tolist() == [False, True, False, False]
+
+
+def test_a_faint_element_of_the_true_layers_is_of_use() -> None:
+    stack = np.stack([layer((200, 200, 200), 255), layer((0, 0, 0), 60, (8, 40, 8, 40))])
+    assert not idle(stack, source_of(stack)).any()
+    stack[1, ..., 3] //= 20  # three levels of alpha
+    assert flags_of(stack, source_of(stack)).bad.tolist() == [False, True]
 
 
 # ------------------------------------------------------------------------------------------------------- decompositions
@@ -147,10 +199,29 @@ def test_evenness_of_two_of_four_layers_is_one_half() -> None:
 
 
 def test_evenness_weighs_layers_by_their_gradients() -> None:
-    bright = layer((200, 200, 200), 255, (8, 40, 8, 40))
-    dim = layer((50, 50, 50), 255, (8, 40, 8, 40))
-    p = np.array([0.8, 0.2])
-    assert evenness(np.stack([bright, dim])) == pytest.approx(-(p * np.log(p)).sum() / math.log(2))
+    one = layer((200, 90, 0), 255, (8, 20, 8, 20))
+    three = np.maximum(one, np.maximum(np.roll(one, 20, axis=0), np.roll(one, 20, axis=1)))
+    p = np.array([0.25, 0.75])
+    assert evenness(np.stack([one, three])) == pytest.approx(-(p * np.log(p)).sum() / math.log(2))
+
+
+def test_evenness_sees_black_as_it_sees_white() -> None:
+    for colour in ((0, 0, 0), (255, 255, 255), (90, 90, 90)):
+        card = layer(colour, 255, (8, 40, 8, 40))
+        assert evenness(np.stack([card, card, layer()])) == pytest.approx(math.log(2) / math.log(3))
+
+
+def test_evenness_of_veils_that_nobody_sees_is_nothing() -> None:
+    card = layer((255, 255, 255), 255, (8, 40, 8, 40))
+    veil = layer((0, 0, 0), 2, (20, 60, 20, 60))
+    assert evenness(np.stack([card, veil])) == 0.0
+
+
+def test_the_gap_of_evenness_is_a_distance() -> None:
+    card = layer((255, 255, 255), 255, (8, 40, 8, 40))
+    even, uneven = np.stack([card, card]), np.stack([card, layer()])
+    assert evenness_gap(match(even, uneven)) == evenness_gap(match(uneven, even)) == pytest.approx(1.0)
+    assert evenness_gap(match(even, even)) == 0.0
 
 
 def test_evenness_ignores_colour_under_alpha_zero() -> None:
@@ -238,10 +309,24 @@ def test_ring_smoothness_falls_with_a_seam_and_with_blur() -> None:
     assert defined(ring_smoothness(blurred)) < 0.8
 
 
-@pytest.mark.parametrize("stack", [np.stack([layer((1, 1, 1), 255), layer()]), layer((1, 1, 1), 255)[None]])
-def test_layer_zero_cannot_be_judged_when_nothing_is_above_it(stack: Pixels) -> None:
-    assert residue(stack, source_of(design())) is None
-    assert ring_smoothness(stack) is None
+@pytest.mark.parametrize("upper", [0, 1, 3])
+def test_where_nothing_is_above_layer_zero_all_of_it_is_judged(upper: int) -> None:
+    """A picture left whole has left everything; there is no way out through an empty area."""
+    source = source_of(design())
+    rest = [layer()] * upper
+    assert defined(residue(np.stack([composite(design()), *rest]), source)) == pytest.approx(1.0)
+    assert defined(residue(np.stack([layer((1, 1, 1), 255), *rest]), source)) == pytest.approx(0.0)
+    assert holes(np.stack([layer((1, 1, 1), 255), *rest])) == 0.0
+    assert holes(np.stack([layer(), *rest])) == 1.0
+    assert ring_smoothness(np.stack([layer((1, 1, 1), 255), *rest])) is None
+
+
+def test_holes_are_counted_under_the_upper_layers_only() -> None:
+    stack = design()
+    stack[0, 56:, 56:, 3] = 0
+    assert holes(stack) == 0.0
+    stack[0, 8:40, 8:24, 3] = 229  # half of the red card
+    assert holes(stack) == pytest.approx(16 * 32 / (2 * 32 * 32 - 8 * 8 - 8 * 24), abs=0.06)
 
 
 def test_residue_of_a_flat_source_is_undefined() -> None:
@@ -254,15 +339,69 @@ def test_residue_of_a_flat_source_is_undefined() -> None:
 
 def test_slots_are_matched_to_their_best_reference_whatever_their_order() -> None:
     truth = design()
-    assert slot_l1(truth[[2, 0, 1]], truth) == [0.0, 0.0, 0.0]
+    assert slot_l1(match(truth[[2, 0, 1]], truth)) == [0.0, 0.0, 0.0]
 
 
 def test_slot_distance_is_measured_on_white() -> None:
     truth = np.stack([layer((255, 255, 255), 255), layer((255, 0, 0), 255, (0, 32, 0, 64))])
     stack = truth.copy()
     stack[1] = layer((255, 0, 0), 255, (0, 16, 0, 64))  # a quarter of the canvas shows white in place of red
-    assert slot_l1(stack, truth) == pytest.approx([0.0, 0.25 * 2 / 3])
-    assert mean_slot_l1(stack, truth) == pytest.approx(0.25 / 3)
+    assert slot_l1(match(stack, truth)) == pytest.approx([0.0, 0.25 * 2 / 3])
+    assert mean_slot_l1(match(stack, truth)) == pytest.approx(0.25 / 3)
+
+
+def test_white_layers_are_seen_on_black() -> None:
+    """On white, leaving every white layer blank is perfect."""
+    truth = np.stack([layer((90, 120, 60), 255), *(layer((255, 255, 255), 255, (8, 40, x, x + 8)) for x in (0, 40))])
+    nothing = np.stack([truth[0], layer(), layer()])
+    assert mean_slot_l1(match(nothing, truth)) == 0.0
+    assert layer_l1(match(nothing, truth)) == pytest.approx([0, 32 * 8 / SIDE**2 / 2, 32 * 8 / SIDE**2 / 2])
+
+
+def test_layers_that_one_side_lacks_are_blank_ones() -> None:
+    truth = design()
+    missing = mean_layer_l1(match(truth[:2], truth))
+    assert missing == pytest.approx(mean_layer_l1(match(np.stack([*truth[:2], layer()]), truth))) and missing > 0.01
+    assert mean_layer_l1(match(np.stack([*truth, layer()]), truth)) == 0.0
+    junk = np.stack([*truth, layer((255, 0, 255), 255, (0, 8, 0, 8))])
+    assert mean_layer_l1(match(junk, truth)) > 0
+
+
+def test_edges_are_compared_with_those_of_the_matched_true_layer() -> None:
+    truth = design()
+    same = match(truth[[0, 2, 1]], truth)
+    assert [alpha_error(same), alpha_gradient_error(same), halo(same)] == [0.0, 0.0, 0.0]
+    half = truth.copy()
+    half[2, ..., 3] //= 2  # 127
+    assert alpha_error(match(half, truth)) == pytest.approx(24 * 24 / SIDE**2 * 128 / 255 / 2)
+    assert alpha_gradient_error(match(half, truth)) == pytest.approx((128 / 255) ** 2 / 2, abs=0.01)
+    gone = match(truth[:1], truth)
+    assert alpha_error(gone) == pytest.approx((32 * 32 + 24 * 24) / SIDE**2 / 2)
+    assert alpha_gradient_error(gone) == pytest.approx(1.0)
+    only = match(truth[:1], truth[:1])
+    assert [alpha_error(only), alpha_gradient_error(only), halo(only)] == [None, None, None]
+
+
+def test_a_halo_is_colour_in_the_band_along_the_edge_and_nowhere_else() -> None:
+    truth = design()
+    inside, fringed = truth.copy(), truth.copy()
+    inside[1, 20:28, 16:28, :3] = 0  # far from edges
+    assert halo(match(inside, truth)) == 0.0
+    fringed[1, 6:8, 8:40] = (128, 128, 128, 153)
+    assert 0.01 < defined(halo(match(fringed, truth))) < 0.2
+
+
+def test_recomposition_is_judged_along_predicted_edges_where_there_is_no_truth() -> None:
+    truth = design()
+    source = source_of(truth)
+    assert defined(edge_recomposition(truth, source)) < 1e-6
+    off = truth.copy()
+    off[0, :4] = 0  # wrong, but far from every edge
+    assert defined(edge_recomposition(off, source)) < 1e-6
+    fringed = truth.copy()
+    fringed[1, 6:8, 8:40] = (128, 128, 128, 153)
+    assert defined(edge_recomposition(fringed, source)) > 2 * recomposition_error(fringed, source)
+    assert edge_recomposition(truth[:1], source) is None
 
 
 def test_assignment_is_one_to_one_and_the_cheapest_in_total() -> None:
@@ -271,14 +410,14 @@ def test_assignment_is_one_to_one_and_the_cheapest_in_total() -> None:
 
     # Slot 0 is nearest to reference 0, and so is slot 1; together they are cheapest when slot 0 gives way.
     stack, truth = np.stack([grey(90), grey(100)]), np.stack([grey(100), grey(60)])
-    assert slot_l1(stack, truth) == pytest.approx([30 / 255, 0.0])
+    assert slot_l1(match(stack, truth)) == pytest.approx([30 / 255, 0.0])
 
 
 def test_a_slot_without_a_reference_is_left_out() -> None:
     truth = design()
-    values = slot_l1(np.concatenate([truth, layer((9, 9, 9), 255)[None]]), truth)
-    assert values == [0.0, 0.0, 0.0, None]
-    assert mean_slot_l1(np.concatenate([truth, layer((9, 9, 9), 255)[None]]), truth) == 0.0
+    matching = match(np.concatenate([truth, layer((9, 9, 9), 255)[None]]), truth)
+    assert slot_l1(matching) == [0.0, 0.0, 0.0, None]
+    assert mean_slot_l1(matching) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------------------ all
@@ -312,8 +451,8 @@ def test_measures_do_not_change_what_they_measure() -> None:
 def test_each_layer_has_its_numbers_and_flags() -> None:
     stack = np.stack([design()[0], layer((200, 0, 0), 120), layer()])
     rows = measure_layers(stack, source_of(design()))
-    assert [(row["blank"], row["glazed"], row["duplicate"]) for row in rows] == [
-        (False, False, False), (False, True, False), (True, False, False),
+    assert [(row["blank"], row["glazed"], row["duplicate"], row["idle"]) for row in rows] == [
+        (False, False, False, False), (False, True, False, True), (True, False, False, False),
     ]  # fmt: skip
     assert rows[1]["coverage"] == 1.0 and rows[1]["mean_alpha"] == pytest.approx(120 / 255)
 
@@ -321,6 +460,32 @@ def test_each_layer_has_its_numbers_and_flags() -> None:
 def test_sizes_must_agree() -> None:
     with pytest.raises(LayerloopError, match="the source is"):
         measure_all(design(), np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(LayerloopError, match=r"the truth is \[3, 8, 64, 4\] and the decomposition"):
+        measure_all(design(), source_of(design()), design()[:, :8])
+    with pytest.raises(LayerloopError, match="the truth is float64"):
+        measure_all(design(), source_of(design()), design() / 255)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (8, 1), (2, 40), (3, 3)])
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_every_measure_bears_small_canvases_and_any_number_of_layers(size: tuple[int, int], layers: int) -> None:
+    draw = np.random.default_rng(0)
+    truth = draw.integers(0, 256, (3, *size, 4)).astype(np.uint8)
+    truth[0, ..., 3] = 255
+    for stack in (draw.integers(0, 256, (layers, *size, 4)).astype(np.uint8), np.zeros((layers, *size, 4), np.uint8)):
+        for known in (truth, np.zeros_like(truth), None):
+            values = measure_all(stack, source_of(truth), known)
+            assert all(value is None or math.isfinite(value) for value in values.values())
+            assert len(measure_layers(stack, source_of(truth))) == layers
+
+
+def test_a_source_with_alpha_is_taken_as_the_picture_that_was_decomposed() -> None:
+    """On white, as cases are made; colour under alpha 0 is nothing."""
+    stack = design()
+    source = composite(stack)
+    source[:20, :20, 3] = 0
+    assert measure_all(stack, source, stack) == measure_all(stack, on_backdrop(source, "white"), stack)
+    assert measure_layers(stack, source) == measure_layers(stack, on_backdrop(source, "white"))
 
 
 def test_every_measure_has_a_definition_that_names_its_thresholds() -> None:

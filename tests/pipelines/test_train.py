@@ -209,6 +209,7 @@ def test_the_run_form_reads_like_the_job(tmp_path: Path) -> None:
         ("campaign", "STRING", None),
         ("images", "STRING", None),
         ("designs", "STRING", ""),
+        ("benchmark", "STRING", ""),
         ("judge_url", "STRING", ""),
         ("recipe", "STRING", ""),
         ("overrides", "STRUCT", {}),
@@ -260,7 +261,7 @@ def test_compiling_twice_in_processes_with_other_hash_seeds_gives_the_same_bytes
     assert len(digests) == 1
 
 
-FORM_OF_EVALUATE = ["campaign", "iteration", "fail_when_worse", "runtime"]
+FORM_OF_EVALUATE = ["campaign", "iteration", "baseline", "runtime"]
 
 
 def test_the_evaluation_pipeline_finds_the_head_and_evaluates_it(tmp_path: Path) -> None:

@@ -95,7 +95,10 @@ def test_every_module_has_the_scale_that_peft_gives_it(base_recipe, tmp_path, fi
         ({"lora_alpha": 10**400}, "which is not a finite number"),
         ({"alpha_pattern": [8]}, "has alpha_pattern [8], which is not a mapping: write it as"),
         ({"alpha_pattern": {"to_q": "8"}}, "has alpha_pattern['to_q'] '8', which is not a finite number"),
-        ({"alpha_pattern": {"to_(q": 8}}, "has alpha_pattern {'to_(q': 8} with a key that is not a regular expression"),
+        (
+            {"alpha_pattern": {"to_(q": 8}},
+            "has alpha_pattern 'to_(q', which is not a regular expression that can be used",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -219,3 +222,28 @@ def test_an_adapter_that_is_written_over_is_never_a_mixture(adapter_folder: Path
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(.*)*x", "(a|a)*b", "(a|aa)+$b", "(a?){40}a{40}b"])
+def test_a_pattern_that_another_matcher_tries_for_years_is_decided_soon(adapter_folder: Path, pattern: str) -> None:
+    rename(adapter_folder, "to_q", "a" * 45)
+    set_config(adapter_folder, alpha_pattern={pattern: 8})
+    try:
+        assert read_adapter(adapter_folder).alpha == 4  # it does not match
+    except LayerloopError as error:
+        assert "which is not a regular expression that can be used (it takes too long)" in str(error)
+
+
+@pytest.mark.parametrize("pattern", ["(" * 400, "x" * 5000, "(", "*", "a{2,1}", "a{1000}{1000}"])
+def test_a_pattern_that_is_none_is_refused_in_a_few_words(adapter_folder: Path, pattern: str) -> None:
+    set_config(adapter_folder, alpha_pattern={pattern: 8})
+    with pytest.raises(LayerloopError, match="which is not a regular expression that can be used") as caught:
+        read_adapter(adapter_folder)
+    assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
+
+
+def rename(folder: Path, old: str, new: str) -> None:
+    """Another name for a module of the adapter in `folder`."""
+    file = folder / "adapter_model.safetensors"
+    save_file({name.replace(old, new): value for name, value in load_file(file).items()}, file)

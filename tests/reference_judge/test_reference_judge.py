@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -21,9 +22,10 @@ from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
+from layerloop.components.reference_judge import server
 from layerloop.components.reference_judge.answers import QualityCache
 from layerloop.components.reference_judge.identity import FINE, FINGERPRINT, NAME
-from layerloop.components.reference_judge.request_images import parse_images, recover_candidates
+from layerloop.components.reference_judge.request_images import BadRequestError, parse_images, recover_candidates
 from layerloop.components.reference_judge.rules import CRITERIA, RecoveredLayers, qualities
 from layerloop.components.schema.judging import BackdropName, JudgeRecipe
 
@@ -411,3 +413,43 @@ def test_the_cache_drops_what_was_used_longest_ago() -> None:
 
 def test_the_rules_cover_the_default_rubric() -> None:
     assert RUBRIC.names == CRITERIA
+
+
+def test_the_pixels_of_a_request_are_bounded_in_all() -> None:
+    """A few kilobytes of PNG each, 24 million pixels each: the third is not decoded."""
+    image = encode_image(np.zeros((4800, 5000, 3), np.uint8))
+    part = {"type": "image_url", "image_url": {"url": image.url.decode()}}
+    assert parse_images([{"role": "user", "content": [part]}]).question == ""
+    with pytest.raises(BadRequestError, match="the images of the request have over 48000000 pixels"):
+        parse_images([{"role": "user", "content": [part] * 3}])
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "sent",
+    [b"POST /v1/chat/completions HTTP/1.1\r\n", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 900\r\n\r\n"],
+)
+def test_a_client_that_sends_a_byte_now_and_then_is_let_go(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.6)
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.6)
+    with start_in_thread() as url, socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as client:
+        client.sendall(sent)
+        client.settimeout(0.1)
+        began = time.monotonic()
+        while time.monotonic() - began < 10:
+            try:
+                client.sendall(b"x")
+                if client.recv(100) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        assert 0.4 < time.monotonic() - began < 5
+        assert ask_status(url) == 200  # others are served
+
+
+def ask_status(url: str) -> int:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    connection.request("GET", "/health")
+    return connection.getresponse().status

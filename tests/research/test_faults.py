@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from layerloop.components.layers.designs import render_sketches
-from layerloop.components.layers.measure import bad, blank, duplicate, glazed
+from layerloop.components.layers.flags import blank, duplicate, flags_of, glazed
 from layerloop.components.layers.stack import composite
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.research import faults
@@ -39,7 +39,7 @@ def test_what_is_left_in_the_background_leaves_its_layer_blank(monkeypatch: pyte
 def test_a_veil_is_glazed(monkeypatch: pytest.MonkeyPatch) -> None:
     for stack, spoiled in zip(STACKS, of_kind("veil", monkeypatch), strict=True):
         assert glazed(spoiled)[1:].sum() == 1 + np.delete(glazed(stack[1:]), _changed(stack, spoiled)).sum()
-        assert bad(spoiled).any()
+        assert flags_of(spoiled, composite(stack)).bad.any()
 
 
 def test_a_copy_is_a_duplicate(monkeypatch: pytest.MonkeyPatch) -> None:

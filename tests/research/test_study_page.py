@@ -13,7 +13,7 @@ import pytest
 
 from layerloop.components.evaluate_adapter.assess import Row, compare_rows
 from layerloop.components.evaluate_adapter.results import metrics_json
-from layerloop.components.layers.columns import better_of, quoted
+from layerloop.components.layers.columns import BY_SLOT, better_of, quoted
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
@@ -22,8 +22,8 @@ from layerloop.pipelines.research.outcomes import outcome
 from layerloop.pipelines.research.page import write_results
 from layerloop.pipelines.research.study import study_recipe
 
-# What the base scores; its slot_l1 by layer count.
-BASE = {"bad_layers": 0.4, "evenness": 0.6}
+# What the base scores; its layer_l1 and slot_l1 by layer count.
+BASE = {"bad_layers": 0.4, "evenness_gap": 0.6}
 BASE_L1 = {2: 0.1, 3: 0.08, 4: 0.06}
 
 
@@ -37,7 +37,7 @@ def study(tmp_path: Path) -> Study:
 
 def evaluation(base: list[Row], tuned: list[Row]) -> bytes:
     """The metrics.json that evaluate_adapter writes of these rows."""
-    return metrics_json(compare_rows(base, tuned, resamples=10, seed=0), {}, {}, resamples=10)
+    return metrics_json(compare_rows(base, tuned, seed=0), {}, {})
 
 
 def design_rows(better: float = 0.0) -> list[Row]:
@@ -45,7 +45,7 @@ def design_rows(better: float = 0.0) -> list[Row]:
     towards = {name: 1 - better if better_of(name) == "lower" else 1 + better for name in quoted("study")}
     values = {name: BASE.get(name, 0.5) * factor for name, factor in towards.items()}
     return [
-        {**values, "kind": "designs", "layers": layers, "slot_l1": value * towards["slot_l1"]}
+        {**values, "kind": "designs", "layers": layers, **{name: value * towards[name] for name in BY_SLOT}}
         for layers, value in BASE_L1.items()
     ]
 
@@ -73,19 +73,31 @@ def test_an_outcome_is_what_the_files_say(study: Study) -> None:
     assert found.metrics["bad_layers"] == pytest.approx((0.4, 0.16))
     assert found.metrics["slot_l1.L2"] == pytest.approx((0.1, 0.04))
     assert found.metrics["slot_l1.L4"] == pytest.approx((0.06, 0.024))
-    assert found.metrics["evenness"] == pytest.approx((0.6, 0.96))
+    assert found.metrics["layer_l1.L3"] == pytest.approx((0.08, 0.032))
+    assert found.metrics["evenness_gap"] == pytest.approx((0.6, 0.24))
     assert found.metrics["reward_std"] == pytest.approx((0.02, 0.1))
     assert found.curve == [(1, 0.5), (2, 0.5)]
     assert all(astuple(spread) == pytest.approx((0.02, 0.1, 0.0, 1.0)) for spread in found.spreads)
 
 
-def test_an_evaluation_that_lacks_a_quoted_measure_is_named(study: Study) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("designs.evenness_gap", None, r"full-1 lacks evenness_gap, which the study quotes: remove .*iteration-000002"),
+        (
+            "definitions",
+            {"bad_layers": "Blank or glazed."},
+            r"full-1 was measured by another definition of bad_layers: ",
+        ),
+    ],
+)
+def test_an_evaluation_that_cannot_be_quoted_is_named(study: Study, key: str, value: object, message: str) -> None:
     run = finished(study, Run("full", 1), better=0.6, alone=0.02, used=0.1)
     file = study.campaign(run) / "evaluations" / "iteration-000002" / "metrics.json"
     metrics = json.loads(file.read_text())
-    del metrics["designs.evenness"]
+    metrics[key] = value
     file.write_text(json.dumps(metrics))
-    with pytest.raises(LayerloopError, match=r"full-1/evaluations/iteration-000002 lacks evenness, which the study"):
+    with pytest.raises(LayerloopError, match=message):
         outcome(study, run)
 
 
@@ -101,7 +113,8 @@ def test_the_page_says_what_holds_and_what_does_not(study: Study, tmp_path: Path
     page = page_of(study, done, [Run("nft", 0)], tmp_path / "docs")
     assert "| bad layers at least halved | -61.0% ± 2.5% | yes |" in page
     assert "| spread of rewards at least doubled by phase 2 | 5.00 ± 0.00 | yes |" in page
-    assert "| feature evenness: ahead of `phase1_only` | +23.8% ± 1.9% | yes |" in page
+    assert "| evenness nearer to that of the true layers | -61.0% ± 2.5% | yes |" in page
+    assert "per-slot RGB L1, 2 layers: ahead" not in page, "no verdict follows from it"
     assert "**no**" not in page and "on average" not in page
     assert "`nft-0`: run `make study` again." in page
     assert "| `phase1_only` | `full` | 0.1240 ± 0.0099 |" in page
@@ -141,5 +154,5 @@ def test_what_there_is_to_win_back_is_what_the_faults_cost(study: Study, tmp_pat
             patch.setitem(BASE_L1, layers, value / 2)
         shipped = finished(study, Run("shipped_base", 0), better=0.0, alone=0.02, used=0.1)
     page = page_of(study, [*full, shipped], [], tmp_path / "docs")
-    assert "The faults are 50%, 50%, 50% of the base's per-slot L1" in page
+    assert "The faults are 50%, 50%, 50% of the base's layer L1" in page
     assert "seed 0): unlearning" in page and "`full` wins back 40%, 40%, 40% of that." in page

@@ -43,6 +43,8 @@ def run(
     calls[-1] |= {"rate": rate, "fast": fast, "judge_url": judge_url}
     if campaign == "bad":
         raise LayerloopError("campaign is bad: give a good one")
+    if campaign == "worse":
+        raise OwnStatusError("campaign is worse: see its report")
     if campaign == "broken":
         raise ZeroDivisionError("a defect")
     manifest = Manifest(kind="rollouts", iteration=iteration, counts={"groups": 3, "candidates": 24})
@@ -52,6 +54,10 @@ def run(
         metrics={"reward_mean": 0.25, "groups": 3},
         parameters={"count": 3, "name": "a b", "ok": True},
     )
+
+
+class OwnStatusError(LayerloopError):
+    status: int = 3
 
 
 @pytest.fixture(autouse=True)
@@ -280,6 +286,11 @@ def test_a_metric_that_is_not_a_number_is_a_defect(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         step_main(diverging, argv=["--executor-input", json.dumps(task)])
     assert not (tmp_path / "deep").exists()
+
+
+def test_an_error_with_a_status_of_its_own_ends_with_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert step_main(run, argv=["--campaign", "worse", "--iteration", "1"]) == 3
+    assert capsys.readouterr().err.endswith("error: campaign is worse: see its report\n")
 
 
 def test_bad_input_is_one_line_and_status_2_with_nothing_written(

@@ -24,7 +24,7 @@ OLD = {
     "model": {"attention": "_native_math", "compile": True, "gradient_checkpointing": False, "fsdp": True},
     "rollout": {"batch_size": 3},
     "update": {"microbatch": 5},
-    "evaluation": {"batch_size": 7, "bootstrap": 321},
+    "evaluation": {"batch_size": 7},
     "judge": {
         "concurrency": 9,
         "timeout_seconds": 33.0,
@@ -68,6 +68,12 @@ def test_redraws_of_the_recipe_are_not_the_retries_of_the_runtime() -> None:
     assert (recipe.judge.redraws, runtime) == (1, {"judge": {"retries": 9}})
     recipe, runtime = parse_recipe_runtime("name: x\njudge: {redraws: 1}")
     assert (recipe.judge.redraws, runtime) == (1, {})
+
+
+def test_a_key_that_means_nothing_any_more_is_left_out_of_an_old_recipe() -> None:
+    old = {"name": "x", "evaluation": {"bootstrap": 2000, "steps": 7, "batch_size": 3}}
+    assert split_runtime(old) == ({"name": "x", "evaluation": {"steps": 7}}, {"evaluation": {"batch_size": 3}})
+    assert split_runtime({"name": "x", "evaluation": {"bootstrap": 2000}}) == ({"name": "x"}, {})
 
 
 def test_a_section_that_is_all_runtime_is_gone_and_one_that_is_no_mapping_is_refused() -> None:

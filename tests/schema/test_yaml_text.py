@@ -37,3 +37,53 @@ def test_what_is_doubtful_is_one_line(text: str | bytes, line: str) -> None:
 def test_a_recipe_that_gives_a_key_twice_is_refused() -> None:
     with pytest.raises(LayerloopError, match=r"recipe has the key seed twice \(line 3\): keep one of them"):
         parse_recipe("name: mine\nseed: 1\nseed: 2\n")
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(12)
+)
+MERGES = "a: &a {k: 1}\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} {{<<: [{', '.join([f'*{chr(97 + n)}'] * 9)}]}}\n" for n in range(12)
+)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (BOMB, "file unfolds to over 1000000 characters by its aliases: write plain values"),
+        (MERGES, "file unfolds to over 1000000 characters by its aliases: write plain values"),
+        ("a: &a [*a]", "file has a value inside itself, or 100 levels: write plain keys and values"),
+        ("a: &a {b: *a}", "file has a value inside itself, or 100 levels: write plain keys and values"),
+        ("{a: " * 200 + "1" + "}" * 200, "file has a value inside itself, or 100 levels: write plain keys and values"),
+        ("x" * 2_000_000, "file has 2000000 bytes, over 1000000: give settings, not data"),
+        ("a: " + "1:" * 200_000 + "1", "file has a number of 400001 characters: put it in quotes if it is none"),
+        ("a: " + "1:" * 190 + "1.5", "file is not YAML that can be read: write plain keys and values"),
+        ("a: !!int ''", "file is not YAML that can be read: write plain keys and values"),
+        ("a: !!bool maybe", "file is not YAML that can be read: write plain keys and values"),
+    ],
+    ids=[
+        "aliases",
+        "merges",
+        "list in itself",
+        "map in itself",
+        "deep",
+        "long",
+        "sixties",
+        "overflow",
+        "int",
+        "bool",
+    ],
+)
+def test_a_few_bytes_do_not_become_gigabytes_or_hours(text: str, line: str) -> None:
+    with pytest.raises(LayerloopError) as caught:
+        load_yaml(text, where="file")
+    assert str(caught.value) == line
+
+
+def test_a_wrong_value_is_shown_in_a_few_words_whatever_its_length() -> None:
+    many = ", ".join(f"k{n}: 1" for n in range(500))
+    for text in (f"seed: {'x' * 400_000}", f"seed: [{'1, ' * 100_000}]", f"rollout: {{{many}}}", f"{'k' * 90_000}: 1"):
+        with pytest.raises(LayerloopError) as caught:
+            parse_recipe(f"name: mine\n{text}\n")
+        assert len(str(caught.value)) < 8000 and "\n" not in str(caught.value)

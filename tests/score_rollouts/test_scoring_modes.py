@@ -17,7 +17,7 @@ import pytest
 
 from layerloop.components.judge.canaries import make_canaries
 from layerloop.components.judge.images import encode_image, fitted
-from layerloop.components.layers.measure import bad, duplicate
+from layerloop.components.layers.flags import flags_of
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.score_rollouts.step import run
@@ -245,7 +245,7 @@ def test_the_artifact_penalty_is_taken_off_and_shown(make_campaign: MakeCampaign
         run(campaign=campaign.uri, judge_url=judge_url)
         found, shares = rows_of(campaign), []
         for source, stacks in stacks_of(campaign):
-            shares += [float((bad(stack) | duplicate(stack, source)).mean()) for stack in stacks]
+            shares += [float(flags_of(stack, source).bad.mean()) for stack in stacks]
         for name in campaign.store.list():
             campaign.store.delete(name)
         return found, shares

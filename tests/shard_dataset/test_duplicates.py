@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from layerloop.components.shard_dataset.duplicates import DuplicateIndex, ImageHash, hash_image
+from layerloop.components.shard_dataset.duplicates import (
+    AT_ONCE,
+    MEAN_LEVELS,
+    MOST_LEVELS,
+    DuplicateIndex,
+    ImageHash,
+    hash_image,
+)
+from layerloop.components.shard_dataset.families import SIDE, Family
 
 from .posters import WORDS, Poster, copies, form
 
@@ -144,11 +152,52 @@ def measured(layouts: Iterable[int], *, forms: int) -> tuple[int, int, int]:
     return dropped, found, asked
 
 
-def test_a_copy_is_found_among_ten_forms_that_differ_in_a_number() -> None:
+def test_a_copy_is_found_among_forms_that_differ_in_a_number() -> None:
+    """Their thumbnails hardly differ, so that a copy's own form is none of the nearest by them."""
     index = DuplicateIndex(3)
-    for number in range(10):
-        image_hash = hashed(form(f"10{number}7"))
+    for number in range(24):
+        image_hash = hashed(form(f"10{number:02d}"))
         assert index.find_duplicate(str(number), image_hash) is None
         index.add(str(number), image_hash, str(number))
-    for what, copy in list(copies(form("1047")))[::2]:
-        assert index.find_duplicate(what, hashed(copy)) == "4", what
+    for number, part in ((5, slice(0, None, 3)), (17, slice(1, None, 3))):
+        for what, copy in list(copies(form(f"10{number:02d}")))[part]:
+            assert index.find_duplicate(what, hashed(copy)) == str(number), what
+
+
+def test_a_family_is_told_apart_by_the_cells_that_differ() -> None:
+    rng = np.random.default_rng(3)
+    shared = rng.integers(0, 256, SIDE * SIDE).astype(np.uint8)
+    cells = np.repeat(shared[None], 60, axis=0)
+    cells[:, 5000:5030] = rng.integers(0, 256, (60, 30))
+    family = Family(100)
+    asked: list[int] = []
+
+    def cells_of(index: int) -> np.ndarray:
+        asked.append(index)
+        return cells[index - 100]
+
+    for index in range(101, 160):
+        family.add(index)
+        query = np.clip(cells[index - 100].astype(int) + rng.integers(-6, 7, SIDE * SIDE), 0, 255).astype(np.uint8)
+        nearest = family.nearest(query, np.arange(100, index + 1), cells_of, most=3)
+        assert nearest[0][1] == index and nearest == sorted(nearest) and len(nearest) <= 3
+        some = family.nearest(query, np.arange(100, index), cells_of, most=3)  # without the nearest itself
+        assert index not in [number for _, number in some]
+    assert len(asked) < 6 * 60  # each member's cells once, and again whenever the family has doubled
+
+
+def test_a_family_far_from_the_question_as_a_whole_is_decided_as_one_by_one() -> None:
+    """The triangle inequality is a short cut: what it says must be what all thumbnails say."""
+    rng = np.random.default_rng(8)
+    grey = [np.full((48, 64, 3), 120, np.uint8) for _ in range(3)]
+    index = DuplicateIndex(64)
+    hashes = []
+    for number in range(AT_ONCE + 200):
+        base = grey[number % 3] + rng.integers(0, 7, 3).astype(np.uint8)
+        hashes.append(hash_image(base))
+        index.add(str(number), hashes[-1], str(number))
+    question = hash_image(np.full((48, 64, 3), 125, np.uint8))
+    apart = np.abs(np.stack([h.thumbnail for h in hashes]).astype(int) - question.thumbnail).reshape(len(hashes), -1)
+    expected = np.flatnonzero((apart.mean(axis=1) <= MEAN_LEVELS) & (apart.max(axis=1) <= MOST_LEVELS))
+    assert 0 < len(expected) < len(hashes)
+    assert index._alike(question).indexes.tolist() == expected.tolist()

@@ -12,14 +12,15 @@ import pytest
 import webdataset
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.shard_dataset.files import InputError, LocalFiles
 from layerloop.components.shard_dataset.inputs import Inputs, find_inputs, read_items
-from layerloop.components.storage.stores import open_store
+from layerloop.components.storage.stores import open_store, read_uri
 
 FILES = {
     "a.png": b"a", "b.JPG": b"bb", "notes.txt": b"x", "sub/c.webp": b"ccc", "sub/deep/d.png": b"dddd",
     ".hidden/e.png": b"x", "sub/._c.webp": b"x", ".DS_Store": b"x", "[1].png": b"1",
 }  # fmt: skip
-REMEDY = "give a folder of images, a glob, WebDataset tars or parquet"
+REMEDY = "give a folder of images, a glob, WebDataset tars, parquet or a list of URIs (.txt)"
 
 
 @pytest.fixture
@@ -90,7 +91,6 @@ def test_numbered_tars_are_given_by_braces(files_uri: str) -> None:
 
 def test_one_file_is_taken_by_itself(files_uri: str) -> None:
     assert read(find(f"{files_uri}/sub/c.webp")) == [("c.webp", b"ccc")]
-    assert read(find(f"{files_uri}/notes.txt")) == [("notes.txt", b"x")]
 
 
 def test_a_path_with_brackets_that_exists_is_no_glob(tmp_path: Path) -> None:
@@ -232,3 +232,33 @@ def test_images_tars_and_parquet_may_lie_in_one_folder(tmp_path: Path, encoded: 
     (tmp_path / "t.tar").write_bytes(tar_of([("k.png", encoded(2))]))
     pq.write_table(pa.table({"image": [encoded(3)]}), tmp_path / "u.parquet")
     assert [origin for origin, _ in read(find(str(tmp_path)))] == ["p.png", "t.tar:k.png", "u.parquet:0"]
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_named_as_an_image_is_not_waited_for(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+    (tmp_path / "a.png").write_bytes(encoded())
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.parquet")
+    inputs = find_inputs(str(tmp_path), what="images")
+    assert list(inputs.sizes) == ["a.png"] and {item.kind for item in inputs.passed} == {"special files"}
+    for uri in (f"{tmp_path}/pipe.*", f"{tmp_path}/pipe.png"):
+        with pytest.raises(LayerloopError, match=r"pipe"):
+            find_inputs(uri, what="images")
+    with pytest.raises(InputError, match="not a regular file"):  # it took the place of a file since the listing
+        LocalFiles(tmp_path).read("pipe.png")
+    with pytest.raises(LayerloopError, match="not a regular file"):
+        read_uri(tmp_path / "pipe.png")
+
+
+def test_a_few_bytes_of_parquet_are_not_unpacked_to_gigabytes(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
+    """A dictionary of one image of zeros, which every row names: 16 rows at once would be sixteen of it."""
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 16), pa.array([bytes(70_000_000)], pa.binary()))
+    table = pa.table({"image": rows})
+    pq.write_table(table, tmp_path / "bomb.parquet", compression="zstd", store_schema=False)
+    assert (tmp_path / "bomb.parquet").stat().st_size < 100_000
+    found = read(find(f"{tmp_path}/bomb.parquet"), 10**9)
+    assert len(found) == 16 and all("unpacks to" in str(problem) for _, problem in found)
+    nulls = pa.table({"image": pa.nulls(3_000_000, pa.binary())})
+    pq.write_table(nulls, tmp_path / "nulls.parquet", row_group_size=3_000_000)
+    [(origin, problem)] = read(find(f"{tmp_path}/nulls.parquet"))
+    assert origin == "nulls.parquet:0" and "3000000 rows: row group has 3000000 entries in" in str(problem)

@@ -25,11 +25,12 @@ from PIL import Image
 from layerloop.components.judge.images import fitted
 from layerloop.components.layers.crello import generate_design, write_designs_parquet
 from layerloop.components.layers.export import write_png_zip
+from layerloop.components.layers.truth import ground_truth
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.recipe import DataRecipe, parse_recipe
+from layerloop.components.schema.recipe import DataRecipe, DesignsRecipe, parse_recipe
 from layerloop.components.shard_dataset.files import InputError
 from layerloop.components.shard_dataset.inputs import Item, find_inputs, read_items
-from layerloop.components.shard_dataset.layered import complete, find_designs, layer_order, read_designs
+from layerloop.components.shard_dataset.layered import find_designs, layer_order, read_designs
 from layerloop.components.shard_dataset.normalise import normalise
 from layerloop.components.shard_dataset.samples import Prepared, Refused, prepare_image
 from layerloop.components.shard_dataset.step import run
@@ -544,7 +545,7 @@ def test_keys_of_a_bucket_are_taken_as_they_are(s3_bucket: str, encoded: Encoded
 
 
 def stacks(root: Path, data: DataRecipe = DATA) -> dict[str, np.ndarray]:
-    return {item.origin: item.render(item.load()) for item in read_designs(find_designs(str(root)), data)}
+    return {item.origin: item.render(item.load()).layers for item in read_designs(find_designs(str(root)), data)}
 
 
 def old_design(rng: np.random.Generator) -> dict[str, Any]:
@@ -557,15 +558,65 @@ def old_design(rng: np.random.Generator) -> dict[str, Any]:
 def test_an_older_revision_of_crello_is_refused_by_name(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     write_designs_parquet(tmp_path / "old.parquet", [old_design(rng) for _ in range(3)])
-    with pytest.raises(
-        LayerloopError, match=r"boxes within 0\.\.1 on a canvas of 3 x 5, .*: an older revision of Crello"
-    ):
+    with pytest.raises(LayerloopError, match=r"boxes within 0\.\.1 on a canvas of 3 x 5, .* revision 3 or 4 of Crello"):
         stacks(tmp_path / "old.parquet")
     write_designs_parquet(tmp_path / "mixed.parquet", [generate_design(rng, layers=2), old_design(rng)])
     good, bad = read_designs(find_designs(str(tmp_path / "mixed.parquet")), DATA)
-    assert len(good.render(good.load())) == 2
-    with pytest.raises(LayerloopError, match="an older revision of Crello"):
+    assert len(good.render(good.load()).layers) == 2
+    with pytest.raises(LayerloopError, match="revision 3 or 4 of Crello"):
         bad.render(bad.load())
+
+
+def labelled(path: Path, designs: list[dict[str, Any]], classes: dict[str, list[str]]) -> Path:
+    """Rows with columns as class indices, as the datasets library writes them."""
+    write_designs_parquet(path, designs)
+    table = pq.read_table(path)
+    for name, names in classes.items():
+        indices = [[names.index(v) for v in row] if isinstance(row, list) else row for row in table[name].to_pylist()]
+        table = table.set_column(table.schema.get_field_index(name), name, [indices])
+    features = {name: {"names": names, "_type": "ClassLabel"} for name, names in classes.items()}
+    metadata = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    return path
+
+
+def test_a_canvas_of_class_indices_is_an_older_revision_too(tmp_path: Path) -> None:
+    design = generate_design(np.random.default_rng(0), layers=2) | {"canvas_width": 0, "canvas_height": 1}
+    path = labelled(tmp_path / "v4.parquet", [design], {"canvas_width": ["600"], "canvas_height": ["1", "2"]})
+    with pytest.raises(LayerloopError, match="class indices as canvas_width and canvas_height, revision 3 or 4 of"):
+        stacks(path)
+    design |= {"canvas_width": 9, "canvas_height": 9}
+    write_designs_parquet(tmp_path / "small.parquet", [design])
+    with pytest.raises(LayerloopError, match="canvas is 9 x 9 pixels, too small for a design"):
+        stacks(tmp_path / "small.parquet")
+
+
+def test_types_as_class_indices_are_read_by_their_names(tmp_path: Path) -> None:
+    """As Crello has them: without the names a text's opacity would count twice."""
+    design = generate_design(np.random.default_rng(3), canvas=(320, 240), layers=2, every_kind=True)
+    kinds = ["ColoredBackground", "ImageElement", "SvgElement", "TextElement"]
+    design["text"][-1] = ""
+    (named,) = stacks(labelled(tmp_path / "named.parquet", [design], {"type": kinds})).values()
+    write_designs_parquet(tmp_path / "plain.parquet", [design])
+    (plain,) = stacks(tmp_path / "plain.parquet").values()
+    assert np.array_equal(named, plain)
+
+
+def test_the_recipe_says_what_of_a_design_is_a_layer(tmp_path: Path) -> None:
+    design = generate_design(np.random.default_rng(3), canvas=(320, 240), layers=2, every_kind=True)
+    write_designs_parquet(tmp_path / "d.parquet", [design])
+    (item,) = read_designs(find_designs(str(tmp_path / "d.parquet")), DATA)
+    truth = item.render(item.load())
+    assert truth.facts == {
+        "elements": 7, "empty": 0, "transparent": 0, "hidden": 1, "layers": 6, "text_previews": 1, "text_fonts": 0,
+    }  # fmt: skip
+    chosen = DesignsRecipe(transparent="drop", layers="groups", fonts=str(tmp_path / "none"))
+    with pytest.raises(LayerloopError, match="none does not exist"):
+        next(read_designs(find_designs(str(tmp_path / "d.parquet")), DATA.model_copy(update={"designs": chosen})))
+    grouped = DATA.model_copy(update={"designs": DesignsRecipe(transparent="drop", layers="groups")})
+    (item,) = read_designs(find_designs(str(tmp_path / "d.parquet")), grouped)
+    facts = item.render(item.load()).facts
+    assert facts["transparent"] == 2 and 2 <= facts["layers"] < 4
 
 
 @pytest.mark.parametrize("inside", ["", "design"])
@@ -577,7 +628,7 @@ def test_our_own_zip_unpacked_is_read_back_as_the_same_layers(tmp_path: Path, in
     with zipfile.ZipFile(io.BytesIO(write_png_zip(stack))) as archive:
         archive.extractall(tmp_path / "z" / inside)
     (read,) = stacks(tmp_path / "z").values()
-    assert np.array_equal(read, complete(stack))
+    assert np.array_equal(read, ground_truth(stack, DATA.designs).layers)
 
 
 @pytest.mark.parametrize(
@@ -608,7 +659,9 @@ def test_what_is_no_layer_is_said(tmp_path: Path) -> None:
     found = find_designs(str(tmp_path / "d"))
     assert list(found.sizes) == ["one/0.jpg", "one/1.png", "one/2.png"]
     assert [item.origin for item in found.passed] == ["one/notes.txt", "one/composite_512.png"]
-    assert [len(stack) for stack in stacks(tmp_path / "d").values()] == [3]
+    (design,) = read_designs(find_designs(str(tmp_path / "d")), DATA)
+    assert list(design.load()) == ["one/0.jpg", "one/1.png", "one/2.png"]
+    assert len(design.render(design.load()).layers) == 1, "opaque layers hide what is below them"
 
 
 def test_two_layers_of_one_number_are_a_reject(tmp_path: Path) -> None:

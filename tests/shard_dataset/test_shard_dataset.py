@@ -20,6 +20,7 @@ import webdataset
 import yaml
 from PIL import Image
 
+from layerloop.components.evaluate_adapter.cases import read_cases
 from layerloop.components.layers.crello import generate_design, write_designs_parquet
 from layerloop.components.layers.stack import composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
@@ -36,7 +37,7 @@ from layerloop.components.storage.stores import open_store
 
 Encoded = Callable[..., bytes]
 
-REMEDY = "give a folder of images, a glob, WebDataset tars or parquet"
+REMEDY = "give a folder of images, a glob, WebDataset tars, parquet or a list of URIs (.txt)"
 KINDS = "PNG, JPEG, WebP, HEIC, GIF, BMP, TIFF, JPEG 2000 or AVIF"
 
 
@@ -281,6 +282,9 @@ def test_designs_in_crellos_columns_become_layered_samples(
     assert (result.metrics["designs"], result.metrics["rejects"], result.metrics["images"]) == (2, 1, 7)
     made = check_designs(campaign_uri, 2)
     assert {json.loads(members["json"])["layers"] for _, members in made} == {2, 4}
+    for _, members in made:
+        record = json.loads(members["json"])
+        assert record["truth"]["layers"] == record["layers"] and record["truth"]["text_previews"] == 0
     assert decode_png(made[0][1]["png"]).shape == (48, 64, 3)
     assert refused(campaign_uri) == {
         f"designs.parquet:{designs[1]['id']}": (
@@ -339,6 +343,35 @@ def test_an_image_of_a_held_out_design_is_not_trained_on(
     result = run(campaign=local_campaign, recipe=recipe, images=str(folder), designs=str(root))
     assert (result.metrics["designs"], result.metrics["duplicates"]) == (2, 1)
     assert refused(local_campaign)["leak.jpg"] == ("duplicate", "same image as first")
+
+
+def test_a_benchmark_is_evaluated_on_and_never_trained_on(
+    local_campaign: str,
+    recipe: str,
+    folder: Path,
+    tmp_path: Path,
+    encoded: Encoded,
+    with_prompt: Callable[..., str],
+) -> None:
+    """Its own pictures, one of which lies among the images to train on as well."""
+    (tmp_path / "b").mkdir()
+    copied = sorted(folder.rglob("*.png"))[0].read_bytes()
+    for name, data in {"0.png": copied, "1.png": encoded(901), "2.png": encoded(902)}.items():
+        (tmp_path / "b" / name).write_bytes(data)
+    (tmp_path / "list.txt").write_text("b/0.png\nb/1.png\nb/2.png\n")
+    alone = run(campaign=with_prompt(f"{tmp_path}/alone", recipe), recipe=recipe, images=str(folder))
+    given = {"recipe": recipe, "images": str(folder), "benchmark": str(tmp_path / "list.txt")}
+    result = run(campaign=local_campaign, **given)
+    assert result.metrics["benchmark"] == 3
+    assert result.metrics["train"] + result.metrics["holdout"] == alone.metrics["train"] + alone.metrics["holdout"] - 1
+    keys = {key for key, _ in samples(local_campaign, "benchmark")}
+    assert not keys & {key for split in ("train", "holdout") for key, _ in samples(local_campaign, split)}
+    campaign = Campaign.open(local_campaign)
+    cases = read_cases(campaign, campaign.sources())
+    assert {case.key for case in cases.of("pictures")} <= keys and cases.of("pictures")
+    assert run(campaign=local_campaign, **given).manifests == result.manifests
+    with pytest.raises(LayerloopError, match="benchmark is /other but the campaign's sources were made of"):
+        run(campaign=local_campaign, benchmark="/other")
 
 
 def test_designs_that_are_none_are_one_line(tmp_path: Path, recipe: str, folder: Path, encoded: Encoded) -> None:

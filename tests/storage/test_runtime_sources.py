@@ -19,7 +19,7 @@ from layerloop.components.storage.stores import open_store
 RECIPE = Recipe(name="test")
 OTHER: dict[str, Any] = {  # another value of every key
     "model.attention": "_native_math", "model.compile": True, "model.gradient_checkpointing": False, "model.fsdp": True,
-    "rollout.batch_size": 3, "update.microbatch": 5, "evaluation.batch_size": 7, "evaluation.bootstrap": 321,
+    "rollout.batch_size": 3, "update.microbatch": 5, "evaluation.batch_size": 7,
     "judge.concurrency": 9, "judge.timeout_seconds": 33.0, "judge.timeout_factor": 2.5, "judge.retries": 6,
     "judge.start_seconds": 8.0, "judge.give_up_seconds": 44.0, "judge.price.input": 2.0,
     "judge.price.cached_input": 0.5, "judge.price.output": 10.0, "judge.batch.enabled": True,

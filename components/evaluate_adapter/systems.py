@@ -1,0 +1,254 @@
+"""Any number of systems side by side on one campaign's cases: adapters that were evaluated, and layers that other
+programs made of the same pictures.
+
+Every system is compared with the base on the cases that both have, paired by image, layer count and seed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from layerloop.components.evaluate_adapter.assess import Row, assess
+from layerloop.components.evaluate_adapter.cases import Case, Cases
+from layerloop.components.evaluate_adapter.statistics import Comparison, compare, holm
+from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, title_of
+from layerloop.components.layers.stack import Pixels, resize
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.seeds import seed_for
+from layerloop.components.storage.images import decode_image, encode_png
+from layerloop.components.storage.stores import read_uri
+
+_NUMBERED = re.compile(r"(?:(\d+)(?!\d).*|.*?(\d+))", re.DOTALL)
+_MOST_BENT = 0.02  # of another aspect than the case's, what is still scaled to it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measure of one system against the base: the comparison, and the share of cases in which the system is better,
+    ties counting half; None where the measure has no direction."""
+
+    comparison: Comparison
+    wins: float | None
+
+
+Table = Mapping[str, Mapping[str, Cell]]  # row ("designs.bad_layers", "designs.slot_l1.L3") -> system -> cell
+
+
+def read_evaluation(uri: str) -> tuple[list[Row], list[Row]]:
+    """(rows of the base, rows of the adapter) of a committed evaluation, `<uri>/samples.parquet`.
+
+    Raises:
+        LayerloopError: there is none, or it is no table of samples.
+    """
+    import pyarrow.parquet as pq
+
+    data = read_uri(f"{uri.rstrip('/')}/samples.parquet")
+    try:
+        rows: list[Row] = pq.read_table(io.BytesIO(data)).to_pylist()
+    except (OSError, ValueError) as error:  # Arrow's errors are among these
+        raise LayerloopError(f"{uri}/samples.parquet is damaged ({error}): evaluate again") from None
+    if not rows or not {"model", "kind", "key", "layers", "seed"} <= rows[0].keys():
+        raise LayerloopError(f"{uri}/samples.parquet has no samples: give the folder of an evaluation")
+    return [row for row in rows if row["model"] == "base"], [row for row in rows if row["model"] != "base"]
+
+
+def write_sources(cases: Cases, folder: Path) -> int:
+    """Write the picture of every case as `<case>.png`, for other programs to decompose; their number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for case in cases.cases:
+        (folder / f"{case.name}.png").write_bytes(encode_png(case.source))
+    return len(cases.cases)
+
+
+def measure_folder(folder: Path, cases: Cases, *, max_edits: int) -> list[Row]:
+    """Numbers of the layers that another program made: of each case `<folder>/<case>.psd`, or a subfolder `<case>` of
+    numbered images, bottom first. Cases that it has not are left out.
+
+    Raises:
+        LayerloopError: no case is there, or one cannot be read.
+    """
+    rows = []
+    for case in cases.cases:
+        layers = _layers_of(folder, case)
+        if layers is not None:
+            rows.append(assess(case, layers, max_edits=max_edits))
+    if not rows:
+        example = cases.cases[0].name
+        raise LayerloopError(
+            f"{folder} has layers of none of the {len(cases.cases)} cases: give a subfolder of numbered PNGs or a PSD "
+            f"for each, such as {example}/0.png or {example}.psd"
+        )
+    return rows
+
+
+def compare_systems(base: Sequence[Row], systems: Mapping[str, Sequence[Row]], *, seed: int) -> Table:
+    """Every measure of every system against the base: the columns of the report's tables by kind of case, and the
+    per-slot L1 by layer count. P-values are adjusted over the whole table (Holm).
+
+    Raises:
+        LayerloopError: a system has no case in common with the base.
+    """
+    found: dict[tuple[str, str], Cell] = {}
+    earlier = {_identity(row): row for row in base}
+    for name, rows in systems.items():
+        pairs = [(earlier[key], row) for row in rows if (key := _identity(row)) in earlier]
+        if not pairs:
+            raise LayerloopError(
+                f"{name} has no case in common with the base: evaluate it on the same images, layers and seed"
+            )
+        for row, column, chosen in _rows_of(pairs):
+            cell = _cell(column, chosen, seed_for(seed, "sign flips"))
+            if cell is not None:
+                found[row, name] = cell
+    family = [key for key, cell in found.items() if cell.wins is not None]
+    adjusted = holm({key: cell.comparison for key, cell in found.items()}, family)
+    table: dict[str, dict[str, Cell]] = {}
+    for (row, name), cell in found.items():
+        table.setdefault(row, {})[name] = Cell(adjusted[row, name], cell.wins)
+    return table
+
+
+def as_markdown(table: Table, systems: Sequence[str]) -> str:
+    """The table as Markdown: base and systems, each with its change, and with its share of wins where it has one; bold
+    where the difference is clear."""
+    lines = [f"| measure | n | base | {' | '.join(systems)} |", "| --- |" + " ---: |" * (len(systems) + 2)]
+    for row, cells in table.items():
+        first = next(iter(cells.values())).comparison
+        arrow = {"lower": " ↓", "higher": " ↑", None: ""}[better_of(_column(row))]
+        numbers = [_text(cells[name]) if name in cells else "–" for name in systems]
+        count = max(cell.comparison.n for cell in cells.values())
+        base = f"{first.base:.{first.decimals}f}" if first.base is not None else "–"
+        lines.append(f"| {_title(row)}{arrow} | {count} | {base} | {' | '.join(numbers)} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_json(table: Table) -> dict[str, Any]:
+    """The table by row and system: the fields of the comparison and `wins`."""
+    return {
+        row: {name: {**cell.comparison.as_json(), "wins": cell.wins} for name, cell in cells.items()}
+        for row, cells in table.items()
+    }
+
+
+def _rows_of(pairs: Sequence[tuple[Row, Row]]) -> list[tuple[str, str, list[tuple[Row, Row]]]]:
+    """(row of the table, column of the samples, the pairs that it is about)."""
+    rows = []
+    for kind in ("designs", "pictures"):
+        chosen = [(b, t) for b, t in pairs if b["kind"] == kind]
+        rows += [(f"{kind}.{column}", column, chosen) for column in COLUMNS]
+        counts = sorted({b["layers"] for b, _ in chosen}) if kind == "designs" else []
+        rows += [
+            (f"{kind}.{column}.L{count}", column, [(b, t) for b, t in chosen if b["layers"] == count])
+            for column in BY_SLOT
+            for count in counts
+        ]
+    return rows
+
+
+def _cell(column: str, pairs: Sequence[tuple[Row, Row]], seed: int) -> Cell | None:
+    base, tuned = [b.get(column) for b, _ in pairs], [t.get(column) for _, t in pairs]
+    comparison = compare(base, tuned, seed=seed)
+    if not comparison.n:
+        return None
+    if not gives_verdict(column):
+        return Cell(comparison, None)
+    sign = -1 if better_of(column) == "lower" else 1
+    gains = [sign * np.sign(t - b) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None]
+    return Cell(comparison, float(np.mean([(1 + gain) / 2 for gain in gains])))
+
+
+def _text(cell: Cell) -> str:
+    c = cell.comparison
+    text = f"{c.tuned:.{c.decimals}f} ({c.difference:+.{c.decimals}f}"
+    text += f", wins {100 * cell.wins:.0f} %)" if cell.wins is not None else ")"
+    return f"**{text}**" if c.clear and cell.wins is not None else text
+
+
+def _column(row: str) -> str:
+    return row.split(".")[1]
+
+
+def _title(row: str) -> str:
+    kind, column, *count = row.split(".")
+    by_count = f", {count[0].removeprefix('L')} layers" if count else ""
+    return f"{kind}: {title_of(column)}{by_count}"
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("kind", "key", "layers", "seed"))
+
+
+# --------------------------------------------------------------------------------------------- layers of other programs
+
+
+def _layers_of(folder: Path, case: Case) -> Pixels | None:
+    """The layers of a case, bottom first, at its size; None where the folder has none of it."""
+    size = (case.source.shape[1], case.source.shape[0])
+    document, images = folder / f"{case.name}.psd", folder / case.name
+    if document.is_file():
+        found = _layers_of_psd(document)
+    elif images.is_dir():
+        found = [_decoded(path) for path in _numbered(images)]
+    else:
+        return None
+    if not found:
+        raise LayerloopError(f"{folder}/{case.name} has no layers: give numbered PNGs or a PSD with pixel layers")
+    scaled = []
+    for layer in found:
+        height, width = layer.shape[:2]
+        if abs(width / height / (size[0] / size[1]) - 1) > _MOST_BENT:
+            raise LayerloopError(
+                f"{folder}/{case.name} has a layer of {width} x {height}, the picture is {size[0]} x {size[1]}: give "
+                "layers of the picture's shape"
+            )
+        scaled.append(resize(layer, size))
+    return np.stack(scaled)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Images by the number that their names begin or end with; those without one are none."""
+    numbers: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        match = _NUMBERED.fullmatch(path.stem)
+        if path.suffix.lower() not in (".png", ".webp") or match is None or path.name.startswith("."):
+            continue
+        number = int(match[1] or match[2])
+        if number in numbers:
+            raise LayerloopError(f"{path} and {numbers[number].name} have one number: number the layers bottom to top")
+        numbers[number] = path
+    return [numbers[number] for number in sorted(numbers)]
+
+
+def _decoded(path: Path) -> Pixels:
+    try:
+        return np.asarray(decode_image(path.read_bytes()).convert("RGBA"))
+    except LayerloopError as error:
+        raise LayerloopError(f"layer {path}: {error}") from None
+
+
+def _layers_of_psd(path: Path) -> list[Pixels]:
+    """The visible pixel layers of a Photoshop document on its whole canvas, groups opened, bottom first."""
+    from PIL import Image
+    from psd_tools import PSDImage
+
+    try:
+        document = PSDImage.open(path)
+        layers = []
+        for layer in document.descendants():
+            image = layer.topil() if layer.is_visible() and layer.kind == "pixel" else None
+            if image is not None:
+                canvas = Image.new("RGBA", document.size)
+                pixels = image.convert("RGBA")
+                pixels.putalpha(pixels.getchannel("A").point([round(v * layer.opacity / 255) for v in range(256)]))
+                canvas.paste(pixels, layer.offset)
+                layers.append(np.asarray(canvas))
+    except Exception as error:  # psd-tools raises nearly anything on files that are none
+        raise LayerloopError(f"{path} cannot be read as a PSD ({type(error).__name__}): save it again") from None
+    return layers

@@ -1,0 +1,92 @@
+"""Layer 0 where upper layers cover it: was the background completed? Against the true one, or without any truth."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from layerloop.components.layers.planes import FAINT, LUMA, SOLID, Flags, gradient, gradient_magnitude, laid, widened
+from layerloop.components.layers.stack import Pixels, composite
+
+
+def inpainting_ssim(stack: Pixels, truth: Pixels) -> float | None:
+    """SSIM (7x7 window, RGB) between layer 0 and the true background, averaged over the area that the true upper layers
+    cover (alpha above 2/255) and over both laid on black and on white. Undefined where nothing is covered or a side is
+    under 3 pixels."""
+    from skimage.metrics import structural_similarity
+
+    area = covered_area(truth)
+    if not area.any() or min(area.shape) < 3:
+        return None
+    window = min(7, *(side if side % 2 else side - 1 for side in area.shape))
+    values = []
+    for ours, theirs in zip(*laid(stack[0], truth[0]), strict=True):
+        _, ssim = structural_similarity(ours, theirs, win_size=window, channel_axis=-1, data_range=255.0, full=True)
+        values.append(ssim[area].mean())
+    return float(np.mean(values))
+
+
+def inpainting_l1(stack: Pixels, truth: Pixels) -> float | None:
+    """Mean absolute RGB difference, 0..1, between layer 0 and the true background in the area that the true upper
+    layers cover (alpha above 2/255), averaged over both laid on black and on white. Undefined where nothing is
+    covered."""
+    area = covered_area(truth)
+    if not area.any():
+        return None
+    ours, theirs = laid(stack[0], truth[0])
+    return float(np.abs(ours - theirs)[:, area].mean() / 255)
+
+
+def residue(stack: Pixels, source: Pixels) -> float | None:
+    """How much of the source's foreground is left in layer 0, 0..1, where no true background is known. In the area that
+    the predicted upper layers cover (joint alpha above 0.5; the whole canvas where they cover nothing), widened by one
+    pixel to take in its outline: the least-squares coefficient of the source's luma gradients in layer 0's (laid on
+    black and on white), clipped to 0..1. 1 when layer 0 still is the source there, 0 when nothing of it shows.
+    Undefined where the source is flat there."""
+    zone = widened(_predicted_area(stack), 1)
+    wanted = gradient(source[..., :3].astype(np.float64) @ LUMA)[:, zone]
+    energy = float((wanted**2).sum())
+    if energy < 1.0 * zone.sum():  # under a grey level per pixel: nothing that could be left over
+        return None
+    found = np.stack([gradient(luma)[:, zone] for luma in laid(stack[0])[0] @ LUMA])
+    return float(np.clip((found * wanted).sum(axis=(1, 2)) / energy, 0, 1).mean())
+
+
+def holes(stack: Pixels, *, solid: float = SOLID) -> float:
+    """Share of the area that the predicted upper layers cover (joint alpha above 0.5; the whole canvas where they cover
+    nothing) where layer 0 has an alpha under 0.9: not filled at all."""
+    return float((stack[0, ..., 3] < solid * 255)[_predicted_area(stack)].mean())
+
+
+def ring_smoothness(stack: Pixels) -> float | None:
+    """Whether layer 0 is as smooth where it was inpainted as around it, 0..1. With a the mean gradient magnitude of its
+    luma in the area that the predicted upper layers cover (joint alpha above 0.5; widened by one pixel to take in its
+    outline) and b that in the ring around it (1/32 of the longest side wide, at least 2 pixels): (min(a, b) + e) /
+    (max(a, b) + e), where e is one grey level per pixel. 1 when the texture continues, small when ghosts, seams or blur
+    show. Mean over layer 0 laid on black and on white. A layer 0 that is blurred throughout, and upper layers that
+    cover where nothing was, score well too, so no verdict follows from this number. Undefined without such an area or
+    ring."""
+    area = _predicted_area(stack)
+    inside = widened(area, 1)
+    ring = widened(area, 2 + max(2, max(area.shape) // 32)) & ~widened(area, 2)
+    if not ring.any():
+        return None
+    values = []
+    for luma in laid(stack[0])[0] @ LUMA:
+        magnitude = gradient_magnitude(luma)
+        a, b = magnitude[inside].mean(), magnitude[ring].mean()
+        values.append((min(a, b) + 1.0) / (max(a, b) + 1.0))
+    return float(np.mean(values))
+
+
+def covered_area(truth: Pixels, *, faint: float = FAINT) -> Flags:
+    """Area `(H, W)` bool where any layer above layer 0 has an alpha above `faint`."""
+    return np.asarray((truth[1:, ..., 3] > faint * 255).any(axis=0))
+
+
+def _predicted_area(stack: Pixels) -> Flags:
+    """Area `(H, W)` bool where the joint alpha of all layers above layer 0 exceeds 0.5; the whole canvas if nowhere."""
+    everywhere = np.ones(stack.shape[1:3], bool)
+    if len(stack) < 2:
+        return everywhere
+    area: Flags = composite(stack[1:])[..., 3] > 127
+    return area if area.any() else everywhere

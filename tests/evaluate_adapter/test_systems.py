@@ -1,0 +1,200 @@
+"""Systems side by side: adapters that were evaluated, and layers that other programs made of the same pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from layerloop.components.evaluate_adapter.assess import assess
+from layerloop.components.evaluate_adapter.cases import Case, Cases, read_cases
+from layerloop.components.evaluate_adapter.compare import main
+from layerloop.components.evaluate_adapter.results import samples_table
+from layerloop.components.evaluate_adapter.systems import (
+    as_json,
+    as_markdown,
+    compare_systems,
+    measure_folder,
+    read_evaluation,
+)
+from layerloop.components.layers.export import write_psd
+from layerloop.components.layers.stack import Pixels
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.images import encode_png
+from layerloop.pipelines.cli import main as layerloop
+
+from .conftest import Evaluated, drawn_design, source_of
+
+
+def some_cases(count: int = 10) -> Cases:
+    stacks = [drawn_design(seed, 2 + seed % 2) for seed in range(count)]
+    cases = [Case(f"{n:016x}", "designs", len(stack), n, source_of(stack), stack) for n, stack in enumerate(stacks)]
+    return Cases(tuple(cases), {})
+
+
+def rows_of(cases: Cases, make: Any) -> list[dict[str, Any]]:
+    return [assess(case, make(case), max_edits=0) for case in cases.cases]
+
+
+def blank(case: Case) -> Pixels:
+    """All of the picture in layer 0."""
+    assert case.truth is not None
+    stack = np.zeros_like(case.truth)
+    stack[0, ..., :3], stack[0, ..., 3] = case.source, 255
+    return stack
+
+
+def test_each_system_is_compared_with_the_base_and_wins_are_counted() -> None:
+    cases = some_cases()
+    base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
+    table = compare_systems(base, {"same": base, "perfect": perfect}, seed=0)
+    bad = table["designs.bad_layers"]
+    assert (bad["perfect"].wins, bad["same"].wins) == (1.0, 0.5)
+    assert bad["perfect"].comparison.n == 10 and bad["same"].comparison.difference == 0
+    assert table["designs.slot_l1.L2"]["perfect"].comparison.n == 5
+    assert table["designs.slot_l1.L3"]["perfect"].comparison.tuned == 0
+    assert table["designs.coverage"]["perfect"].wins is None  # neither direction is better
+    document = as_json(table)
+    assert json.loads(json.dumps(document))["designs.bad_layers"]["perfect"]["wins"] == 1.0
+
+
+def test_p_values_are_adjusted_over_all_systems() -> None:
+    cases = some_cases()
+    base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
+    alone = compare_systems(base, {"a": perfect}, seed=0)["designs.bad_layers"]["a"].comparison
+    three = compare_systems(base, dict.fromkeys("abc", perfect), seed=0)["designs.bad_layers"]["a"].comparison
+    assert alone.p == three.p and alone.adjusted is not None and three.adjusted is not None
+    assert three.adjusted > alone.adjusted
+
+
+def test_the_table_is_markdown_with_a_column_a_system() -> None:
+    cases = some_cases()
+    base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
+    lines = as_markdown(compare_systems(base, {"LayerD": perfect, "x": base[:4]}, seed=0), ["LayerD", "x"]).splitlines()
+    assert lines[0] == "| measure | n | base | LayerD | x |" and len({line.count("|") for line in lines}) == 1
+    (bad,) = [line for line in lines if line.startswith("| designs: Bad layers ↓ |")]
+    assert "wins 100 %" in bad and "wins 50 %" in bad
+
+
+def test_a_system_of_other_cases_is_refused() -> None:
+    cases = some_cases(2)
+    base = rows_of(cases, blank)
+    other = [{**row, "seed": row["seed"] + 99} for row in base]
+    with pytest.raises(LayerloopError, match="^x has no case in common with the base"):
+        compare_systems(base, {"x": other}, seed=0)
+
+
+# --------------------------------------------------------------------------------------------- layers of other programs
+
+
+def test_layers_as_numbered_pngs_and_as_psd_measure_the_same(tmp_path: Path) -> None:
+    cases = some_cases(3)
+    for case in cases.cases:
+        assert case.truth is not None
+        (tmp_path / "png" / case.name).mkdir(parents=True)
+        (tmp_path / "psd").mkdir(exist_ok=True)
+        for number, layer in enumerate(case.truth):
+            (tmp_path / "png" / case.name / f"layer_{number + 8}.png").write_bytes(encode_png(layer))
+        (tmp_path / "png" / case.name / "composite.png").write_bytes(encode_png(case.source))
+        (tmp_path / "psd" / f"{case.name}.psd").write_bytes(write_psd(case.truth))
+    expected = rows_of(cases, lambda case: case.truth)
+    assert measure_folder(tmp_path / "png", cases, max_edits=0) == expected
+    assert measure_folder(tmp_path / "psd", cases, max_edits=0) == expected
+
+
+def test_another_number_of_layers_at_another_size_is_measured(tmp_path: Path) -> None:
+    """As LayerD gives: as many layers as it finds, at the size that it works at."""
+    cases = some_cases(1)
+    (case,) = cases.cases
+    (tmp_path / case.name).mkdir()
+    for number in range(4):
+        layer = np.zeros((2 * case.source.shape[0], 2 * case.source.shape[1], 4), np.uint8)
+        layer[number * 8 :] = 255
+        (tmp_path / case.name / f"{number:04}.png").write_bytes(encode_png(layer))
+    (row,) = measure_folder(tmp_path, cases, max_edits=0)
+    assert (row["layers"], row["height"]) == (2, case.source.shape[0]) and row["bad_layers"] is not None
+
+
+def test_layers_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
+    cases = some_cases(1)
+    (case,) = cases.cases
+    with pytest.raises(LayerloopError, match=rf"has layers of none of the 1 cases: .* {case.name}/0\.png"):
+        measure_folder(tmp_path, cases, max_edits=0)
+    (tmp_path / case.name).mkdir()
+    with pytest.raises(LayerloopError, match="has no layers: give numbered PNGs"):
+        measure_folder(tmp_path, cases, max_edits=0)
+    (tmp_path / case.name / "0.png").write_bytes(encode_png(np.zeros((40, 20, 4), np.uint8)))
+    with pytest.raises(LayerloopError, match="has a layer of 20 x 40, the picture is"):
+        measure_folder(tmp_path, cases, max_edits=0)
+    (tmp_path / case.name / "00.png").write_bytes(b"")
+    with pytest.raises(LayerloopError, match="have one number"):
+        measure_folder(tmp_path, cases, max_edits=0)
+    (tmp_path / f"{case.name}.psd").write_bytes(b"none")
+    with pytest.raises(LayerloopError, match="cannot be read as a PSD"):
+        measure_folder(tmp_path, cases, max_edits=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_compares_an_evaluation_with_a_folder_of_layers(
+    evaluated: Evaluated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    campaign = evaluated.lab.campaign
+    assert main([evaluated.lab.uri, "--sources", str(tmp_path / "sources")]) == 0
+    cases = read_cases(campaign, campaign.sources())
+    assert len(list((tmp_path / "sources").iterdir())) == len(cases.cases)
+    for case in cases.of("designs"):
+        assert case.truth is not None
+        (tmp_path / "true" / case.name).mkdir(parents=True)
+        for number, layer in enumerate(case.truth):
+            (tmp_path / "true" / case.name / f"{number}.png").write_bytes(encode_png(layer))
+    evaluation = f"{evaluated.lab.uri}/evaluations/iteration-000002"
+    out = tmp_path / "t.json"
+    capsys.readouterr()
+    assert main([evaluated.lab.uri, f"tuned={evaluation}", f"true={tmp_path}/true", "--output", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("| measure | n | base | tuned | true |")
+    table = json.loads(out.read_text())
+    assert table["designs.slot_l1"]["true"]["tuned"] == 0
+    quoted = evaluated.metrics["designs.slot_l1"]
+    assert table["designs.slot_l1"]["tuned"]["difference"] == pytest.approx(quoted["difference"])
+    assert "true" not in table["pictures.bad_layers"]
+
+
+def test_the_command_line_hands_over(evaluated: Evaluated, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    evaluation = f"{evaluated.lab.uri}/evaluations/iteration-000002"
+    out = tmp_path / "t.md"
+    assert layerloop(["compare", evaluated.lab.uri, f"tuned={evaluation}", "-o", str(out)]) == 0
+    printed = capfd.readouterr().out
+    assert printed == out.read_text() and printed.startswith("| measure | n | base | tuned |")
+    assert layerloop(["compare", evaluated.lab.uri]) == 2
+
+
+@pytest.mark.parametrize(
+    ("systems", "line"),
+    [
+        ([], "no system is given"),
+        (["nameless"], "system 'nameless' is not NAME=URI"),
+        (["a=/x", "a=/y"], "two systems have one name"),
+        (["a=/nowhere"], "/nowhere has layers of none of the 7 cases"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(
+    evaluated: Evaluated, capsys: pytest.CaptureFixture[str], systems: list[str], line: str
+) -> None:
+    assert main([evaluated.lab.uri, *systems]) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_an_evaluation_that_is_none_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(LayerloopError, match=r"samples\.parquet"):
+        read_evaluation(str(tmp_path))
+    (tmp_path / "samples.parquet").write_bytes(b"none")
+    with pytest.raises(LayerloopError, match="is damaged"):
+        read_evaluation(str(tmp_path))
+    (tmp_path / "samples.parquet").write_bytes(samples_table({"base": []}))
+    with pytest.raises(LayerloopError, match="has no samples"):
+        read_evaluation(str(tmp_path))

@@ -1,0 +1,492 @@
+"""What is fuzzed, and the rule: a result that its input explains, a reject, or one line; never anything else.
+
+A target is a strategy and a function of what it draws. The function raises AssertionError where the rule is broken;
+what the code under it raises, apart from its own refusals, breaks it by itself.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import struct
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft  # noqa: F401 - the reader imports it when it needs it, which would count as an example's time
+import torch
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+from PIL import Image
+
+from layerloop.components.judge.errors import read_error, shown
+from layerloop.components.judge.features import EndpointFeatures
+from layerloop.components.judge.images import candidate_images, encode_image
+from layerloop.components.judge.methods import grid, rubric
+from layerloop.components.judge.parsing import parse
+from layerloop.components.judge.replies import Reply, UnusableError, Usage, read_body
+from layerloop.components.judge.requests import Request
+from layerloop.components.judge.rubric import load_rubric
+from layerloop.components.judge.serving import thought_in
+from layerloop.components.policy.adapters import read_adapter
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.schema.recipe import DataRecipe, Recipe, parse_recipe
+from layerloop.components.schema.yaml_text import load_yaml
+from layerloop.components.shard_dataset.inputs import Item, find_inputs, read_items
+from layerloop.components.shard_dataset.samples import Prepared, prepare_image
+
+set_hypothesis_home_dir(Path(__file__).parents[2] / "build" / "hypothesis")
+LONGEST = 12_000  # characters of a message
+
+
+@dataclass(frozen=True)
+class Target:
+    """Something to draw, and what must hold for it."""
+
+    draws: st.SearchStrategy[Any]
+    holds: Callable[[Any], None]
+
+
+def one_line(text: str) -> None:
+    """A message for people: short, printable, and one line."""
+    assert text and len(text) <= LONGEST, f"{len(text)} characters"
+    assert "\n" not in text and "\r" not in text, repr(text[:300])
+    assert "Traceback" not in text, text[:300]
+
+
+@st.composite
+def mutated(draw: st.DrawFn, originals: list[bytes]) -> bytes:
+    """One of some valid inputs with bytes changed, inserted, repeated, left out or cut off."""
+    data = bytearray(draw(st.sampled_from(originals)))
+    for _ in range(draw(st.integers(0, 8))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        match draw(st.sampled_from(("byte", "word", "insert", "delete", "repeat", "cut"))):
+            case "byte":
+                data[at : at + 1] = draw(st.binary(min_size=1, max_size=1))
+            case "word":
+                word = draw(st.sampled_from((b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff", b"\x80\0\0\0", b"\xff" * 8)))
+                data[at : at + len(word)] = word
+            case "insert":
+                data[at:at] = draw(st.binary(max_size=40))
+            case "delete":
+                del data[at : at + draw(st.integers(1, 64))]
+            case "repeat":
+                data[at:at] = data[at : at + draw(st.integers(1, 200))]
+            case "cut":
+                del data[at:]
+    return bytes(data)
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def _exif() -> list[bytes]:
+    full = Image.Exif()
+    full.update({0x0112: 6, 0x010F: "maker", 0x0132: "2026:01:01 00:00:00", 0x9286: b"UNICODE\0a\0b"})
+    turned = Image.Exif()
+    turned[0x0112] = 8
+    big_endian = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    return [full.tobytes(), turned.tobytes(), big_endian]
+
+
+SIZE = (40, 24)
+
+
+def _holds_image(drawn: tuple[bytes, str]) -> None:
+    exif, kind = drawn
+    buffer = io.BytesIO()
+    Image.new("RGB", SIZE, (200, 30, 60)).save(buffer, kind)
+    data = buffer.getvalue()
+    if kind == "JPEG":
+        block = exif[:65_000]
+        data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
+    elif kind == "PNG":
+        import zlib
+
+        block = exif.removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+        data = data[:33] + chunk + data[33:]
+    _holds_prepared(data)
+
+
+def _holds_prepared(data: bytes) -> None:
+    result = prepare_image(Item("picture", lambda: data), DataRecipe())
+    if not isinstance(result, Prepared):
+        assert result.kind == "reject"
+        one_line(result.reason)
+        return
+    record = json.loads(result.members["json"])
+    assert (record["original_width"], record["original_height"]) == SIZE
+    shape, upright = record["width"] / record["height"], SIZE[0] / SIZE[1]
+    assert min(abs(shape / upright - 1), abs(shape * upright - 1)) < 0.1  # as it is or turned, and nothing else
+    pixel = Image.open(io.BytesIO(result.members["png"])).convert("RGB").getpixel((5, 5))
+    assert max(abs(a - b) for a, b in zip(pixel, (200, 30, 60), strict=True)) < 12  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------------------- replies
+
+RUBRIC = load_rubric("default")
+
+
+def _requests() -> list[Request]:
+    stack = np.zeros((2, 32, 32, 4), np.uint8)
+    source, recipe = encode_image(stack[0, ..., :3]), JudgeRecipe()
+    alone = rubric.request(RUBRIC, source, candidate_images(stack, ("white",)), recipe, label="alone")
+    phase1 = [dict.fromkeys(RUBRIC.names, 0.6)] * 3
+    return [alone, grid.request(RUBRIC, source, {"white": source}, recipe, phase1=phase1, layers=2, label="three")]
+
+
+REQUESTS = _requests()
+_NUMBERS = st.one_of(st.integers(-1, 6), st.floats(-1, 7, width=32), st.sampled_from(["4/5", "3 out of 5", None, True]))
+_FORM = st.one_of(
+    st.fixed_dictionaries(dict.fromkeys(RUBRIC.names, _NUMBERS)),
+    st.fixed_dictionaries(
+        {f"candidate_{n}": st.fixed_dictionaries(dict.fromkeys(RUBRIC.names, _NUMBERS)) for n in (1, 2, 3)}
+    ),
+    st.dictionaries(st.sampled_from([*RUBRIC.names, "scores", "candidate_1"]), _NUMBERS, max_size=6),
+)
+_PIECES = st.one_of(
+    st.sampled_from(
+        [
+            "<think>",
+            "</think>",
+            "<thought>",
+            "[THINK]",
+            "[/THINK]",
+            "◁think▷",
+            "◁/think▷",
+            "<|channel|>analysis<|message|>",
+            "<|channel|>final<|message|>",
+            "<|end|>",
+            "```json\n",
+            "```",
+            "~~~",
+            "assistantfinal",
+            "analysisWe",
+            "{",
+            "}",
+            "[",
+            "]",
+            '"scores":',
+            "'",
+            '"',
+            ",",
+            "I'm sorry, but I can't",
+            "<think/>",
+            "&lt;think&gt;",
+            "\ufeff",
+            "\0",
+            "NaN",
+            "Infinity",
+            "1e999",
+            "-",
+            ":",
+        ]
+    ),
+    _FORM.map(json.dumps),
+    _FORM.map(lambda form: json.dumps({"scores": form})),
+    _FORM.map(lambda form: repr({"scores": form})),
+    _FORM.map(lambda form: "\n".join(f"{name}: {value}" for name, value in form.items())),
+    st.text(max_size=30),
+)
+_REPLY = st.tuples(st.lists(_PIECES, max_size=10).map("".join), st.sampled_from(["stop", "length"]), st.integers(0, 1))
+
+
+def _holds_reply(drawn: tuple[str, str, int]) -> None:
+    text, finish, which = drawn
+    request = REQUESTS[which]
+    try:
+        rows = parse(request, Reply(text, finish, Usage()))
+    except UnusableError as error:
+        one_line(error.reason)
+        return
+    assert len(rows) == request.rows
+    said = {round(float(number), 6) for number in re.findall(r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?", text)}
+    for row in rows:
+        assert tuple(row) == request.names or set(row) == set(request.names)
+        for value in row.values():
+            assert 0 <= value <= 1 and math.isfinite(value)
+            assert any(abs(value * 5 - number) < 1e-4 for number in said), f"{value * 5} is nowhere in the reply"
+
+
+_JSON = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.just("400"), st.just("code")
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(
+            st.sampled_from(
+                [
+                    "error",
+                    "message",
+                    "detail",
+                    "loc",
+                    "msg",
+                    "code",
+                    "metadata",
+                    "raw",
+                    "choices",
+                    "usage",
+                    "content",
+                    "type",
+                    "finish_reason",
+                    "reasoning",
+                    "prompt_tokens",
+                    "prompt_tokens_details",
+                    "cached_tokens",
+                    "param",
+                    "refusal",
+                    "completion_tokens_details",
+                    "logprobs",
+                    "token",
+                ]
+            ),
+            inner,
+            max_size=5,
+        ),
+    ),
+    max_leaves=20,
+)
+_ERROR_BODY = st.one_of(
+    _JSON.map(lambda value: json.dumps(value).encode()),
+    _JSON.map(lambda value: json.dumps({"error": {"message": f"failed: {json.dumps(value)}"}}).encode()),
+    _JSON.map(lambda value: json.dumps({"choices": [{"message": value}], "usage": value}).encode()),
+    _JSON.map(lambda value: f"<html><title>{value}</title><body>{value}".encode()),
+    st.binary(max_size=200),
+    st.sampled_from(
+        [b"[" * 50_000, b"{'a':" * 20_000, b"<" * 100_000, b"<script>" * 10_000, b'{"error":"' + b"\\u00e9" * 30_000]
+    ),
+)
+
+
+def _holds_error_body(body: bytes) -> None:
+    text = read_error(body)
+    assert "\n" not in text and "\r" not in text
+    assert len(shown(text)) < 500
+    EndpointFeatures(logprobs=True).without(text)
+    thought_in(body)
+    try:
+        reply = read_body(body)
+    except UnusableError as error:
+        one_line(error.reason)
+    else:
+        assert reply.text.strip() and reply.usage.input >= 0 and reply.usage.output >= 0
+
+
+# ---------------------------------------------------------------------------------------------------------- containers
+
+
+def _png(colour: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (colour, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+CONTENTS = [_png(10), _png(20), _png(30)]
+
+
+def _tars() -> list[bytes]:
+    out = []
+    for layout in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=layout) as tar:
+            for number, content in enumerate(CONTENTS):
+                info = tarfile.TarInfo(f"{'long/' * 30 if number == 1 else ''}{number:06d}.png")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            link = tarfile.TarInfo("link.png")
+            link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(link)
+        out.append(buffer.getvalue()[: 6 * 1024])
+    return out
+
+
+def _parquets() -> list[bytes]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = []
+    for columns, options in (
+        ({"image": pa.array(CONTENTS, pa.binary())}, {"compression": "none"}),
+        ({"image": pa.array([{"bytes": data, "path": "a"} for data in CONTENTS])}, {"compression": "snappy"}),
+        ({"image": pa.array(CONTENTS * 3, pa.binary())}, {"compression": "zstd", "row_group_size": 2}),
+    ):
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns), buffer, **options)
+        out.append(buffer.getvalue())
+    return out
+
+
+def _holds_container(data: bytes, name: str, *, exact: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="layerloop-fuzz-") as folder:
+        Path(folder, name).write_bytes(data)
+        inputs = find_inputs(folder, what="images")
+        try:
+            items = list(read_items(inputs, max_bytes=1_000_000))
+        except LayerloopError as error:
+            one_line(str(error))
+            return
+    assert len(items) < 1000
+    for item in items:
+        one_line(item.origin)
+        if item.problem is not None:
+            one_line(item.problem)
+        elif exact:
+            assert item.load() in data, "bytes that the tar does not have"
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+MODULE = "transformer_blocks.0.attn.to_q"
+CONFIGS = st.fixed_dictionaries(
+    {"peft_type": st.sampled_from(["LORA", "LOHA", None, 3])},
+    optional={
+        "r": st.one_of(st.integers(-2, 8), st.text(max_size=3)),
+        "lora_alpha": st.one_of(
+            st.integers(-5, 10**30), st.floats(), st.text(max_size=3), st.none(), st.lists(st.integers())
+        ),
+        "alpha_pattern": st.one_of(
+            st.dictionaries(
+                st.one_of(st.text(max_size=12), st.sampled_from(["(a+)+$", "to_q", "(", ".*", "(.*)*x", "a{9}{9}"])),
+                st.one_of(st.integers(), st.floats(), st.text(max_size=3)),
+                max_size=3,
+            ),
+            st.text(max_size=4),
+            st.lists(st.integers(), max_size=2),
+        ),
+        "use_rslora": st.one_of(st.booleans(), st.text(max_size=2)),
+        "use_dora": st.booleans(),
+        "modules_to_save": st.one_of(st.none(), st.lists(st.text(max_size=3), max_size=2)),
+    },
+)
+
+
+def _safetensors() -> list[bytes]:
+    from safetensors.numpy import save
+
+    a, b = np.ones((2, 4), np.float32), np.ones((4, 2), np.float32)
+    return [
+        save({f"base_model.model.{MODULE}.lora_A.weight": a, f"base_model.model.{MODULE}.lora_B.weight": b}),
+        save(
+            {
+                f"diffusion_model.{MODULE}.lora_down.weight": a,
+                f"diffusion_model.{MODULE}.lora_up.weight": b,
+                f"diffusion_model.{MODULE}.alpha": np.array(2, np.float32),
+            }
+        ),
+        save(
+            {f"transformer.{MODULE}.lora_A.weight": a, f"transformer.{MODULE}.lora_B.weight": b},
+            metadata={"lora_adapter_metadata": '{"transformer.lora_alpha": 4, "transformer.r": 2}'},
+        ),
+    ]
+
+
+def _holds_adapter(drawn: tuple[bytes, bytes, str]) -> None:
+    weights, config, name = drawn
+    with tempfile.TemporaryDirectory(prefix="layerloop-fuzz-") as folder:
+        Path(folder, name).write_bytes(weights)
+        Path(folder, "adapter_config.json").write_bytes(config)
+        try:
+            adapter = read_adapter(folder)
+        except LayerloopError as error:
+            one_line(str(error))
+            return
+    assert adapter.rank >= 1 and math.isfinite(adapter.alpha)
+    assert all(torch.isfinite(value).all() for value in adapter.state.values())
+
+
+# -------------------------------------------------------------------------------------------------------------- recipes
+
+_KEYS = st.sampled_from(
+    [*Recipe.model_fields, "groups", "group_size", "window", "size", "<<", "phase2", "steps", "1", "? a"]
+)
+_SCALARS = st.one_of(
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(max_size=12),
+    st.booleans().map(str),
+    st.sampled_from(
+        [
+            "*a",
+            "&a x",
+            "&a [*a]",
+            "!!binary ====",
+            "!!set {a, b}",
+            "!!python/name:os",
+            "2026-13-01",
+            "~",
+            "1:60:1",
+            "0x",
+            "0b2",
+            ".inf",
+            "-.nan",
+            "1_0",
+            "|\n  x",
+            ">-\n y",
+            "'",
+            '"\\x"',
+            "!!float x",
+            "!!timestamp x",
+            "!!omap [a]",
+            "!!pairs [{a: 1}]",
+            "!!merge x",
+            "=",
+            "%YAML 9.9",
+            "---",
+            "...",
+            "@",
+            "`",
+        ]
+    ),
+)
+_YAML = st.recursive(
+    _SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4).map(lambda items: f"[{', '.join(items)}]"),
+        st.lists(st.tuples(_KEYS, inner), max_size=5).map(
+            lambda items: "{" + ", ".join(f"{k}: {v}" for k, v in items) + "}"
+        ),
+        st.lists(st.tuples(_KEYS, inner), max_size=5).map(lambda items: "\n".join(f"{k}: {v}" for k, v in items)),
+    ),
+    max_leaves=12,
+)
+_RECIPE = st.one_of(_YAML, _YAML.map(lambda text: f"name: mine\n{text}"), st.text(max_size=60))
+
+
+def _holds_recipe(text: str) -> None:
+    for read in (parse_recipe, lambda given: load_yaml(given, where="file")):
+        try:
+            value = read(text)
+        except LayerloopError as error:
+            one_line(str(error))
+        else:
+            if isinstance(value, Recipe):
+                assert Recipe.from_json(value.to_json(), where="again") == value
+
+
+TARGETS: dict[str, Target] = {
+    "exif": Target(st.tuples(mutated(_exif()), st.sampled_from(["JPEG", "PNG"])), _holds_image),
+    "replies": Target(_REPLY, _holds_reply),
+    "error_bodies": Target(_ERROR_BODY, _holds_error_body),
+    "tars": Target(mutated(_tars()), lambda data: _holds_container(data, "a.tar", exact=True)),
+    "parquet": Target(mutated(_parquets()), lambda data: _holds_container(data, "a.parquet", exact=False)),
+    "adapters": Target(
+        st.tuples(
+            mutated(_safetensors()),
+            st.one_of(
+                CONFIGS.map(lambda config: json.dumps(config).encode()), mutated([b'{"peft_type": "LORA", "r": 2}'])
+            ),
+            st.sampled_from(["adapter_model.safetensors", "pytorch_lora_weights.safetensors"]),
+        ),
+        _holds_adapter,
+    ),
+    "recipes": Target(_RECIPE, _holds_recipe),
+}

@@ -1,0 +1,35 @@
+"""A short slice of every fuzz target, the same examples each time; `make fuzz` looks further."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+
+from .targets import TARGETS
+
+EXAMPLES = {
+    "exif": 150,
+    "replies": 400,
+    "error_bodies": 150,
+    "tars": 150,
+    "parquet": 120,
+    "adapters": 150,
+    "recipes": 300,
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_whatever_comes_is_a_result_a_reject_or_one_line(name: str) -> None:
+    @seed(7)
+    @settings(
+        max_examples=EXAMPLES[name],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
+    @given(TARGETS[name].draws)
+    def holds(drawn: object) -> None:
+        TARGETS[name].holds(drawn)
+
+    holds()

@@ -1,0 +1,367 @@
+"""The gaming table: crafted decompositions of one design, and where an honest measure must put them.
+
+Each row of `CRAFTED` is a way to look decomposed without being so, or a fault of real models, in the words of
+`measure.BLIND`. Three things are held of every measure that gives a verdict and is quoted anywhere:
+
+- none of these stacks scores better than the true layers;
+- it scores worse, or its kind stands in the measure's row as `blind` and so beside its definition in every report;
+- in each chain of `ORDER` the next one is never better, of those that the measure sees.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from layerloop.components.evaluate_adapter.assess import assess
+from layerloop.components.evaluate_adapter.cases import Case
+from layerloop.components.layers.columns import COLUMNS, DEFINITIONS, gives_verdict, quoted
+from layerloop.components.layers.measure import BLIND, MEASURES
+from layerloop.components.layers.stack import Pixels, composite, on_backdrop
+
+SIDE = 96
+BOX = (slice(22, 62), slice(30, 74))  # of the white card
+
+
+def grid() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    rows, columns = np.mgrid[:SIDE, :SIDE].astype(float)
+    return rows, columns
+
+
+@functools.cache
+def truth() -> Pixels:
+    """A textured background, a striped disc with a soft edge, a white card, black bars over a part of it."""
+    rows, columns = grid()
+    stack = np.zeros((4, SIDE, SIDE, 4))
+    waves = 25 * np.sin(columns / 5) + 20 * np.cos(rows / 7)
+    stack[0] = np.stack([120 + waves, 100 + rows / 2, 140 - waves, np.full_like(rows, 255)], -1)
+    radius = np.hypot(rows - 62, columns - 30)
+    stack[1, ..., :3] = np.stack([200 + 40 * np.sin(rows / 2), 60 + columns / 2, 40 + rows / 2], -1)
+    stack[1, ..., 3] = 255 * np.clip((24 - radius) / 4, 0, 1)
+    stack[2][BOX] = 255
+    stack[3, 30:50:6, 50:90] = stack[3, 31:51:6, 50:90] = stack[3, 32:52:6, 50:90] = (8, 8, 8, 255)
+    stack[1:][stack[1:, ..., 3] == 0] = 0
+    return np.rint(stack.clip(0, 255)).astype(np.uint8)
+
+
+@functools.cache
+def picture() -> Pixels:
+    return composite(truth())
+
+
+def source() -> Pixels:
+    return on_backdrop(picture(), "white")
+
+
+def blank(count: int = 1) -> Pixels:
+    return np.zeros((count, SIDE, SIDE, 4), np.uint8)
+
+
+def layers(*parts: Pixels) -> Pixels:
+    """Layers `(H, W, 4)` and stacks, one above the other, completed by blank ones to four."""
+    stack = np.concatenate([part if part.ndim == 4 else part[None] for part in parts])
+    return np.concatenate([stack, blank(4 - len(stack))]) if len(stack) < 4 else stack
+
+
+def with_alpha(image: Pixels, alpha: int | npt.NDArray[np.int64]) -> Pixels:
+    return np.concatenate([image[..., :3], np.full((SIDE, SIDE, 1), 0, np.uint8) + np.uint8(alpha)], -1)
+
+
+def part(image: Pixels, rows: slice = slice(None), columns: slice = slice(None)) -> Pixels:
+    """The image inside a rectangle, nothing outside."""
+    out = np.zeros_like(image)
+    out[..., rows, columns, :] = image[..., rows, columns, :]
+    return out
+
+
+def patch(top: int, left: int, colour: tuple[int, int, int] = (255, 0, 90)) -> Pixels:
+    """A patch of 8 x 8, which is 0.7 % of the canvas."""
+    out = blank()[0]
+    out[top : top + 8, left : left + 8] = (*colour, 255)
+    return out
+
+
+def changed(layer: int, pixels: Pixels) -> Pixels:
+    """The true layers with another one at `layer`."""
+    stack = truth().copy()
+    stack[layer] = pixels
+    return stack
+
+
+def upper(change: Callable[[Pixels], Pixels]) -> Pixels:
+    """The true layers, those above the background changed."""
+    return np.concatenate([truth()[:1], np.stack([change(layer.copy()) for layer in truth()[1:]])])
+
+
+def noise(seed: int, *shape: int, scale: float = 1.0) -> npt.NDArray[np.float64]:
+    return np.random.default_rng(seed).normal(0, scale, shape)
+
+
+def mixed(one: Pixels, other: Pixels, share: float) -> Pixels:
+    return np.rint(one * (1 - share) + other * share).astype(np.uint8)
+
+
+def floor(alpha: int, colour: tuple[int, int, int]) -> Callable[[Pixels], Pixels]:
+    """At least so much alpha everywhere, in a colour where there was none."""
+
+    def veil(layer: Pixels) -> Pixels:
+        layer[layer[..., 3] == 0, :3] = colour
+        layer[..., 3] = np.maximum(layer[..., 3], alpha)
+        return layer
+
+    return veil
+
+
+def fringe(width: int) -> Callable[[Pixels], Pixels]:
+    """A grey rim of 60 % around what there is."""
+    from scipy.ndimage import maximum_filter
+
+    def rim(layer: Pixels) -> Pixels:
+        outside = maximum_filter(layer[..., 3], 2 * width + 1) > layer[..., 3]
+        layer[outside & (layer[..., 3] < 153)] = (128, 128, 128, 153)
+        return layer
+
+    return rim
+
+
+def speckled(layer: Pixels) -> Pixels:
+    alpha = layer[..., 3] + noise(1, SIDE, SIDE, scale=40) * (layer[..., 3] > 0)
+    return with_alpha(layer, np.rint(alpha.clip(0, 255)).astype(np.int64)[..., None])
+
+
+def blurred(layer: Pixels) -> Pixels:
+    from scipy.ndimage import gaussian_filter
+
+    alpha = gaussian_filter(layer[..., 3].astype(float), 2.5)
+    colour = layer[layer[..., 3] > 0, :3].mean(0)
+    layer[layer[..., 3] == 0, :3] = colour
+    return with_alpha(layer, np.rint(alpha).astype(np.int64)[..., None])
+
+
+def repainted(layer: Pixels) -> Pixels:
+    """One colour, the mean."""
+    layer[..., :3] = layer[layer[..., 3] > 0, :3].mean(0)
+    return layer
+
+
+def grainy(layer: Pixels) -> Pixels:
+    layer[..., :3] = np.rint(layer[..., :3] + noise(2, SIDE, SIDE, 3, scale=40)).clip(0, 255)
+    return layer
+
+
+def shifted(pixels: int) -> Callable[[Pixels], Pixels]:
+    return lambda layer: np.roll(layer, (pixels, pixels), axis=(0, 1))
+
+
+def halves(which: npt.NDArray[np.bool_]) -> Pixels:
+    """Every object cut in two layers by a mask; the bars stay whole."""
+    objects = composite(truth()[1:3])
+    return layers(truth()[0], objects * which[..., None], objects * ~which[..., None], truth()[3])
+
+
+def random_layers() -> Pixels:
+    return np.random.default_rng(5).integers(0, 256, (4, SIDE, SIDE, 4)).astype(np.uint8)
+
+
+def hidden_colour(layer: Pixels) -> Pixels:
+    layer[layer[..., 3] == 0, :3] = np.random.default_rng(6).integers(0, 256, (int((layer[..., 3] == 0).sum()), 3))
+    return layer
+
+
+def strips(axis: int) -> Pixels:
+    cuts = [slice(start, start + SIDE // 4) for start in range(0, SIDE, SIDE // 4)]
+    return layers(*(part(picture(), rows=cut) if axis == 0 else part(picture(), columns=cut) for cut in cuts))
+
+
+def without_bars() -> Pixels:
+    """The background with the bars' place filled, all else as it should be."""
+    return composite(truth()[:3])
+
+
+def strip_veil() -> Pixels:
+    alpha = np.where(grid()[0] < SIDE // 5, 255, 128)[..., None]
+    return with_alpha(picture(), alpha)
+
+
+LEFT = composite(truth()[[0, 2]])  # the card is still in the background
+GHOST = mixed(truth()[0], picture(), 0.5)
+
+
+class Crafted(NamedTuple):
+    """A stack, and what it is a kind of: a key of BLIND, or "" where all measures may take it for the truth."""
+
+    kind: str
+    build: Callable[[], Pixels]
+
+
+CRAFTED: dict[str, Crafted] = {
+    # Nothing decomposed: the picture left whole, under layers that look used.
+    "picture, blanks above": Crafted("untouched", lambda: layers(picture())),
+    "picture, invisible veils above": Crafted("untouched", lambda: layers(picture(), *[with_alpha(picture(), 2)] * 3)),
+    "picture, faint partial veils above": Crafted(
+        "untouched", lambda: layers(picture(), *[part(with_alpha(picture(), 6), slice(0, 22))] * 3)
+    ),
+    "picture, half veils above": Crafted("untouched", lambda: layers(picture(), *[with_alpha(picture(), 128)] * 3)),
+    "picture, half veils with an opaque strip": Crafted("untouched", lambda: layers(picture(), *[strip_veil()] * 3)),
+    "picture, junk patches above": Crafted(
+        "untouched", lambda: layers(picture(), patch(2, 2), patch(80, 80), patch(2, 80))
+    ),
+    "picture, pieces of itself above": Crafted(
+        "untouched",
+        lambda: layers(picture(), *(part(picture(), slice(20, 60), slice(30 * k, 30 * k + 30)) for k in range(3))),
+    ),
+    "picture, its true objects above": Crafted("background", lambda: changed(0, picture())),
+    "picture in every layer": Crafted("untouched", lambda: layers(*[picture()] * 4)),
+    "picture in every layer, cropped to 89 %": Crafted(
+        "untouched", lambda: layers(picture(), *[part(picture(), slice(0, 85))] * 3)
+    ),
+    "picture in every layer, 8 levels off": Crafted(
+        "untouched", lambda: layers(picture(), *[mixed(picture(), np.full_like(picture(), 255), 0.07)] * 3)
+    ),
+    "picture over the true layers": Crafted("untouched", lambda: changed(3, picture())),
+    "picture in layer 1, layer 0 blank": Crafted("untouched", lambda: layers(blank(), picture())),
+    "nothing at all": Crafted("untouched", lambda: blank(4)),
+    "one layer, the picture": Crafted("untouched", lambda: picture()[None]),
+    # Layer 0.
+    "half a ghost in the background": Crafted("background", lambda: changed(0, GHOST)),
+    "holes in the background": Crafted(
+        "holes", lambda: changed(0, truth()[0] * (composite(truth()[1:])[..., 3:] < 128))
+    ),
+    "no background": Crafted("holes", lambda: changed(0, blank()[0])),
+    # Sound layers with something on top of them.
+    "colour under alpha 0": Crafted("", lambda: upper(hidden_colour)),
+    "veils of one level": Crafted("", lambda: upper(floor(1, (0, 0, 0)))),
+    "grey veils of ten levels": Crafted("veils", lambda: upper(floor(10, (128, 128, 128)))),
+    "grey veils of forty levels": Crafted("veils", lambda: upper(floor(40, (128, 128, 128)))),
+    "a patch of junk in each layer": Crafted(
+        "junk", lambda: np.stack([composite(np.stack([one, patch(2, 80, (0, 255, 0))])) for one in truth()])
+    ),
+    "junk in place of the bars": Crafted("junk", lambda: layers(without_bars(), truth()[1:3], patch(80, 80))),
+    # Copies, omissions, other cuts.
+    "one object in three layers": Crafted("copies", lambda: layers(truth()[0], *[truth()[2]] * 3)),
+    "an object twice, another left out": Crafted("copies", lambda: truth()[[0, 1, 2, 2]]),
+    "the background twice": Crafted("copies", lambda: truth()[[0, 0, 1, 2]]),
+    "the card left in the background": Crafted("missing", lambda: layers(LEFT, truth()[1], blank(), truth()[3])),
+    "the disc nowhere": Crafted("missing", lambda: changed(1, blank()[0])),
+    "the white card nowhere": Crafted("white", lambda: changed(2, blank()[0])),
+    "objects cut in halves": Crafted("split", lambda: halves(grid()[1] < 40)),
+    "objects in salt and pepper": Crafted("split", lambda: halves(noise(3, SIDE, SIDE) > 0)),
+    "all objects in one layer": Crafted("joined", lambda: layers(truth()[0], composite(truth()[1:]))),
+    "two objects in one layer": Crafted("joined", lambda: layers(truth()[0], truth()[1], composite(truth()[2:]))),
+    "four strips": Crafted("tiles", lambda: strips(0)),
+    "four columns": Crafted("tiles", lambda: strips(1)),
+    "upside down": Crafted("order", lambda: truth()[::-1].copy()),
+    "the bars under the card": Crafted("order", lambda: truth()[[0, 1, 3, 2]]),
+    "the background on top": Crafted("order", lambda: truth()[[1, 2, 3, 0]]),
+    # Edges, noise, colour.
+    "fringes of one pixel": Crafted("fringes", lambda: upper(fringe(1))),
+    "fringes of three pixels": Crafted("fringes", lambda: upper(fringe(3))),
+    "noise in alpha": Crafted("alpha noise", lambda: upper(speckled)),
+    "alpha blurred": Crafted("alpha noise", lambda: upper(blurred)),
+    "noise in colour": Crafted("colour noise", lambda: upper(grainy)),
+    "one colour an object": Crafted("colour noise", lambda: upper(repainted)),
+    "random layers": Crafted("colour noise", random_layers),
+    "shifted by one pixel": Crafted("shifted", lambda: upper(shifted(1))),
+    "shifted by four pixels": Crafted("shifted", lambda: upper(shifted(4))),
+}
+
+# Better first: no honest measure puts a later one before an earlier one.
+ORDER: tuple[tuple[str, ...], ...] = (
+    ("truth", "shifted by one pixel", "shifted by four pixels"),
+    ("truth", "fringes of one pixel", "fringes of three pixels"),
+    ("truth", "veils of one level", "grey veils of ten levels", "grey veils of forty levels"),
+    ("truth", "half a ghost in the background", "picture, its true objects above", "picture, blanks above"),
+    ("truth", "an object twice, another left out", "one object in three layers"),
+    ("truth", "the card left in the background", "picture, blanks above"),
+    ("truth", "two objects in one layer", "all objects in one layer"),
+)
+
+
+# --------------------------------------------------------------------------------------------------------- the measures
+
+HONEST = [name for name, column in COLUMNS.items() if gives_verdict(name) and column.quoted]
+INDIRECT = {"evenness_gap"}  # about all layers at once: what one gains in detail another loses
+SAME = 0.001  # a difference under this is none; counts of layers differ by 1
+SLACK = 0.005  # by which chance gradients of the background may differ
+
+
+@functools.cache
+def scores(name: str) -> dict[str, float | None]:
+    """Every column of a crafted stack against the truth; signed so that lower is better."""
+    stack = truth() if name == "truth" else CRAFTED[name].build()
+    row = assess(Case("0" * 16, "designs", 4, 0, source(), truth()), stack, max_edits=0)
+    return {
+        column: None if row.get(column) is None else row[column] * (-1 if COLUMNS[column].better == "higher" else 1)
+        for column in HONEST
+    }
+
+
+def worse_by(column: str, name: str) -> float | None:
+    """How much worse a stack is than the truth; None where it is undefined."""
+    value, best = scores(name)[column], scores("truth")[column]
+    assert best is not None
+    assert value is None or math.isfinite(value), f"{column} of {name} is {value}"
+    return None if value is None else value - best
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_nothing_beats_the_true_layers(name: str) -> None:
+    better = {column: gap for column in HONEST if (gap := worse_by(column, name)) is not None and gap < -SLACK}
+    assert not better, f"{name} is better than the true layers"
+
+
+@pytest.mark.parametrize("column", HONEST)
+def test_what_a_measure_cannot_tell_apart_stands_beside_its_definition(column: str) -> None:
+    blind = {
+        crafted.kind
+        for name, crafted in CRAFTED.items()
+        if crafted.kind and ((gap := worse_by(column, name)) is None or gap < SAME)
+    }
+    assert set(COLUMNS[column].blind) == blind
+    assert [kind for kind in BLIND if kind in blind] == list(COLUMNS[column].blind), "in the order of BLIND"
+    words = COLUMNS[column].blindness
+    assert bool(words) == bool(blind)
+    assert words in (MEASURES[column].definition if column in MEASURES else DEFINITIONS["layerd"])
+
+
+@pytest.mark.parametrize("chain", ORDER, ids=lambda chain: chain[-1])
+def test_more_of_a_fault_is_never_better(chain: tuple[str, ...]) -> None:
+    for column in set(HONEST) - INDIRECT:
+        seen = [name for name in chain if name == "truth" or CRAFTED[name].kind not in COLUMNS[column].blind]
+        values = [value for name in seen if (value := scores(name)[column]) is not None]
+        assert all(later >= earlier - SLACK for earlier, later in itertools.pairwise(values)), (column, values)
+
+
+@pytest.mark.parametrize("name", [name for name, crafted in CRAFTED.items() if crafted.kind])
+def test_every_fault_costs_on_designs(name: str) -> None:
+    """Where there are true layers, two of the numbers at the top of the report say so."""
+    seen = [column for column in quoted("designs headline") if (worse_by(column, name) or 0) > SAME]
+    assert len(seen) >= 2, seen
+
+
+@pytest.mark.parametrize("name", [name for name, crafted in CRAFTED.items() if crafted.kind == "untouched"])
+def test_a_picture_left_whole_has_bad_layers(name: str) -> None:
+    assert (worse_by("bad_layers", name) or 0) >= 1
+
+
+def test_a_picture_cut_in_tiles_costs_without_true_layers_too() -> None:
+    for name, crafted in CRAFTED.items():
+        if crafted.kind in ("untouched", "tiles"):
+            seen = [column for column in quoted("pictures headline") if (worse_by(column, name) or 0) > SAME]
+            assert seen, name
+
+
+def test_colour_under_alpha_zero_changes_no_number() -> None:
+    assert scores("colour under alpha 0") == scores("truth")
+
+
+def test_every_kind_has_its_crafted_stacks() -> None:
+    assert {crafted.kind for crafted in CRAFTED.values()} == {*BLIND, ""}
+    assert len(CRAFTED) >= 30 and len(HONEST) >= 15
