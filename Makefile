@@ -70,6 +70,7 @@ pretrain: $(READY) ## train the shipped tiny policy again (hours)
 # CLUSTER=mine.yaml compiles for your cluster; the committed packages are for the example.
 compile: $(READY) ## write the packages in pipelines/compiled, after recipes, components or pipelines have changed
 	@$(VENV)/bin/layerloop compile -o pipelines/compiled/train.yaml --cluster $(CLUSTER)
+	@$(VENV)/bin/layerloop compile -o pipelines/compiled/train-resident.yaml --resident --cluster $(CLUSTER)
 	@$(VENV)/bin/layerloop compile -o pipelines/compiled/evaluate.yaml --pipeline evaluate --cluster $(CLUSTER)
 
 docs: $(READY) ## build the documentation's site in build/site; a link that leads nowhere stops it

@@ -122,6 +122,7 @@ def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:
         judge_url=arguments.judge_url,
         iterations=arguments.iterations,
         workers=arguments.workers,
+        step_by_step=arguments.step_by_step,
     )
 
 
@@ -152,7 +153,10 @@ def _compile(arguments: argparse.Namespace) -> None:
     recipe, runtime = recipe_and_runtime(arguments.recipe, arguments.set, arguments.runtime)
     cluster = read_cluster(arguments.cluster) if arguments.cluster else Cluster()
     if arguments.pipeline == "train":
-        counts = {"iterations": arguments.iterations, "workers": arguments.workers, "evaluate": arguments.evaluate}
+        counts = {
+            "iterations": arguments.iterations, "workers": arguments.workers, "evaluate": arguments.evaluate,
+            "resident": arguments.resident,
+        }  # fmt: skip
         pipeline = train_pipeline(**counts, recipe=recipe, cluster=cluster, runtime=runtime)
         tasks = container_tasks(**counts)
     else:
@@ -165,7 +169,7 @@ def _compile(arguments: argparse.Namespace) -> None:
         print(f"evaluation: {cost} (assumed {cluster.forward_seconds:g} s a forward at 640 px); deadline {hours:g} h")
     each, groups = max(1, cluster.gpus_of("generate_rollouts")), parse_recipe(recipe).rollout.groups
     idle = arguments.workers * each - groups
-    if arguments.pipeline == "train" and idle > 0:
+    if arguments.pipeline == "train" and not arguments.resident and idle > 0:
         print(
             f"rollouts: {arguments.workers} workers with processes for {each} GPU each share {groups} groups: {idle} "
             "processes have nothing to do"
@@ -380,6 +384,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="evaluate and publish in the run that reaches its target or has none, in every run, or publish only "
         "(default: %(default)s)",
     )
+    resident = "one pod does all iterations of a run and loads the base once (not a pod for each step; no --workers)"
+    compile_.add_argument("--resident", action="store_true", help=resident)
     compile_.add_argument("--cluster", default="", metavar="FILE", help="YAML: images by digest, GPUs, queues, secrets")
     _set_option(compile_)
     _runtime_option(compile_)
@@ -513,6 +519,8 @@ def _job_options(parser: argparse.ArgumentParser, *, recipe: str) -> None:
     _set_option(parser)
     _runtime_option(parser)
     _counts(parser)
+    every = "run every step of every iteration as a process of its own, as the pipeline on a cluster does by default"
+    parser.add_argument("--step-by-step", action="store_true", help=every)
 
 
 def _set_option(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -534,7 +542,7 @@ def _counts(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=2,
         metavar="N",
-        help="pods that share an iteration's rollouts (default: %(default)s)",
+        help="processes, or pods, that share an iteration's rollouts (default: %(default)s)",
     )
 
 

@@ -27,7 +27,8 @@ class Job:
     judge_url: str = ""
     publish_as: str = ""
     iterations: int = 3
-    workers: int = 2
+    workers: int = 2  # processes that share the work on a machine without GPUs; with GPUs, one on each
+    step_by_step: bool = False  # every step a process of its own, instead of one for all iterations
     runtime: Mapping[str, Any] = field(default_factory=dict)  # values that are not left to their defaults
 
 
@@ -38,7 +39,8 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
         LayerloopError: bad input, or a step failed.
     """
     folder = _new_folder(runs)
-    pipeline = train_pipeline(iterations=job.iterations, workers=job.workers, recipe=job.recipe)
+    resident = not job.step_by_step
+    pipeline = train_pipeline(iterations=job.iterations, workers=job.workers, recipe=job.recipe, resident=resident)
     package = write_pipeline(pipeline, folder / "pipeline.yaml")
     arguments = {
         "campaign": absolute(job.campaign),
@@ -50,7 +52,7 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
         "runtime": dict(job.runtime),
     }
     print(f"{package}: {job.iterations} iterations, {job.workers} workers; logs in the same folder", flush=True)
-    return run_pipeline(package, arguments, folder=folder)
+    return run_pipeline(package, arguments, folder=folder, processes=job.workers)
 
 
 def _new_folder(runs: Path) -> Path:

@@ -30,6 +30,7 @@ from layerloop.components.schema.steps import RUN, STEPS
 from layerloop.pipelines.gpus import GpuPool, visible_gpus
 from layerloop.pipelines.packages import check_parameters, count_tasks, read_spec
 
+CPU_PROCESSES = "LAYERLOOP_CPU_PROCESSES"  # runtime/ranks.py
 # Libraries' own bars and advice, which say nothing about the job; images/ sets the same.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 STARTED = re.compile(r"started \w+ (\d+\.\d+) s after process start")  # runtime/contract.py
@@ -81,7 +82,9 @@ class LocalRun:
         return 1 - working / self.seconds
 
 
-def run_pipeline(package: Path, arguments: dict[str, Any], *, folder: Path, console: TextIO | None = None) -> LocalRun:
+def run_pipeline(
+    package: Path, arguments: dict[str, Any], *, folder: Path, console: TextIO | None = None, processes: int = 1
+) -> LocalRun:
     """Run a compiled pipeline.
 
     Args:
@@ -89,6 +92,7 @@ def run_pipeline(package: Path, arguments: dict[str, Any], *, folder: Path, cons
         arguments: The pipeline's parameters. Paths must be absolute.
         folder: Logs and the artifacts that pass between steps; the campaign is elsewhere. Created, and kept.
         console: Where to report, one header line a step and its progress below it; standard output when None.
+        processes: Of a step that shares its work among ranks, on a machine without GPUs.
 
     Raises:
         StepFailed: a step failed; the message carries its own error line and names its log.
@@ -98,7 +102,7 @@ def run_pipeline(package: Path, arguments: dict[str, Any], *, folder: Path, cons
     check_parameters(spec, arguments)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    run = _Run(folder.resolve(), count_tasks(spec), console or sys.stdout, began)
+    run = _Run(folder.resolve(), count_tasks(spec), console or sys.stdout, began, processes)
     with open(folder / "kfp.log", "w") as log, _quiet(log), step_processes(run.step):
         local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "artifacts"))
         pipeline = components.load_component_from_file(str(package))
@@ -174,6 +178,7 @@ class _Run:
     total: int  # steps
     console: TextIO
     began: float  # time.monotonic()
+    processes: int = 1
     name: str = field(default_factory=lambda: f"local-{uuid.uuid4()}")  # its processes share the campaign's lease
     steps: dict[int, StepRun] = field(default_factory=dict)
     failure: StepFailed | None = None
@@ -231,7 +236,14 @@ class _Run:
             text=True,
             errors="replace",
             bufsize=1,
-            env={**QUIET, **os.environ, RUN: self.name, **_threads(argv), **environment, "PYTHONUNBUFFERED": "1"},
+            env={
+                **QUIET,
+                **os.environ,
+                RUN: self.name,
+                **_shares(argv, self.processes),
+                **environment,
+                "PYTHONUNBUFFERED": "1",
+            },
         )
         with self.lock:
             self.live[number] = process
@@ -273,6 +285,10 @@ def _title(step: str, executor_input: dict[str, Any]) -> str:
     if row and iteration is not None:
         words = f"iteration {int(iteration) + row.iteration_offset}: {words}"
     values = inputs.get("parameterValues", {})
+    if row and row.composes and iteration is not None:
+        first, last = int(iteration) + 1, int(iteration) + int(values["iterations"])
+        which = f"iteration {first}" if first == last else f"iterations {first} to {last}"
+        return f"{which}: {step.replace('_', ' ')}"
     return f"{words}, worker {values['worker'] + 1} of {values['workers']}" if "workers" in values else words
 
 
@@ -282,12 +298,16 @@ def _label(executor_input: dict[str, Any]) -> str:
     return f"worker {values['worker'] + 1} | " if values.get("workers", 1) > 1 else ""
 
 
-def _threads(argv: list[str]) -> dict[str, str]:
-    """Simultaneous workers share the cores (kfp.local runs two of a loop at a time); a user's own setting is kept."""
+def _shares(argv: list[str], processes: int) -> dict[str, str]:
+    """How a step shares the cores, a user's own settings aside: simultaneous workers (kfp.local runs two of a loop at a
+    time) a part of them each, a step of several ranks one each, which small products use better than threads."""
     values = json.loads(argv[argv.index("--executor-input") + 1]).get("inputs", {}).get("parameterValues", {})
-    if "OMP_NUM_THREADS" in os.environ or values.get("workers", 1) == 1:
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
+    row, cores = STEPS.get(argv[2].rpartition(".")[2]), os.cpu_count() or 1
+    if values.get("workers", 1) > 1:
+        return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, cores // 2))}
+    if row and row.gpus == "all":
+        return {CPU_PROCESSES: str(max(1, min(processes, cores)))}
+    return {}
 
 
 def _failure(title: str, exit_status: int, last: str, log: Path) -> StepFailed:

@@ -1,5 +1,8 @@
 """The training DAG: shard -> [rollouts x workers -> score -> update] x iterations -> evaluate -> publish.
 
+Or, resident: shard -> stretch -> evaluate -> publish, where one pod does all iterations of the run and loads the base
+once. Both leave the same campaign; step by step every part can be seen and run anywhere, resident the GPUs are busy.
+
 KFP has no loop over time, so the number of iterations is fixed when the DAG is compiled. A campaign of hundreds of
 iterations is a chain of such runs: each finds the campaign's head when it starts (`shard_dataset`) and continues there.
 Where the head has reached the run's target, everything after the first step is skipped; where fewer iterations are left
@@ -18,8 +21,10 @@ from layerloop.components.evaluate_adapter.component import evaluate_adapter
 from layerloop.components.generate_rollouts.component import generate_rollouts
 from layerloop.components.publish_adapter.component import publish_adapter
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.steps import STEPS
 from layerloop.components.score_rollouts.component import score_rollouts
 from layerloop.components.shard_dataset.component import shard_dataset
+from layerloop.components.train_stretch.component import train_stretch
 from layerloop.components.update_lora.component import update_lora
 from layerloop.pipelines.cluster import Cluster
 from layerloop.pipelines.evaluation_cost import with_evaluation_deadline
@@ -38,9 +43,10 @@ class Updated(NamedTuple):
 EVALUATE = ("end", "every-run", "never")
 
 
-def container_tasks(iterations: int, workers: int, evaluate: str = "end") -> int:
-    """Pods that do work in one run: shard, per iteration the workers, score and update, then evaluate and publish."""
-    return 1 + iterations * (workers + 2) + (1 if evaluate == "never" else 2)
+def container_tasks(iterations: int, workers: int, evaluate: str = "end", resident: bool = False) -> int:
+    """Pods that do work in one run: shard, per iteration the workers, score and update, then evaluate and publish. The
+    iterations of a resident run are one pod."""
+    return 1 + (1 if resident else iterations * (workers + 2)) + (1 if evaluate == "never" else 2)
 
 
 def train_pipeline(  # type: ignore[no-untyped-def]
@@ -51,6 +57,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
     cluster: Cluster | None = None,
     evaluate: str = "end",
     runtime: Mapping[str, Any] | None = None,
+    resident: bool = False,
 ):
     """The training pipeline for a fixed number of iterations and rollout workers.
 
@@ -62,6 +69,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         evaluate: When a run evaluates and then publishes. `end`: where it reaches its target `until`, or has none;
             `every-run`: always; `never`: no run evaluates, and each publishes.
         runtime: Default of the pipeline's `runtime` parameter; empty when None.
+        resident: One pod does all iterations, with a rank on each of its GPUs; `workers` says nothing then.
 
     Returns:
         A KFP pipeline (`kfp.dsl.graph_component.GraphComponent`), to be compiled or run.
@@ -70,8 +78,10 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         LayerloopError: no iteration, no worker, more tasks than one workflow object carries, or an evaluation that its
             deadline does not hold.
     """
-    _check_size(iterations, workers, evaluate)
+    _check_size(iterations, workers, evaluate, resident)
     recipe_text, cluster = recipe, cluster or Cluster()
+    if resident:
+        cluster = _with_stretch_deadline(cluster, iterations)
     if evaluate != "never":
         cluster = with_evaluation_deadline(cluster, recipe)
     apply, free = cluster.apply, dict(runtime or {})
@@ -125,7 +135,19 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         runtime: dict[str, Any],
     ) -> None:
         with dsl.If(left != "nothing", name="not at the target"):
-            for number in range(1, iterations + 1):
+            if resident:
+                stretch = train_stretch(
+                    campaign=campaign,
+                    iterations=iterations,
+                    judge_url=judge_url,
+                    until=until,
+                    sources=sources,
+                    previous=policy,
+                    runtime=runtime,
+                )
+                apply("train_stretch", stretch)
+                policy = stretch.outputs["policy"]
+            for number in () if resident else range(1, iterations + 1):
                 step = iteration(
                     campaign=campaign,
                     judge_url=judge_url,
@@ -150,7 +172,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
 
     @dsl.pipeline(
         name="layerloop-train",
-        display_name=f"layerloop: {iterations} iterations, {workers} workers",
+        display_name=f"layerloop: {iterations} iterations, {'resident' if resident else f'{workers} workers'}",
         pipeline_root=cluster.pipeline_root,
     )
     def train(
@@ -216,13 +238,21 @@ def train_pipeline(  # type: ignore[no-untyped-def]
     return train
 
 
-def _check_size(iterations: int, workers: int, evaluate: str) -> None:
+def _with_stretch_deadline(cluster: Cluster, iterations: int) -> Cluster:
+    """The cluster with the step table's deadline for each iteration of the stretch; one that the file sets stays."""
+    if cluster.own_hours("train_stretch") is not None:
+        return cluster
+    hours = STEPS["train_stretch"].timeout_hours * iterations
+    return cluster.model_copy(update={"timeout_hours": {**cluster.timeout_hours, "train_stretch": hours}})
+
+
+def _check_size(iterations: int, workers: int, evaluate: str, resident: bool) -> None:
     if evaluate not in EVALUATE:
         raise LayerloopError(f"evaluate is {evaluate!r}: choose one of {', '.join(EVALUATE)}")
     for what, value in (("iterations", iterations), ("workers", workers)):
         if value < 1:
             raise LayerloopError(f"{what} is {value}: choose 1 or more")
-    tasks = container_tasks(iterations, workers, evaluate)
+    tasks = container_tasks(iterations, workers, evaluate, resident)
     if tasks > MAX_TASKS:
         fitting = (MAX_TASKS - 3) // (workers + 2)
         less = f"{fitting} iterations and chain runs" if fitting else f"{MAX_TASKS - 5} workers"

@@ -53,6 +53,7 @@ def test_imports_run_one_way() -> None:
     "module, line",
     [
         ("components/generate_rollouts/step.py", "from layerloop.components.update_lora import step"),
+        ("components/generate_rollouts/step.py", "from layerloop.components.train_stretch import step"),
         ("components/storage/stores.py", "from layerloop.components.runtime import progress"),
         ("components/storage/s3.py", "from layerloop.components.storage import stores"),
         ("components/policy/model.py", "from layerloop.components.layers import stack"),
@@ -114,8 +115,12 @@ def test_the_step_table_the_folders_and_the_arrows_name_the_same_steps() -> None
     contracts = {
         c["id"]: c for c in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     }
-    names = {f"layerloop.components.{name}" for name in STEPS}
-    assert set(contracts["steps"]["modules"]) == names == set(contracts["direction"]["layers"][1].split(" | "))
+    floors = [set(layer.split(" | ")) for layer in contracts["direction"]["layers"]]
+    above, below = (
+        {f"layerloop.components.{n}" for n, s in STEPS.items() if bool(s.composes) is c} for c in (True, False)
+    )
+    assert floors[:3] == [{"layerloop.pipelines"}, above, below] and set(contracts["steps"]["modules"]) == below
+    assert {other for step in STEPS.values() for other in step.composes} <= set(STEPS)
 
 
 @pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)

@@ -1,16 +1,17 @@
-"""Sampling of one group: from an image to its candidates."""
+"""Sampling of a group: from an image to its candidates."""
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from layerloop.components.generate_rollouts.plan import GroupPlan, initial_seed, step_seed
+from layerloop.components.generate_rollouts.sharing import Part
 from layerloop.components.layers.flags import flags_of
 from layerloop.components.policy.at import LoadedPolicy
-from layerloop.components.policy.model import LayeredPolicy
+from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.policy.sampling import Plan, Trajectory, rollout
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import Recipe
@@ -18,45 +19,67 @@ from layerloop.components.schema.trajectory import GroupRecord
 from layerloop.components.storage.groups import SampledGroup
 
 
-def sample_group(
-    loaded: LoadedPolicy,
-    recipe: Recipe,
-    iteration: int,
-    plan: GroupPlan,
-    image_key: str,
-    image: np.ndarray,
-    *,
-    batch_size: int,
-) -> SampledGroup:
-    """Sample G candidates for `image` `(H, W, 3 or 4)` uint8 and decode them.
+@dataclass(frozen=True)
+class PreparedGroup:
+    """A group before it is sampled: its record, its image `(H, W, 4)` uint8, opaque, and the policy's condition."""
+
+    record: GroupRecord
+    image: np.ndarray
+    condition: Condition
+
+
+def prepare_group(
+    loaded: LoadedPolicy, recipe: Recipe, iteration: int, plan: GroupPlan, image_key: str, image: np.ndarray
+) -> PreparedGroup:
+    """A planned group for `image` `(H, W, 3 or 4)` uint8.
 
     Raises:
-        LayerloopError: sides that the model does not take, or latents that are NaN or infinite.
+        LayerloopError: sides that the model does not take.
     """
-    policy = loaded.policy
-    height, width = image.shape[:2]
-    record = group_record(loaded, recipe, iteration, plan, image_key, (height, width))
+    record = group_record(loaded, recipe, iteration, plan, image_key, image.shape[:2])
     image = opaque(image)
-    condition = policy.encode(image[None], loaded.prompt)
-    seeds = initial_seeds(recipe.seed, record)
+    return PreparedGroup(record, image, loaded.policy.encode(image[None], loaded.prompt))
+
+
+def sample_candidates(
+    policy: LayeredPolicy, recipe: Recipe, group: PreparedGroup, candidates: range, *, batch_size: int
+) -> Part:
+    """Sample and decode some candidates of a group.
+
+    Raises:
+        LayerloopError: latents that are NaN or infinite.
+    """
+    record = group.record
+    seeds = initial_seeds(recipe.seed, record)[candidates.start : candidates.stop]
     trajectory = rollout(
         policy,
-        condition,
-        torch.cat([policy.noise(seed, record.layers, height, width) for seed in dict.fromkeys(seeds)]),
+        group.condition,
+        torch.cat([policy.noise(s, record.layers, record.height, record.width) for s in dict.fromkeys(seeds)]),
         Plan.of(record),
-        step_noise=functools.partial(step_noise, policy, recipe.seed, record),
-        candidates=record.group_size,
+        step_noise=lambda row, step: step_noise(policy, recipe.seed, record, candidates[row], step),
+        candidates=len(candidates),
         batch_size=batch_size,
     )
-    check_finite(trajectory, record)
-    return SampledGroup(
-        record=record,
-        image=image,
-        condition=condition.latents[0].cpu().numpy(),
-        seeds=seeds,
+    check_finite(trajectory, record, candidates)
+    return Part(
         window=trajectory.window.cpu().numpy(),
         final=trajectory.final.cpu().numpy(),
-        stacks=np.concatenate([policy.layers_uint8(one, height, width) for one in trajectory.final.split(1)]),
+        stacks=np.concatenate(
+            [policy.layers_uint8(one, record.height, record.width) for one in trajectory.final.split(1)]
+        ),
+    )
+
+
+def sampled_group(recipe: Recipe, group: PreparedGroup, part: Part) -> SampledGroup:
+    """A group with all its candidates."""
+    return SampledGroup(
+        record=group.record,
+        image=group.image,
+        condition=group.condition.latents[0].cpu().numpy(),
+        seeds=initial_seeds(recipe.seed, group.record),
+        window=part.window,
+        final=part.final,
+        stacks=part.stacks,
     )
 
 
@@ -118,10 +141,10 @@ def step_noise(policy: LayeredPolicy, seed: int, record: GroupRecord, candidate:
     return policy.noise(drawn, record.layers, record.height, record.width)
 
 
-def check_finite(trajectory: Trajectory, record: GroupRecord) -> None:
-    """Raises LayerloopError at the first candidate whose latents are not finite."""
-    for candidate in range(record.group_size):
-        for latents in (trajectory.window[candidate], trajectory.final[candidate]):
+def check_finite(trajectory: Trajectory, record: GroupRecord, candidates: range) -> None:
+    """Raises LayerloopError at the first of `candidates`, those of the trajectory, whose latents are not finite."""
+    for row, candidate in enumerate(candidates):
+        for latents in (trajectory.window[row], trajectory.final[row]):
             if not bool(torch.isfinite(latents).all()):
                 raise LayerloopError(
                     f"latents of candidate {candidate} of group {record.group}, iteration {record.iteration}, are NaN "

@@ -1,17 +1,18 @@
 """The step `generate_rollouts`: for each of this worker's groups one image, one layer count and G sampled candidates,
 of which the latents in the stochastic window and the decoded layers are kept.
 
-Under torchrun every rank samples its share of the worker's groups, and commits them one by one.
+Under torchrun the ranks share the worker's candidates by estimated cost; groups are committed one by one.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 from pydantic import JsonValue
 
@@ -21,8 +22,8 @@ from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import (
-    all_reduce_sum,
     failing_together,
+    gather_to_all,
     process_group,
     rank,
     shares_base,
@@ -38,6 +39,13 @@ from layerloop.components.storage.lease import hold
 from layerloop.components.storage.manifests import verify
 from layerloop.components.storage.rollouts import commit_group, resume_group, write_group
 from layerloop.components.storage.stores import open_store
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from layerloop.components.generate_rollouts.candidates import PreparedGroup
+    from layerloop.components.generate_rollouts.sharing import Part, Shares
 
 _COUNTS = ("groups", "candidates", "layers", "model_calls")  # in the manifest of every group
 
@@ -80,8 +88,11 @@ def run(
         committed = _committed(opened, share)
         if (done := _finished(opened, share, committed)) is not None:  # by the run that held it until now
             return _result(done)
-        manifest, sampled, bad_layers = _sample_share(opened, share, committed, loaded)
-    return _result(manifest, seconds=time.monotonic() - started, sampled=sampled, bad_layers=bad_layers)
+        with process_group() as device:
+            groups = share.groups(opened)
+            sampled = sample_iteration(opened, share.iteration, committed, groups, device=device, loaded=loaded)
+    manifest = worker_manifest(share, sampled.manifests)
+    return _result(manifest, seconds=time.monotonic() - started, sampled=sampled.written, bad_layers=sampled.bad_layers)
 
 
 @dataclass(frozen=True)
@@ -112,58 +123,86 @@ def _finished(campaign: Campaign, share: Share, committed: Mapping[int, Manifest
     return worker_manifest(share, committed)
 
 
-def _sample_share(
-    opened: Campaign, share: Share, committed: Mapping[int, Manifest], loaded: LoadedPolicy | None
-) -> tuple[Manifest, int, list[float]]:
-    """Sample what is not committed. Returns the share's manifest, and of this rank the number of groups that it sampled
-    and their bad layers. Raises as `run`."""
+@dataclass(frozen=True)
+class Sampled:
+    """An iteration's groups by number, and what this rank did for them."""
+
+    loaded: LoadedPolicy  # that sampled
+    manifests: dict[int, Manifest]
+    written: int
+    bad_layers: list[float]  # of each group that this rank wrote, on average
+
+
+def sample_iteration(
+    campaign: Campaign,
+    iteration: int,
+    committed: Mapping[int, Manifest],
+    groups: Sequence[int],
+    *,
+    device: torch.device,
+    loaded: LoadedPolicy | None = None,
+    watch: Callable[[], None] = lambda: None,
+) -> Sampled:
+    """Sample and commit the groups that are not `committed`, with all ranks of the process group.
+
+    Args:
+        loaded: A policy of this campaign in memory, of whatever iteration: its base is used.
+        watch: Called between batches; an error that it raises ends the sampling on all ranks.
+    """
     from layerloop.components.policy.sharding import dummy_forwards
 
-    current = share.iteration
+    with failing_together():
+        sources = campaign.sources()
+        planned = plan_iteration(campaign.recipe, iteration, train_images(sources))
+        plans = [plan for plan in planned if plan.group in groups]
+        sharded = shares_base(campaign.runtime.model)
+        sampler = campaign.recipe.rollout.sampler(iteration)
+        loaded = policy_at(campaign, sampler, device=device, sharded=sharded, loaded=loaded)
+        _check_same_policy(committed, iteration, loaded)
+        found = {plan.group: _resumed(campaign, iteration, plan.group, loaded)
+                 for plan in plans[rank() :: world_size()] if plan.group not in committed}  # fmt: skip
+    manifests = {**committed, **_gather({group: done for group, done in found.items() if done})}
+    todo = [plan for plan in plans if plan.group not in manifests]
+    if not todo:
+        return Sampled(loaded, manifests, 0, [])
+    images = _images(campaign, sources, todo)
+    shares = _shares(campaign, todo, images, loaded)
+    # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
+    with nullcontext() if loaded.policy.sharded else failing_together():
+        written, bad_layers = _sample(campaign, iteration, todo, images, shares, loaded, watch)
+        if loaded.policy.sharded:
+            dummy_forwards(loaded.policy, loaded.prompt, max(shares.calls) - shares.calls[rank()])
+    return Sampled(loaded, dict(sorted({**manifests, **_gather(written)}.items())), len(written), bad_layers)
 
-    with process_group() as device:
-        with failing_together():
-            sources = opened.sources()
-            plans = plan_iteration(opened.recipe, current, train_images(sources))[share.worker :: share.workers]
-            sharded = shares_base(opened.runtime.model)
-            loaded = policy_at(opened, current - 1, device=device, sharded=sharded, loaded=loaded)
-            _check_same_policy(committed, current, loaded)
-            finished: dict[int, Manifest] = {}
-            todo: list[GroupPlan] = []
-            for plan in plans[rank() :: world_size()]:
-                done = committed.get(plan.group) or _resumed(opened, current, plan.group, loaded)
-                finished |= {plan.group: done} if done else {}
-                todo += [] if done else [plan]
-        # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
-        missing_calls = _missing_forward_calls(todo, opened) if loaded.policy.sharded else 0
-        with nullcontext() if loaded.policy.sharded else failing_together():
-            bad_layers = _sample(opened, current, sources, todo, finished, loaded)
-            dummy_forwards(loaded.policy, loaded.prompt, missing_calls)
-        return worker_manifest(share, _gather(finished)), len(todo), bad_layers
+
+def _images(campaign: Campaign, sources: Manifest, todo: Sequence[GroupPlan]) -> dict[int, tuple[str, np.ndarray]]:
+    """Key and image of the groups, by the image's number; each rank reads a share of them."""
+    numbers = sorted({plan.image for plan in todo})
+    with failing_together():
+        read = list(read_images(campaign.store, sources, numbers[rank() :: world_size()], campaign.recipe))
+    return {number: (key, image) for part in gather_to_all(read) for number, key, image in part}
 
 
-def _missing_forward_calls(todo: Sequence[GroupPlan], campaign: Campaign) -> int:
-    """Number of forward calls by which this rank has less work than the busiest one."""
-    import torch
+def _shares(
+    campaign: Campaign, todo: Sequence[GroupPlan], images: Mapping[int, tuple[str, np.ndarray]], loaded: LoadedPolicy
+) -> Shares:
+    """Which rank samples what."""
+    from layerloop.components.generate_rollouts.sharing import share_batches
 
-    from layerloop.components.policy.sampling import Plan
-
-    rollout = campaign.recipe.rollout
-    calls = torch.zeros(world_size(), dtype=torch.int64)
-    for group in todo:
-        plan = Plan(
-            sigmas=(0.0,) * (rollout.steps + 1),
-            window_start=group.window_start,
-            window_size=group.window_size,
-            dynamics=group.dynamics,
-            etas=group.etas,
-            outside=rollout.whole if group.dynamics == "ode" else rollout.outside,
-            share_prefix=rollout.share_prefix and group.window_size > 0,
-        )
-        batches = -(-rollout.group_size // campaign.runtime.rollout.batch_size)
-        calls[rank()] += plan.nfe(batches)  # a batch takes one sample's calls
-    all_reduce_sum([calls])
-    return int(calls.max() - calls[rank()])
+    tokens: dict[int, int] = {}
+    with failing_together():
+        for plan in todo:
+            height, width = images[plan.image][1].shape[:2]
+            h, w = loaded.policy.tokens(height, width)
+            tokens[plan.group] = h * w
+    return share_batches(
+        todo,
+        tokens,
+        campaign.recipe.rollout,
+        width=loaded.policy.transformer.inner_dim,
+        batch_size=campaign.runtime.rollout.batch_size,
+        ranks=world_size(),
+    )
 
 
 def _check_same_policy(committed: Mapping[int, Manifest], iteration: int, loaded: LoadedPolicy) -> None:
@@ -202,37 +241,72 @@ def _resumed(campaign: Campaign, iteration: int, group: int, loaded: LoadedPolic
 def _sample(
     campaign: Campaign,
     iteration: int,
-    sources: Manifest,
     todo: Sequence[GroupPlan],
-    finished: dict[int, Manifest],
+    images: Mapping[int, tuple[str, np.ndarray]],
+    shares: Shares,
     loaded: LoadedPolicy,
-) -> list[float]:
-    """Sample and commit the groups of `todo`; `finished` is filled in. Returns the bad layers of each, on average."""
-    from layerloop.components.generate_rollouts.candidates import mean_bad_layers, sample_group
+    watch: Callable[[], None],
+) -> tuple[dict[int, Manifest], list[float]]:
+    """Sample this rank's batches, and commit the groups that it writes as they become complete."""
+    from layerloop.components.generate_rollouts.candidates import prepare_group, sample_candidates
+    from layerloop.components.generate_rollouts.sharing import Assembly
 
-    if not todo:
-        return []
-    numbers = [plan.image for plan in todo]
-    images = {
-        number: (key, image) for number, key, image in read_images(campaign.store, sources, numbers, campaign.recipe)
-    }
-    folder = campaign.rollouts_dir(iteration)
-    bad_layers: list[float] = []
-    with ThreadPoolExecutor(max_workers=1) as writer:  # images are encoded and sent while the next group is sampled
-        written: dict[int, Future[Manifest]] = {}
-        for plan in progress(todo, what="sampling", unit="groups") if rank() == 0 else todo:
-            key, image = images[plan.image]
-            batch_size = campaign.runtime.rollout.batch_size
-            group = sample_group(loaded, campaign.recipe, iteration, plan, key, image, batch_size=batch_size)
-            bad_layers.append(mean_bad_layers(group.stacks, group.image))
-            if written:
-                next(reversed(written.values())).result()  # so that one group at most waits for the store
-            written[plan.group] = writer.submit(
-                write_group, campaign.store, folder, group,
-                model_calls=_model_calls(group.record), recipe_sha256=campaign.recipe_sha256,
-            )  # fmt: skip
-        finished |= {number: future.result() for number, future in written.items()}
-    return bad_layers
+    recipe, plans = campaign.recipe, {plan.group: plan for plan in todo}
+
+    @functools.cache
+    def prepared(group: int) -> PreparedGroup:
+        return prepare_group(loaded, recipe, iteration, plans[group], *images[plans[group].image])
+
+    assembly, mine = Assembly(shares, rank()), shares.batches[rank()]
+    try:
+        with Writer(campaign, iteration) as writer:
+            for batch in progress(mine, what="sampling", unit="batches") if rank() == 0 and mine else mine:
+                watch()
+                group, size = prepared(batch.group), campaign.runtime.rollout.batch_size
+                assembly.add(batch, sample_candidates(loaded.policy, recipe, group, batch.candidates, batch_size=size))
+                for number, part in assembly.complete():
+                    writer.write(prepared(number), part)
+            for number, part in assembly.complete(wait=True):
+                writer.write(prepared(number), part)
+        return writer.manifests, writer.bad_layers
+    finally:
+        if not loaded.policy.sharded:
+            assembly.close()
+
+
+class Writer:
+    """Encodes and sends groups while the next are sampled; one at most waits for the store."""
+
+    def __init__(self, campaign: Campaign, iteration: int) -> None:
+        self._campaign, self._folder = campaign, campaign.rollouts_dir(iteration)
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._written: dict[int, Future[Manifest]] = {}
+        self.bad_layers: list[float] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def write(self, group: PreparedGroup, part: Part) -> None:
+        """Begin to write and commit a group."""
+        from layerloop.components.generate_rollouts.candidates import mean_bad_layers, sampled_group
+
+        if self._written:
+            next(reversed(self._written.values())).result()
+        self.bad_layers.append(mean_bad_layers(part.stacks, group.image))
+        sampled = sampled_group(self._campaign.recipe, group, part)
+        calls = _model_calls(group.record)
+        self._written[group.record.group] = self._pool.submit(
+            write_group, self._campaign.store, self._folder, sampled,
+            model_calls=calls, recipe_sha256=self._campaign.recipe_sha256,
+        )  # fmt: skip
+
+    @property
+    def manifests(self) -> dict[int, Manifest]:
+        """What was committed, by group; waits for the last."""
+        return {number: future.result() for number, future in self._written.items()}
 
 
 def _model_calls(record: GroupRecord) -> int:
@@ -243,16 +317,7 @@ def _model_calls(record: GroupRecord) -> int:
 
 def _gather(finished: Mapping[int, Manifest]) -> dict[int, Manifest]:
     """Manifests that all ranks finished, by group."""
-    if world_size() == 1:
-        return dict(sorted(finished.items()))
-    import torch.distributed as dist
-
-    every: list[list[tuple[int, bytes]]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(every, [(group, manifest.to_json()) for group, manifest in finished.items()])
-    return {
-        group: Manifest.from_json(manifest, where=f"group {group}")
-        for group, manifest in sorted(entry for part in every for entry in part)
-    }
+    return {group: manifest for part in gather_to_all(dict(finished)) for group, manifest in sorted(part.items())}
 
 
 def worker_manifest(share: Share, groups: Mapping[int, Manifest]) -> Manifest:

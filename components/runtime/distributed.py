@@ -6,16 +6,22 @@ imported where it is used, so that steps without torch may ask for their rank.
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from layerloop.components.schema.runtime import ModelRuntime
@@ -102,8 +108,6 @@ def broadcast_json(value: object) -> object:
     """Rank 0's JSON-like value on every rank (sent as text, never unpickled from bytes of a store)."""
     if world_size() == 1:
         return value
-    import json
-
     import torch
     import torch.distributed as dist
 
@@ -126,6 +130,91 @@ def gather_to_first(value: T) -> list[T]:
     gathered: list[T] | None = [value] * world_size() if rank() == 0 else None
     dist.gather_object(value, gathered)
     return gathered or []
+
+
+def gather_to_all(value: T) -> list[T]:
+    """Every rank's value in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    gathered = [value] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+class Exchange:
+    """Arrays from one rank to another while both work, over the process group's CPU backend (gloo).
+
+    A message has a number that both sides know, and is first its description, JSON of a fixed size, then its bytes;
+    nothing is unpickled. A thread for each source waits for its messages, because gloo finds out only in `wait` that
+    one has arrived.
+    """
+
+    DESCRIPTION = 2048  # bytes
+
+    def __init__(self, expected: Mapping[int, Sequence[int]]) -> None:
+        """`expected`: by source rank, the numbers of its messages in the order in which it sends them."""
+        self._sending: list[tuple[Any, torch.Tensor]] = []
+        self._received: queue.SimpleQueue[tuple[int, list[np.ndarray] | Exception]] = queue.SimpleQueue()
+        self._awaited = sum(len(tags) for tags in expected.values())
+        for source, tags in expected.items():
+            threading.Thread(target=self._listen, args=(source, list(tags)), daemon=True).start()
+
+    def send(self, to: int, tag: int, arrays: Sequence[np.ndarray]) -> None:
+        """Begin to send arrays, none of them as a mark."""
+        import torch
+
+        described = json.dumps([[str(array.dtype), *array.shape] for array in arrays]).encode()
+        self._post(to, 2 * tag, torch.frombuffer(bytearray(described.ljust(self.DESCRIPTION)), dtype=torch.uint8))
+        if data := b"".join(array.tobytes() for array in arrays):
+            self._post(to, 2 * tag + 1, torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    def receive(self, *, wait: bool) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Messages (number, arrays) that have come since the last call; with `wait`, all that are still to come."""
+        while self._awaited:
+            try:
+                tag, message = self._received.get(block=wait)
+            except queue.Empty:
+                return
+            if isinstance(message, Exception):  # the source has died, or does not answer
+                raise message
+            self._awaited -= 1
+            yield tag, message
+
+    def finish(self) -> None:
+        """Wait until everything that was sent is received."""
+        for work, _ in self._sending:
+            work.wait()
+        self._sending.clear()
+
+    def _post(self, to: int, tag: int, data: torch.Tensor) -> None:
+        import torch.distributed as dist
+
+        self._sending.append((dist.isend(data, to, tag=tag), data))  # the tensor lives until it is sent
+
+    def _listen(self, source: int, tags: Sequence[int]) -> None:
+        import numpy as np
+        import torch
+        import torch.distributed as dist
+
+        def get(size: int, tag: int) -> np.ndarray:
+            buffer = torch.empty(size, dtype=torch.uint8)
+            work = dist.irecv(buffer, source, tag=tag)
+            assert work is not None
+            work.wait()
+            return buffer.numpy()
+
+        try:
+            for tag in tags:
+                layout = json.loads(get(self.DESCRIPTION, 2 * tag).tobytes())
+                sizes = [math.prod(shape) * np.dtype(dtype).itemsize for dtype, *shape in layout]
+                data = get(sum(sizes), 2 * tag + 1) if sum(sizes) else np.empty(0, np.uint8)
+                parts = np.split(data, list(itertools.accumulate(sizes))[:-1]) if layout else []
+                arrays = [part.view(dtype).reshape(shape) for part, (dtype, *shape) in zip(parts, layout, strict=True)]
+                self._received.put((tag, arrays))
+        except Exception as error:  # raised where the messages are received
+            self._received.put((-1, error))
 
 
 @contextmanager

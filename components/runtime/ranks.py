@@ -16,6 +16,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.steps import RUN
 
 VARIABLE = "LAYERLOOP_PROCESSES"
+CPU_VARIABLE = "LAYERLOOP_CPU_PROCESSES"  # the same for machines without GPUs; set by local runs
 
 
 def launch_per_gpu(module: str, argv: Sequence[str], arguments: Mapping[str, object]) -> int | None:
@@ -37,23 +38,24 @@ def launch_per_gpu(module: str, argv: Sequence[str], arguments: Mapping[str, obj
 
 
 def num_processes() -> int:
-    """Number of processes of the step: $LAYERLOOP_PROCESSES, else one per visible GPU, at least 1; 1 in a process that
-    is a rank already.
+    """Number of processes of the step: $LAYERLOOP_PROCESSES, else one per visible GPU, and without any GPU
+    $LAYERLOOP_CPU_PROCESSES or 1; 1 in a process that is a rank already.
 
     Raises:
-        LayerloopError: the variable is not an integer from 1, or more than the GPUs of a machine with GPUs.
+        LayerloopError: a variable is not an integer from 1, or more than the GPUs of a machine with GPUs.
     """
     if "RANK" in os.environ:
         return 1
     import torch
 
     gpus = torch.cuda.device_count()  # does not initialise CUDA
-    text = os.environ.get(VARIABLE, "").strip()
+    name = VARIABLE if gpus or os.environ.get(VARIABLE, "").strip() else CPU_VARIABLE
+    text = os.environ.get(name, "").strip()
     if not text:
         return max(1, gpus)
     if not text.isascii() or not text.isdigit() or int(text) < 1 or (gpus and int(text) > gpus):
         what = f"an integer from 1 to {gpus}, the visible GPUs" if gpus else "an integer from 1"
-        raise LayerloopError(f"{VARIABLE} is {text!r}: give {what}, or unset it")
+        raise LayerloopError(f"{name} is {text!r}: give {what}, or unset it")
     return int(text)
 
 

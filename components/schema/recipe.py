@@ -103,6 +103,13 @@ class RolloutRecipe(Record):
     window: WindowRecipe = WindowRecipe()
     noise: NoiseRecipe = NoiseRecipe()
     share_prefix: bool = False  # one initial noise and one deterministic prefix for the complete group
+    # Iterations by which the policy that samples lags behind the one that learns. With 1 a resident stretch samples
+    # while the iteration before is judged, whatever the judge takes; the learner's ratios then start off 1.
+    lag: int = Field(default=0, ge=0, le=1)
+
+    def sampler(self, iteration: int) -> int:
+        """The iteration whose policy samples `iteration`."""
+        return max(0, iteration - 1 - self.lag)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

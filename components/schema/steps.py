@@ -27,6 +27,7 @@ class Step:
     asks_judge: bool = False  # whether it gets the judge's key
     iteration_from: str | None = None  # the input artifact whose manifest says the iteration; None: the step finds it
     iteration_offset: int = 0  # what is added to that
+    composes: tuple[str, ...] = ()  # steps whose work it does in one place: it stands above them
 
 
 _ROWS = (
@@ -44,6 +45,12 @@ _ROWS = (
     ),
     Step(
         name="update_lora", image="policy", gpus="all", timeout_hours=12.0, loads_base=True, iteration_from="scores",
+    ),
+    # The pipelines multiply this deadline by the iterations.
+    Step(
+        name="train_stretch", image="policy", gpus="all", timeout_hours=12.0, loads_base=True, asks_judge=True,
+        iteration_from="previous", iteration_offset=1,
+        composes=("generate_rollouts", "score_rollouts", "update_lora"),
     ),
     # The pipelines replace this deadline by one that follows from the recipe's evaluation.
     Step(

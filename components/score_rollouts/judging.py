@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from layerloop.components.judge.canaries import CanaryReport, score_canaries
@@ -25,14 +25,30 @@ class Judged:
     canaries: CanaryReport | None = None
 
 
-async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, iteration: int, total: int) -> Judged:
-    """Judge all groups; they are read from their shards as slots become free.
+def arriving_groups(campaign: Campaign, iteration: int, wait: Callable[[], None]) -> Iterator[Group]:
+    """All groups of an iteration with their layers, as they are committed; `wait` is called while some are missing.
+
+    In batch mode none is given before all are there, because a phase is one batch.
+    """
+    missing = set(range(campaign.recipe.rollout.groups))
+    while missing:
+        found = campaign.committed_groups(iteration, missing)
+        if campaign.runtime.judge.batch.enabled and len(found) < len(missing):
+            found = {}
+        yield from read_groups(campaign.store, found, layers=True)
+        missing -= found.keys()
+        if missing:
+            wait()
+
+
+async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, groups: Iterator[Group]) -> Judged:
+    """Judge all of an iteration's groups; they are read from their shards as slots become free.
 
     Raises:
         LayerloopError: the judge cannot be reached, or is gone; replies until then are stored.
     """
     judged = Judged()
-    recipe = campaign.recipe.judge
+    recipe, total = campaign.recipe.judge, campaign.recipe.rollout.groups
     ticks = progress(range(total), what="judging", unit="groups", total=total)
     next(ticks, None)
     slots = asyncio.Semaphore(_groups_at_once(campaign, total))
@@ -53,7 +69,6 @@ async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, iteration:
             async with asyncio.TaskGroup() as tasks:
                 if recipe.canaries:
                     tasks.create_task(canaries())
-                groups = read_groups(campaign.store, campaign.rollouts(iteration), layers=True)
                 await slots.acquire()
                 while (group := await asyncio.to_thread(_next, groups)) is not None:
                     tasks.create_task(one(group))

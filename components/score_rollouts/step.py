@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pydantic import JsonValue
 
@@ -22,7 +22,7 @@ from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.steps import STEPS
-from layerloop.components.score_rollouts.judging import judge_all
+from layerloop.components.score_rollouts.judging import arriving_groups, judge_all
 from layerloop.components.score_rollouts.replies import StoredReplies
 from layerloop.components.score_rollouts.results import (
     canary_metrics,
@@ -43,13 +43,21 @@ from layerloop.components.storage.shards import write_shard
 from layerloop.components.storage.stores import open_store
 
 
-def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", runtime: str = "") -> StepResult:
+def run(
+    wait: Callable[[], None] | None = None,
+    *,
+    campaign: str,
+    iteration: int | None = None,
+    judge_url: str = "",
+    runtime: str = "",
+) -> StepResult:
     """Let the judge score every candidate on its own, then against the others of its group.
 
     Replies are stored as they come, so a step that is run again repeats no request. The scores are committed when every
     group is judged; a failed judgement is a mask with its reason, never a number.
 
     Args:
+        wait: Called while groups of the iteration are missing, which are then awaited; without it they are refused.
         campaign: Root URI of the campaign.
         iteration: Which iteration to score; by default the one after the last committed policy.
         judge_url: Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8788/v1; by default the
@@ -69,25 +77,25 @@ def run(*, campaign: str, iteration: int | None = None, judge_url: str = "", run
         return _result(done)
     with hold(opened.store, log=log):
         done = opened.already_committed(folder, log=log)  # by the run that held it until now
-        return _result(done if done is not None else _score(opened, current, judge_url))
+        return _result(done if done is not None else _score(opened, current, judge_url, wait))
 
 
-def _score(opened: Campaign, current: int, judge_url: str) -> Manifest:
+def _score(opened: Campaign, current: int, judge_url: str, wait: Callable[[], None] | None) -> Manifest:
     """Judge an iteration and commit its scores. Raises as `run`."""
     recipe, folder = opened.recipe, opened.scores_dir(current)
     url = judge_address(judge_url)
     rubric = rubric_of(recipe.judge)
     replies = StoredReplies(opened.store, f"{folder}/replies")
-    rollouts = opened.rollouts(current)
-    total, where = len(rollouts), without_secrets(url)
+    if wait is None:
+        opened.rollouts(current)
+    where = without_secrets(url)
     log(f"judging iteration {current} by {recipe.judge.model} at {where}; {len(replies)} replies are stored already")
 
     start = time.monotonic()
     judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed)
     judge.log = log
-    judged = asyncio.run(
-        judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, current, total)
-    )
+    groups = arriving_groups(opened, current, wait or _refuse_missing)
+    judged = asyncio.run(judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, groups))
     seconds = time.monotonic() - start
 
     version = ", ".join(sorted(judge.statistics.versions)) or "unknown"
@@ -108,12 +116,16 @@ def _score(opened: Campaign, current: int, judge_url: str) -> Manifest:
         log(f"the judge obeys text inside images: reward +{metrics['canary_injection_gain']:.2f}")
     metadata: dict[str, JsonValue] = {
         **_provenance(recipe.judge, rubric, version),
-        "rollouts_sha256": rollouts_sha256(rollouts),
+        "rollouts_sha256": rollouts_sha256(opened.rollouts(current)),
         "masks": dict(sorted(reasons.items())),
         "canaries": {} if judged.canaries is None else dict(judged.canaries.rewards),
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
     }
     return _commit(opened, current, rows, rubric, metadata)
+
+
+def _refuse_missing() -> None:
+    raise LayerloopError("groups of the iteration were deleted while it was judged: run generate_rollouts again")
 
 
 def _provenance(recipe: JudgeRecipe, rubric: Rubric, version: str) -> dict[str, JsonValue]:

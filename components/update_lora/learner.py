@@ -58,10 +58,9 @@ def learn(
 
     mine = [step.ranks[rank()] for step in steps]
     work = [(i, j) for i, microbatches in enumerate(mine) for j in range(len(microbatches))]
-    on_policy = state.sampling is None  # the policy that sampled is the one that learns
-    anchored = [(i, j) for i, j in work if i > 0 or not on_policy]
+    anchored = [(i, j) for i, j in work if i > 0 or not state.on_policy]
     anchors: dict[tuple[int, int], Tensor] = {}
-    with torch.no_grad(), state.sampling_weights():
+    with torch.no_grad(), state.sampler_weights():
         for i, j in _with_progress(anchored, "computing anchors"):
             batch = batch_of(mine[i][j])
             anchors[i, j] = policy.velocity(batch.latents, batch.sigma, batch.condition).cpu()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from layerloop.components.runtime.balance import forward_cost, share
 from layerloop.components.update_lora.advantages import GroupAdvantage
 
 
@@ -34,9 +35,9 @@ class Microbatch:
     points: tuple[Point, ...]
 
     @property
-    def cost(self) -> int:
-        """Relative cost of its passes: frames of the model's sequence (L layers, composite, condition) times points."""
-        return (self.layers + 2) * len(self.points)
+    def cost(self) -> float:
+        """Relative cost of its passes."""
+        return forward_cost(self.layers) * len(self.points)
 
     def padding(self) -> Microbatch:
         """A zero-weight copy (padding)."""
@@ -101,11 +102,11 @@ def _microbatches(group: GroupAdvantage, timesteps: int, size: int) -> list[Micr
 
 
 def _share_among_ranks(batches: Sequence[Microbatch], ranks: int) -> list[list[Microbatch]]:
-    """Longest-processing-time-first: each microbatch to the least loaded rank. Returns those of each rank, in order."""
-    load = [0] * ranks
-    owner: dict[int, int] = {}
-    for index in sorted(range(len(batches)), key=lambda i: (-batches[i].cost, i)):
-        rank = load.index(min(load))
-        owner[index] = rank
-        load[rank] += batches[index].cost
-    return [[batch for index, batch in enumerate(batches) if owner[index] == rank] for rank in range(ranks)]
+    """The microbatches of each rank, in order; those that begin with one candidate stay together, so that its latents
+    are needed on one rank."""
+    units: dict[tuple[int, int], list[int]] = {}
+    for index, batch in enumerate(batches):
+        units.setdefault((batch.group, batch.points[0].candidate), []).append(index)
+    members = list(units.values())
+    owned = share([sum(batches[index].cost for index in unit) for unit in members], ranks)
+    return [[batches[index] for index in sorted(i for unit in mine for i in members[unit])] for mine in owned]

@@ -37,8 +37,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainingState:
     """The adapter's parameters by key, the optimizer over them, and its averages over time.
 
-    `sampling` holds the weights of the policy that samples where these are not the learning ones (an algorithm with an
-    `old_decay`), else None.
+    `sampling` holds the weights of the policy that samples next where these are not the learning ones (an algorithm
+    with an `old_decay`), else None. `sampler` holds those that sampled the iteration where the recipe lets them lag.
     """
 
     def __init__(self, policy: LayeredPolicy, update: UpdateRecipe, counters: LearnerState) -> None:
@@ -58,6 +58,7 @@ class TrainingState:
         self.ema = self._copy_weights() if update.ema is not None else None
         self.old_decay = ALGORITHMS[update.algorithm].old_decay(update)
         self.sampling = self._copy_weights() if self.old_decay > 0 else None
+        self.sampler: Mapping[str, Tensor] | None = None
 
     @classmethod
     def resume(
@@ -110,14 +111,29 @@ class TrainingState:
             for key, parameter in self.parameters.items():
                 self.sampling[key].lerp_(parameter, 1 - self.old_decay)
 
+    def sampled_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Say that the iteration was sampled with other weights than those at hand, by parameter name."""
+        suffix = f".{NAME}.weight"
+        self.sampler = {name.removesuffix(suffix) + ".weight": value for name, value in weights.items()}
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the policy that sampled is the one that learns."""
+        return self.sampler is None and self.sampling is None
+
     @contextmanager
-    def sampling_weights(self) -> Iterator[None]:
-        """Within this context the policy is the one that sampled."""
-        if self.sampling is None:
+    def sampler_weights(self) -> Iterator[None]:
+        """Within this context the policy is the one that sampled the iteration."""
+        with self._weights(self.sampler or self.sampling):
+            yield
+
+    @contextmanager
+    def _weights(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+        if weights is None:
             yield
             return
         trained = self._copy_weights()
-        self._set_weights(self.sampling)
+        self._set_weights(weights)
         try:
             yield
         finally:
@@ -135,7 +151,7 @@ class TrainingState:
             tensors |= {f"{name}.{key}": moments[name] for name in MOMENTS if name in moments}
         if self.sampling is not None:
             tensors |= {f"trained.{key}": parameter.detach() for key, parameter in self.parameters.items()}
-        with self.sampling_weights():
+        with self._weights(self.sampling):
             adapter = adapter_of(policy.transformer)
         write_peft(adapter, folder, transformer=policy.transformer, base=base)
         _save_tensors(tensors, folder / OPTIMIZER)

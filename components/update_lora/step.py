@@ -10,6 +10,8 @@ import functools
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,7 @@ from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.groups import Group
 from layerloop.components.storage.lease import hold
 from layerloop.components.storage.manifests import add_folder
 from layerloop.components.storage.rollouts import rollouts_sha256
@@ -37,6 +40,8 @@ from layerloop.components.storage.shards import read_shard
 from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
+    import torch
+
     from layerloop.components.policy.model import LayeredPolicy
     from layerloop.components.update_lora.advantages import Advantages
     from layerloop.components.update_lora.diagnostics import Diagnostics
@@ -65,51 +70,115 @@ def run(
     current = opened.open_iteration(iteration)
     folder = opened.policy_dir(current)
     if (done := opened.already_committed(folder, log=log)) is not None:
-        return _result(done)
+        return StepResult(manifests={"policy": done}, metrics=policy_metrics(done))
     with hold(opened.store, log=log):
         if (done := opened.already_committed(folder, log=log)) is not None:  # by the run that held it until now
-            return _result(done)
-        result = _result(_update(opened, current, loaded))
-    return StepResult(manifests=result.manifests, metrics=result.metrics | {"seconds": time.monotonic() - started})
+            return StepResult(manifests={"policy": done}, metrics=policy_metrics(done))
+        with process_group() as device:
+            learning = begin_update(opened, current, device=device, loaded=loaded, scored=True)
+            done = end_update(opened, current, learning)
+    seconds = time.monotonic() - started
+    return StepResult(manifests={"policy": done}, metrics=policy_metrics(done) | {"seconds": seconds})
 
 
-def _update(opened: Campaign, current: int, loaded: LoadedPolicy | None) -> Manifest:
-    """Learn from an iteration and commit the policy; on every rank. Raises as `run`."""
-    recipe = opened.recipe
+@dataclass(frozen=True)
+class Learning:
+    """An update before it knows the scores: the policy that learns, its state, and the weights that sampled where they
+    are others than the state's."""
 
-    from layerloop.components.update_lora.advantages import advantages_of
+    loaded: LoadedPolicy
+    state: TrainingState
+    sampler_sha256: str | None  # of the adapter that sampled
+    reading: Reading | None
+
+
+def begin_update(
+    campaign: Campaign, iteration: int, *, device: torch.device, loaded: LoadedPolicy | None, scored: bool = False
+) -> Learning:
+    """What an update can do before the iteration is scored: the policy, and the optimizer's state.
+
+    Args:
+        loaded: A policy of this campaign in memory, of whatever iteration: its base is used.
+        scored: The scores are there already, so that trajectories are read while the policy loads.
+    """
+    from layerloop.components.update_lora.state import TrainingState
+
+    with failing_together():
+        previous = campaign.policy(iteration - 1)
+        reading = Reading(campaign, iteration) if scored else None
+        sharded = shares_base(campaign.runtime.model)
+        sampler = campaign.recipe.rollout.sampler(iteration)
+        at = functools.partial(policy_at, campaign, device=device, sharded=sharded, trainable=True)
+        weights = None
+        if sampler != iteration - 1:
+            loaded = at(sampler, loaded=loaded)
+            weights = {name: p.detach().clone() for name, p in loaded.policy.trainable_parameters().items()}
+            sampled = loaded.adapter_sha256
+        loaded = at(iteration - 1, loaded=loaded)
+        state = TrainingState.resume(loaded.policy, campaign.recipe.update, campaign.store, previous, iteration)
+        if weights is not None:
+            state.sampled_with(weights)
+        else:
+            sampled = loaded.adapter_sha256
+    return Learning(loaded, state, sampled, reading)
+
+
+def end_update(campaign: Campaign, iteration: int, learning: Learning) -> Manifest:
+    """Learn from the scored iteration and commit the policy, on all ranks.
+
+    Raises:
+        LayerloopError: as `run`.
+    """
     from layerloop.components.update_lora.algorithm import timesteps_of
     from layerloop.components.update_lora.learner import learn
-    from layerloop.components.update_lora.plan import candidates_of
-    from layerloop.components.update_lora.state import TrainingState
-    from layerloop.components.update_lora.trajectories import Expected, read_trajectories
+    from layerloop.components.update_lora.trajectories import Expected, share_trajectories
 
-    with process_group() as device:
-        with failing_together():
-            previous = opened.policy(current - 1)
-            rollouts = opened.rollouts(current)
-            _check_scored(opened, current, rollouts)
-            advantages = advantages_of(score_rows(opened, current), recipe.update)
-            steps = _plan(opened, advantages)
-            if rank() == 0:
-                _log_advantages(advantages, current)
-            sharded = shares_base(opened.runtime.model)
-            loaded = policy_at(opened, current - 1, device=device, sharded=sharded, trainable=True, loaded=loaded)
-            policy = loaded.policy
-            expected = Expected(
-                current, policy.fingerprint, loaded.adapter_sha256, recipe.update.algorithm, timesteps_of(recipe),
-                token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
-            )  # fmt: skip
-            groups = read_trajectories(opened.store, rollouts, candidates_of(steps, rank()), expected)
-            state = TrainingState.resume(policy, recipe.update, opened.store, previous, current)
-        prompt_embeds = loaded.prompt.to(device, policy.dtype)
-        diagnostics = learn(policy, state, steps, groups, prompt_embeds, recipe, iteration=current)
-        with failing_together():
-            manifest = None
-            if rank() == 0:
-                manifest = _commit(opened, current, policy, state, advantages, diagnostics)
-        text = broadcast_json(manifest.model_dump(mode="json") if manifest else None)
-    return Manifest.model_validate(text)
+    recipe, policy = campaign.recipe, learning.loaded.policy
+    with failing_together():
+        reading = learning.reading or Reading(campaign, iteration)
+        if rank() == 0:
+            _log_advantages(reading.advantages, iteration)
+        shards = reading.shards()
+    expected = Expected(
+        iteration, policy.fingerprint, learning.sampler_sha256, recipe.update.algorithm, timesteps_of(recipe),
+        token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
+    )  # fmt: skip
+    with failing_together():
+        groups = share_trajectories(shards, reading.readers, reading.wanted, expected, rank())
+    prompt_embeds = learning.loaded.prompt.to(policy.device, policy.dtype)
+    diagnostics = learn(policy, learning.state, reading.steps, groups, prompt_embeds, recipe, iteration=iteration)
+    with failing_together():
+        manifest = None
+        if rank() == 0:
+            manifest = _commit(campaign, iteration, policy, learning.state, reading.advantages, diagnostics)
+    return Manifest.model_validate(broadcast_json(manifest.model_dump(mode="json") if manifest else None))
+
+
+class Reading:
+    """The plan of a scored iteration, and this rank's shards of it, which a thread reads meanwhile."""
+
+    def __init__(self, campaign: Campaign, iteration: int) -> None:
+        from layerloop.components.update_lora.advantages import advantages_of
+        from layerloop.components.update_lora.plan import candidates_of
+        from layerloop.components.update_lora.trajectories import read_shards, reader_of
+
+        rollouts = campaign.rollouts(iteration)
+        _check_scored(campaign, iteration, rollouts)
+        self.advantages = advantages_of(score_rows(campaign, iteration), campaign.recipe.update)
+        self.steps = _plan(campaign, self.advantages)
+        self.wanted = [candidates_of(self.steps, other) for other in range(world_size())]
+        self.readers = reader_of(rollouts, self.wanted)
+        pool = ThreadPoolExecutor(max_workers=1)
+        self._shards = pool.submit(read_shards, campaign.store, rollouts, self.readers, rank())
+        pool.shutdown(wait=False)
+
+    def shards(self) -> dict[int, Group]:
+        """The groups that this rank reads.
+
+        Raises:
+            LayerloopError: a shard is missing or damaged.
+        """
+        return self._shards.result()
 
 
 def score_rows(campaign: Campaign, iteration: int) -> list[ScoreRow]:
@@ -215,11 +284,10 @@ def _commit(
     return campaign.commit(folder, manifest)
 
 
-def _result(manifest: Manifest) -> StepResult:
-    """Result of the step: the committed policy and its metrics."""
+def policy_metrics(manifest: Manifest) -> dict[str, float]:
+    """Metrics of a committed policy."""
     numbers = {**manifest.counts, **manifest.metadata}
-    metrics = {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
-    return StepResult(manifests={"policy": manifest}, metrics=metrics)
+    return {name: float(value) for name, value in numbers.items() if isinstance(value, int | float)}
 
 
 main = functools.partial(

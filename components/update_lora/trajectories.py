@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from layerloop.components.runtime.balance import share
+from layerloop.components.runtime.distributed import Exchange
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import ALGORITHMS
 from layerloop.components.schema.manifest import Manifest
@@ -15,6 +18,8 @@ from layerloop.components.schema.trajectory import REMEDY, GroupRecord
 from layerloop.components.storage.groups import Group
 from layerloop.components.storage.rollouts import read_groups
 from layerloop.components.storage.store import Store
+
+Wanted = Mapping[int, Set[int]]  # group -> candidates
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,30 @@ class Trajectories:
     condition: Tensor  # condition[h*w, C], float32
     trajectories: dict[int, Trajectory] = field(default_factory=dict)  # by candidate
 
+    def only(self, candidates: Set[int]) -> Trajectories:
+        """The same group with some of its candidates."""
+        return Trajectories(self.record, self.condition, {c: self.trajectories[c] for c in sorted(candidates)})
+
+    def arrays(self) -> list[np.ndarray]:
+        """The group as it is sent to another rank: record, condition, seeds, then latents by ascending candidate."""
+        record = np.frombuffer(self.record.to_json(), np.uint8)
+        seeds = np.array([one.seed for one in self.trajectories.values()], np.uint64)
+        latents = np.stack([one.latents.numpy() for one in self.trajectories.values()])
+        return [latents, self.condition.numpy(), seeds, record]
+
+    @classmethod
+    def of(cls, arrays: Sequence[np.ndarray], candidates: Sequence[int]) -> Trajectories:
+        """What `arrays` was made of."""
+        latents, condition, seeds, record = arrays
+        return cls(
+            GroupRecord.from_json(record.tobytes(), where="a group of another rank"),
+            torch.from_numpy(condition),
+            {
+                candidate: Trajectory(int(seed), torch.from_numpy(one))
+                for candidate, seed, one in zip(candidates, seeds, latents, strict=True)
+            },
+        )
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -47,30 +76,74 @@ class Expected:
     channels: int  # C, of a packed token
 
 
-def read_trajectories(
-    store: Store, manifests: Mapping[int, Manifest], wanted: Mapping[int, Set[int]], expected: Expected
-) -> dict[int, Trajectories]:
-    """Trajectories of `wanted` (group -> candidates), by group; shards of other groups are not fetched.
+def reader_of(manifests: Mapping[int, Manifest], wanted: Sequence[Wanted]) -> dict[int, int]:
+    """The rank that fetches each group's shard, so that none fetches much more than its share of the bytes.
 
     Args:
         manifests: those of the iteration's groups, by group.
+        wanted: candidates that a rank learns from, by group, for every rank.
+
+    Raises:
+        LayerloopError: a group was scored that was not sampled.
+    """
+    groups = sorted({group for mine in wanted for group in mine})
+    if (unknown := next((group for group in groups if group not in manifests), None)) is not None:
+        raise _missing_error(unknown)
+    sizes = [sum(shard.bytes for shard in manifests[group].shards) for group in groups]
+    return {groups[index]: rank for rank, mine in enumerate(share(sizes, len(wanted))) for index in mine}
+
+
+def read_shards(
+    store: Store, manifests: Mapping[int, Manifest], readers: Mapping[int, int], rank: int
+) -> dict[int, Group]:
+    """The groups that a rank reads, with their latents; shards of others are not fetched."""
+    mine = [group for group, reader in readers.items() if reader == rank]
+    return {group.record.group: group for group in read_groups(store, manifests, mine, latents=True)}
+
+
+def share_trajectories(
+    groups: Mapping[int, Group], readers: Mapping[int, int], wanted: Sequence[Wanted], expected: Expected, rank: int
+) -> dict[int, Trajectories]:
+    """Trajectories that this rank learns from, by group; of `groups`, which it has read, it sends what others need.
 
     Raises:
         LayerloopError: a group that was sampled from another model or adapter, or that contradicts itself; latents that
-            are not finite or not of the record's and the model's shape; a wanted candidate that is not there.
+            are not finite or not of the record's and the model's shape; a wanted candidate that is not there. Groups
+            that another rank cannot give are left out: that rank raises.
     """
-    if unknown := sorted(wanted.keys() - manifests.keys()):
-        raise _missing_error(expected, unknown[0])
-    return {
-        group.record.group: _trajectories_of(group, wanted[group.record.group], expected)
-        for group in read_groups(store, manifests, wanted, latents=True)
-    }
+    moved = sorted((g, to) for to, mine in enumerate(wanted) for g in mine if readers[g] != to)
+    tags = {pair: tag for tag, pair in enumerate(moved)}
+    by_source: dict[int, list[int]] = {}
+    for (group, to), tag in tags.items():
+        if to == rank:
+            by_source.setdefault(readers[group], []).append(tag)
+    exchange = Exchange(by_source)
+    to_send = [(group, to) for group, to in moved if readers[group] == rank]
+    found: dict[int, Trajectories] = {}
+    try:
+        for group in sorted(groups):
+            everyone = set().union(*(mine.get(group, set()) for mine in wanted))
+            complete = _trajectories_of(groups[group], everyone, expected)
+            if group in wanted[rank]:
+                found[group] = complete.only(wanted[rank][group])
+            for pair in [pair for pair in to_send if pair[0] == group]:
+                exchange.send(pair[1], tags[pair], complete.only(wanted[pair[1]][group]).arrays())
+                to_send.remove(pair)
+    finally:
+        for pair in to_send:
+            exchange.send(pair[1], tags[pair], [])
+    for tag, arrays in exchange.receive(wait=True):
+        group = moved[tag][0]
+        if arrays:
+            found[group] = Trajectories.of(arrays, sorted(wanted[rank][group]))
+    exchange.finish()
+    return found
 
 
 def _trajectories_of(group: Group, wanted: Set[int], expected: Expected) -> Trajectories:
     _check_record(group.record, expected, where=group.where)
     if unknown := sorted(candidate for candidate in wanted if candidate not in range(len(group.candidates))):
-        raise _missing_error(expected, group.record.group, unknown[0])
+        raise _missing_error(group.record.group, unknown[0])
     return Trajectories(
         group.record,
         torch.from_numpy(group.condition(expected.channels)),
@@ -89,11 +162,9 @@ def _trajectories_of(group: Group, wanted: Set[int], expected: Expected) -> Traj
     )
 
 
-def _missing_error(expected: Expected, group: int, candidate: int | None = None) -> LayerloopError:
+def _missing_error(group: int, candidate: int | None = None) -> LayerloopError:
     what = f"group {group}" if candidate is None else f"candidate {candidate} of group {group}"
-    return LayerloopError(
-        f"rollouts of iteration {expected.iteration} lack {what}, which was scored: score the iteration again"
-    )
+    return LayerloopError(f"rollouts of the iteration lack {what}, which was scored: score the iteration again")
 
 
 def _check_record(record: GroupRecord, expected: Expected, *, where: str) -> None:

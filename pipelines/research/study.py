@@ -1,20 +1,19 @@
 """`layerloop study`: does the method learn? Arms and seeds of the complete loop on the tiny policy, resumable.
 
-Every run is a campaign of its own under the study's folder; its steps are the pipeline's own, called in a warm process
-(components/research/warm.py) instead of a fresh one each. A run that has its evaluation is done; one that was cut short
-continues from its head. arms.py says what is run, outcomes.py reads what came out, page.py writes it down.
+Every run is a campaign of its own under the study's folder; its steps are the pipeline's own commands, its iterations
+resident stretches (components/train_stretch). A run that has its evaluation is done; one that was cut short continues
+from its head. arms.py says what is run, outcomes.py reads what came out, page.py writes it down.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.resources
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Empty, Queue
@@ -28,6 +27,7 @@ from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.runtime import VARIABLE
 from layerloop.pipelines.research.arms import ARMS, LAYERS, Run, Study, plan
 
+STRETCH = 5  # iterations between two looks at the clock; their trajectories are on the disk together
 TRAINING_DESIGNS, HELD_OUT_DESIGNS, SEED = 240, 144, 20260529
 
 
@@ -35,8 +35,8 @@ def run_study(study: Study, runs: Sequence[Run], *, jobs: int, hours: float) -> 
     """Advance every run until it is done or the time is up; returns the runs that are done.
 
     Args:
-        jobs: runs side by side, each in a process of its own on an equal share of the cores.
-        hours: no iteration starts after this many; run again to continue.
+        jobs: runs side by side, each on an equal share of the cores.
+        hours: no stretch of iterations starts after this many; run again to continue.
 
     Raises:
         LayerloopError: a step failed; the message names the run.
@@ -49,13 +49,12 @@ def run_study(study: Study, runs: Sequence[Run], *, jobs: int, hours: float) -> 
     threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def work() -> None:
-        with warm_steps(study.folder / "logs", threads=threads) as steps:
-            while time.monotonic() < deadline:
-                try:
-                    run = waiting.get_nowait()
-                except Empty:
-                    return
-                advance(study, run, steps, deadline)
+        while time.monotonic() < deadline:
+            try:
+                run = waiting.get_nowait()
+            except Empty:
+                return
+            advance(study, run, Commands(study.folder / "logs" / f"{run.name}.log", threads), deadline)
 
     with ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(work) for _ in range(jobs)]:
@@ -63,11 +62,14 @@ def run_study(study: Study, runs: Sequence[Run], *, jobs: int, hours: float) -> 
     return [run for run in runs if study.done(run)]
 
 
-class WarmSteps:
-    """A process that runs steps one after another."""
+class Commands:
+    """The steps' commands on a share of the cores, with one log."""
 
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self.process, self.log = process, log
+    def __init__(self, log: Path, threads: int) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self._environment = {VARIABLE: json.dumps(TINY)} | os.environ | own
 
     def __call__(self, step: str, **arguments: Any) -> dict[str, Any]:
         """Run one step; returns its metrics.
@@ -75,53 +77,21 @@ class WarmSteps:
         Raises:
             LayerloopError: the step failed.
         """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"step": step, "arguments": arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise LayerloopError(f"the process of {step} ended with status {self.process.wait()}: see {self.log}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise LayerloopError(f"{step} of {arguments.get('campaign')}: {answer['error']} (log: {self.log})")
-        return dict(answer["metrics"])
+        words = [word for name, value in arguments.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        with open(self.log, "a") as log:
+            began = log.tell()
+            command = [sys.executable, "-m", f"layerloop.components.{step}", *words]
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, env=self._environment)
+        if done.returncode:
+            said = self.log.read_text()[began:].strip().splitlines()
+            raise LayerloopError(
+                f"{step} of {arguments.get('campaign')} ended with status {done.returncode}: "
+                f"{said[-1].removeprefix('error: ') if said else 'it printed nothing'} (log: {self.log})"
+            )
+        return dict(json.loads(done.stdout.splitlines()[-1])["metrics"])
 
 
-@contextlib.contextmanager
-def warm_steps(logs: Path, *, threads: int) -> Iterator[WarmSteps]:
-    """A warm process on `threads` cores; its log is a new file in `logs`."""
-    logs.mkdir(parents=True, exist_ok=True)
-    number = 1 + len(list(logs.glob("*.log")))
-    environment = (
-        {VARIABLE: json.dumps(TINY)} | os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    )
-    command = [sys.executable, "-m", "layerloop.components.research.warm"]
-    while True:  # two threads may count the same number
-        path = logs / f"{number:03d}.log"
-        try:
-            log = open(path, "x")  # noqa: SIM115 - closed below
-            break
-        except FileExistsError:
-            number += 1
-    with (
-        log,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        ) as process,
-    ):
-        try:
-            yield WarmSteps(process, path)
-        finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.terminate()
-
-
-def advance(study: Study, run: Run, step: WarmSteps, deadline: float) -> None:
+def advance(study: Study, run: Run, step: Commands, deadline: float) -> None:
     """Continue one run from its head, to its evaluation or to the deadline."""
     campaign_uri = str(study.campaign(run).resolve())
     recipe = study.recipe_of(run)
@@ -135,22 +105,22 @@ def advance(study: Study, run: Run, step: WarmSteps, deadline: float) -> None:
     )
     campaign = Campaign.open(campaign_uri)
     goal = study.iterations
-    for iteration in range(campaign.head() + 1, goal + 1):
+    while (head := campaign.head()) < goal:
         if time.monotonic() > deadline:
-            print(f"{run.name}: stopped after iteration {iteration - 1} of {goal}", flush=True)
+            print(f"{run.name}: stopped after iteration {head} of {goal}", flush=True)
             return
-        start = time.monotonic()
-        step("generate_rollouts", campaign=campaign_uri, iteration=iteration)
-        scores = step("score_rollouts", campaign=campaign_uri, iteration=iteration, judge_url=judge_url)
-        step("update_lora", campaign=campaign_uri, iteration=iteration)
-        drop_shards(campaign, iteration)
-        if iteration % 10 == 0 or iteration == goal:
-            seconds = time.monotonic() - start
-            print(
-                f"{run.name}: iteration {iteration} of {goal}, reward {scores['reward_mean']:.4f}, "
-                f"{seconds:.1f} s an iteration",
-                flush=True,
-            )
+        start, ahead = time.monotonic(), min(STRETCH, goal - head)
+        learned = step(
+            "train_stretch", campaign=campaign_uri, iteration=head + 1, iterations=ahead, judge_url=judge_url
+        )
+        for iteration in range(head + 1, head + ahead + 1):
+            drop_shards(campaign, iteration)
+        seconds = (time.monotonic() - start) / ahead
+        print(
+            f"{run.name}: iteration {head + ahead} of {goal}, reward {learned['reward_mean']:.4f}, "
+            f"{seconds:.1f} s an iteration",
+            flush=True,
+        )
     step("evaluate_adapter", campaign=campaign_uri, iteration=goal, samplers=ARMS[run.arm].samplers)
     print(f"{run.name}: evaluated", flush=True)
 

@@ -44,6 +44,7 @@ def test_most_of_the_demos_time_is_the_steps_own_work(
             designs=str(designs),
             recipe=packaged_recipes()["tiny"],
             judge_url=judge_url,
+            step_by_step=True,
         )
         run = with_imports(run_job(job, runs=tmp_path / "runs"))
     starts = defaultdict(list)

@@ -50,8 +50,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train(folder: Path, *, iterations: int = 1, workers: int = 1, evaluate: str = "end", **options: Any) -> Backend:
-    cluster = Cluster(retries=1)
-    pipeline = train_pipeline(iterations=iterations, workers=workers, recipe=RECIPE, evaluate=evaluate, cluster=cluster)
+    resident = options.pop("resident", False)
+    pipeline = train_pipeline(
+        iterations=iterations, workers=workers, recipe=RECIPE, evaluate=evaluate, cluster=Cluster(retries=1),
+        resident=resident,
+    )  # fmt: skip
     return Backend(write_pipeline(pipeline, folder / "train.yaml"), folder / "root", **options)
 
 
@@ -174,6 +177,19 @@ def test_a_folder_as_campaign_is_refused_in_a_pod(tmp_path: Path, images: str) -
     backend = train(tmp_path)
     with pytest.raises(TaskFailed, match="a folder of this pod, gone with it: give s3://bucket/prefix"):
         backend.run(campaign=str(fleeting / "layerloop-none"), images=images)
+
+
+def test_a_resident_run_ends_at_its_target_and_the_next_has_nothing_to_do(
+    tmp_path: Path, s3_bucket: str, images: str, judge_url: str
+) -> None:
+    given = {"campaign": s3_bucket, "images": images, "judge_url": judge_url, "until": 2}
+    first = train(tmp_path, iterations=3, resident=True)
+    first.run(**given)
+    assert first.steps() == ["shard-dataset", "train-stretch", "evaluate-adapter", "publish-adapter"]
+    assert Campaign.open(s3_bucket).iterations() == [1, 2]
+    second = train(tmp_path, iterations=3, resident=True)
+    second.run(**given)
+    assert second.steps() == ["shard-dataset"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -28,18 +29,24 @@ def cluster_of(folder: Path, text: str = "") -> Cluster:
 
 
 class Compiled:
-    """Container, Kubernetes settings and task of every step of a compiled training pipeline with one iteration."""
+    """Container, Kubernetes settings and task of every step of the training pipelines, step by step and resident, with
+    one iteration."""
 
     def __init__(self, folder: Path, text: str = "", recipe: str = TINY) -> None:
-        pipeline = train_pipeline(iterations=1, workers=1, recipe=recipe, cluster=cluster_of(folder, text))
-        self.spec, platform = yaml.safe_load_all(write_pipeline(pipeline, folder / "train.yaml").read_text())
-        settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
-        executors = self.spec["deploymentSpec"]["executors"]
-        tasks = {n: t for c in self.spec["components"].values() if "dag" in c for n, t in c["dag"]["tasks"].items()}
-        tasks |= self.spec["root"]["dag"]["tasks"]
-        self.containers = {self._verb(name): executor["container"] for name, executor in executors.items()}
-        self.settings = {self._verb(name): value for name, value in settings.items()}
-        self.tasks = {verb: tasks[verb.replace("_", "-")] for verb in STEPS}
+        self.containers: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
+        self.tasks: dict[str, Any] = {}
+        cluster = cluster_of(folder, text)
+        for resident in (True, False):
+            pipeline = train_pipeline(iterations=1, workers=1, recipe=recipe, cluster=cluster, resident=resident)
+            self.spec, platform = yaml.safe_load_all(write_pipeline(pipeline, folder / "train.yaml").read_text())
+            settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+            executors = self.spec["deploymentSpec"]["executors"]
+            tasks = {n: t for c in self.spec["components"].values() if "dag" in c for n, t in c["dag"]["tasks"].items()}
+            tasks |= self.spec["root"]["dag"]["tasks"]
+            self.containers |= {self._verb(name): executor["container"] for name, executor in executors.items()}
+            self.settings |= {self._verb(name): value for name, value in settings.items()}
+            self.tasks |= {self._verb(name): tasks[name.removeprefix("exec-")] for name in executors}
         assert set(self.containers) == set(self.settings) == set(STEPS)
 
     @staticmethod
@@ -79,10 +86,8 @@ def test_a_step_gets_only_the_secrets_that_it_uses(tmp_path: Path) -> None:
         assert all(secret["optional"] for secret in settings["secretAsEnv"])
         store = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
         assert found.pop("layerloop-store") == store
-        if verb == "score_rollouts":
-            assert found == {"layerloop-judge": {"OPENAI_API_KEY"}}
-        else:
-            assert found == {"layerloop-hub": {"HF_TOKEN"}}
+        judge, hub = {"layerloop-judge": {"OPENAI_API_KEY"}}, {"layerloop-hub": {"HF_TOKEN"}}
+        assert found == {"score_rollouts": judge, "train_stretch": judge | hub}.get(verb, hub)
 
 
 def test_a_secret_can_be_left_out(tmp_path: Path) -> None:
@@ -99,7 +104,8 @@ def test_sharding_and_scoring_ask_for_little_and_for_no_gpu(tmp_path: Path) -> N
     without = {"shard_dataset": 0, "score_rollouts": 0}
     assert (
         compiled.gpus()
-        == {"generate_rollouts": 1, "update_lora": 1, "evaluate_adapter": 1, "publish_adapter": 1} | without
+        == {"generate_rollouts": 1, "update_lora": 1, "train_stretch": 1, "evaluate_adapter": 1, "publish_adapter": 1}
+        | without
     )
     assert compiled.resources("shard_dataset") == ("4", "24Gi")
     assert compiled.resources("score_rollouts") == ("2", "8Gi")
@@ -110,7 +116,7 @@ def test_sharding_and_scoring_ask_for_little_and_for_no_gpu(tmp_path: Path) -> N
 
 def test_cpu_and_memory_grow_with_the_gpus(tmp_path: Path) -> None:
     compiled = Compiled(tmp_path, "gpus: 8\nupdate_gpus: 4\nevaluate_gpus: 2\npolicy: {cpu: 7500m, memory: 90Gi}")
-    counts = {"generate_rollouts": 8, "update_lora": 4, "evaluate_adapter": 2, "publish_adapter": 1}
+    counts = {"generate_rollouts": 8, "update_lora": 4, "train_stretch": 8, "evaluate_adapter": 2, "publish_adapter": 1}
     assert {verb: count for verb, count in compiled.gpus().items() if count} == counts
     assert compiled.resources("generate_rollouts") == ("60000m", "720Gi")
     assert compiled.resources("update_lora") == ("30000m", "360Gi")

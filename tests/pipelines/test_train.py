@@ -23,11 +23,9 @@ RECIPE = packaged_recipes()["tiny"]
 ROOT = Path(__file__).parents[2]
 
 
-def compiled(
-    tmp_path: Path, *, iterations: int = 3, workers: int = 2, cluster: Cluster | None = None, evaluate: str = "end"
-) -> list[Any]:
+def compiled(tmp_path: Path, *, iterations: int = 3, workers: int = 2, **options: Any) -> list[Any]:
     """The pipeline spec and the platform spec."""
-    pipeline = train_pipeline(iterations=iterations, workers=workers, recipe=RECIPE, cluster=cluster, evaluate=evaluate)
+    pipeline = train_pipeline(iterations=iterations, workers=workers, recipe=RECIPE, **options)
     return list(yaml.safe_load_all(write_pipeline(pipeline, tmp_path / "train.yaml").read_text()))
 
 
@@ -73,6 +71,31 @@ def test_a_run_is_shard_then_iterations_in_a_row_then_evaluate_and_publish(tmp_p
     assert order(found["comp-condition-2"]) == {"evaluate-adapter": [], "publish-adapter": ["evaluate-adapter"]}
     shown = [found["comp-condition-1"][name]["taskInfo"]["name"] for name in ("iteration", "iteration-2")]
     assert shown == ["iteration 1 of this run", "iteration 2 of this run"]
+
+
+def test_a_resident_run_is_shard_then_one_stretch_then_evaluate_and_publish(tmp_path: Path) -> None:
+    spec, _ = compiled(tmp_path, iterations=100, resident=True)
+    found = dags(spec)
+    assert order(found["comp-condition-1"]) == {"train-stretch": [], "condition-2": ["train-stretch"]}
+    assert order(found["comp-condition-2"]) == {"evaluate-adapter": [], "publish-adapter": ["evaluate-adapter"]}
+    assert count_tasks(spec) == container_tasks(100, 2, resident=True) == 4
+    stretch = found["comp-condition-1"]["train-stretch"]["inputs"]
+    assert stretch["parameters"]["iterations"] == {"runtimeValue": {"constant": 100}}
+    assert stretch["artifacts"]["previous"] == {"componentInputArtifact": "pipelinechannel--policy"}
+    ends = found["comp-condition-1"]["condition-2"]["inputs"]["artifacts"]
+    assert ends["pipelinechannel--train-stretch-policy"]["taskOutputArtifact"]["producerTask"] == "train-stretch"
+
+
+def test_the_pod_of_a_stretch_has_what_its_three_steps_have(tmp_path: Path) -> None:
+    cluster = Cluster(gpus=8)
+    (name,) = [name for name in executors(compiled(tmp_path, resident=True, cluster=cluster)) if "stretch" in name]
+    container, settings = executors(compiled(tmp_path, resident=True, cluster=cluster))[name]
+    assert container["resources"]["accelerator"]["resourceCount"] == "8"
+    secrets = {entry["secretName"] for entry in settings["secretAsEnv"]}
+    assert secrets == {cluster.secrets.judge, cluster.secrets.store, cluster.secrets.hub}
+    assert settings["pvcMount"]
+    assert settings["activeDeadlineSeconds"] == str(3 * 12 * 3600), "the table's for each iteration"
+    assert settings["podMetadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "layerloop"
 
 
 def test_nothing_but_the_first_step_runs_where_nothing_is_left_and_the_end_only_where_everything_is(
@@ -254,7 +277,8 @@ def test_the_evaluation_pipeline_finds_the_head_and_evaluates_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("train", []), ("evaluate", ["--pipeline", "evaluate"])], ids=["train", "evaluate"]
+    ("name", "options"),
+    [("train", []), ("train-resident", ["--resident"]), ("evaluate", ["--pipeline", "evaluate"])],
 )
 def test_the_committed_packages_are_what_the_code_compiles(name: str, options: list[str], tmp_path: Path) -> None:
     """`make compile` writes them. The line of kfp's own version may differ."""
@@ -285,5 +309,5 @@ def test_the_guides_way_to_name_your_images_in_a_committed_package_leaves_none_o
 
 
 def test_an_upload_of_the_committed_packages_is_well_within_the_limits() -> None:
-    for name in ("train", "evaluate"):
+    for name in ("train", "train-resident", "evaluate"):
         assert (ROOT / "pipelines" / "compiled" / f"{name}.yaml").stat().st_size < 300_000

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -202,3 +203,29 @@ def test_the_manifest_says_who_judged_and_by_which_rubric(make_campaign: MakeCam
     assert "not a vision-language model" in str(metadata["judge_version"])
     assert len(str(metadata["rubric_sha256"])) == 64 and metadata["rubric"] == "default"
     json.dumps(metadata)
+
+
+def test_groups_are_judged_as_they_are_committed(make_campaign: MakeCampaign, judge_url: str) -> None:
+    """The second group is committed only when the first is judged; the rows are those of a judge who had both."""
+    campaign = make_campaign(canaries=False)
+    late = f"{campaign.rollouts_dir(1)}/g000001.json"
+    manifest, waited = campaign.store.read(late), []
+    run(campaign=campaign.uri, judge_url=judge_url)
+    expected = rows_of(campaign)
+    for name in (late, *campaign.store.list(f"{campaign.scores_dir(1)}/")):
+        campaign.store.delete(name)
+    with pytest.raises(LayerloopError, match="lacks groups 1 of 2"):
+        run(campaign=campaign.uri, judge_url=judge_url)
+
+    def wait() -> None:
+        waited.append(time.monotonic())
+        first_is_judged = (
+            len(campaign.store.list(f"{campaign.scores_dir(1)}/replies/")) > campaign.recipe.rollout.group_size
+        )
+        if first_is_judged:
+            campaign.store.write(late, manifest)
+        assert waited[-1] - waited[0] < 20
+        time.sleep(0.05)
+
+    run(wait, campaign=campaign.uri, judge_url=judge_url)
+    assert waited and rows_of(campaign) == expected
