@@ -29,9 +29,9 @@ MEASURED = ("seconds", "latency")  # in a metric's name: of a clock, so of no tw
 
 
 def content(campaign: Campaign) -> dict[str, bytes]:
-    """Every object of a campaign, but for what a clock measured in the scores' manifests, and for the judge's own ids
-    and times in its replies, of which only the names count."""
-    found = {name: campaign.store.read(name) for name in campaign.store.list()}
+    """Every object of a campaign, but for who wrote it (the lease), what a clock measured in the scores' manifests, and
+    the judge's own ids and times in its replies, of which only the names count."""
+    found = {name: campaign.store.read(name) for name in campaign.store.list() if not name.startswith("lease/")}
     for name, data in found.items():
         if "/replies/" in name:
             found[name] = b""
