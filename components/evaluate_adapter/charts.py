@@ -37,7 +37,7 @@ def _shares(c: Comparison) -> tuple[float, float, float] | None:
     return c.low / size, c.difference / size, c.high / size
 
 
-def whisker(comparison: Comparison, verdict: str, reach: float, *, width: int = 116, height: int = 16) -> str:
+def whisker(comparison: Comparison, verdict: str, reach: float, *, width: int = 104, height: int = 16) -> str:
     """A difference and its interval about 0 as shares of the larger mean, from -reach to reach; what goes on beyond it
     ends in an arrow. `verdict` ("good", "bad", "") colours it."""
     shares = _shares(comparison)

@@ -177,11 +177,11 @@ def _gallery_note(report: Report, kept: int) -> str:
     text = (
         f"{kept} of {total} cases: best, median and worst by difference, then some drawn at random from a fixed seed; "
         f"none was picked by eye. |Difference| is between source and recomposition, times {GAIN}. Small images are "
-        "shown pixel by pixel, large ones reduced; where the page lies in its folder, a tile leads to its layer at full "
-        "size, in gallery."
+        "shown pixel by pixel, large ones reduced; where the page lies in its folder, a tile leads to its layer at "
+        "full size, in gallery."
     )
     if kept < len(report.shown):
-        text += f" {len(report.shown) - kept} more are among the sheets, left out here to keep the page small."
+        text += f" {len(report.shown) - kept} more are in gallery, left out here to keep the page small."
     return text
 
 
