@@ -111,7 +111,7 @@ def headline_names() -> list[str]:
 
 def held_out_charts(evaluations: Sequence[Evaluated]) -> list[tuple[str, tuple[Line, ...]]]:
     """The headline measures over the evaluated iterations, of two or more; the base beside."""
-    charts = []
+    charts: list[tuple[str, tuple[Line, ...]]] = []
     for name in headline_names():
         tuned = {e.iteration: e.tuned[name] for e in evaluations if name in e.tuned}
         base = {e.iteration: e.base[name] for e in evaluations if name in e.base}
