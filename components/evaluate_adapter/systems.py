@@ -121,11 +121,11 @@ def as_markdown(table: Table, systems: Sequence[str]) -> str:
     lines = [f"| measure | n | base | {' | '.join(systems)} |", "| --- |" + " ---: |" * (len(systems) + 2)]
     for row, cells in table.items():
         first = next(iter(cells.values())).comparison
-        arrow = {"lower": " ↓", "higher": " ↑", None: ""}[better_of(_column(row))]
+        arrow = {"lower": " ↓", "higher": " ↑", None: ""}[better_of(column_of_row(row))]
         numbers = [_text(cells[name]) if name in cells else "–" for name in systems]
         count = max(cell.comparison.n for cell in cells.values())
         base = f"{first.base:.{first.decimals}f}" if first.base is not None else "–"
-        lines.append(f"| {_title(row)}{arrow} | {count} | {base} | {' | '.join(numbers)} |")
+        lines.append(f"| {title_of_row(row)}{arrow} | {count} | {base} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -171,11 +171,13 @@ def _text(cell: Cell) -> str:
     return f"**{text}**" if c.clear and cell.wins is not None else text
 
 
-def _column(row: str) -> str:
+def column_of_row(row: str) -> str:
+    """The column of the samples that a row of the table is about."""
     return row.split(".")[1]
 
 
-def _title(row: str) -> str:
+def title_of_row(row: str) -> str:
+    """A row's human-readable name."""
     kind, column, *count = row.split(".")
     by_count = f", {count[0].removeprefix('L')} layers" if count else ""
     return f"{kind}: {title_of(column)}{by_count}"

@@ -302,8 +302,9 @@ def test_every_link_of_the_page_leads_to_a_file_of_the_gallery() -> None:
     files = {name: data for item in shown for name, data in full_size(item, campaign="lab")}
     links = set(re.findall(r' href="([^"]*)"', page))
     assert links == files.keys()
-    layer = np.asarray(Image.open(io.BytesIO(files[f"{shown[0].folder}/adapter-layer1.png"])))
-    assert np.array_equal(layer, shown[0].strips[2].stack[1]), "exactly, and of the adapter"
+    for strip in shown[0].strips:
+        stored = files[f"{shown[0].folder}/{strip.model.lower()}-layer1.png"]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored))), strip.stack[1]), "exactly, and of that model"
     inner = files[f"{shown[0].folder}/index.html"].decode()
     local = {f"{shown[0].folder}/{name}" for name in re.findall(r'(?:src|href)="(?!data:|\.\.)([^"]*)"', inner)}
     assert local == {name for name in files if name.startswith(shown[0].folder) and name.endswith(".png")}
