@@ -14,6 +14,7 @@ from layerloop.components.evaluate_adapter.systems import (
     as_json,
     as_markdown,
     compare_systems,
+    is_evaluation,
     measure_folder,
     read_evaluation,
     write_sources,
@@ -49,7 +50,7 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
     rows: dict[str, Sequence[Row]] = {}
     base: Sequence[Row] = ()
     for name, uri in given.items():
-        if "://" in uri or (Path(uri) / "samples.parquet").is_file():
+        if is_evaluation(uri):
             of_base, rows[name] = read_evaluation(uri)
             base = base or of_base
         else:

@@ -21,7 +21,9 @@ from layerloop.components.evaluate_adapter.statistics import Comparison, compare
 from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, title_of
 from layerloop.components.layers.stack import Pixels, resize
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.seeds import seed_for
+from layerloop.components.storage.campaign import MANIFEST
 from layerloop.components.storage.images import decode_image, encode_png
 from layerloop.components.storage.stores import read_uri
 
@@ -49,7 +51,7 @@ def read_evaluation(uri: str) -> tuple[list[Row], list[Row]]:
     """
     import pyarrow.parquet as pq
 
-    data = read_uri(f"{uri.rstrip('/')}/samples.parquet")
+    data = read_uri(_samples_of(uri.rstrip("/")))
     try:
         rows: list[Row] = pq.read_table(io.BytesIO(data)).to_pylist()
     except (OSError, ValueError) as error:  # Arrow's errors are among these
@@ -57,6 +59,21 @@ def read_evaluation(uri: str) -> tuple[list[Row], list[Row]]:
     if not rows or not {"model", "kind", "key", "layers", "seed"} <= rows[0].keys():
         raise LayerloopError(f"{uri}/samples.parquet has no samples: give the folder of an evaluation")
     return [row for row in rows if row["model"] == "base"], [row for row in rows if row["model"] != "base"]
+
+
+def is_evaluation(uri: str) -> bool:
+    """Whether it is a URI, or a local folder, of an evaluation."""
+    return "://" in uri or any((Path(uri) / name).is_file() for name in (MANIFEST, "samples.parquet"))
+
+
+def _samples_of(uri: str) -> str:
+    """Where an evaluation's table is: as its manifest names it, which is in the folder, or in the folder itself."""
+    try:
+        manifest = Manifest.from_json(read_uri(f"{uri}/{MANIFEST}"), where=f"{uri}/{MANIFEST}")
+        name = manifest.file("samples.parquet").name
+    except (LayerloopError, KeyError):
+        return f"{uri}/samples.parquet"
+    return f"{uri}/{name.split('/', 2)[2]}"  # evaluations/<its name>/...
 
 
 def write_sources(cases: Cases, folder: Path) -> int:

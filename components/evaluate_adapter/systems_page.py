@@ -18,7 +18,8 @@ def as_html(table: Table, systems: Sequence[str], *, campaign: str) -> bytes:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>Systems · layerloop</title><style>{style()}</style></head>'
+        f'<meta name="color-scheme" content="light dark"><title>Systems · layerloop</title>'
+        f"<style>{style()}</style></head>"
         f'<body><main><p class="eyebrow">layerloop · {escape(campaign)}</p><h1>Systems side by side</h1>'
         f'{sections}<h2>All measures</h2><p class="note">↓ lower is better, ↑ higher is better. A row is of the images '
         "that system and base have in common.</p>"
@@ -39,8 +40,8 @@ def _section(table: Table, name: str) -> str:
     )
     heads = "<th>base</th><th>system</th><th>difference</th><th>95 % interval</th><th>cases won</th><th>n</th>"
     shown = (
-        f'<div class="panel measures"><table><thead><tr><th>Measure</th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
-        "</div>"
+        f'<div class="panel measures"><table><thead><tr><th>Measure</th>{heads}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
     return f'<h2>{escape(name)}</h2><p class="note">{words}</p>{shown if rows else ""}'
 
@@ -53,7 +54,8 @@ def _clear_row(row: str, cell: Cell) -> str:
         f'<td data-label="system">{number(c.tuned, decimals=c.decimals)}</td>'
         f'<td class="{_verdict(row, cell)}" data-label="difference">{difference_of(c)}</td>'
         f'<td class="dim" data-label="95 % interval">{interval_of(c)}</td>'
-        f'<td data-label="cases won">{100 * (cell.wins or 0):.0f} %</td><td class="dim" data-label="images">{c.n}</td></tr>'
+        f'<td data-label="cases won">{100 * (cell.wins or 0):.0f} %</td>'
+        f'<td class="dim" data-label="images">{c.n}</td></tr>'
     )
 
 

@@ -81,7 +81,7 @@ def test_the_table_is_markdown_with_a_column_a_system() -> None:
 
 
 def test_the_page_has_a_section_for_each_system() -> None:
-    cases = some_cases()
+    cases = some_cases(24)
     base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
     page = as_html(
         compare_systems(base, {"<LayerD>": perfect, "same": base}, seed=0), ["<LayerD>", "same"], campaign="x"
