@@ -86,7 +86,8 @@ class Comparison:
         """What `as_json` wrote."""
         names = ("base", "tuned", "difference", "low", "high", "n", "p", "adjusted")
         undefined = values.get("undefined", {})
-        return cls(*(values[name] for name in names), undefined.get("base", 0), undefined.get("tuned", 0))
+        counts = {f"{model}_undefined": undefined.get(model, 0) for model in ("base", "tuned")}
+        return cls(**{name: values[name] for name in names}, **counts)
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name, with what follows from them."""
