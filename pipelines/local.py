@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from layerloop.pipelines.packages import check_parameters, count_tasks, read_spe
 CPU_PROCESSES = "LAYERLOOP_CPU_PROCESSES"  # runtime/ranks.py
 # Libraries' own bars and advice, which say nothing about the job; images/ sets the same.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+STOP_SECONDS = 30.0  # that a step has to end when it is told to
 STARTED = re.compile(r"started \w+ (\d+\.\d+) s after process start")  # runtime/contract.py
 
 
@@ -183,6 +185,7 @@ class _Run:
     steps: dict[int, StepRun] = field(default_factory=dict)
     failure: StepFailed | None = None
     started: int = 0
+    stopped: bool = False
     live: dict[int, subprocess.Popen[str]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     gpus: GpuPool = field(default_factory=lambda: GpuPool(visible_gpus()))
@@ -236,6 +239,7 @@ class _Run:
             text=True,
             errors="replace",
             bufsize=1,
+            start_new_session=True,  # the terminal's ctrl-C is ours alone: `stop` ends the step, wherever it is
             env={
                 **QUIET,
                 **os.environ,
@@ -265,14 +269,23 @@ class _Run:
         return exit_status, last, start
 
     def stop(self) -> None:
-        """End what still runs, after an interrupt."""
+        """End what still runs, after an interrupt, and wait for it; what it says about its end goes to its log."""
         with self.lock:
-            for process in self.live.values():
+            self.stopped = True
+            live = list(self.live.values())
+            for process in live:
                 process.terminate()
+        for process in live:
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def _say(self, line: str) -> None:
-        self.console.write(line + "\n")
-        self.console.flush()
+        if not self.stopped:
+            self.console.write(line + "\n")
+            self.console.flush()
 
 
 def _title(step: str, executor_input: dict[str, Any]) -> str:

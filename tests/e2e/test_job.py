@@ -142,7 +142,7 @@ def test_another_recipe_is_refused_with_the_field_that_differs_and_nothing_chang
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: shard dataset: campaign ")
-    assert "rollout.groups: 3 -> 12" in line
+    assert "rollout.groups: 3 -> 6" in line
     assert snapshot(demo.folder / "campaign") == before
 
 
