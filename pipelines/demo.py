@@ -30,8 +30,8 @@ PHOTOGRAPHS = {
     "skimage.data": ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
 }
-TRAINING_DESIGNS, HELD_OUT_DESIGNS = 48, 24
-LAYERS = (2, 3, 4)  # of the designs, in turn
+TRAINING_DESIGNS, HELD_OUT_DESIGNS, LAYERS = 96, 48, 2
+ITERATIONS = 12
 SEED = 20260528
 LISTENING = re.compile(r"^listening on (http\S+)$", re.MULTILINE)  # the judge's first line
 
@@ -110,7 +110,7 @@ def make_pictures(folder: Path) -> tuple[Path, Path]:
         for name in names:
             (images / name).write_bytes((importlib.resources.files(package) / name).read_bytes())
     rng = np.random.default_rng(SEED)
-    designs = [generate_design(rng, layers=LAYERS[n % len(LAYERS)]) for n in range(TRAINING_DESIGNS + HELD_OUT_DESIGNS)]
+    designs = [generate_design(rng, layers=LAYERS) for _ in range(TRAINING_DESIGNS + HELD_OUT_DESIGNS)]
     for number, design in enumerate(designs[:TRAINING_DESIGNS]):
         Image.fromarray(flatten(render_design(design), "black")).save(images / f"design-{number:02}.png")
     temporary = held_out.with_suffix(".tmp")

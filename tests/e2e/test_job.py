@@ -113,8 +113,8 @@ def test_every_iteration_is_committed_with_all_its_groups(demo: Demo) -> None:
 
 def test_pictures_are_photographs_and_designs_and_the_held_out_designs_have_their_layers(demo: Demo) -> None:
     counts = demo.campaign.sources().counts
-    assert counts["train"] + counts["holdout"] + counts["duplicates"] == 55
-    assert counts["designs"] == 24
+    assert counts["train"] + counts["holdout"] + counts["duplicates"] == 103
+    assert counts["designs"] == 48
     assert counts["rejects"] == 0
 
 

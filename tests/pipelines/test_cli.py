@@ -22,8 +22,8 @@ from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_and_ru
 COMMANDS = [
     ["demo"], ["run"], ["continue"], ["compile"], ["recipe"], ["runtime"], ["plan"], ["decompose"], ["compare"],
     ["submit"], ["schedule", "apply"], ["schedule", "list"], ["schedule", "delete"], ["schedule", "pause"],
-    ["schedule", "resume"], ["pipeline", "upload"], ["judge", "serve"], ["judge", "check"], ["campaign", "show"], ["campaign", "run-until"],
-    ["campaign", "list"], ["campaign", "compare"], ["campaign", "delete"],
+    ["schedule", "resume"], ["pipeline", "upload"], ["judge", "serve"], ["judge", "check"], ["campaign", "show"],
+    ["campaign", "run-until"], ["campaign", "list"], ["campaign", "compare"], ["campaign", "delete"],
     ["adapter", "merge"], ["publish"], ["study"],
 ]  # fmt: skip
 
