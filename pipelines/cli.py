@@ -53,6 +53,9 @@ queues and secrets: see docs/cluster.md.
 """
 
 
+DEMO_ITERATIONS = 12  # what unlearns the demo's faults in minutes on two cores
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 1 a failure, 2 bad input (one `error: ...` line), 130 interrupted."""
     arguments = build_parser().parse_args(argv)
@@ -408,6 +411,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--campaign", default="", metavar="DIR", help="the campaign (default: DIR/campaign of --folder)")
     demo.add_argument("--images", default=[""], nargs="+", metavar="URI", help="your own images in place of the demo's")
     _job_options(demo, recipe="demo")
+    demo.set_defaults(iterations=DEMO_ITERATIONS)
 
     run = _command(commands, "run", _run, "run the training pipeline on this machine on your own images", RUN_EXAMPLES)
     run.add_argument(

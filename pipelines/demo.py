@@ -31,7 +31,6 @@ PHOTOGRAPHS = {
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
 }
 TRAINING_DESIGNS, HELD_OUT_DESIGNS, LAYERS = 96, 48, 2
-ITERATIONS = 12
 SEED = 20260528
 LISTENING = re.compile(r"^listening on (http\S+)$", re.MULTILINE)  # the judge's first line
 
