@@ -19,7 +19,7 @@ from layerloop.components.evaluate_adapter.systems import (
     write_sources,
 )
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.storage.campaign import Campaign
+from layerloop.components.storage.campaign import MANIFEST, Campaign
 
 
 def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str = "") -> None:
@@ -48,7 +48,7 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
     rows: dict[str, Sequence[Row]] = {}
     base: Sequence[Row] = ()
     for name, uri in given.items():
-        if "://" in uri or (Path(uri) / "samples.parquet").is_file():
+        if "://" in uri or (Path(uri) / MANIFEST).is_file():
             of_base, rows[name] = read_evaluation(uri)
             base = base or of_base
         else:

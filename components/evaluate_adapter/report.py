@@ -352,8 +352,7 @@ def _samplers_section(table: Mapping[str, Any] | None) -> str:
     for setting in table["settings"]:
         cells = []
         for name in columns:
-            kept = {key: setting["measures"][name][key] for key in Comparison.__dataclass_fields__}
-            cells.append(_base_adapter_difference(name, Comparison(**kept)))
+            cells.append(_base_adapter_difference(name, Comparison.from_json(setting["measures"][name])))
         guidance = "off" if setting["guidance"] == 1 else f"{setting['guidance']:g}"
         safe = {True: "yes", False: "no", None: "too few images"}[setting["safe"]]
         rows.append(

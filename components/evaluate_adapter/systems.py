@@ -21,7 +21,9 @@ from layerloop.components.evaluate_adapter.statistics import Comparison, compare
 from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, title_of
 from layerloop.components.layers.stack import Pixels, resize
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.seeds import seed_for
+from layerloop.components.storage.campaign import MANIFEST
 from layerloop.components.storage.images import decode_image, encode_png
 from layerloop.components.storage.stores import read_uri
 
@@ -42,14 +44,17 @@ Table = Mapping[str, Mapping[str, Cell]]  # row ("designs.bad_layers", "designs.
 
 
 def read_evaluation(uri: str) -> tuple[list[Row], list[Row]]:
-    """(rows of the base, rows of the adapter) of a committed evaluation, `<uri>/samples.parquet`.
+    """(rows of the base, rows of the adapter) of a committed evaluation, a campaign's folder `evaluations/NAME`.
 
     Raises:
         LayerloopError: there is none, or it is no table of samples.
     """
     import pyarrow.parquet as pq
 
-    data = read_uri(f"{uri.rstrip('/')}/samples.parquet")
+    uri = uri.rstrip("/")
+    root = uri.rsplit("/", 2)[0]  # of the campaign, under which its manifests name files
+    manifest = Manifest.from_json(read_uri(f"{uri}/{MANIFEST}"), where=f"{uri}/{MANIFEST}")
+    data = read_uri(f"{root}/{manifest.file('samples.parquet').name}")
     try:
         rows: list[Row] = pq.read_table(io.BytesIO(data)).to_pylist()
     except (OSError, ValueError) as error:  # Arrow's errors are among these
