@@ -184,7 +184,7 @@ def test_the_size_of_a_function_is_counted_without_docstring_and_self() -> None:
 # What only tests or users call: a function here needs a reason.
 UNCALLED = {
     # for users, who have layers and want files
-    "components/layers/export.py": {"write_psd", "read_psd", "write_png_zip"},
+    "components/layers/export.py": {"read_psd"},
     "components/layers/psd.py": {"save_psd"},
     "pipelines/local.py": {"overhead"},  # for the benchmark of that name
 }

@@ -150,8 +150,6 @@ def sample_iteration(
         loaded: A policy of this campaign in memory, of whatever iteration: its base is used.
         watch: Called between batches; an error that it raises ends the sampling on all ranks.
     """
-    from layerloop.components.policy.sharding import dummy_forwards
-
     with failing_together():
         sources = campaign.sources()
         planned = plan_iteration(campaign.recipe, iteration, train_images(sources))
@@ -171,8 +169,6 @@ def sample_iteration(
     # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
     with nullcontext() if loaded.policy.sharded else failing_together():
         written, bad_layers = _sample(campaign, iteration, todo, images, shares, loaded, watch)
-        if loaded.policy.sharded:
-            dummy_forwards(loaded.policy, loaded.prompt, max(shares.calls) - shares.calls[rank()])
     return Sampled(loaded, dict(sorted({**manifests, **_gather(written)}.items())), len(written), bad_layers)
 
 
@@ -251,6 +247,7 @@ def _sample(
     """Sample this rank's batches, and commit the groups that it writes as they become complete."""
     from layerloop.components.generate_rollouts.candidates import prepare_group, sample_candidates
     from layerloop.components.generate_rollouts.sharing import Assembly
+    from layerloop.components.policy.sharding import dummy_forwards
 
     recipe, plans = campaign.recipe, {plan.group: plan for plan in todo}
 
@@ -267,12 +264,17 @@ def _sample(
                 assembly.add(batch, sample_candidates(loaded.policy, recipe, group, batch.candidates, batch_size=size))
                 for number, part in assembly.complete():
                     writer.write(prepared(number), part)
+            if loaded.policy.sharded:  # before this rank waits for others, whose layers wait for its calls
+                dummy_forwards(loaded.policy, loaded.prompt, max(shares.calls) - shares.calls[rank()])
             for number, part in assembly.complete(wait=True):
                 writer.write(prepared(number), part)
-        return writer.manifests, writer.bad_layers
-    finally:
-        if not loaded.policy.sharded:
+        sampled = writer.manifests, writer.bad_layers
+    except BaseException:
+        if not loaded.policy.sharded:  # else the others wait in its layers, and it has to end
             assembly.close()
+        raise
+    assembly.close()
+    return sampled
 
 
 class Writer:
