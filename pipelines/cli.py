@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from layerloop.components.runtime.environment import usable_environment
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.pipelines.cli_campaign import add_garbage_and_reading_commands
 from layerloop.pipelines.cli_cluster import add_cluster_commands
 from layerloop.pipelines.cli_compare import add_compare_command
 from layerloop.pipelines.cli_decompose import add_decompose_command
@@ -479,7 +480,9 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--model", default="", help="model to ask for (default: the only one that it serves)")
     check.add_argument("url", metavar="URL", help="base URL; key: OPENAI_API_KEY")
 
-    campaign = commands.add_parser("campaign", help="look into a campaign, verify it").add_subparsers(required=True)
+    campaign = commands.add_parser("campaign", help="look into a campaign, verify, thin out or copy it").add_subparsers(
+        required=True
+    )
     adapter = commands.add_parser("adapter", help="work with trained adapters").add_subparsers(required=True)
     merge = _command(adapter, "merge", _adapter_merge, "write the weighted sum of adapters as one, in both layouts")
     merge.add_argument("out", metavar="OUT", help="folder to make, with peft/ and diffusers/ in it")
@@ -509,6 +512,7 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--hours", type=float, default=4.0, metavar="X", help="stop after these (default: %(default)s)")
 
     _add_campaign_commands(campaign)
+    add_garbage_and_reading_commands(campaign, _command)
     add_compare_command(commands, _command)
     add_cluster_commands(commands, campaign, _command)
     return parser

@@ -88,6 +88,7 @@ def run(
         committed = _committed(opened, share)
         if (done := _finished(opened, share, committed)) is not None:  # by the run that held it until now
             return _result(done)
+        opened.check_unfinished(share.iteration)
         with process_group() as device:
             groups = share.groups(opened)
             sampled = sample_iteration(opened, share.iteration, committed, groups, device=device, loaded=loaded)

@@ -91,3 +91,19 @@ class Manifest(Record):
             if file.base_name == name:
                 return file
         raise KeyError(name)
+
+
+class Removal(Record):
+    """What retention removed from a folder of a past iteration: the manifests there still name it, and no reader
+    misses it. Written before the first object is deleted; as JSON it carries its own hash."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    folder: str  # iterations/000003/rollouts
+    files: tuple[File, ...] = ()
+
+    def to_json(self) -> bytes:
+        return seal(super().to_json())
+
+    @classmethod
+    def from_json(cls, data: bytes | str, *, where: str) -> Self:
+        return super().from_json(unseal(data, where=where), where=where)

@@ -160,6 +160,18 @@ class EvaluationRecipe(Record):
     max_edits: int = Field(default=5, ge=0, le=5)  # LayerD's merges
 
 
+class RetentionRecipe(Record):
+    """What of past iterations stays once the next policy is committed; everything, unless it is limited here. Scores
+    and manifests always stay, and so does the record of what was removed."""
+
+    # Iterations whose rollouts (latents and layers) stay: the last so many; None: of all
+    trajectories: int | None = Field(default=None, ge=1)
+    # Every how many-th policy stays, beside the last two and those that were evaluated or published; None: each
+    policies: int | None = Field(default=None, ge=1)
+    # Iterations whose stored judge replies stay: the last so many; None: of all
+    replies: int | None = Field(default=None, ge=1)
+
+
 class Recipe(Record):
     """A campaign's definition, frozen by its first run."""
 
@@ -173,6 +185,7 @@ class Recipe(Record):
     lora: LoraRecipe = LoraRecipe()
     update: UpdateRecipe = UpdateRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    retention: RetentionRecipe = RetentionRecipe()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -5,8 +5,10 @@ Sample keys and members (WebDataset; no dots in keys):
     i000007-g000003-c05        json = CandidateRecord, trajectory.safetensors, layer0.png .. layer{L-1}.png
 
 `condition.safetensors` holds `condition[h*w, 64]`; `trajectory.safetensors` holds `window[w+1, S, 64]`, the latents
-before each step of the SDE window and after its last, and `final[S, 64]`, the latents that were decoded; all float32,
-with S = (L+1)*h*w packed tokens. Layer PNGs are straight RGBA, bottom first (layer0 is the background).
+before each step of the SDE window and after its last, and `final[S, 64]`, the latents that were decoded: algorithms of
+the forward process learn from them, and where there is a window they only show that the layers are its latents',
+decoded. All float32, with S = (L+1)*h*w packed tokens. Layer PNGs are straight RGBA, bottom first (layer0 is the
+background).
 """
 
 from __future__ import annotations

@@ -82,6 +82,7 @@ def run(
 
 def _score(opened: Campaign, current: int, judge_url: str, wait: Callable[[], None] | None) -> Manifest:
     """Judge an iteration and commit its scores. Raises as `run`."""
+    opened.check_unfinished(current)
     recipe, folder = opened.recipe, opened.scores_dir(current)
     url = judge_address(judge_url)
     rubric = rubric_of(recipe.judge)

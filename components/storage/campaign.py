@@ -182,6 +182,18 @@ class Campaign:
                 f"{self.recipe_sha256:.12}: restore the {RECIPE} that the campaign began with"
             )
 
+    def check_unfinished(self, iteration: int) -> None:
+        """Refuse work on an iteration whose policy is committed: it has ended, whatever is there of it.
+
+        Raises:
+            LayerloopError: the iteration is neither sampled nor scored again.
+        """
+        if self.find(self.policy_dir(iteration)) is not None:
+            raise LayerloopError(
+                f"iteration {iteration} of {self.uri} has its policy, so it is not sampled or scored again: restore "
+                f"what it lacks, or continue with iteration {self.head() + 1}"
+            )
+
     def sources(self) -> Manifest:
         """The committed sources.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import HASH_DIGITS, File, Manifest, content_name
 from layerloop.components.schema.record import DamagedError
+from layerloop.components.storage.removals import explain_missing, was_removed
 from layerloop.components.storage.store import READS, MissingObjectError, Store, written_before
 
 _PUBLICATION = re.compile(rf"publications/[^/]+/[0-9a-f]{{{HASH_DIGITS}}}/")
@@ -69,7 +70,8 @@ def load(store: Store, name: str) -> Manifest | None:
 
 
 def verify(store: Store, manifest: Manifest) -> None:
-    """Check that every shard and file is there with its size; hashes are checked where they are read.
+    """Check that every shard and file is there with its size, or was removed by retention; hashes are checked where
+    they are read.
 
     Raises:
         LayerloopError: names the first that is missing or has another size.
@@ -81,7 +83,7 @@ def verify(store: Store, manifest: Manifest) -> None:
         sizes = store.sizes(f"{folder}/" if folder else "") if len(files) > 1 else None
         for file in files:
             found = sizes.get(file.name) if sizes is not None else _size(store, file.name)
-            if found != file.bytes:
+            if found != file.bytes and not (found is None and was_removed(store, file)):
                 state = "is missing" if found is None else f"has {found} bytes instead of {file.bytes}"
                 raise LayerloopError(
                     f"{store.uri}/{file.name} {state} but a {manifest.kind} manifest names it: restore it, or delete "
@@ -133,7 +135,10 @@ def read_file(store: Store, file: File) -> bytes:
         DamagedError: missing, or not the bytes that were committed.
     """
     for _ in range(READS):
-        data = store.read(file.name)
+        try:
+            data = store.read(file.name)
+        except MissingObjectError as error:
+            raise explain_missing(store, file, error) from None
         digest = hashlib.sha256(data).hexdigest()
         if (len(data), digest) == (file.bytes, file.sha256):
             return data

@@ -7,15 +7,17 @@ members follow each other as `<key>.<suffix>`. Keys have no dots, since WebDatas
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import tarfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard, content_name
 from layerloop.components.schema.record import DamagedError
-from layerloop.components.storage.store import READS, Store, hash_file, scratch_file, written_before
+from layerloop.components.storage.removals import explain_missing
+from layerloop.components.storage.store import READS, MissingObjectError, Store, hash_file, scratch_file, written_before
 
 Sample = tuple[str, dict[str, bytes]]
 
@@ -76,6 +78,69 @@ def read_shard(
         yield from _samples(file, where, wanted)
 
 
+def sample_ranges(store: Store, shard: Shard) -> Iterator[tuple[str, int, int]]:
+    """Key, offset and length in bytes of every sample of a shard, headers included; only headers are fetched.
+
+    Raises:
+        LayerloopError: the shard is missing, or is not a tar of layerloop.
+    """
+    with io.BufferedReader(_Ranged(store, shard), buffer_size=8 * tarfile.BLOCKSIZE) as file:
+        for key, members in _grouped(file, f"{store.uri}/{shard.name}"):
+            begin = min(offset for offset, _ in members.values()) - tarfile.BLOCKSIZE
+            end = max(offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for offset, size in members.values())
+            yield key, begin, end - begin
+
+
+def read_sample(store: Store, shard: Shard, key: str, offset: int, length: int) -> dict[str, bytes]:
+    """The members of one sample by suffix, by one ranged read; the rest of the shard is not fetched, so its hash is not
+    checked: the headers' sums and names are.
+
+    Raises:
+        LayerloopError: the range does not hold this sample and nothing else.
+    """
+    where = f"{store.uri}/{shard.name}"
+    try:
+        data = store.read_range(shard.name, offset, length)
+    except MissingObjectError as error:
+        raise explain_missing(store, shard, error) from None
+    file = io.BytesIO(data.ljust(length, b"\0") + bytes(2 * tarfile.BLOCKSIZE))
+    found = list(_samples(file, where, lambda suffix: True)) if len(data) == length else []
+    if [name for name, _ in found] != [key]:
+        raise LayerloopError(f"{where} does not hold {key} at byte {offset}: its index is of another shard, delete it")
+    return found[0][1]
+
+
+class _Ranged(io.RawIOBase):
+    """A shard as a file of which only what is read is fetched."""
+
+    def __init__(self, store: Store, shard: Shard) -> None:
+        self._store, self._shard, self._at = store, shard, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._shard.bytes}[whence]
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._shard.bytes - self._at))
+        try:
+            data = self._store.read_range(self._shard.name, self._at, size) if size else b""
+        except MissingObjectError as error:
+            raise explain_missing(self._store, self._shard, error) from None
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
 def existing_shards(store: Store, name: str, keys: Sequence[str]) -> Iterator[Shard]:
     """Complete shards that earlier attempts wrote as `name`, with exactly those keys in that order.
 
@@ -108,7 +173,7 @@ def _described(store: Store, name: str, digits: str, keys: Sequence[str]) -> Sha
 def _checked(store: Store, shard: Shard) -> Iterator[BinaryIO]:
     """The shard's file, checked, and fetched again where it is not what was committed."""
     for _ in range(READS):
-        with store.open(shard.name) as file:
+        with _opened(store, shard) as file:
             digest, size = hash_file(file)
             if (size, digest) == (shard.bytes, shard.sha256):
                 yield file
@@ -119,9 +184,17 @@ def _checked(store: Store, shard: Shard) -> Iterator[BinaryIO]:
     )
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    import io
+@contextlib.contextmanager
+def _opened(store: Store, shard: Shard) -> Iterator[BinaryIO]:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(store.open(shard.name))
+        except MissingObjectError as error:
+            raise explain_missing(store, shard, error) from None
+        yield file
 
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = len(data), 0o444, 0
     tar.addfile(info, io.BytesIO(data))

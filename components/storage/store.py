@@ -55,6 +55,13 @@ class Store(ABC):
         with self.open(name) as file:
             return file.read()
 
+    def read_range(self, name: str, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset` on, fewer at the object's end; none of the others are fetched. Raises
+        MissingObjectError."""
+        with self.open(name) as file:
+            file.seek(offset)
+            return file.read(size)
+
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
         """Create or replace the object, at once."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,22 +18,28 @@ from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import HASH_DIGITS, File, Manifest, Shard
 from layerloop.components.schema.trajectory import candidate_key
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
+from layerloop.components.storage.index import INDEX
 from layerloop.components.storage.lease import FOLDER as LEASE
 from layerloop.components.storage.lease import SCOPES, USUAL, Timing, hold
 from layerloop.components.storage.manifests import load, place_files, visible_name
+from layerloop.components.storage.removals import RECORD, removed_files
 from layerloop.components.storage.rollouts import read_groups, rollouts_sha256
 from layerloop.components.storage.shards import read_shard
-from layerloop.components.storage.store import Store, hash_file
+from layerloop.components.storage.store import Entry, Store, hash_file
 
+README = "README.md"  # of an export (transfer.py)
 Log = Callable[[str], None]
 THREADS = 8
 SAY_SECONDS = 5.0
 _OPEN = re.compile(r"iterations/(\d{6})/(rollouts|scores)/")
 _MANIFEST = re.compile(rf"manifest(-[0-9a-f]{{{HASH_DIGITS}}})?\.json|(g\d{{6,}}|w\d+of\d+)(-[0-9a-f]{{16}})?\.json")
 # Names that no manifest lists and that are right all the same: the recipe, the lease, records of runs and refusals, the
-# judge's replies (they were paid for), and the table of what was left out under the name that people look for.
+# judge's replies (they were paid for), and the table of what was left out under the name that people look for;
+# retention's record of what it removed; indices, and the page of an export.
 _KEPT = re.compile(
     rf"{RECIPE}|({LEASE}|runs|refusals)/.*|iterations/\d{{6}}/scores/replies/.*|sources/rejects\.parquet"
+    rf"|iterations/\d{{6,}}/(rollouts|policy)/{re.escape(RECORD)}"
+    rf"|(sources|iterations/\d{{6,}}/(rollouts|scores))/{re.escape(INDEX)}|{re.escape(README)}"
 )
 
 
@@ -48,6 +54,7 @@ class Findings:
     leftovers: list[str] = field(default_factory=list)  # of killed writers, by names for people
     copies: list[str] = field(default_factory=list)  # publications whose visible files are not copies
     manifests: dict[str, Manifest] = field(default_factory=dict)
+    removed: dict[str, File] = field(default_factory=dict)  # by retention, as its records say
 
     def lines(self) -> Iterator[str]:
         """What is wrong, one line each, and a summary."""
@@ -58,6 +65,9 @@ class Findings:
             yield f"{len(self.orphans)} objects of {_size(size)} are named by no manifest (--repair removes them)"
         if self.leftovers:
             yield f"{len(self.leftovers)} unfinished writes are left over (--repair removes them)"
+        if self.removed:
+            gone = sum(file.bytes for file in self.removed.values())
+            yield f"{len(self.removed)} objects of past iterations, {_size(gone)}, were removed by retention"
         verdict = "all is what was committed" if self.sound else f"{len(self.faults) + len(self.copies)} faults"
         yield f"{self.objects} objects of {len(self.manifests)} manifests, {_size(self.bytes)} read: {verdict}"
 
@@ -76,15 +86,9 @@ def verify_campaign(campaign: Campaign, *, log: Log) -> Findings:
     store = campaign.store
     entries = store.entries()
     found = Findings(leftovers=store.leftovers())
-    for name in entries:
-        if _MANIFEST.fullmatch(name.rpartition("/")[2]) and not _KEPT.fullmatch(name):
-            _load(campaign, name, found)
-    named: dict[str, tuple[str, File]] = {}
-    for where, manifest in found.manifests.items():
-        for file in (*manifest.shards, *manifest.files):
-            known = named.setdefault(file.name, (where, file))[1]
-            if (known.bytes, known.sha256) != (file.bytes, file.sha256):
-                found.faults[file.name] = f"{where} and {named[file.name][0]} say different hashes of it"
+    named = _read_manifests(campaign, entries, found)
+    _check_removed(campaign, found, named)
+    named = {name: of for name, of in named.items() if name not in found.removed}
     said = time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
         reads = {pool.submit(_fault_of, store, file): file for _, file in named.values()}
@@ -98,14 +102,86 @@ def verify_campaign(campaign: Campaign, *, log: Log) -> Findings:
                 said = time.monotonic()
                 log(f"verified {found.objects} of {len(named)} objects, {_size(found.bytes)}")
     _check_iterations(campaign, found)
-    visible = _check_copies(store, found)
-    found.orphans = {
-        name: entry.size
-        for name, entry in entries.items()
-        if name not in named and name not in found.manifests and name not in visible
-        and name not in found.faults and not _KEPT.fullmatch(name)
-    }  # fmt: skip
+    _check_copies(store, found)
+    visible = _visible(found)
+    found.orphans = _unnamed(entries, {*named, *found.removed, *found.manifests, *visible, *found.faults})
     return found
+
+
+def unnamed_objects(campaign: Campaign) -> dict[str, int]:
+    """Objects that no manifest names and that are not kept for other reasons, with their bytes. Manifests are read,
+    nothing else is.
+
+    Raises:
+        LayerloopError: a manifest is damaged, so that what it names is not known.
+    """
+    entries, found = campaign.store.entries(), Findings()
+    named = _read_manifests(campaign, entries, found)
+    _refuse_damaged(campaign, found)
+    return _unnamed(entries, {*named, *found.manifests, *_visible(found)})
+
+
+def committed_objects(campaign: Campaign) -> tuple[dict[str, File], set[str]]:
+    """What a copy of a campaign has to hold: objects of manifests that are there, by name, and the names of all else
+    that stays (manifests, the recipe, replies, records, visible copies of publications), but for the lease and indices.
+
+    Raises:
+        LayerloopError: a manifest is damaged.
+    """
+    entries, found = campaign.store.entries(), Findings()
+    named = _read_manifests(campaign, entries, found)
+    _check_removed(campaign, found, named)
+    _refuse_damaged(campaign, found)
+    kept = {name for name in entries if _KEPT.fullmatch(name)}
+    passing = {name for name in kept if name.split("/")[0] == LEASE or name.rpartition("/")[2] in (INDEX, README)}
+    files = {name: file for name, (_, file) in named.items() if name not in found.removed}
+    return files, (kept - passing) | found.manifests.keys() | (_visible(found) & entries.keys())
+
+
+def _refuse_damaged(campaign: Campaign, found: Findings) -> None:
+    if found.faults:
+        where, what = min(found.faults.items())
+        raise LayerloopError(f"{campaign.uri}/{where}: {what}; see layerloop campaign verify {campaign.uri}")
+
+
+def _read_manifests(campaign: Campaign, entries: Mapping[str, Entry], found: Findings) -> dict[str, tuple[str, File]]:
+    """What all manifests name: the manifest's name and its entry, by object. Manifests and faults go to `found`."""
+    for name in entries:
+        if _MANIFEST.fullmatch(name.rpartition("/")[2]) and not _KEPT.fullmatch(name):
+            _load(campaign, name, found)
+    named: dict[str, tuple[str, File]] = {}
+    for where, manifest in found.manifests.items():
+        for file in (*manifest.shards, *manifest.files):
+            known = named.setdefault(file.name, (where, file))[1]
+            if (known.bytes, known.sha256) != (file.bytes, file.sha256):
+                found.faults[file.name] = f"{where} and {named[file.name][0]} say different hashes of it"
+    return named
+
+
+def _unnamed(entries: Mapping[str, Entry], known: Collection[str]) -> dict[str, int]:
+    return {name: entry.size for name, entry in entries.items() if name not in known and not _KEPT.fullmatch(name)}
+
+
+def _check_removed(campaign: Campaign, found: Findings, named: Mapping[str, tuple[str, File]]) -> None:
+    """What retention removed, by its records, which go with the manifests. An iteration that has not ended and the
+    head's policy are never removed."""
+    head = campaign.head()
+    for iteration in campaign.iterations():
+        for folder in (campaign.rollouts_dir(iteration), campaign.policy_dir(iteration)):
+            where = f"{folder}/{RECORD}"
+            try:
+                removed = removed_files(campaign.store, folder)
+            except LayerloopError as error:
+                found.faults[where] = _without(campaign.uri, where, error)
+                continue
+            for name, file in removed.items():
+                by = named.get(name)
+                if by is None or (by[1].bytes, by[1].sha256) != (file.bytes, file.sha256):
+                    found.faults[where] = f"says that {name} was removed, which no manifest names so"
+                elif iteration > head or folder == campaign.policy_dir(head):
+                    found.faults[where] = f"says that {name} was removed, which the next step needs"
+                else:
+                    found.removed[name] = file
 
 
 def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> None:
@@ -235,13 +311,14 @@ def _check_scores(
         found.faults.setdefault(name, f"is of rollouts {made_of!s:.12}, those there are {rollouts_sha256(groups):.12}")
     if any(shard.name in found.faults for shard in scores.shards):
         return
+    gone = {*found.faults, *found.removed}
     try:
         rows = {
             key: ScoreRow.from_json(members["json"], where=f"{shard.name}:{key}")
             for shard in scores.shards
             for key, members in read_shard(campaign.store, shard, required=("json",))
         }
-        sound = {group: m for group, m in groups.items() if m.shards[0].name not in found.faults}
+        sound = {group: m for group, m in groups.items() if m.shards[0].name not in gone}
         sampled = {
             candidate_key(iteration, group.record.group, candidate.record.candidate): group.record
             for group in read_groups(campaign.store, sound)
@@ -302,20 +379,26 @@ def _same_base(name: str, manifest: Manifest, before: Manifest | None, found: Fi
         found.faults.setdefault(name, f"is of base {ours!s:.12}, the iteration before of {theirs!s:.12}")
 
 
-def _check_copies(store: Store, found: Findings) -> set[str]:
-    """Names of publications' visible files; folders where they are not what they copy go to `found.copies`."""
-    visible: set[str] = set()
+def _copies(found: Findings) -> Iterator[tuple[str, dict[str, File]]]:
+    """Folders of publications, with what lies there for people to load, by name."""
     for where, manifest in found.manifests.items():
         folder, _, base = where.rpartition("/")
-        if manifest.kind != "published" or base != MANIFEST:
-            continue
-        copies = {name: file for file in manifest.files if (name := visible_name(folder, file)) != file.name}
-        visible |= copies.keys()
+        if manifest.kind == "published" and base == MANIFEST:
+            named = {visible_name(folder, file): file for file in manifest.files}
+            yield folder, {name: file for name, file in named.items() if name != file.name}
+
+
+def _visible(found: Findings) -> set[str]:
+    return {name for _, copies in _copies(found) for name in copies}
+
+
+def _check_copies(store: Store, found: Findings) -> None:
+    """Folders of publications whose visible files are not what they copy go to `found.copies`."""
+    for folder, copies in _copies(found):
         if any(
             _fault_of(store, File(name=name, bytes=file.bytes, sha256=file.sha256)) for name, file in copies.items()
         ):
             found.copies.append(folder)
-    return visible
 
 
 def _without(uri: str, name: str, error: LayerloopError) -> str:

@@ -25,6 +25,7 @@ from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.lease import hold
 from layerloop.components.storage.manifests import verify
+from layerloop.components.storage.retention import apply_retention
 from layerloop.components.storage.stores import open_store
 from layerloop.components.train_stretch.scoring import Scoring
 from layerloop.components.update_lora.step import begin_update, end_update, policy_metrics
@@ -163,6 +164,8 @@ class Stretch:
                 self.scoring.end()
         with self._timed("update"):
             end_update(self.campaign, iteration, learning)
+            if rank() == 0:
+                apply_retention(self.campaign, log=log)
         self.loaded = learning.loaded
 
     @contextmanager

@@ -35,6 +35,7 @@ from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.groups import Group
 from layerloop.components.storage.lease import hold
 from layerloop.components.storage.manifests import add_folder
+from layerloop.components.storage.retention import apply_retention
 from layerloop.components.storage.rollouts import rollouts_sha256
 from layerloop.components.storage.shards import read_shard
 from layerloop.components.storage.stores import open_store
@@ -77,6 +78,8 @@ def run(
         with process_group() as device:
             learning = begin_update(opened, current, device=device, loaded=loaded, scored=True)
             done = end_update(opened, current, learning)
+            if rank() == 0:
+                apply_retention(opened, log=log)
     seconds = time.monotonic() - started
     return StepResult(manifests={"policy": done}, metrics=policy_metrics(done) | {"seconds": seconds})
 

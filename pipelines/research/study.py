@@ -27,7 +27,7 @@ from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.runtime import VARIABLE
 from layerloop.pipelines.research.arms import ARMS, LAYERS, Run, Study, plan
 
-STRETCH = 5  # iterations between two looks at the clock; their trajectories are on the disk together
+STRETCH = 5  # iterations between two looks at the clock
 TRAINING_DESIGNS, HELD_OUT_DESIGNS, SEED = 240, 144, 20260529
 
 
@@ -113,8 +113,6 @@ def advance(study: Study, run: Run, step: Commands, deadline: float) -> None:
         learned = step(
             "train_stretch", campaign=campaign_uri, iteration=head + 1, iterations=ahead, judge_url=judge_url
         )
-        for iteration in range(head + 1, head + ahead + 1):
-            drop_shards(campaign, iteration)
         seconds = (time.monotonic() - start) / ahead
         print(
             f"{run.name}: iteration {head + ahead} of {goal}, reward {learned['reward_mean']:.4f}, "
@@ -123,17 +121,6 @@ def advance(study: Study, run: Run, step: Commands, deadline: float) -> None:
         )
     step("evaluate_adapter", campaign=campaign_uri, iteration=goal, samplers=ARMS[run.arm].samplers)
     print(f"{run.name}: evaluated", flush=True)
-
-
-def drop_shards(campaign: Campaign, iteration: int) -> None:
-    """Free what an iteration leaves behind once its policy is committed: trajectories and stored replies."""
-    for folder, ending in (
-        (campaign.rollouts_dir(iteration), ".tar"),
-        (f"{campaign.scores_dir(iteration)}/replies", ".json"),
-    ):
-        for name in campaign.store.list(f"{folder}/"):
-            if name.endswith(ending):
-                campaign.store.delete(name)
 
 
 def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, jobs: int, hours: float) -> int:

@@ -1,0 +1,98 @@
+"""The commands of `layerloop campaign` that remove and that read without a step: gc, index, extract, export, import."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+GC_EXAMPLES = """examples:
+  layerloop campaign gc campaigns/mine                          what the recipe's retention would remove
+  layerloop campaign gc campaigns/mine --trajectories 2 --policies 10 --delete
+
+Nothing is removed without --delete. Scores and manifests stay, and a record of what went, so `campaign verify` misses
+nothing; so do the last two policies, and those that were evaluated or published.
+"""
+
+
+def add_garbage_and_reading_commands(campaign: Any, command: Any) -> None:
+    """Add them to `layerloop campaign`."""
+    gc = command(
+        campaign, "gc", _gc, "remove what past iterations no longer need; says what, without --delete", GC_EXAMPLES
+    )
+    gc.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
+    for name, what in (
+        ("trajectories", "keep the rollouts of the last N iterations"),
+        ("policies", "keep every N-th policy"),
+        ("replies", "keep the judge's replies of the last N iterations"),
+    ):
+        gc.add_argument(f"--{name}", type=int, default=None, metavar="N", help=f"{what} (default: the recipe's)")
+    gc.add_argument("--delete", action="store_true", help="remove it")
+    index = command(
+        campaign, "index", _index, "write index.parquet beside the shards of every step: where each sample is"
+    )
+    index.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
+    extract = command(campaign, "extract", _extract, "write the files of one sample, without the rest of its shard")
+    extract.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
+    extract.add_argument("key", metavar="KEY", help="i000007-g000003-c05, i000007-g000003, or a source image's key")
+    extract.add_argument("-o", "--output", default=".", metavar="DIR", help="where to (default: here)")
+    export = command(campaign, "export", _export, "copy it as a folder that explains itself; again: continue")
+    export.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
+    export.add_argument("folder", metavar="DIR", help="an empty folder, or a URI")
+    take = command(campaign, "import", _import, "make a campaign of an export, to be continued")
+    take.add_argument("folder", metavar="DIR", help="the export")
+    take.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix that is empty")
+
+
+def _gc(arguments: argparse.Namespace) -> None:
+    from layerloop.components.runtime.progress import log
+    from layerloop.components.schema.recipe import RetentionRecipe
+    from layerloop.components.schema.record import validate
+    from layerloop.components.storage.campaign import Campaign
+    from layerloop.components.storage.retention import collect_garbage, garbage
+
+    campaign = Campaign.open(arguments.uri)
+    given = {name: getattr(arguments, name) for name in RetentionRecipe.model_fields}
+    values = campaign.recipe.retention.model_dump() | {name: n for name, n in given.items() if n is not None}
+    keep = validate(RetentionRecipe, values, where="retention")
+    found = collect_garbage(campaign, keep, log=log) if arguments.delete else garbage(campaign, keep)
+    for expired in found:
+        if expired.objects:
+            print(f"{expired.folder}: {len(expired.objects)} objects, {expired.bytes / 1e6:.1f} MB")
+    total = f"{sum(len(e.objects) for e in found)} objects, {sum(e.bytes for e in found) / 1e6:.1f} MB"
+    print(f"removed {total}" if arguments.delete else f"{total} could go: nothing was removed, --delete does")
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from layerloop.components.storage.campaign import Campaign
+    from layerloop.components.storage.index import write_indices
+
+    for name, samples in write_indices(Campaign.open(arguments.uri)):
+        print(f"{name}: {samples} samples")
+
+
+def _extract(arguments: argparse.Namespace) -> None:
+    from layerloop.components.storage.campaign import Campaign
+    from layerloop.components.storage.index import extract
+
+    files = extract(Campaign.open(arguments.uri), arguments.key)
+    folder = Path(arguments.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+        print(folder / name)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from layerloop.components.runtime.progress import log
+    from layerloop.components.storage.campaign import Campaign
+    from layerloop.components.storage.transfer import export_campaign
+
+    export_campaign(Campaign.open(arguments.uri), arguments.folder, log=log)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from layerloop.components.runtime.progress import log
+    from layerloop.components.storage.transfer import import_campaign
+
+    import_campaign(arguments.folder, arguments.uri, log=log)
