@@ -126,9 +126,11 @@ def test_a_model_that_the_judge_does_not_serve(tmp_path: Path, images: Path, jud
     assert "layerloop-reference-judge" in line
 
 
-def test_more_iterations_than_one_run_carries(tmp_path: Path, images: Path, judge_url: str) -> None:
-    line = run_on(images, judge_url, tmp_path, "--iterations", "100")
+def test_more_iterations_than_a_run_on_a_cluster_carries(tmp_path: Path) -> None:
+    arguments = ["compile", "-o", str(tmp_path / "train.yaml"), "--iterations", "100"]
+    line = refused(*arguments, campaign=tmp_path / "none")
     assert line.endswith("choose at most 9 iterations and chain runs")
+    assert not (tmp_path / "train.yaml").exists()
 
 
 def test_a_campaign_that_is_not_there(tmp_path: Path) -> None:
