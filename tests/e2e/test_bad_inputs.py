@@ -129,7 +129,7 @@ def test_a_model_that_the_judge_does_not_serve(tmp_path: Path, images: Path, jud
 def test_more_iterations_than_a_run_on_a_cluster_carries(tmp_path: Path) -> None:
     arguments = ["compile", "-o", str(tmp_path / "train.yaml"), "--iterations", "100"]
     line = refused(*arguments, campaign=tmp_path / "none")
-    assert line.endswith("choose at most 9 iterations and chain runs")
+    assert line.endswith("choose at most 9 iterations and chain runs, or --resident")
     assert not (tmp_path / "train.yaml").exists()
 
 
