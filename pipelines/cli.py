@@ -24,6 +24,7 @@ Fine-tune an image layer decomposition model by reinforcement learning, as a Kub
 
   layerloop demo                                     everything on embedded defaults, on this machine
   layerloop run --images photos --campaign mine      the same on your own images
+  layerloop continue mine                            more iterations of a campaign
   layerloop plan paper                               what a recipe costs: hours, GPUs, memory, judge
   layerloop compile -o pipeline.yaml                 the pipeline for a Kubeflow cluster
   layerloop submit pipeline.yaml --wait              a run of it there
@@ -39,7 +40,8 @@ examples:
   OPENAI_API_KEY=... layerloop run --images 's3://bucket/photos/*' --campaign s3://bucket/mine \\
       --recipe my-recipe.yaml --judge-url https://api.example.com/v1 --iterations 10
 
-Run it again to continue from the campaign's head. Nothing that is done is done twice.
+Run it again to continue from the campaign's head; `layerloop continue CAMPAIGN` is the same without --images, --recipe
+and --set. --iterations counts those of one run, --until is where the campaign ends. Nothing that is done is done twice.
 """
 
 COMPILE_EXAMPLES = """\
@@ -52,10 +54,15 @@ queues and secrets: see docs/cluster.md.
 """
 
 
+DEMO_ITERATIONS = 12  # what unlearns the demo's faults in minutes on two cores
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 1 a failure, 2 bad input (one `error: ...` line), 130 interrupted."""
     arguments = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # of nohup; else steps would outlive their terminal
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         with usable_environment():
             status = int(arguments.handler(arguments) or 0)
@@ -92,12 +99,26 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     _need_kfp("layerloop run")
+    _run_with_judge(_job(arguments, campaign=arguments.campaign), arguments)
+
+
+def _continue(arguments: argparse.Namespace) -> None:
+    _need_kfp("layerloop continue")
+    from dataclasses import replace
+
+    from layerloop.components.storage.runtime import runtime_values
+    from layerloop.pipelines.job import job_of_campaign
+
+    job = replace(job_of_campaign(arguments.campaign), **_how(arguments), runtime=runtime_values(arguments.runtime))
+    _run_with_judge(job, arguments)
+
+
+def _run_with_judge(job: Any, arguments: argparse.Namespace) -> None:
     from layerloop.components.schema.recipe import parse_recipe
     from layerloop.components.storage.runtime import read_runtime
     from layerloop.pipelines.inputs import check_judge, what_is_trained
     from layerloop.pipelines.job import run_job, say_what_was_made
 
-    job = _job(arguments, campaign=arguments.campaign)
     judge_url = arguments.judge_url or os.environ.get("OPENAI_BASE_URL", "")
     if not judge_url:
         raise LayerloopError("--judge-url is empty: give an OpenAI-compatible base URL, or run `layerloop judge serve`")
@@ -120,11 +141,23 @@ def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:
         benchmark=arguments.benchmark,
         recipe=recipe,
         runtime=runtime,
-        judge_url=arguments.judge_url,
-        iterations=arguments.iterations,
-        workers=arguments.workers,
-        step_by_step=arguments.step_by_step,
+        **_how(arguments),
     )
+
+
+def _how(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The job's part that every local command has."""
+    if arguments.until is not None and arguments.until < 1:
+        raise LayerloopError(
+            f"--until is {arguments.until}: give the iteration at which the campaign is to be, 1 or more"
+        )
+    return {
+        "judge_url": arguments.judge_url,
+        "iterations": arguments.iterations,
+        "until": arguments.until or 0,
+        "workers": arguments.workers,
+        "step_by_step": arguments.step_by_step,
+    }
 
 
 def _one_uri(images: Sequence[str]) -> str:
@@ -239,6 +272,24 @@ def _show(arguments: argparse.Namespace) -> None:
     from layerloop.pipelines.show import campaign_text
 
     print(campaign_text(arguments.uri))
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.campaigns import list_text
+
+    print(list_text(arguments.uri))
+
+
+def _compare_campaigns(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.campaigns import compare_text
+
+    print(compare_text(arguments.one, arguments.other))
+
+
+def _delete(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.campaigns import delete_campaign
+
+    delete_campaign(arguments.uri, yes=arguments.yes, log=print)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -360,7 +411,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--folder", default="demo", metavar="DIR", help="where everything goes (default: %(default)s)")
     demo.add_argument("--campaign", default="", metavar="DIR", help="the campaign (default: DIR/campaign of --folder)")
     demo.add_argument("--images", default=[""], nargs="+", metavar="URI", help="your own images in place of the demo's")
-    _job_options(demo, recipe="tiny")
+    _job_options(demo, recipe="demo")
+    demo.set_defaults(iterations=DEMO_ITERATIONS)
 
     run = _command(commands, "run", _run, "run the training pipeline on this machine on your own images", RUN_EXAMPLES)
     run.add_argument(
@@ -371,6 +423,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--runs", default="layerloop-runs", metavar="DIR", help="logs of this run (default: %(default)s)")
     _job_options(run, recipe="tiny")
+
+    continue_ = _command(
+        commands, "continue", _continue, "continue a campaign on this machine, with its own recipe and images"
+    )
+    continue_.add_argument("campaign", metavar="URI", help="folder or s3://bucket/prefix of the campaign")
+    continue_.add_argument(
+        "--runs", default="layerloop-runs", metavar="DIR", help="logs of this run (default: %(default)s)"
+    )
+    _how_options(continue_)
 
     compile_ = _command(commands, "compile", _compile, "write a pipeline as YAML for Kubeflow", COMPILE_EXAMPLES)
     compile_.add_argument("-o", "--output", required=True, metavar="FILE", help="the YAML file to write")
@@ -434,7 +495,7 @@ def build_parser() -> argparse.ArgumentParser:
     publish = _command(commands, "publish", _publish, "publish a campaign's adapter, also to the Hugging Face hub")
     publish.add_argument("campaign", metavar="URI", help="folder or s3://bucket/prefix of the campaign")
     publish.add_argument(
-        "--publish-as", default="", metavar="NAME", help="folder under published/ (default: recipe and iteration)"
+        "--publish-as", default="", metavar="NAME", help="folder under published/ (default: campaign and iteration)"
     )
     publish.add_argument("--iteration", type=int, default=None, metavar="N", help="whose adapter (default: the head)")
     publish.add_argument(
@@ -472,7 +533,14 @@ def _add_campaign_commands(campaign: Any) -> None:
     )
     lease = _command(campaign, "lease", _lease, "who writes the campaign now, and since when")
     lease.add_argument("--take-over", action="store_true", help="free it: its holder will not come back")
-    for parser in (show, verify, lease):
+    list_ = _command(campaign, "list", _list, "the campaigns in a folder, a row each")
+    list_.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix that holds campaigns")
+    compare = _command(campaign, "compare", _compare_campaigns, "two campaigns: recipes, iterations, evaluations")
+    compare.add_argument("one", metavar="A", help="a campaign")
+    compare.add_argument("other", metavar="B", help="another")
+    delete = _command(campaign, "delete", _delete, "delete a campaign, for good; other files in its folder are kept")
+    delete.add_argument("--yes", action="store_true", help="delete it: without this nothing is")
+    for parser in (show, verify, lease, delete):
         parser.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
 
 
@@ -515,14 +583,22 @@ def _job_options(parser: argparse.ArgumentParser, *, recipe: str) -> None:
         "--benchmark", default="", metavar="URI", help="pictures to evaluate on (default: some held out of the images)"
     )
     parser.add_argument(
-        "--judge-url", default="", metavar="URL", help="OpenAI-compatible base URL; key: OPENAI_API_KEY"
-    )
-    parser.add_argument(
         "--recipe", default=recipe, metavar="NAME|FILE", help="a packaged recipe or a YAML file (default: %(default)s)"
     )
     _set_option(parser)
+    _how_options(parser)
+
+
+def _how_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--judge-url", default="", metavar="URL", help="OpenAI-compatible base URL; key: OPENAI_API_KEY"
+    )
     _runtime_option(parser)
     _counts(parser)
+    until = (
+        "run until the campaign is at this iteration, in place of --iterations: the same command again goes on to it"
+    )
+    parser.add_argument("--until", type=int, default=None, metavar="N", help=until)
     every = "run every step of every iteration as a process of its own, as the pipeline on a cluster does by default"
     parser.add_argument("--step-by-step", action="store_true", help=every)
 

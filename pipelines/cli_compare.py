@@ -26,7 +26,9 @@ def add_compare_command(commands: Any, command: Any) -> None:
     parser.add_argument("campaign", metavar="CAMPAIGN", help="whose held-out designs and pictures are the cases")
     parser.add_argument("systems", nargs="*", metavar="NAME=URI", help="an evaluation, or a folder of layers")
     parser.add_argument("--sources", default="", metavar="DIR", help="write the pictures here, for other programs")
-    parser.add_argument("-o", "--output", default="", metavar="FILE", help="also write the table here, .md or .json")
+    parser.add_argument(
+        "-o", "--output", default="", metavar="FILE", help="also write the table here: .md, .json, or a page, .html"
+    )
 
 
 def compare_command(arguments: argparse.Namespace) -> int:

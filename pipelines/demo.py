@@ -20,16 +20,17 @@ from pathlib import Path
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.runtime import read_runtime
-from layerloop.pipelines.inputs import check_judge, what_is_trained
-from layerloop.pipelines.job import Job, run_job, say_what_was_made
+from layerloop.pipelines.campaigns import BAD_LAYERS, evaluated
+from layerloop.pipelines.inputs import absolute, check_judge, what_is_trained
+from layerloop.pipelines.job import Job, published_at, run_job, say_what_was_made
 
 PHOTOGRAPHS = {
     "skimage.data": ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
 }
-TRAINING_DESIGNS, HELD_OUT_DESIGNS = 48, 24
-LAYERS = (2, 3, 4)  # of the designs, in turn
+TRAINING_DESIGNS, HELD_OUT_DESIGNS, LAYERS = 96, 48, 2
 SEED = 20260528
 LISTENING = re.compile(r"^listening on (http\S+)$", re.MULTILINE)  # the judge's first line
 
@@ -66,6 +67,30 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
     if judge.model in SCORE_RANGE:
         print(f"The judge was {judge.model}: rules over pixels that stand in for a vision-language model.")
     print("Again: `make demo` continues this campaign from its head; `make demo FRESH=1` starts again.")
+    print("\n".join(outcome_lines(Campaign.open(absolute(job.campaign)), shown=Path(job.campaign))))
+
+
+def outcome_lines(campaign: Campaign, *, shown: Path) -> list[str]:
+    """What the adapter of the head changed on held-out designs, as the report calls it, and what to try next.
+
+    Args:
+        shown: The campaign's folder as the user would type it.
+    """
+    head, lines = campaign.head(), []
+    if bad := evaluated(campaign).get(BAD_LAYERS):
+        clear = (
+            ("clearly fewer" if bad["difference"] < 0 else "clearly more") if bad["clear"] else "no clear difference"
+        )
+        lines.append(
+            f"Changed: bad layers a held-out design {bad['base']:.3f} -> {bad['tuned']:.3f} after {head} iterations, "
+            f"{clear} ({bad['n']} designs; difference {bad['difference']:+.3f}, 95 % {bad['low']:+.3f} to "
+            f"{bad['high']:+.3f})"
+        )
+    if name := published_at(campaign, head):
+        lines.append(
+            f"Try next: layerloop decompose PICTURE --adapter {shown}/{campaign.published_dir(name)} -o layers"
+        )
+    return lines
 
 
 def make_pictures(folder: Path) -> tuple[Path, Path]:
@@ -84,7 +109,7 @@ def make_pictures(folder: Path) -> tuple[Path, Path]:
         for name in names:
             (images / name).write_bytes((importlib.resources.files(package) / name).read_bytes())
     rng = np.random.default_rng(SEED)
-    designs = [generate_design(rng, layers=LAYERS[n % len(LAYERS)]) for n in range(TRAINING_DESIGNS + HELD_OUT_DESIGNS)]
+    designs = [generate_design(rng, layers=LAYERS) for _ in range(TRAINING_DESIGNS + HELD_OUT_DESIGNS)]
     for number, design in enumerate(designs[:TRAINING_DESIGNS]):
         Image.fromarray(flatten(render_design(design), "black")).save(images / f"design-{number:02}.png")
     temporary = held_out.with_suffix(".tmp")

@@ -18,7 +18,7 @@ import yaml
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
-from layerloop.components.schema.recipe import Recipe, parse_recipe, parse_recipe_runtime
+from layerloop.components.schema.recipe import TINY, Recipe, parse_recipe, parse_recipe_runtime
 from layerloop.components.schema.record import validate
 from layerloop.components.schema.run_recipe import packaged_recipes
 from layerloop.components.schema.runtime import JudgeRuntime, checked_values, flat, merged, runtime_key, split_runtime
@@ -142,10 +142,11 @@ def _value_of(keys: Sequence[str], text: str) -> Any:
 def what_is_trained(recipe: Recipe) -> str:
     """The first line of a run: which model learns, at what size."""
     size = f"{recipe.data.resolution} pixels"
-    if recipe.model.base == "tiny":
+    if recipe.model.shipped:
+        faults = "" if recipe.model.base == TINY else ", with faults to unlearn"
         return (
-            f"recipe {recipe.name}: trains the tiny policy that ships with layerloop, at {size}, to try things out; "
-            "`--recipe paper` trains Qwen-Image-Layered, on a GPU of 80 GB"
+            f"recipe {recipe.name}: trains the tiny policy that ships with layerloop{faults}, at {size}, to try things "
+            "out; `--recipe paper` trains Qwen-Image-Layered, on a GPU of 80 GB"
         )
     return f"recipe {recipe.name}: trains {recipe.model.base} at {size}, in {recipe.model.dtype}"
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.campaign import RECIPE, Campaign
+from layerloop.components.storage.stores import open_store
 from layerloop.pipelines.inputs import absolute
 from layerloop.pipelines.local import LocalRun, run_pipeline
 from layerloop.pipelines.packages import write_pipeline
@@ -26,7 +28,8 @@ class Job:
     benchmark: str = ""
     judge_url: str = ""
     publish_as: str = ""
-    iterations: int = 3
+    iterations: int = 3  # of this run
+    until: int = 0  # the iteration at which the campaign ends, in place of `iterations`; 0 for none
     workers: int = 2  # processes that share the work on a machine without GPUs; with GPUs, one on each
     step_by_step: bool = False  # every step a process of its own, instead of one for all iterations
     runtime: Mapping[str, Any] = field(default_factory=dict)  # values that are not left to their defaults
@@ -39,8 +42,8 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
         LayerloopError: bad input, or a step failed.
     """
     folder = _new_folder(runs)
-    resident = not job.step_by_step
-    pipeline = train_pipeline(iterations=job.iterations, workers=job.workers, recipe=job.recipe, resident=resident)
+    resident, iterations = not job.step_by_step, iterations_of(job)
+    pipeline = train_pipeline(iterations=iterations, workers=job.workers, recipe=job.recipe, resident=resident)
     package = write_pipeline(pipeline, folder / "pipeline.yaml")
     arguments = {
         "campaign": absolute(job.campaign),
@@ -49,10 +52,49 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
         "benchmark": absolute(job.benchmark),
         "judge_url": job.judge_url,
         "publish_as": job.publish_as,
+        "until": job.until,
         "runtime": dict(job.runtime),
     }
-    print(f"{package}: {job.iterations} iterations, {job.workers} workers; logs in the same folder", flush=True)
+    goal = f", until iteration {job.until} of the campaign" if job.until else ""
+    print(f"{package}: {iterations} iterations, {job.workers} workers{goal}; logs in the same folder", flush=True)
     return run_pipeline(package, arguments, folder=folder, processes=job.workers)
+
+
+def iterations_of(job: Job) -> int:
+    """Iterations that the run has: its own number, or what the campaign lacks to its target, 1 at least (a run whose
+    campaign is there evaluates and publishes what is missing, and trains nothing).
+
+    Raises:
+        LayerloopError: a target below 1, or a campaign that cannot be read.
+    """
+    if not job.until:
+        return job.iterations
+    if job.until < 1:
+        raise LayerloopError(f"--until is {job.until}: give the iteration at which the campaign ends, 1 or more")
+    campaign = existing_campaign(job.campaign)
+    return max(1, job.until - (campaign.head() if campaign else 0))
+
+
+def existing_campaign(uri: str) -> Campaign | None:
+    """The campaign at `uri`, if there is one yet."""
+    return Campaign.open(absolute(uri)) if open_store(absolute(uri)).exists(RECIPE) else None
+
+
+def job_of_campaign(uri: str) -> Job:
+    """A job that continues a campaign: its own recipe, and the sources that it has.
+
+    Raises:
+        LayerloopError: there is no campaign, or it has no sources yet.
+    """
+    campaign = existing_campaign(uri)
+    if campaign is None:
+        raise LayerloopError(f"{uri} is no campaign: give its folder or URI, or begin one with `layerloop run`")
+    if campaign.find(campaign.sources_dir) is None:
+        raise LayerloopError(
+            f"campaign {campaign.uri} has no sources yet, so its images are not known: run the `layerloop run` that "
+            "began it again"
+        )
+    return Job(campaign=uri, images="", recipe=campaign.recipe.to_json().decode())
 
 
 def _new_folder(runs: Path) -> Path:
@@ -70,10 +112,17 @@ def _new_folder(runs: Path) -> Path:
 
 def say_what_was_made(run: LocalRun, job: Job) -> None:
     """End a run by naming its report and its adapter: paths, or URIs where the campaign is not a folder."""
-    evaluation = Manifest.from_json(run.last("evaluate_adapter").output("evaluation"), where="evaluation manifest")
-    published = Manifest.from_json(run.last("publish_adapter").output("adapter"), where="adapter manifest")
-    root = absolute(job.campaign).removeprefix("file://").rstrip("/")
-    print()
-    print(f"campaign {root}: iteration {published.iteration}, {len(run.steps)} steps in {run.seconds:.0f} s")
-    print(f"report   {root}/{evaluation.file('report.html').name}")
-    print(f"adapter  {root}/published/{published.metadata['name']}", flush=True)
+    campaign = Campaign.open(absolute(job.campaign))
+    head, root = campaign.head(), campaign.uri.removeprefix("file://").rstrip("/")
+    evaluation = campaign.find(campaign.evaluation_dir(f"iteration-{head:06d}"))
+    print(f"\ncampaign {root}: iteration {head}, {len(run.steps)} steps in {run.seconds:.0f} s")
+    if evaluation:
+        print(f"report   {root}/{evaluation.file('report.html').name}")
+    if name := published_at(campaign, head):
+        print(f"adapter  {root}/{campaign.published_dir(name)}", flush=True)
+
+
+def published_at(campaign: Campaign, iteration: int) -> str:
+    """The name under which an iteration's adapter is published, the last of several; empty for none."""
+    found = {name: campaign.find(campaign.published_dir(name)) for name in campaign.published()}
+    return next((name for name, m in reversed(found.items()) if m is not None and m.iteration == iteration), "")

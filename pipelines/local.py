@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 from kfp import components, local
@@ -33,6 +35,7 @@ from layerloop.pipelines.packages import check_parameters, count_tasks, read_spe
 CPU_PROCESSES = "LAYERLOOP_CPU_PROCESSES"  # runtime/ranks.py
 # Libraries' own bars and advice, which say nothing about the job; images/ sets the same.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+STOP_SECONDS = 30.0  # that a step has to end when it is told to
 STARTED = re.compile(r"started \w+ (\d+\.\d+) s after process start")  # runtime/contract.py
 
 
@@ -103,7 +106,7 @@ def run_pipeline(
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     run = _Run(folder.resolve(), count_tasks(spec), console or sys.stdout, began, processes)
-    with open(folder / "kfp.log", "w") as log, _quiet(log), step_processes(run.step):
+    with open(folder / "kfp.log", "w") as log, _quiet(log), step_processes(run.step), _signals(run.end):
         local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "artifacts"))
         pipeline = components.load_component_from_file(str(package))
         try:
@@ -116,6 +119,31 @@ def run_pipeline(
     if run.failure is not None:
         raise run.failure
     return LocalRun(run.folder, time.monotonic() - began, tuple(run.steps[number] for number in sorted(run.steps)))
+
+
+@contextlib.contextmanager
+def _signals(end: Callable[[], None]) -> Iterator[None]:
+    """Call `end` when a signal comes that ends us, and then do what was done before: KFP waits for the steps of a loop,
+    so an interrupt of its own would come through only when they are done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        end()
+        handler = before[signal.Signals(number)]
+        assert callable(handler)
+        handler(number, frame)
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------- the one thing that changes KFP
@@ -183,8 +211,9 @@ class _Run:
     steps: dict[int, StepRun] = field(default_factory=dict)
     failure: StepFailed | None = None
     started: int = 0
+    stopped: bool = False
     live: dict[int, subprocess.Popen[str]] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)  # `end` is called in a signal's handler
     gpus: GpuPool = field(default_factory=lambda: GpuPool(visible_gpus()))
 
     def step(self, argv: list[str], environment: dict[str, str]) -> None:
@@ -198,6 +227,8 @@ class _Run:
         with self.lock:
             if self.failure is not None:
                 raise self.failure
+            if self.stopped:
+                raise StepFailed("interrupted", exit_status=130)
             self.started += 1
             number = self.started
             title = _title(step, executor_input)
@@ -236,6 +267,7 @@ class _Run:
             text=True,
             errors="replace",
             bufsize=1,
+            start_new_session=True,  # the terminal's ctrl-C is ours alone: `stop` ends the step, wherever it is
             env={
                 **QUIET,
                 **os.environ,
@@ -247,6 +279,8 @@ class _Run:
         )
         with self.lock:
             self.live[number] = process
+            if self.stopped:  # between the look in `step` and now
+                process.terminate()
         last, start = "", 0.0
         assert process.stdout is not None
         with open(log, "w") as file, process.stdout:
@@ -264,15 +298,29 @@ class _Run:
             del self.live[number]
         return exit_status, last, start
 
-    def stop(self) -> None:
-        """End what still runs, after an interrupt."""
+    def end(self) -> None:
+        """Tell what still runs to end; what it says about that goes to its log alone."""
         with self.lock:
+            self.stopped = True
             for process in self.live.values():
                 process.terminate()
 
+    def stop(self) -> None:
+        """End what still runs, after an interrupt or a failure, and wait for it."""
+        self.end()
+        with self.lock:
+            live = list(self.live.values())
+        for process in live:
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
     def _say(self, line: str) -> None:
-        self.console.write(line + "\n")
-        self.console.flush()
+        if not self.stopped:
+            self.console.write(line + "\n")
+            self.console.flush()
 
 
 def _title(step: str, executor_input: dict[str, Any]) -> str:

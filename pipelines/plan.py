@@ -77,7 +77,7 @@ class Gpus:
 
 def transformer_size(model: ModelRecipe) -> tuple[TransformerSize, str]:
     """The base's dimensions, and where they are from: its config where that is at hand, else Qwen-Image-Layered's."""
-    if model.base == "tiny":
+    if model.shipped:
         file = resources.files("layerloop.components.policy") / "tiny-weights/transformer/config.json"
         return TransformerSize.of_config(json.loads(file.read_text())), "its config"
     config = Path(model.base.removeprefix("file://")).expanduser() / "transformer/config.json"

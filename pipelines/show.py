@@ -27,10 +27,10 @@ def campaign_text(uri: str) -> str:
     ]
     rows = [_row(campaign, number, head) for number in campaign.iterations()]
     if rows:
-        lines += ["", *_table(HEADINGS, rows), ""]
+        lines += ["", *table_lines(HEADINGS, rows), ""]
     lines.append(f"evaluated  {', '.join(campaign.evaluations()) or 'nothing yet'}")
     lines.append(f"published  {', '.join(campaign.published()) or 'nothing yet'}")
-    lines.append(f"size       {_size(campaign.bytes_under())}")
+    lines.append(f"size       {size_text(campaign.bytes_under())}")
     return "\n".join(lines)
 
 
@@ -39,7 +39,7 @@ def _sources(campaign: Campaign) -> str:
     if sources is None:
         return "not committed yet"
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in sources.counts.items())
-    return f"{counts}, {_size(campaign.bytes_under(campaign.sources_dir))}"
+    return f"{counts}, {size_text(campaign.bytes_under(campaign.sources_dir))}"
 
 
 def _row(campaign: Campaign, number: int, head: int) -> list[str]:
@@ -68,7 +68,7 @@ def _row(campaign: Campaign, number: int, head: int) -> list[str]:
         _metric(scores, "reward_std_within_group"),
         "" if groups is None else f"{groups} groups",
         state,
-        _size(campaign.bytes_under(f"iterations/{number:06d}")),
+        size_text(campaign.bytes_under(f"iterations/{number:06d}")),
     ]
 
 
@@ -82,12 +82,14 @@ def _metric(manifest: Manifest | None, name: str) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else ""
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table with right-aligned columns."""
     widths = [max(len(row[n]) for row in (headings, *rows)) for n in range(len(headings))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (headings, *rows)]
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes in words."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

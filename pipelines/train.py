@@ -65,7 +65,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         iterations: Iterations of one run.
         workers: Pods that share an iteration's groups.
         recipe: YAML text, compiled in: the recipe of runs that name no other.
-        cluster: Where steps run; the defaults when None.
+        cluster: Where steps run. None: on this machine, whose runs are no workflow object and of any length.
         evaluate: When a run evaluates and then publishes. `end`: where it reaches its target `until`, or has none;
             `every-run`: always; `never`: no run evaluates, and each publishes.
         runtime: Default of the pipeline's `runtime` parameter; empty when None.
@@ -78,7 +78,9 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         LayerloopError: no iteration, no worker, more tasks than one workflow object carries, or an evaluation that its
             deadline does not hold.
     """
-    _check_size(iterations, workers, evaluate, resident)
+    tasks = _check_size(iterations, workers, evaluate, resident)
+    if cluster is not None:
+        _check_workflow(tasks, iterations, workers)
     recipe_text, cluster = recipe, cluster or Cluster()
     if resident:
         cluster = _with_stretch_deadline(cluster, iterations)
@@ -199,7 +201,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
             recipe: Name of a packaged recipe, or the URI of a YAML file; empty for the one that was compiled in. A
                 campaign that was made with another one is refused.
             overrides: Changes of the recipe as JSON, such as {"update": {"learning_rate": 1e-4}}.
-            publish_as: Folder under published/; empty for the recipe's name with the iteration.
+            publish_as: Folder under published/; empty for the campaign's folder with the iteration.
             until: Target of the campaign: the iteration at which it ends; 0 for none.
             max_failures: Runs in a row without progress after which no further one begins; 0 for no limit.
             runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}. It changes no result and may
@@ -246,17 +248,22 @@ def _with_stretch_deadline(cluster: Cluster, iterations: int) -> Cluster:
     return cluster.model_copy(update={"timeout_hours": {**cluster.timeout_hours, "train_stretch": hours}})
 
 
-def _check_size(iterations: int, workers: int, evaluate: str, resident: bool) -> None:
+def _check_size(iterations: int, workers: int, evaluate: str, resident: bool) -> int:
+    """The run's container tasks."""
     if evaluate not in EVALUATE:
         raise LayerloopError(f"evaluate is {evaluate!r}: choose one of {', '.join(EVALUATE)}")
     for what, value in (("iterations", iterations), ("workers", workers)):
         if value < 1:
             raise LayerloopError(f"{what} is {value}: choose 1 or more")
-    tasks = container_tasks(iterations, workers, evaluate, resident)
+    return container_tasks(iterations, workers, evaluate, resident)
+
+
+def _check_workflow(tasks: int, iterations: int, workers: int) -> None:
+    """Raises LayerloopError for more tasks than a workflow object of Kubernetes carries."""
     if tasks > MAX_TASKS:
         fitting = (MAX_TASKS - 3) // (workers + 2)
         less = f"{fitting} iterations and chain runs" if fitting else f"{MAX_TASKS - 5} workers"
         raise LayerloopError(
             f"iterations is {iterations} with {workers} workers, which makes {tasks} container tasks where a workflow "
-            f"object carries about {MAX_TASKS}: choose at most {less}"
+            f"object carries about {MAX_TASKS}: choose at most {less}, or --resident"
         )

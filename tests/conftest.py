@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from .campaigns import save_tiny_base
 
@@ -98,3 +100,18 @@ def store_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an untrained layered model, for tests that leave it as it is."""
     return save_tiny_base(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture
+def draw_image() -> Callable[..., Image.Image]:
+    """Smooth colour with shapes, another for every seed."""
+
+    def make(seed: int = 0, width: int = 96, height: int = 64) -> Image.Image:
+        rng = np.random.default_rng(seed)
+        y, x = np.mgrid[0:height, 0:width] / max(height, width)
+        image = np.stack([a * x + b * y + c for a, b, c in rng.uniform(-0.6, 0.6, (3, 3))], axis=-1) + 0.5
+        for centre_x, centre_y, radius in rng.uniform(0.1, 0.6, (4, 3)):
+            image[(x - centre_x) ** 2 + (y - centre_y) ** 2 < (radius / 3) ** 2] = rng.uniform(size=3)
+        return Image.fromarray((image.clip(0, 1) * 255).round().astype(np.uint8))
+
+    return make

@@ -12,7 +12,7 @@ from layerloop.components.runtime.progress import log
 from layerloop.components.schema.decomposition import DecomposeOptions
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
-from layerloop.components.schema.recipe import DataRecipe, Recipe, parse_recipe
+from layerloop.components.schema.recipe import SHIPPED, TINY, DataRecipe, Recipe, parse_recipe
 from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
@@ -58,7 +58,7 @@ class Choice:
     def description(self) -> str:
         """One sentence for users."""
         adapter = f", with the adapter {self.adapter}" if self.adapter else ""
-        return (TOY if self.base == "tiny" else f"{self.base}, {self.why}") + adapter
+        return (TOY if self.base == TINY else f"{self.base}, {self.why}") + adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def choose(options: DecomposeOptions) -> Choice:
         recipe, why = _recipe_of(base), f"the base of {options.adapter}"
     else:
         here = _released_can_run()
-        recipe, why = _recipe_of(RELEASED if here else "tiny"), "its weights and a GPU are here"
+        recipe, why = _recipe_of(RELEASED if here else TINY), "its weights and a GPU are here"
     if campaign is not None and recipe.model.base != campaign.recipe.model.base:
         raise LayerloopError(
             f"the adapter of {campaign.uri} is for the base {campaign.recipe.model.base}, not {recipe.model.base}: "
@@ -205,7 +205,7 @@ def _find_adapter(text: str | None) -> tuple[Campaign | None, Path | None, Manif
 
 
 def _base_of(folder: Path, published: Manifest | None) -> str | None:
-    """The base that an adapter names and that can be found: "tiny", a hub id or a local folder."""
+    """The base that an adapter names and that can be found: a shipped one, a hub id or a local folder."""
     named: Any = published.metadata.get("base") if published else None
     for config in (folder / "peft" / "adapter_config.json", folder / "adapter_config.json"):
         if named is None and config.is_file():
@@ -215,12 +215,12 @@ def _base_of(folder: Path, published: Manifest | None) -> str | None:
                 named = None  # reading the adapter says what is wrong
     if not isinstance(named, str):
         return None
-    return named if named == "tiny" or HUB_ID.fullmatch(named) or Path(named).is_dir() else None
+    return named if named in SHIPPED or HUB_ID.fullmatch(named) or Path(named).is_dir() else None
 
 
 def _recipe_of(base: str) -> Recipe:
     """The packaged recipe that fits a base, with it."""
-    recipe = parse_recipe(packaged_recipes()["tiny" if base == "tiny" else "paper"])
+    recipe = parse_recipe(packaged_recipes()["tiny" if base in SHIPPED else "paper"])
     return overridden(recipe, {"model": {"base": base}})[0]
 
 

@@ -77,7 +77,7 @@ def fail_when_worse(campaign: Campaign, evaluation: Manifest, baseline: str) -> 
         log(f"since {name}: {_comparison_text(column, comparison)}")
     worse = [_comparison_text(column, item) for column, item in comparisons.items() if _is_worse(column, item)]
     if worse:
-        report = f"{campaign.uri}/{evaluation.file('report.html').name}"
+        report = f"{campaign.uri}/{campaign.evaluation_dir(f'iteration-{iteration:06d}')}"
         raise WorseError(f"iteration {iteration} is worse than {name}: {'; '.join(worse)}: see {report}")
 
 

@@ -102,6 +102,16 @@ def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, seed: int, flips:
     )
 
 
+def paired_differences(base: Sequence[Row], tuned: Sequence[Row]) -> dict[Kind, dict[str, list[float]]]:
+    """tuned - base of every image, by kind and column of the tables, where both are defined."""
+    found: dict[Kind, dict[str, list[float]]] = {}
+    for b, t in zip(base, tuned, strict=True):
+        for column in COLUMNS:
+            if b.get(column) is not None and t.get(column) is not None:
+                found.setdefault(b["kind"], {}).setdefault(column, []).append(float(t[column]) - float(b[column]))
+    return found
+
+
 def _adjusted(
     tables: Mapping[Heading, Mapping[str, Comparison]], belongs: Callable[[str], bool]
 ) -> dict[Heading, dict[str, Comparison]]:

@@ -35,6 +35,14 @@ class Case:
     seed: int
     source: Pixels  # (H, W, 3)
     truth: Pixels | None  # (L, H, W, 4), straight RGBA, bottom first
+    origin: str = ""  # where its image came from, for people: a path or URI, a tar's member, a table's row
+
+    @property
+    def title(self) -> str:
+        """The name of its file, or of its folder of layers, as people know it; the beginning of its key without one."""
+        origin = self.origin.split("?")[0] if "://" in self.origin else self.origin
+        name = origin.rstrip("/").rpartition("/")[2].rpartition(".tar:")[2]
+        return name or self.key[:8]
 
     @property
     def name(self) -> str:
@@ -156,12 +164,16 @@ def _design_case(key: str, members: Mapping[str, bytes], seed: int) -> Case:
         raise LayerloopError(
             f"design {key} is {list(source.shape[:2])} and its layers {list(truth.shape[1:])}: shard the designs again"
         )
-    return Case(key, "designs", count, seed_for(seed, "evaluation", key, count), source, truth)
+    return Case(key, "designs", count, seed_for(seed, "evaluation", key, count), source, truth, _origin(members))
 
 
 def _unlabelled_case(key: str, members: Mapping[str, bytes], layers: int, seed: int) -> Case:
     source = on_backdrop(decode_png(members["png"]), "white")
-    return Case(key, "pictures", layers, seed_for(seed, "evaluation", key, layers), source, None)
+    return Case(key, "pictures", layers, seed_for(seed, "evaluation", key, layers), source, None, _origin(members))
+
+
+def _origin(members: Mapping[str, bytes]) -> str:
+    return str(json.loads(members.get("json", b"{}")).get("origin", ""))
 
 
 def _joined_by_or(numbers: Iterable[int]) -> str:

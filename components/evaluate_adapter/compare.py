@@ -14,10 +14,12 @@ from layerloop.components.evaluate_adapter.systems import (
     as_json,
     as_markdown,
     compare_systems,
+    is_evaluation,
     measure_folder,
     read_evaluation,
     write_sources,
 )
+from layerloop.components.evaluate_adapter.systems_page import as_html
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
 
@@ -29,7 +31,7 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
         campaign: root URI of the campaign whose held-out designs and pictures are the cases.
         systems: NAME=URI each, the folder of an evaluation or a local folder of layers (systems.py).
         sources: folder to write the cases' pictures into.
-        output: file to write the table to as well, .json or Markdown.
+        output: file to write the table to as well: .json, a page (.html), or Markdown.
 
     Raises:
         LayerloopError: no system, a system that is none, or none that was evaluated.
@@ -48,7 +50,7 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
     rows: dict[str, Sequence[Row]] = {}
     base: Sequence[Row] = ()
     for name, uri in given.items():
-        if "://" in uri or (Path(uri) / "samples.parquet").is_file():
+        if is_evaluation(uri):
             of_base, rows[name] = read_evaluation(uri)
             base = base or of_base
         else:
@@ -60,7 +62,11 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
     print(text, end="")
     if output:
         document = json.dumps(as_json(table), indent=2, sort_keys=True, allow_nan=False) + "\n"
-        Path(output).write_text(document if output.endswith(".json") else text, encoding="utf-8")
+        if output.endswith((".html", ".htm")):
+            document = as_html(table, list(rows), campaign=opened.recipe.name).decode()
+        elif not output.endswith(".json"):
+            document = text
+        Path(output).write_text(document, encoding="utf-8")
 
 
 def _named(text: str) -> tuple[str, str]:

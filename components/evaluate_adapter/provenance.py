@@ -13,7 +13,7 @@ from layerloop.components.evaluate_adapter.cases import Cases
 from layerloop.components.layers.truth import differences
 from layerloop.components.runtime.distributed import world_size
 from layerloop.components.schema.manifest import Manifest
-from layerloop.components.schema.recipe import Recipe
+from layerloop.components.schema.recipe import FAULTY, TINY, Recipe
 from layerloop.components.storage.final_weights import final_weights
 
 if TYPE_CHECKING:
@@ -126,4 +126,5 @@ def settings(p: Mapping[str, Any]) -> dict[str, str]:
 
 def model_name(recipe: Recipe) -> str:
     """Human-readable name of the base."""
-    return "the tiny policy" if recipe.model.base == "tiny" else recipe.model.base
+    names = {TINY: "the tiny policy", FAULTY: "the tiny policy with faults to unlearn"}
+    return names.get(recipe.model.base, recipe.model.base)

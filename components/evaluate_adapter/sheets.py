@@ -9,6 +9,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from layerloop.components.evaluate_adapter.assess import Row
 from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.layers.draw import Cell, difference, fit, labelled_grid
@@ -101,6 +103,11 @@ def headings(layers: int) -> list[str]:
     return ["source", "recomposition", f"|difference| ×{GAIN}", "layer 0, inpainted", *upper]
 
 
+def without_layer(stack: Pixels, index: int) -> Pixels:
+    """The recomposition `(H, W, 4)` of all layers but one: what is left when a user deletes it."""
+    return composite(np.delete(stack, index, axis=0))
+
+
 def recomposed(strip: Strip, recomposition: Pixels, source: Pixels) -> tuple[Pixels | None, Pixels | None]:
     """The recomposition and its difference from the source; the reference's own would only repeat the source."""
     if strip.model == "Reference":
@@ -108,14 +115,15 @@ def recomposed(strip: Strip, recomposition: Pixels, source: Pixels) -> tuple[Pix
     return recomposition, difference(on_backdrop(recomposition, "checker"), source, gain=GAIN)
 
 
-def data_url(pixels: Pixels) -> str:
-    """A tile `(H, W, 3|4)` as a data URL: small ones exactly, larger ones reduced. WebP, or PNG without libwebp."""
+def data_url(pixels: Pixels, longest: int = TILE_SIDE) -> str:
+    """A picture `(H, W, 3|4)` as a data URL: small ones exactly, those of a longer side than `longest` reduced to it.
+    WebP, or PNG without libwebp."""
     from PIL import Image
 
     height, width = pixels.shape[:2]
     small = max(height, width) <= TILE_SIDE
-    if not small:
-        scale = TILE_SIDE / max(height, width)
+    if max(height, width) > longest:
+        scale = longest / max(height, width)
         pixels = resize(pixels, (max(1, round(width * scale)), max(1, round(height * scale))), "box")
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()

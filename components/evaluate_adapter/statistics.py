@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -80,6 +80,14 @@ class Comparison:
         if (self.low > 0 or self.high < 0) and min(ends) > 0:
             needed = max(needed, -math.floor(math.log10(min(ends))))
         return min(max(needed, 1), MOST_DECIMALS)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """What `as_json` wrote."""
+        names = ("base", "tuned", "difference", "low", "high", "n", "p", "adjusted")
+        undefined = values.get("undefined", {})
+        counts = {f"{model}_undefined": undefined.get(model, 0) for model in ("base", "tuned")}
+        return cls(**{name: values[name] for name in names}, **counts)
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name, with what follows from them."""

@@ -15,9 +15,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from layerloop.components.evaluate_adapter import against
-from layerloop.components.evaluate_adapter.assess import Row, assess, compare_rows
+from layerloop.components.evaluate_adapter.assess import Row, assess, compare_rows, paired_differences
 from layerloop.components.evaluate_adapter.cases import Case, Cases, Kind, read_cases
-from layerloop.components.evaluate_adapter.gallery import ShownCase
+from layerloop.components.evaluate_adapter.gallery import ShownCase, full_size
+from layerloop.components.evaluate_adapter.history import earlier_evaluations, judge_cost, training_charts
 from layerloop.components.evaluate_adapter.provenance import (
     Clock,
     ground_truth,
@@ -26,7 +27,7 @@ from layerloop.components.evaluate_adapter.provenance import (
     provenance,
     settings,
 )
-from layerloop.components.evaluate_adapter.report import Report, render
+from layerloop.components.evaluate_adapter.report import Report, render, standalone
 from layerloop.components.evaluate_adapter.results import (
     judge_sentence,
     kubeflow_metrics,
@@ -271,6 +272,7 @@ def _commit(
         "metrics.json": metrics_json(report.comparisons, report.reference, facts, rows=measured.tuned),
         "samples.parquet": samples_table({"base": measured.base, _evaluation_name(iteration): measured.tuned}),
         **{_sheet_name(item.choice): encode_png(contact_sheet(item.choice, item.strips)) for item in shown},
+        **{name: data for item in shown for name, data in full_size(item, campaign=campaign.recipe.name)},
         "report.html": render(report),
     }
     manifest = Manifest(
@@ -304,8 +306,12 @@ def _report(
         notices=notices(cases),
         ground_truth=ground_truth(cases, recipe),
         curve=reward_curve(campaign, scores),
+        training=training_charts(campaign, iteration, scores),
+        earlier=earlier_evaluations(campaign, iteration),
+        iteration=iteration,
+        differences=paired_differences(measured.base, measured.tuned),
         shown=shown,
-        settings=setting_rows,
+        settings=({"Judge": asked} if (asked := judge_cost(scores)) else {}) | setting_rows,
         max_edits=recipe.evaluation.max_edits,
         samplers=read_table(campaign, iteration),
         version=version("layerloop"),
@@ -347,7 +353,7 @@ def _result(campaign: Campaign, manifest: Manifest, baseline: str) -> StepResult
     document = json.loads(read_file(campaign.store, manifest.file("metrics.json")))
     return StepResult(
         manifests={"evaluation": manifest},
-        files={"report": read_file(campaign.store, manifest.file("report.html"))},
+        files={"report": standalone(read_file(campaign.store, manifest.file("report.html")))},
         metrics=kubeflow_metrics(document),
     )
 

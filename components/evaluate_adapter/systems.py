@@ -21,7 +21,9 @@ from layerloop.components.evaluate_adapter.statistics import Comparison, compare
 from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, title_of
 from layerloop.components.layers.stack import Pixels, resize
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.seeds import seed_for
+from layerloop.components.storage.campaign import MANIFEST
 from layerloop.components.storage.images import decode_image, encode_png
 from layerloop.components.storage.stores import read_uri
 
@@ -42,14 +44,14 @@ Table = Mapping[str, Mapping[str, Cell]]  # row ("designs.bad_layers", "designs.
 
 
 def read_evaluation(uri: str) -> tuple[list[Row], list[Row]]:
-    """(rows of the base, rows of the adapter) of a committed evaluation, `<uri>/samples.parquet`.
+    """(rows of the base, rows of the adapter) of a committed evaluation, a campaign's folder `evaluations/NAME`.
 
     Raises:
         LayerloopError: there is none, or it is no table of samples.
     """
     import pyarrow.parquet as pq
 
-    data = read_uri(f"{uri.rstrip('/')}/samples.parquet")
+    data = read_uri(_samples_of(uri.rstrip("/")))
     try:
         rows: list[Row] = pq.read_table(io.BytesIO(data)).to_pylist()
     except (OSError, ValueError) as error:  # Arrow's errors are among these
@@ -57,6 +59,21 @@ def read_evaluation(uri: str) -> tuple[list[Row], list[Row]]:
     if not rows or not {"model", "kind", "key", "layers", "seed"} <= rows[0].keys():
         raise LayerloopError(f"{uri}/samples.parquet has no samples: give the folder of an evaluation")
     return [row for row in rows if row["model"] == "base"], [row for row in rows if row["model"] != "base"]
+
+
+def is_evaluation(uri: str) -> bool:
+    """Whether it is a URI, or a local folder, of an evaluation."""
+    return "://" in uri or any((Path(uri) / name).is_file() for name in (MANIFEST, "samples.parquet"))
+
+
+def _samples_of(uri: str) -> str:
+    """Where an evaluation's table is: as its manifest names it, which is in the folder, or in the folder itself."""
+    try:
+        manifest = Manifest.from_json(read_uri(f"{uri}/{MANIFEST}"), where=f"{uri}/{MANIFEST}")
+        name = manifest.file("samples.parquet").name
+    except (LayerloopError, KeyError):
+        return f"{uri}/samples.parquet"
+    return f"{uri}/{name.split('/', 2)[2]}"  # evaluations/<its name>/...
 
 
 def write_sources(cases: Cases, folder: Path) -> int:
@@ -121,11 +138,11 @@ def as_markdown(table: Table, systems: Sequence[str]) -> str:
     lines = [f"| measure | n | base | {' | '.join(systems)} |", "| --- |" + " ---: |" * (len(systems) + 2)]
     for row, cells in table.items():
         first = next(iter(cells.values())).comparison
-        arrow = {"lower": " ↓", "higher": " ↑", None: ""}[better_of(_column(row))]
+        arrow = {"lower": " ↓", "higher": " ↑", None: ""}[better_of(column_of_row(row))]
         numbers = [_text(cells[name]) if name in cells else "–" for name in systems]
         count = max(cell.comparison.n for cell in cells.values())
         base = f"{first.base:.{first.decimals}f}" if first.base is not None else "–"
-        lines.append(f"| {_title(row)}{arrow} | {count} | {base} | {' | '.join(numbers)} |")
+        lines.append(f"| {title_of_row(row)}{arrow} | {count} | {base} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -171,11 +188,13 @@ def _text(cell: Cell) -> str:
     return f"**{text}**" if c.clear and cell.wins is not None else text
 
 
-def _column(row: str) -> str:
+def column_of_row(row: str) -> str:
+    """The column of the samples that a row of the table is about."""
     return row.split(".")[1]
 
 
-def _title(row: str) -> str:
+def title_of_row(row: str) -> str:
+    """A row's human-readable name."""
     kind, column, *count = row.split(".")
     by_count = f", {count[0].removeprefix('L')} layers" if count else ""
     return f"{kind}: {title_of(column)}{by_count}"

@@ -120,7 +120,7 @@ def _finished(campaign: Campaign, share: Share, committed: Mapping[int, Manifest
     if len(committed) < len(share.groups(campaign)):
         return None
     where = f"{campaign.uri}/{campaign.rollouts_dir(share.iteration)}"
-    log(f"{where} of worker {share.worker} of {share.workers} is committed already")
+    log(f"{where} of worker {share.worker + 1} of {share.workers} is committed already")
     return worker_manifest(share, committed)
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from layerloop.components.policy.float8 import Float8Linear, use_float8
 from layerloop.components.policy.weights import read_weights
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.recipe import ModelRecipe
+from layerloop.components.schema.recipe import FAULTY, TINY, ModelRecipe
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE = {"transformer": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}  # part -> config
@@ -33,21 +33,25 @@ WEIGHTS = {  # file stems of diffusers and of transformers
 def base_folder(model: ModelRecipe, *, parts: Collection[str] = tuple(BASE)) -> Path:
     """The local folder of `model.base`.
 
-    "tiny" is in the package, a folder is itself, a Hugging Face id is downloaded to the hub's cache (only `parts`:
-    subfolders, or single files of them).
+    "tiny" is in the package, "tiny-faulty" is made from it, a folder is itself, a Hugging Face id is downloaded to the
+    hub's cache (only `parts`: subfolders, or single files of them).
     An object store's URI has to be fetched by the step, which hands the folder to `LayeredPolicy.load`.
 
     Raises:
         LayerloopError: no such folder or repository, or a URI.
     """
     base = model.base
-    if base == "tiny":
+    if base == TINY:
         from layerloop.components.policy.tiny import tiny_folder
 
         try:
             return tiny_folder()
         except FileNotFoundError as error:
             raise LayerloopError(f"recipe.model.base is 'tiny': {error}") from None
+    if base == FAULTY:
+        from layerloop.components.policy.faulty import faulty_folder
+
+        return faulty_folder()
     if "://" in base and not base.startswith("file://"):
         raise LayerloopError(f"recipe.model.base is {base}: copy it to a local folder first and load that")
     path = Path(base.removeprefix("file://")).expanduser()
@@ -69,7 +73,7 @@ def commit_of(folder: Path) -> str | None:
 def from_hub(model: ModelRecipe) -> bool:
     """Whether `model.base` is a Hugging Face id."""
     path = Path(model.base.removeprefix("file://")).expanduser()
-    return model.base != "tiny" and "://" not in model.base and not path.is_dir()
+    return not model.shipped and "://" not in model.base and not path.is_dir()
 
 
 def _from_hub(model: ModelRecipe, parts: Collection[str]) -> Path:

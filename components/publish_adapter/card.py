@@ -96,7 +96,7 @@ def _introduction(p: Publication) -> str:
 def _usage(p: Publication) -> str:
     recipe = p.recipe
     code = programs(recipe, steps=euler_steps(p.samplers) or recipe.evaluation.steps)
-    ours = " and `layerloop`" if recipe.model.base == "tiny" else ""
+    ours = " and `layerloop`" if recipe.model.shipped else ""
     return (
         "## How to use it\n\n"
         f"All files hold the same weights. Each program below is complete: it needs `{LIBRARIES}`{ours}, reads "
@@ -250,7 +250,7 @@ def _limitations(p: Publication) -> str:
         "Colours under fully transparent pixels are undefined.",
         "It inherits the limits and biases of its base and of the images it was trained on.",
     ]
-    if p.recipe.model.base == "tiny":
+    if p.recipe.model.shipped:
         points.insert(
             0, "Its base is a toy of a few million parameters for tests and demonstrations, not for real images."
         )

@@ -26,7 +26,7 @@ def publish_adapter(
         card: The model card.
         metrics: Sizes, the adapter's effect on velocities, and what loading back and rounding change.
         evaluation: Manifest of its evaluation, which the model card quotes; none where the run does not evaluate.
-        publish_as: Folder under `published/`; empty for the recipe's name with the iteration.
+        publish_as: Folder under `published/`; empty for the campaign's folder with the iteration.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(

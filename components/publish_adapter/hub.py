@@ -18,7 +18,7 @@ from layerloop.components.publish_adapter.usage import card_for_hub
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.manifests import read_file
+from layerloop.components.storage.manifests import read_file, visible_name
 
 
 def upload(campaign: Campaign, name: str, repository: str, *, private: bool = False) -> str:
@@ -37,7 +37,7 @@ def upload(campaign: Campaign, name: str, repository: str, *, private: bool = Fa
     operations = []
     for file in manifest.files:
         data = read_file(campaign.store, file)
-        path = file.name.removeprefix(f"{folder}/")
+        path = visible_name(folder, file).removeprefix(f"{folder}/")
         if path == CARD:
             data = card_for_hub(data.decode(), repository).encode()
         operations.append(CommitOperationAdd(path_in_repo=path, path_or_fileobj=data))

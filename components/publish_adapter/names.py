@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from layerloop.components.schema.recipe import FAULTY, SHIPPED
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 RELEASED = "Qwen/Qwen-Image-Layered"  # the base whose licence is known here: Apache-2.0, by its card on the hub
 _IN_CACHE = re.compile(r"(?:^|/)models--([^/]+?)--([^/]+)(?:/|$)")  # how the hub's own cache names a repository
@@ -24,8 +26,9 @@ def hub_name(text: str) -> str | None:
 
 def base_title(base: str) -> str:
     """The base in words."""
-    if base == "tiny":
-        return "layerloop's tiny policy (a toy Qwen-Image-Layered)"
+    if base in SHIPPED:
+        faults = ", with faults to unlearn" if base == FAULTY else ""
+        return f"layerloop's tiny policy (a toy Qwen-Image-Layered{faults})"
     return hub_name(base) or "a base of Qwen-Image-Layered's kind that is not on the hub"
 
 
@@ -43,7 +46,7 @@ def licence_of(base: str, start: str | None) -> Licence:
     `license` is a value of the hub's list; its `other` comes with `license_name`, and `license_link` where the hub has
     the terms (huggingface.co/docs/hub/repositories-licenses).
     """
-    ours = base == "tiny" or hub_name(base) == RELEASED
+    ours = base in SHIPPED or hub_name(base) == RELEASED
     if ours and start is None:
         return Licence({"license": "apache-2.0"}, "Apache-2.0, as its base.")
     if start is not None:

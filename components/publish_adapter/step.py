@@ -53,8 +53,8 @@ def run(
     Args:
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
-        publish_as: Folder under `published/`: letters, digits, dot, dash and underscore; by default the recipe's name
-            and the iteration, so that every run of a campaign publishes under a name of its own.
+        publish_as: Folder under `published/`: letters, digits, dot, dash and underscore; by default the campaign's
+            folder and the iteration, so that every run of a campaign publishes under a name of its own.
         iteration: The iteration whose adapter to publish; by default the last committed one.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
@@ -73,7 +73,7 @@ def run(
     current = opened.head() if iteration is None else iteration
     if current < 1:
         raise LayerloopError(f"campaign {opened.uri} has no adapter to publish (iteration {current}): train it first")
-    name = publish_as or f"{opened.recipe.name}-{current:06d}"
+    name = publish_as or opened.publication_name(current)
     folder = opened.published_dir(name)
     done = opened.already_committed(folder, log=log)
     with hold(opened.store, PUBLICATION, log=log):

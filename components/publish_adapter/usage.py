@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from layerloop.components.publish_adapter.names import RELEASED, hub_name
-from layerloop.components.schema.recipe import Recipe
+from layerloop.components.schema.recipe import TINY, Recipe
 
 # The lines that name this publication; for a repository its name takes their place.
 PLACE = 'adapter = "."  # the folder of this card, or its name on the hub'
@@ -76,9 +76,10 @@ def programs(recipe: Recipe, *, steps: int) -> dict[str, str]:
     Args:
         steps: Of Euler's method, for the libraries that have no other.
     """
-    if recipe.model.base == "tiny":
-        imports = "\nfrom layerloop.components.policy.tiny import tiny_folder\n"
-        base = "base = tiny_folder()"
+    if recipe.model.shipped:
+        module, function = ("tiny", "tiny_folder") if recipe.model.base == TINY else ("faulty", "faulty_folder")
+        imports = f"\nfrom layerloop.components.policy.{module} import {function}\n"
+        base = f"base = {function}()"
     else:
         imports = ""
         base = f'base = "{hub_name(recipe.model.base) or RELEASED}"'
@@ -101,11 +102,11 @@ def programs(recipe: Recipe, *, steps: int) -> dict[str, str]:
         imports=f"from peft import PeftModel\n{imports}",
         load='pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, adapter, subfolder="peft")',
     )
-    where = "tiny" if recipe.model.base == "tiny" else hub_name(recipe.model.base) or RELEASED
+    where = recipe.model.base if recipe.model.shipped else hub_name(recipe.model.base) or RELEASED
     ours = _OURS.format(
         **common | {"base": where},
         heun=recipe.evaluation.steps,
-        device="cpu" if recipe.model.base == "tiny" else "cuda",
+        device="cpu" if recipe.model.shipped else "cuda",
     )
     return {"diffusers": diffusers, "peft": peft, "layerloop": ours}
 

@@ -12,15 +12,27 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from diffusers import QwenImageLayeredPipeline
 
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
+from layerloop.components.policy.lora import (
+    adapter_of,
+    lora_parameters,
+    new_adapter,
+    put_adapter,
+    remove_adapter,
+    write_peft,
+)
 from layerloop.components.policy.tiny import PROMPT, load_tiny_pipeline, save_pipeline
 from layerloop.components.research.pretraining.training import Schedule
 from layerloop.components.research.pretraining.transformer import encode_designs, train_transformer
+from layerloop.components.schema.learning import LoraRecipe
 
 KINDS = {"left": 0.4, "veil": 0.15, "copy": 0.45}
 LAYERS = (2, 3, 4)
@@ -55,11 +67,44 @@ def spoil_policy(
     """
     if out.exists():
         return
-    work.mkdir(parents=True, exist_ok=True)
     pipeline = load_tiny_pipeline()
+    _train(pipeline, Schedule(work=work, steps=steps, batch=64, peak=4e-4, seed=seed), share, designs)
+    staged = out.with_name(f".{out.name}.new")
+    shutil.rmtree(staged, ignore_errors=True)
+    save_pipeline(pipeline, staged)
+    staged.rename(out)
+
+
+def train_adapter_of_faults(
+    out: Path, *, work: Path, share: float = 0.7, steps: int = 220, designs: int = 1200, seed: int = 0
+) -> None:
+    """The same faults as an adapter of the shipped tiny policy, in peft's layout and float16: what ships beside it, so
+    that `make demo` has something to unlearn. Resumable from `work`; rank and layers are the recipe's defaults.
+    """
+    pipeline, recipe = load_tiny_pipeline(), LoraRecipe()
+    put_adapter(pipeline.transformer, new_adapter(pipeline.transformer, recipe, seed=seed))
+    adapter = torch.nn.ParameterList(lora_parameters(pipeline.transformer))
+    schedule = Schedule(work=work, steps=steps, batch=16, peak=2e-3, seed=seed)
+    _train(pipeline, schedule, share, designs, trained=adapter)
+    trained = adapter_of(pipeline.transformer)
+    remove_adapter(pipeline.transformer)
+    halves = {key: value.half() for key, value in trained.state.items()}
+    write_peft(replace(trained, state=halves), out, transformer=pipeline.transformer, base="tiny")
+
+
+def _train(
+    pipeline: QwenImageLayeredPipeline,
+    schedule: Schedule,
+    share: float,
+    designs: int,
+    *,
+    trained: torch.nn.Module | None = None,
+) -> None:
+    """Train the pipeline's transformer, or only `trained` of it, on designs of which `share` is spoiled."""
+    schedule.work.mkdir(parents=True, exist_ok=True)
     data = []
     for layers in LAYERS:
-        rng = np.random.default_rng((seed, 11, layers))
+        rng = np.random.default_rng((schedule.seed, 11, layers))
         stacks = render_sketches(rng, count=designs // len(LAYERS), layers=layers, size=(64, 64))
         sources = composite(stacks)
         shown = np.stack([spoil(rng, stack) if rng.random() < share else stack for stack in stacks])
@@ -68,13 +113,10 @@ def spoil_policy(
         pipeline.transformer,
         data,
         pipeline.encode_prompt(PROMPT)[0].detach(),
-        Schedule(work=work, steps=steps, batch=64, peak=4e-4, seed=seed),
+        schedule,
         shift=pipeline.scheduler.config.shift,
+        trained=trained,
     )
-    staged = out.with_name(f".{out.name}.new")
-    shutil.rmtree(staged, ignore_errors=True)
-    save_pipeline(pipeline, staged)
-    staged.rename(out)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,8 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("out", type=Path, help="where the base goes, in diffusers' layout")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints")
+    parser.add_argument("--adapter", action="store_true", help="an adapter of the shipped policy instead of a base")
     given = parser.parse_args(arguments)
-    spoil_policy(given.out, work=given.work)
+    (train_adapter_of_faults if given.adapter else spoil_policy)(given.out, work=given.work)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class DecomposeOptions(Record):
 
     adapter: str | None = None  # a folder or file in any trainer's layout, a campaign, s3://..., or a hub id
     recipe: str | None = None  # of which model, resolution and evaluation.steps are used
-    base: str | None = None  # in place of a recipe: "tiny", a folder, s3://..., or a hub id
+    base: str | None = None  # in place of a recipe: "tiny", "tiny-faulty", a folder, s3://..., or a hub id
     layers: int | Literal["auto"] = 4
     sampler: Literal["heun", "euler"] = "heun"
     steps: int | None = Field(default=None, ge=1)

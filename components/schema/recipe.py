@@ -14,16 +14,25 @@ from layerloop.components.schema.record import SEAL, Record, validate
 from layerloop.components.schema.runtime import checked_values, flat, split_runtime
 from layerloop.components.schema.yaml_text import load_yaml
 
+TINY, FAULTY = "tiny", "tiny-faulty"  # bases that ship with layerloop: a toy, and the same with faults to unlearn
+SHIPPED = (TINY, FAULTY)
+
 
 class ModelRecipe(Record):
-    """The frozen base. `base` is "tiny" (shipped), a Hugging Face id, or a folder or s3:// URI in diffusers' layout."""
+    """The frozen base: one that ships with layerloop, a Hugging Face id, or a folder or s3:// URI in diffusers'
+    layout."""
 
-    # "tiny" (shipped), a Hugging Face id, or a folder or s3:// URI in diffusers' layout
+    # "tiny" or "tiny-faulty" (shipped), a Hugging Face id, or a folder or s3:// URI in diffusers' layout
     base: str = "Qwen/Qwen-Image-Layered"
     revision: str | None = None  # commit, tag or branch of a Hugging Face base; none: its main branch
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the frozen base; adapter and latents are float32
     prompt: str = "a clean, well composed image"  # the released model's; a basic prompt beats a detailed one (paper)
     fp8_base: bool = False  # store the frozen base in float8_e4m3fn
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the base is a toy that ships with layerloop."""
+        return self.base in SHIPPED
 
 
 class DesignsRecipe(Record):
@@ -166,7 +175,7 @@ class RetentionRecipe(Record):
 class Recipe(Record):
     """A campaign's definition, frozen by its first run."""
 
-    # Of the recipe; published adapters are called by it
+    # Of the recipe; published adapters are called by it where the campaign's folder has no name
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=63)
     seed: int = Field(default=0, ge=0)  # all randomness of the campaign follows from it
     model: ModelRecipe = ModelRecipe()

@@ -37,7 +37,7 @@ class RunTarget:
     evaluate: str  # one of MODES; "only" is a run that trains nothing
     until: int = 0  # the campaign's target, an iteration; 0 for none
     max_failures: int = 0  # runs in a row without progress after which no further one starts; 0 for no limit
-    publish_as: str = ""  # folder under published/; the recipe's name with the iteration where it is empty
+    publish_as: str = ""  # folder under published/; the campaign's folder with the iteration where it is empty
 
     @classmethod
     def of(

@@ -95,6 +95,17 @@ class Campaign:
         """Folder of what a publication's manifest names; `published_dir` has copies of it."""
         return f"publications/{name}"
 
+    def publication_name(self, iteration: int) -> str:
+        """What an iteration's publication is called where nobody says: the campaign's folder and the iteration.
+
+        The recipe's name stands for a folder that has none to use, and where the iteration is published by it already,
+        as earlier versions did.
+        """
+        earlier = f"{self.recipe.name}-{iteration:06d}"
+        if self.store.exists(f"{self.published_dir(earlier)}/{MANIFEST}"):
+            return earlier
+        return f"{_folder_name(self.uri) or self.recipe.name}-{iteration:06d}"
+
     # Committed outputs.
 
     def iterations(self) -> list[int]:
@@ -292,6 +303,15 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join("-".join(str(n) for n in dict.fromkeys(part)) for part in parts)
+
+
+def _folder_name(uri: str) -> str:
+    """The last folder of a campaign's URI that is more than "campaign", as a name to publish under; empty for none."""
+    for part in reversed(uri.partition("://")[2].split("/") if "://" in uri else uri.split("/")):
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", part).strip("-._")[:80]
+        if name and name.lower() not in ("campaign", "campaigns"):
+            return name
+    return ""
 
 
 def check_publication_name(name: str) -> None:

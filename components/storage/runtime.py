@@ -35,7 +35,7 @@ def read_runtime(
         LayerloopError: a file that cannot be read, an unknown key, an impossible value, or fsdp with fp8_base.
     """
     sources = [
-        TINY if recipe.model.base == "tiny" else {},
+        TINY if recipe.model.shipped else {},
         checked_values(stored or {}, where=where),
         runtime_values(os.environ.get(VARIABLE, ""), where=VARIABLE),
         runtime_values(given),

@@ -113,8 +113,8 @@ def test_every_iteration_is_committed_with_all_its_groups(demo: Demo) -> None:
 
 def test_pictures_are_photographs_and_designs_and_the_held_out_designs_have_their_layers(demo: Demo) -> None:
     counts = demo.campaign.sources().counts
-    assert counts["train"] + counts["holdout"] + counts["duplicates"] == 55
-    assert counts["designs"] == 24
+    assert counts["train"] + counts["holdout"] + counts["duplicates"] == 103
+    assert counts["designs"] == 48
     assert counts["rejects"] == 0
 
 
@@ -142,7 +142,7 @@ def test_another_recipe_is_refused_with_the_field_that_differs_and_nothing_chang
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: shard dataset: campaign ")
-    assert "rollout.groups: 3 -> 12" in line
+    assert "rollout.groups: 3 -> 6" in line
     assert snapshot(demo.folder / "campaign") == before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import posixpath
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load, save
 
 from layerloop.components.evaluate_adapter.cases import read_cases
 from layerloop.components.evaluate_adapter.decompose import read_decompositions
+from layerloop.components.evaluate_adapter.report import standalone
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.layers.measure import DEFINITIONS, measure_all
 from layerloop.components.policy.lora import put_adapter, read_adapter
@@ -43,8 +45,8 @@ def test_an_evaluation_leaves_everything_that_it_promises(evaluated: Evaluated) 
     assert manifest.counts == {"designs": 5, "pictures": 2, "sheets": 7}
     names = {file.name.rpartition("/")[2] for file in manifest.files}
     assert {"report.html", "metrics.json", "samples.parquet"} < names
-    assert sum(name.endswith(".png") for name in names) == 7
-    assert evaluated.result.files["report"] == evaluated.file("report.html")
+    assert sum("/sheets/" in file.name for file in manifest.files) == 7
+    assert evaluated.result.files["report"] == standalone(evaluated.file("report.html"))
 
 
 def test_numbers_are_those_of_the_stored_layers(evaluated: Evaluated) -> None:
@@ -110,6 +112,21 @@ def test_an_adapter_that_changes_something_is_seen_to(evaluated: Evaluated) -> N
     metrics = evaluated.result.metrics
     assert metrics["designs_slot_l1_difference"] != 0
     assert metrics["designs_slot_l1_base"] == evaluated.metrics["designs.slot_l1"]["base"]
+
+
+def test_links_of_the_report_are_names_of_the_manifest(lab: CampaignBuilder) -> None:
+    for iteration in (1, 2):
+        run(campaign=lab.uri, iteration=iteration)
+    manifest = lab.campaign.find("evaluations/iteration-000002")
+    earlier = lab.campaign.find("evaluations/iteration-000001")
+    assert manifest is not None and earlier is not None
+    report = manifest.file("report.html")
+    folder = report.name.rpartition("/")[0]
+    page = read_file(lab.store, report).decode()
+    links = {posixpath.normpath(f"{folder}/{link}") for link in re.findall(r' href="([^"]*)"', page)}
+    assert earlier.file("report.html").name in links
+    known = {file.name for file in (*manifest.files, *earlier.files)}
+    assert len(links) > 40 and links <= known
 
 
 def test_a_second_run_returns_what_the_first_committed(evaluated: Evaluated) -> None:
@@ -250,6 +267,9 @@ def test_the_report_says_when_a_vlm_judged(make_lab: MakeLab) -> None:
 
 
 def test_the_report_needs_nothing_from_elsewhere(evaluated: Evaluated) -> None:
+    assert (
+        "href=" in evaluated.file("report.html").decode() and "drawn" in evaluated.page
+    )  # to the gallery, for local use
     assert not re.search(r"<script|<link|@import|url\(|src=\"(?!data:)|href=", evaluated.page)
     assert not re.search(r"\$\{\w+\}", evaluated.page)  # every place of the template is filled
     assert len(evaluated.page) < 1_000_000

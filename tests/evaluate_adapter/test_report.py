@@ -17,17 +17,20 @@ import pytest
 from PIL import Image
 
 from layerloop.components.evaluate_adapter import report as report_module
-from layerloop.components.evaluate_adapter.assess import Comparisons, assess, compare_rows
+from layerloop.components.evaluate_adapter.assess import Comparisons, assess, compare_rows, paired_differences
 from layerloop.components.evaluate_adapter.cases import Case, Kind
-from layerloop.components.evaluate_adapter.charts import Point, curve, whisker
-from layerloop.components.evaluate_adapter.gallery import ShownCase
-from layerloop.components.evaluate_adapter.report import Report, number, render, verdict
+from layerloop.components.evaluate_adapter.charts import Line, Point, common_reach, curve, histogram, lines, whisker
+from layerloop.components.evaluate_adapter.gallery import ShownCase, full_size, style
+from layerloop.components.evaluate_adapter.history import Evaluated, judge_cost
+from layerloop.components.evaluate_adapter.report import Report, render, standalone
 from layerloop.components.evaluate_adapter.results import kubeflow_metrics, metrics_json
-from layerloop.components.evaluate_adapter.sheets import caption, choose, data_url, strips_of
+from layerloop.components.evaluate_adapter.sheets import caption, choose, data_url, strips_of, without_layer
 from layerloop.components.evaluate_adapter.statistics import Comparison
+from layerloop.components.evaluate_adapter.tables import number, verdict
 from layerloop.components.layers.columns import COLUMNS, DEFINITIONS, LAYERD, better_of, quoted, title_of
 from layerloop.components.layers.measure import MEASURES
-from layerloop.components.layers.stack import Pixels
+from layerloop.components.layers.stack import Pixels, composite
+from layerloop.components.schema.manifest import Manifest
 
 from .conftest import drawn_design, source_of
 
@@ -96,7 +99,7 @@ def test_colour_follows_direction_and_interval(column: str, comparison: Comparis
 def test_only_clear_differences_are_coloured_on_the_page() -> None:
     page = page_of({"bad_layers": UNCLEAR, "evenness": UNCLEAR})
     assert 'class="chip good"' not in page and '<td class="bad"' not in page and 'var(--good)"' not in page
-    assert '<td class="good">−0.20 (−40 %)</td>' in page_of({"bad_layers": BETTER})
+    assert '<td class="good" data-label="difference">−0.20 (−40 %)</td>' in page_of({"bad_layers": BETTER})
 
 
 def test_where_a_measure_is_undefined_it_says_for_whom_and_how_often() -> None:
@@ -259,12 +262,16 @@ def shown_samples(count: int) -> list[ShownCase]:
 
 def test_each_sample_shows_reference_base_and_adapter_with_all_their_layers() -> None:
     page = page_of({"bad_layers": BETTER}, shown=shown_samples(1))
-    article = page[page.index("<article") : page.index("</article>")]
+    article, _, removed = page[page.index("<article") : page.index("</article>")].partition("<details>")
     assert re.findall(r'class="side \w+">(\w+)<', article) == ["Reference", "Base", "Adapter"]
     assert (
         article.count("<img") == 1 + 2 * 2 + 3 * 3
     )  # the source, two recompositions and differences, three layers each
     assert 'width="128" height="128"' in article and 'class="layer pixels"' in article
+    assert removed.count("<img") == 2 * 3 and "without layer 2" in removed
+    alts = re.findall(r'<img[^>]* alt="([^"]*)"', page)
+    assert len(alts) == len(set(alts)) == page.count("<img") and all(alts)
+    assert alts[-1].startswith("Adapter, without layer 2, ")
 
 
 def test_a_page_that_would_grow_too_large_leaves_samples_out_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,21 +281,181 @@ def test_a_page_that_would_grow_too_large_leaves_samples_out_and_says_so(monkeyp
     monkeypatch.setattr(report_module, "TARGET_BYTES", len(full) * 2 // 3)
     page = page_of({"bad_layers": BETTER}, shown=shown)
     kept = page.count("<article")
-    assert 1 <= kept < 6 and len(page) <= len(full) * 2 // 3 + 700
-    assert f"{kept} of 20 cases" in page and f"{6 - kept} more are among the sheets" in page
+    assert 1 <= kept < 6 and len(page.encode()) <= len(full) * 2 // 3 + 900
+    assert f"{kept} of 20 cases" in page and f"{6 - kept} more are in gallery" in page
+
+
+def test_pictures_come_before_numbers() -> None:
+    page = page_of({"bad_layers": BETTER}, shown=shown_samples(1))
+    assert page.index("<article") < page.index('class="card"') < page.index("<table")
+
+
+def test_what_is_left_without_a_layer_is_the_composite_of_the_others() -> None:
+    stack = drawn_design(3, 3)
+    assert np.array_equal(without_layer(stack, 1), composite(stack[[0, 2]]))
+    assert without_layer(stack, 0)[..., 3].min() == 0, "where the background is gone nothing is left"
+
+
+def test_every_link_of_the_page_leads_to_a_file_of_the_gallery() -> None:
+    shown = shown_samples(2)
+    page = page_of({"bad_layers": BETTER}, shown=shown)
+    files = {name: data for item in shown for name, data in full_size(item, campaign="lab")}
+    links = set(re.findall(r' href="([^"]*)"', page))
+    assert links == files.keys()
+    for strip in shown[0].strips:
+        stored = files[f"{shown[0].folder}/{strip.model.lower()}-layer1.png"]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(stored))), strip.stack[1]), "exactly, and of that model"
+    inner = files[f"{shown[0].folder}/index.html"].decode()
+    local = {f"{shown[0].folder}/{name}" for name in re.findall(r'(?:src|href)="(?!data:|\.\.)([^"]*)"', inner)}
+    assert local == {name for name in files if name.startswith(shown[0].folder) and name.endswith(".png")}
+    assert 'href="../../report.html"' in inner and not re.search(r"\$\{\w+\}", inner)
+
+
+def test_alone_the_page_has_no_links() -> None:
+    shown, before = shown_samples(1), [Evaluated(1, "../../iteration-000001/x/report.html", {}, {})]
+    page = page_of({"bad_layers": BETTER}, shown=shown, earlier=before, iteration=3)
+    alone = standalone(page.encode()).decode()
+    assert "../../iteration-000001/x/report.html" in page and "href=" not in alone
+    assert text_of(alone) == text_of(page)
+
+
+@pytest.mark.parametrize(
+    ("origin", "title"),
+    [
+        ("/data/posters/summer.psd", "summer.psd"),
+        ("s3://bucket/photos/IMG_1.jpg?X-Amz-Signature=secret", "IMG_1.jpg"),
+        ("photos.tar:folder/IMG_2.jpg", "IMG_2.jpg"),
+        ("photos.tar:IMG_3.jpg", "IMG_3.jpg"),
+        ("designs/poster/", "poster"),
+        ("crello.parquet:12", "crello.parquet:12"),
+        ("what?.png", "what?.png"),
+        ("", "01234567"),
+    ],
+)
+def test_a_case_is_called_as_its_file_is(origin: str, title: str) -> None:
+    truth = drawn_design(1, 2)
+    case = Case("0123456789abcdef", "designs", 2, 0, source_of(truth), truth, origin)
+    assert case.title == title
+
+
+def test_too_few_images_are_called_too_few() -> None:
+    text = text_of(page_of({"bad_layers": compared(0.5, 0.3, -0.3, -0.1, n=6)}))
+    assert text.count("6 images are too few to tell (8 are needed)") == 3, "headline, card and table"
+    assert "clearly" not in text.partition("Decompositions")[0]
+    assert "too few to tell" not in text_of(page_of({"bad_layers": BETTER}))
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2's relative luminance of `#rrggbb`."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(a: str, b: str) -> float:
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_texts_charts_and_white_layers_have_enough_contrast(theme: int) -> None:
+    """WCAG AA: 4.5 for text, 3 for charts."""
+    block = re.findall(r":root \{([^}]*--page[^}]*)\}", style())[theme]
+    colours = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+    for text in ("ink", "dim", "faint", "accent", "good", "bad"):
+        for behind in ("page", "card", "soft"):
+            assert contrast(colours[text], colours[behind]) >= 4.5, (text, behind)
+    for text in ("good", "bad", "accent"):
+        assert contrast(colours[text], colours[f"{text}-soft"]) >= 4.5, text
+    assert contrast(colours["page"], colours["accent"]) >= 4.5, "the chosen backdrop's label"
+    for line in ("base", "s1", "s2", "s3", "s4", "s5"):
+        assert contrast(colours[line], colours["card"]) >= 3, line
+    for square in ("square", "paper"):
+        assert contrast("#ffffff", colours[square]) >= 2 and contrast("#000000", colours[square]) >= 3, square
+
+
+def test_links_between_iterations_stand_beside_their_measures() -> None:
+    before = [Evaluated(k, f"../../iteration-{k:06d}/x/report.html", {"designs.bad_layers": 0.4 - k / 10},
+                        {"designs.bad_layers": 0.5}) for k in (1, 2)]  # fmt: skip
+    page = page_of({"bad_layers": BETTER}, earlier=before, iteration=3)
+    text = text_of(page[page.index("<h2>Iterations") : page.index("<figure")])
+    assert "base 0.500 iteration 1 0.300 iteration 2 0.200 iteration 3, this page 0.300" in text
+    assert page.count("../../iteration-000002/x/report.html") == 1
+    svg = ElementTree.fromstring(re.findall(r"<svg viewBox.*?</svg>", page[page.index("<h2>Iterations") :])[0])
+    assert len(list(svg.iter("circle"))) == 6, "adapter and base at three iterations"
+    assert "<h2>Iterations" not in page_of({"bad_layers": BETTER}, iteration=3)
+
+
+def test_the_cost_is_the_sum_over_iterations() -> None:
+    def scores(iteration: int, **metrics: float) -> Manifest:
+        return Manifest(kind="scores", iteration=iteration, metadata={"metrics": dict(metrics)})
+
+    one = scores(1, judge_requests=1000, judge_tokens_input=5e5, judge_tokens_output=2e4, judge_cost=1.5)
+    two = scores(2, judge_requests=500, judge_tokens_input=1e5, judge_tokens_output=1e4, judge_cost=0.25)
+    assert judge_cost([one, two]) == (
+        "1,500 requests in 2 iterations, 600,000 tokens read and 30,000 written; cost 1.75 by the prices of the runtime"
+    )
+    assert judge_cost([scores(1, judge_requests=3)]).endswith("no prices in runtime.judge.price")
+    assert judge_cost([]) == "" == judge_cost([Manifest(kind="scores", iteration=1)])
 
 
 # --------------------------------------------------------------------------------------------------------------- charts
 
 
+def test_differences_are_paired_and_undefined_ones_left_out() -> None:
+    base = [{"kind": "designs", "residue": value} for value in (0.25, None, 0.5)]
+    tuned = [{"residue": value} for value in (0.5, 0.1, 0.25)]
+    assert paired_differences(base, tuned) == {"designs": {"residue": [0.25, -0.25]}}
+
+
+def test_gains_lie_to_the_right_whichever_direction_is_better() -> None:
+    svg = ElementTree.fromstring(histogram([0.5, 0.5, 0.1, 0.0, -0.25], "label", bins=10, width=210))
+    bars = [(float(bar.get("x", 0)), float(bar.get("height", 0)), bar.get("fill")) for bar in svg.iter("rect")]
+    assert [fill for _, _, fill in bars] == ["var(--bad)", "var(--base)", "var(--good)", "var(--good)"]
+    assert [round(x - 0.75) for x, _, _ in bars] == [50, 100, 120, 200]
+    assert bars[3][1] == pytest.approx(2 * bars[0][1])
+    page = page_of({"bad_layers": BETTER}, differences={"designs": {"bad_layers": [-1.0, -1.0, 0.0, 2.0]}})
+    assert "better on 2, worse on 1, alike on 1" in text_of(page), "fewer bad layers are better"
+
+
+def test_a_chart_tells_its_lines_apart_without_colour() -> None:
+    figure = lines([Line("one", {1: 0.0, 2: 1.0}), Line("two", {1: 1e-7, 2: 2e-7})], "KL & <clip>")
+    svg = ElementTree.fromstring(re.sub(r"^.*?</figcaption>|<div.*$|</figure>$", "", figure))
+    one, two = (line.get("stroke-dasharray") for line in svg.iter("polyline"))
+    assert one != two and "KL &amp; &lt;clip&gt;" in figure
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.5], [0.5, 0.5 + 1e-16], [0.0, 0.0], [-3.0, 1e9], [1e-9, 3e-9]])
+def test_a_chart_of_any_values_is_well_formed(values: list[float]) -> None:
+    figure = lines([Line("line", dict(enumerate(values)))], "title")
+    heights = [float(y) for y in re.findall(r'cy="([^"]*)"', figure)]
+    assert len(heights) == 2 and all(0 <= height <= 170 for height in heights)
+
+
 def test_a_whisker_ends_where_its_interval_ends() -> None:
-    svg = ElementTree.fromstring(whisker(compared(0, 1, 0.5, 1.5), "good", width=100))
+    svg = ElementTree.fromstring(whisker(compared(1, 2, 0.5, 1.5), "good", 1.0, width=100))
     zero, bar = svg.findall("line")
     dot = svg.find("circle")
     assert dot is not None
     low, high, middle = float(bar.get("x1", 0)), float(bar.get("x2", 0)), float(zero.get("x1", 0))
     assert middle == 50 < low < float(dot.get("cx", 0)) < high < 100
     assert (high - middle) / (low - middle) == pytest.approx(3, rel=0.02)
+    assert svg.find("path") is None
+
+
+def test_whiskers_of_a_table_have_one_scale() -> None:
+    small, large = compared(1.0, 0.98, -0.04, 0.0), compared(10.0, 5.0, -8.0, -2.0)
+    assert common_reach([small, large]) == 0.8 and common_reach([small]) == 0.04 and common_reach([]) == 0.01
+    assert common_reach([compared(0.1, 0.2, -1.0, 1.0)]) == 1.0
+
+    def offset(c: Comparison) -> float:
+        dot = ElementTree.fromstring(whisker(c, "", 0.8)).find("circle")
+        assert dot is not None
+        return 52 - float(dot.get("cx", 0))
+
+    assert offset(large) / offset(small) == pytest.approx(25, rel=0.05)
+    beyond = ElementTree.fromstring(whisker(large, "", 0.5))
+    assert len(beyond.findall("path")) == 1, "an arrow where the interval goes on"
 
 
 def test_a_curve_has_a_point_for_each_iteration_at_its_height() -> None:

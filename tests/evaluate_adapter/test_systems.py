@@ -20,6 +20,7 @@ from layerloop.components.evaluate_adapter.systems import (
     measure_folder,
     read_evaluation,
 )
+from layerloop.components.evaluate_adapter.systems_page import as_html
 from layerloop.components.layers.export import write_psd
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.errors import LayerloopError
@@ -77,6 +78,21 @@ def test_the_table_is_markdown_with_a_column_a_system() -> None:
     assert lines[0] == "| measure | n | base | LayerD | x |" and len({line.count("|") for line in lines}) == 1
     (bad,) = [line for line in lines if line.startswith("| designs: Bad layers ↓ |")]
     assert "wins 100 %" in bad and "wins 50 %" in bad
+
+
+def test_the_page_has_a_section_for_each_system() -> None:
+    cases = some_cases(24)
+    base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
+    page = as_html(
+        compare_systems(base, {"<LayerD>": perfect, "same": base}, seed=0), ["<LayerD>", "same"], campaign="x"
+    ).decode()
+    first, second, whole = page.split("<h2>")[1:4]
+    assert first.startswith("&lt;LayerD&gt;") and "clearly worse in 0" in first and first.count('<td class="good"') > 3
+    assert "Bad layers" in first and '<td data-label="cases won">100 %</td>' in first
+    assert second.startswith("same") and "better than the base in 0 measures, clearly worse in 0" in second
+    assert (
+        "<table" not in second and whole.startswith("All measures") and "<th>&lt;LayerD&gt;</th><th>same</th>" in whole
+    )
 
 
 def test_a_system_of_other_cases_is_refused() -> None:

@@ -20,9 +20,10 @@ from layerloop.pipelines.cli import build_parser, main
 from layerloop.pipelines.inputs import absolute, packaged_recipes, recipe_and_runtime, recipe_text, what_is_trained
 
 COMMANDS = [
-    ["demo"], ["run"], ["compile"], ["recipe"], ["runtime"], ["plan"], ["decompose"], ["compare"], ["submit"],
-    ["schedule", "apply"], ["schedule", "list"], ["schedule", "delete"], ["schedule", "pause"], ["schedule", "resume"],
-    ["pipeline", "upload"], ["judge", "serve"], ["judge", "check"], ["campaign", "show"], ["campaign", "run-until"],
+    ["demo"], ["run"], ["continue"], ["compile"], ["recipe"], ["runtime"], ["plan"], ["decompose"], ["compare"],
+    ["submit"], ["schedule", "apply"], ["schedule", "list"], ["schedule", "delete"], ["schedule", "pause"],
+    ["schedule", "resume"], ["pipeline", "upload"], ["judge", "serve"], ["judge", "check"], ["campaign", "show"],
+    ["campaign", "run-until"], ["campaign", "list"], ["campaign", "compare"], ["campaign", "delete"],
     ["adapter", "merge"], ["publish"], ["study"],
 ]  # fmt: skip
 

@@ -4,6 +4,10 @@ import builtins
 import io
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,11 +32,22 @@ def run(*, text: str, worker: int = 0, workers: int = 1) -> StepResult:
         raise LayerloopError("text is bad: choose a good one")
     if text == "crash" and worker == 0:
         raise RuntimeError("boom")
-    if text == "crash":
+    if text in ("crash", "wait"):
         time.sleep(60)
     return StepResult(manifests={"rollouts": Manifest(kind="rollouts", iteration=3, counts={"worker": worker})})
 
 raise SystemExit(step_main(run))
+"""
+
+# A terminal: the run and, without a session of their own, its steps are one process group, which ctrl-C reaches.
+TERMINAL = """
+import sys
+from pathlib import Path
+from layerloop.pipelines.local import run_pipeline
+try:
+    run_pipeline(Path(sys.argv[1]), {"text": "wait"}, folder=Path(sys.argv[2]))
+except KeyboardInterrupt:
+    sys.exit(130)
 """
 
 GATHER = """
@@ -150,6 +165,25 @@ def test_a_crash_is_a_failure_of_status_one_that_names_its_log_and_stops_the_oth
     assert time.monotonic() - began < 30  # the other worker sleeps for a minute
     log = Path(str(caught.value).rsplit("(log: ", 1)[1].rstrip(")"))
     assert "Traceback" in log.read_text()
+
+
+def test_an_interrupt_ends_every_step_and_prints_nothing_of_theirs(runner: Runner) -> None:
+    package = write_pipeline(two_workers, runner.folder / "pipeline.yaml")
+    command = [sys.executable, "-c", TERMINAL, str(package), str(runner.folder / "run")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as terminal:
+        assert terminal.stdout is not None
+        lines = []
+        while sum("text is wait" in line for line in lines) < 2:
+            lines.append(terminal.stdout.readline())
+        began = time.monotonic()
+        os.killpg(terminal.pid, signal.SIGINT)
+        rest = terminal.stdout.read()
+    assert terminal.returncode == 130 and time.monotonic() - began < 30  # the steps sleep for a minute
+    assert rest == ""
+    for log in (runner.folder / "run").glob("*-make_step.log"):
+        assert "Traceback" not in log.read_text()
 
 
 def test_a_missing_and_an_unknown_parameter_are_named_before_anything_runs(runner: Runner) -> None:

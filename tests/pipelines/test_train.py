@@ -248,7 +248,12 @@ def test_the_count_of_tasks_is_what_the_compiled_file_holds(tmp_path: Path, iter
 )
 def test_more_than_a_workflow_object_carries_is_refused(iterations: int, workers: int, line: str) -> None:
     with pytest.raises(LayerloopError, match=line):
-        train_pipeline(iterations=iterations, workers=workers, recipe=RECIPE)
+        train_pipeline(iterations=iterations, workers=workers, recipe=RECIPE, cluster=Cluster())
+
+
+def test_a_run_on_this_machine_is_of_any_length(tmp_path: Path) -> None:
+    spec = read_spec(write_pipeline(train_pipeline(iterations=20, workers=2, recipe=RECIPE), tmp_path / "train.yaml"))
+    assert count_tasks(spec) == container_tasks(20, 2) > MAX_TASKS
 
 
 def test_compiling_twice_in_processes_with_other_hash_seeds_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_base_that_one_gpu_holds_is_published_from_in_one_process(make_campaig
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "processes" not in done.stderr and campaign.published() == ["shop-000001"]
+    assert "processes" not in done.stderr and campaign.published() == [campaign.publication_name(1)]
 
 
 # ---- names
@@ -186,10 +186,17 @@ def test_a_name_that_holds_another_adapter_is_not_overwritten(make_campaign: Mak
     assert run(campaign=campaign.uri, publish_as="better").manifests["adapter"].iteration == 2
 
 
-def test_without_a_name_it_is_the_recipes_and_the_iteration(make_campaign: MakeCampaign) -> None:
+def test_without_a_name_it_is_the_campaigns_and_the_iteration(make_campaign: MakeCampaign) -> None:
     campaign = make_campaign(iterations=2)
     run(campaign=campaign.uri)
-    assert campaign.published() == ["shop-000002"]
+    assert campaign.published() == [f"{Path(campaign.uri).parent.name.strip('-._')}-000002"]
+
+
+def test_what_an_earlier_version_called_by_the_recipe_is_found_again(make_campaign: MakeCampaign) -> None:
+    campaign = make_campaign()
+    run(campaign=campaign.uri, publish_as="shop-000001")
+    run(campaign=campaign.uri)
+    assert campaign.published() == ["shop-000001"]
 
 
 @pytest.mark.parametrize("name", [".", "..", "../up", "a/b", "-x", "with space", "ä", "x" * 97, "a\n"])

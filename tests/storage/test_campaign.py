@@ -9,8 +9,10 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe, RolloutRecipe, parse_recipe
 from layerloop.components.schema.record import seal
-from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.schema.runtime import Runtime
+from layerloop.components.storage.campaign import MANIFEST, Campaign, _folder_name, check_publication_name
 from layerloop.components.storage.manifests import add_file, commit
+from layerloop.components.storage.s3 import S3Store
 
 from ..campaigns import CampaignBuilder, drawn_group
 
@@ -175,3 +177,22 @@ def test_evaluations_adapters_and_sizes_are_listed(store_uri: str) -> None:
     assert campaign.bytes_under() == sum(campaign.store.sizes().values()) > 13
     assert campaign.evaluation_dir("a") == "evaluations/a"
     assert campaign.published_dir("a") == "published/a"
+
+
+@pytest.mark.parametrize(
+    "folder, name",
+    [
+        ("photos/mine", "mine"), ("demo/campaign", "demo"), ("my photos, 2026", "my-photos-2026"),
+        ("..x..", "x"), ("x" * 120, "x" * 80), ("d/Campaigns/campaign", "d"),
+    ],
+)  # fmt: skip
+def test_a_publication_is_called_by_the_campaigns_folder(tmp_path: Path, folder: str, name: str) -> None:
+    campaign = Campaign.create_or_open(str(tmp_path / folder), Recipe(name="paper"))
+    assert campaign.publication_name(12) == f"{name}-000012"
+    check_publication_name(campaign.publication_name(12))
+
+
+def test_a_bucket_without_a_prefix_gives_its_name() -> None:
+    assert Campaign(S3Store("layers", "", None), Recipe(name="paper"), Runtime()).uri == "s3://layers"
+    assert _folder_name("s3://layers") == "layers" and _folder_name("s3://b/u/campaign") == "u"
+    assert _folder_name("/campaign") == ""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import flatten
@@ -122,13 +122,16 @@ def train_transformer(
     schedule: Schedule,
     *,
     shift: float,
+    trained: nn.Module | None = None,
 ) -> None:
     """Train `transformer` in place; continues from transformer.pt of the schedule's work folder.
 
-    `shift` is the scheduler's, by which the noise levels are drawn.
+    `shift` is the scheduler's, by which the noise levels are drawn. `trained` holds the parameters that learn, such as
+    an adapter's, where they are not all.
     """
-    transformer.train().requires_grad_(True)
-    training = Training("transformer", transformer, schedule)
+    learns = transformer if trained is None else trained
+    transformer.train().requires_grad_(False)
+    training = Training("transformer", learns.requires_grad_(True), schedule)
     weights = torch.tensor([float(len(part.frames)) for part in data])
     training.start_clock()
     running = {part.layers: 0.0 for part in data}
@@ -140,11 +143,11 @@ def train_transformer(
             x0 = part.frames[picked].float()
             noise = torch.randn(x0.shape, generator=generator)
             sigmas = draw_sigmas(generator, schedule.batch, shift)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=trained is None):  # an adapter gains nothing by it
                 loss = flow_loss(transformer, part, x0, noise, sigmas, prompt)
             training.advance(loss)
             value, before = loss.item(), running[part.layers]
             running[part.layers] = 0.98 * before + 0.02 * value if before else value
             training.log({f"loss at {layers} layers": running[layers] for layers in sorted(running)})
-    training.average.copy_to(transformer)
+    training.average.copy_to(learns)
     transformer.eval().requires_grad_(False)
