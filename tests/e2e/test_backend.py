@@ -119,7 +119,7 @@ def test_two_iterations_of_two_workers_stop_at_a_target_of_one_and_deliver_it(
     opened = Campaign.open(campaign)
     assert (opened.head(), opened.iterations(), opened.recipe.seed) == (1, [1], 11)
     assert opened.evaluations() == ["iteration-000001"]
-    assert opened.published() == ["tiny-000001"]
+    assert [name[-7:] for name in opened.published()] == ["-000001"]
 
 
 def test_on_s3_a_campaign_ends_at_its_target_and_switches_its_recurring_run_off(

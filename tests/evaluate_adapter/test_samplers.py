@@ -21,7 +21,7 @@ from layerloop.components.policy.lora import put_adapter, read_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.prompt import embed_prompt
 
-from ..campaigns import CampaignBuilder
+from ..campaigns import CampaignBuilder, named
 
 
 def rows_with(bad: dict[tuple[Setting, str], float], images: int = 12) -> dict[tuple[Setting, str], list[Row]]:
@@ -94,7 +94,7 @@ def test_the_step_samples_measures_and_shows_every_sampler(
     result = run(campaign=lab.uri, samplers=True)
     manifest = lab.campaign.find("evaluations/samplers-000002")
     assert manifest is not None and manifest.counts == {"images": 7, "settings": 3}
-    document = json.loads(lab.store.read("evaluations/samplers-000002/samplers.json"))
+    document = json.loads(lab.store.read(named(lab.store, "evaluations/samplers-000002/samplers.json")))
 
     # each number by hand: the layers of one setting, sampled again, and measured
     policy = LayeredPolicy.load(lab.recipe.model)

@@ -36,7 +36,7 @@ with process_group() as device:
             outputs[f"{index}"] = loaded.policy.velocity(loaded.policy.noise(3, 2, 32, 48), 0.8, condition)
         outputs[f"{index}.trainable"] = torch.tensor(len(loaded.policy.trainable_parameters()))
     evaluate_adapter.run(loaded, campaign=uri, iteration=1)
-    publish_adapter.run(loaded, campaign=uri, iteration=2)
-    generate_rollouts.run(loaded, campaign=uri, iteration=2)
+    publish_adapter.run(loaded, campaign=uri, iteration=2, publish_as="second")
+    generate_rollouts.run(loaded, campaign=uri, iteration=4)
     assert torch.distributed.is_initialized(), "a step leaves the group that it found"
 save_file(outputs, Path(folder) / f"rank{rank()}.safetensors")

@@ -199,7 +199,7 @@ def test_a_campaign_is_the_same_byte_for_byte_with_the_base_loaded_once(make_cam
             CampaignBuilder(campaign).scores(iteration)
             update_lora.run(loaded, campaign=campaign.uri)
             evaluate_adapter.run(loaded, campaign=campaign.uri)
-            publish_adapter.run(loaded, campaign=campaign.uri)
+            publish_adapter.run(loaded, campaign=campaign.uri, publish_as=f"of-{iteration}")
         return kept(campaign)
 
     alone, resident = make_campaign("alone"), make_campaign("resident")
@@ -240,8 +240,8 @@ def test_ranks_that_share_the_base_move_as_one_process_does(make_campaign: MakeC
             assert torch.equal(outputs[f"{index}"], velocity(fresh)), (rank, iteration, trainable, delivered)
             assert int(outputs[f"{index}.trainable"]) == len(fresh.policy.trainable_parameters())
     evaluate_adapter.run(campaign=alone.uri, iteration=1)
-    publish_adapter.run(campaign=alone.uri, iteration=2)
-    generate_rollouts.run(campaign=alone.uri, iteration=2)
+    publish_adapter.run(campaign=alone.uri, iteration=2, publish_as="second")
+    generate_rollouts.run(campaign=alone.uri, iteration=4)
     expected, found = kept(alone), kept(campaign)
     assert expected.keys() == found.keys() and len(expected) > 10
     assert [name for name in expected if expected[name] != found[name]] == []
