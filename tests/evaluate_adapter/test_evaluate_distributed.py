@@ -54,6 +54,7 @@ def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Pa
     assert [shard.samples for shard in together.campaign.find("evaluations/iteration-000002").shards] == [7, 7]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_ranks_make_as_many_shards_at_a_time_as_they_are_and_keep_those_of_an_earlier_attempt(
     make_lab: MakeLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,7 +81,7 @@ def test_ranks_make_as_many_shards_at_a_time_as_they_are_and_keep_those_of_an_ea
     assert kept(together) == kept(alone)
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["complete", "sharded"])
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["complete", "sharded"])
 def test_a_fault_that_one_rank_meets_ends_both_with_one_clear_line(make_lab: MakeLab, fsdp: bool) -> None:
     """One of two images has a side that the model does not take, so one rank fails while the other samples."""
     lab = make_lab()

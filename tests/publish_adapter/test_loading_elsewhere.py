@@ -148,6 +148,7 @@ def hub(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["diffusers", "peft"])
 def test_a_repository_of_the_hub_is_loaded_by_its_name(campaign: Campaign, tmp_path: Path, library: str) -> None:
     _, tuned = ours(campaign)

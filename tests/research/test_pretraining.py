@@ -190,6 +190,7 @@ def test_a_training_continues_with_its_optimizer_and_average(tmp_path):
         assert torch.equal(average, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_command_pretrains_exports_and_continues(tmp_path, capsys):
     command = [

@@ -97,7 +97,13 @@ def test_two_ranks_leave_what_one_leaves(
     assert content(campaign) == expected
 
 
-@pytest.mark.parametrize(("at", "iteration"), [("sample_iteration", 2), ("begin_update", 1), ("end_update", 2)])
+@pytest.mark.parametrize(
+    ("at", "iteration"),
+    [
+        ("end_update", 2),
+        *(pytest.param(*where, marks=pytest.mark.slow) for where in (("sample_iteration", 2), ("begin_update", 1))),
+    ],
+)
 def test_killed_anywhere_it_goes_on(
     at: str,
     iteration: int,
@@ -129,6 +135,7 @@ def without_counts_of_replies(found: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not name.endswith("scores/manifest.json")}
 
 
+@pytest.mark.slow
 def test_killed_outright_while_it_samples_it_goes_on_with_other_ranks(
     begin: Begin, judge_url: str, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -179,7 +186,7 @@ def test_a_stretch_that_cannot_be_is_refused_before_it_begins(
     assert campaign.iterations() == []
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_judge_that_does_not_answer_ends_the_stretch_with_its_line(begin: Begin, tmp_path: Path, ranks: int) -> None:
     campaign = begin(tmp_path)
     done = stretch(campaign, "http://127.0.0.1:9/v1", ranks=ranks)
@@ -190,6 +197,7 @@ def test_a_judge_that_does_not_answer_ends_the_stretch_with_its_line(begin: Begi
     assert campaign.head() == 0
 
 
+@pytest.mark.slow
 def test_a_policy_that_lags_is_the_same_both_ways_and_its_ratios_start_off_one(
     begin: Begin, judge_url: str, tmp_path: Path
 ) -> None:
