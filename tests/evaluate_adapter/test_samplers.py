@@ -21,7 +21,7 @@ from layerloop.components.policy.lora import put_adapter, read_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.prompt import embed_prompt
 
-from ..campaigns import CampaignBuilder, named
+from ..campaigns import CampaignBuilder, named, policy_folder
 
 
 def rows_with(bad: dict[tuple[Setting, str], float], images: int = 12) -> dict[tuple[Setting, str], list[Row]]:
@@ -98,9 +98,9 @@ def test_the_step_samples_measures_and_shows_every_sampler(
 
     # each number by hand: the layers of one setting, sampled again, and measured
     policy = LayeredPolicy.load(lab.recipe.model)
-    prompt = load(lab.store.read("sources/prompt.safetensors"))["prompt_embeds"]
+    prompt = load(lab.store.read(named(lab.store, "sources/prompt.safetensors")))["prompt_embeds"]
     blank = embed_prompt(lab.recipe.model.model_copy(update={"prompt": " "}))
-    put_adapter(policy.transformer, read_adapter(Path(lab.uri) / lab.campaign.policy_dir(2)))
+    put_adapter(policy.transformer, read_adapter(policy_folder(lab.campaign, 2)))
     cases, bad = read_cases(lab.campaign, lab.campaign.sources()).cases, []
     (shard,) = (s for s in manifest.shards if s.name.startswith("evaluations/samplers-000002/euler-2-guidance-4"))
     stacks = read_decompositions(lab.store, shard)
