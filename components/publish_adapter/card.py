@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerloop.components.layers.columns import quoted
+from layerloop.components.layers.columns import COLUMNS, quoted, title_of
 from layerloop.components.publish_adapter.names import base_title, hub_name, licence_of
 from layerloop.components.publish_adapter.usage import (
     LIBRARIES,
@@ -228,7 +228,8 @@ def _measure_row(name: str, comparison: Mapping[str, Any]) -> tuple[str, ...]:
     base, tuned, difference, low, high = ("–" if n is None else f"{float(n):.4g}" for n in numbers)
     if comparison.get("clear"):
         difference = f"**{difference}**"
-    title = ", ".join([str(comparison["title"]), *_where(name)])
+    column = name.partition(".")[0]
+    title = ", ".join([title_of(column) if column in COLUMNS else str(comparison["title"]), *_where(name)])
     interval = "–" if low == "–" else f"{low} to {high}"
     return f"{title}{arrow}", str(int(comparison["n"])), base, tuned, difference, interval
 

@@ -663,7 +663,7 @@ def test_what_was_scored_and_never_sampled_is_named(make_lab: MakeLab, group: in
     scorer = CampaignBuilder(lab.campaign)
     scorer.recipe = larger
     scorer.scores(1, lambda k, g, c: varied(k, g, c) if g == group and c >= candidate else None)
-    with pytest.raises(LayerloopError, match=f"rollouts of iteration 1 lack {what}, which was scored: score the"):
+    with pytest.raises(LayerloopError, match=f"rollouts of the iteration lack {what}, which was scored: score the"):
         run(campaign=lab.uri)
     assert not lab.committed(1)
 
