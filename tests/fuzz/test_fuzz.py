@@ -8,13 +8,13 @@ from hypothesis import HealthCheck, given, seed, settings
 from .targets import TARGETS
 
 EXAMPLES = {
-    "exif": 150,
-    "replies": 400,
-    "error_bodies": 150,
-    "tars": 150,
-    "parquet": 120,
-    "adapters": 150,
-    "recipes": 300,
+    "exif": 60,
+    "replies": 150,
+    "error_bodies": 60,
+    "tars": 50,
+    "parquet": 40,
+    "adapters": 40,
+    "recipes": 100,
 }
 
 

@@ -62,6 +62,7 @@ def test_two_ranks_give_the_adapter_of_one_process_bit_for_bit_where_the_order_o
     assert stored.metadata == result.manifests["policy"].metadata, "diagnostics are those of all ranks"
 
 
+@pytest.mark.slow
 def test_two_ranks_with_a_sharded_base_give_the_adapter_of_one_process_to_rounding(make_lab: MakeLab) -> None:
     """FSDP2, uneven microbatches (so that one rank is padded), three updates, KL (the adapter switched off) and all."""
     labs = []
