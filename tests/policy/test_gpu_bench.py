@@ -22,6 +22,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_part_is_measured(measured: dict[str, Any]) -> None:
     assert list(measured["parts"]) == list(PARTS)
     assert measured["machine"]["setting"] == "tiny"
@@ -36,6 +37,7 @@ def test_every_part_is_measured(measured: dict[str, Any]) -> None:
     assert numbers["float8"]["update"]["point_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_rates_are_operations_over_seconds(measured: dict[str, Any]) -> None:
     bench, layers = Bench(TINY, torch.device("cpu")), TINY.layers[-1]
     forward = measured["parts"]["forward"]["numbers"][f"layers_{layers}"]

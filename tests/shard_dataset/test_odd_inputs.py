@@ -354,7 +354,7 @@ def test_suffixes_that_are_not_read_are_counted_and_listed(
 # ------------------------------------------------------------------------------------------------------- words, strips
 
 
-@pytest.mark.parametrize("resolution", [64, 640])
+@pytest.mark.parametrize("resolution", [64, pytest.param(640, marks=pytest.mark.slow)])
 def test_words_and_forms_that_differ_in_little_are_all_kept(
     tmp_path: Path, resolution: int, with_prompt: Callable[..., str]
 ) -> None:
