@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerloop.components.layers.columns import COLUMNS, quoted, title_of
+from layerloop.components.layers.columns import quoted
 from layerloop.components.publish_adapter.names import base_title, hub_name, licence_of
 from layerloop.components.publish_adapter.usage import (
     LIBRARIES,
@@ -228,8 +228,8 @@ def _measure_row(name: str, comparison: Mapping[str, Any]) -> tuple[str, ...]:
     base, tuned, difference, low, high = ("–" if n is None else f"{float(n):.4g}" for n in numbers)
     if comparison.get("clear"):
         difference = f"**{difference}**"
-    column = name.partition(".")[0]
-    title = ", ".join([title_of(column) if column in COLUMNS else str(comparison["title"]), *_where(name)])
+    title = str(comparison["title"])  # which says the layer count itself since evaluations have a row for each
+    title = ", ".join([title, *(part for part in _where(name) if part not in title)])
     interval = "–" if low == "–" else f"{low} to {high}"
     return f"{title}{arrow}", str(int(comparison["n"])), base, tuned, difference, interval
 
