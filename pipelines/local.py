@@ -112,7 +112,7 @@ def run_pipeline(
         try:
             pipeline(**arguments)
         except Exception:
-            if run.failure is None:  # KFP's own; otherwise its message says less than the step's
+            if run.failure is None:  # KFP's own; else the step's failure is raised below, which says more
                 raise
         finally:
             run.stop()

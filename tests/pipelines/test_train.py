@@ -305,6 +305,7 @@ def test_the_guides_way_to_name_your_images_in_a_committed_package_leaves_none_o
     (command,) = re.findall(r"^ +sed -e .*?(?= pipelines/compiled/train.yaml > train.yaml$)", guide, re.M | re.S)
     images = {"POLICY_IMAGE": f"mine/policy@sha256:{'a' * 64}", "LIGHT_IMAGE": f"mine/light@sha256:{'b' * 64}"}
     package = ROOT / "pipelines" / "compiled" / f"{name}.yaml"
+    # By a shell, as its reader runs it: the line is the guide's own, with the shell's quotes and variables.
     done = subprocess.run(
         f"{command} {package}", shell=True, env={**os.environ, **images}, capture_output=True, text=True, check=True
     )
