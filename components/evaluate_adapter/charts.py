@@ -88,6 +88,38 @@ def histogram(gains: Sequence[float], label: str, *, bins: int = 10, width: int 
 
 
 @dataclass(frozen=True)
+class _Axes:
+    """Iterations from left to right and values from bottom to top of a chart, in its pixels."""
+
+    width: int
+    height: int
+    margins: tuple[int, int, int, int]  # left, right, top, bottom
+    first: int
+    last: int
+    ticks: tuple[float, ...]  # of the values, ascending
+
+    def x(self, iteration: float) -> float:
+        left, right, _, _ = self.margins
+        share = (iteration - self.first) / (self.last - self.first) if self.last > self.first else 0.5
+        return left + (self.width - left - right) * share
+
+    def y(self, value: float) -> float:
+        _, _, top, bottom = self.margins
+        low, high = self.ticks[0], self.ticks[-1]
+        return top + (self.height - top - bottom) * (1 - (value - low) / (high - low))
+
+    def grid(self) -> list[str]:
+        """A line and a number at every tick."""
+        left, right, _, _ = self.margins
+        return [
+            f'<line x1="{left}" x2="{self.width - right}" y1="{self.y(tick):.1f}" y2="{self.y(tick):.1f}" '
+            f'stroke="var(--line)"/><text x="{left - 6}" y="{self.y(tick) + 4:.1f}" text-anchor="end">'
+            f"{_tick_text(tick)}</text>"
+            for tick in self.ticks
+        ]
+
+
+@dataclass(frozen=True)
 class Line:
     """One line of a chart: values by iteration."""
 
@@ -98,24 +130,13 @@ class Line:
 def lines(chart: Sequence[Line], title: str, *, width: int = 420, height: int = 170) -> str:
     """A figure of up to five lines over iterations, with a legend where there is more than one; lines differ in their
     dashes too, not in colour alone."""
-    left, right, top, bottom = 54, 14, 10, 26
     values = [value for line in chart for value in line.values.values()]
     iterations = sorted({iteration for line in chart for iteration in line.values})
-    ticks = _ticks(min(values), max(values))
-    first, last, low, high = iterations[0], iterations[-1], ticks[0], ticks[-1]
-
-    def x(iteration: int) -> float:
-        return left + (width - left - right) * ((iteration - first) / (last - first) if last > first else 0.5)
-
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (1 - (value - low) / (high - low))
-
+    first, last = iterations[0], iterations[-1]
+    axes = _Axes(width, height, (54, 14, 10, 26), first, last, tuple(_ticks(min(values), max(values))))
+    x, y = axes.x, axes.y
     parts = [f'<svg viewBox="0 0 {width} {height}" width="100%" role="img" aria-label="{escape(title)} by iteration">']
-    for tick in ticks:
-        parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="var(--line)"/>'
-            f'<text x="{left - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{_tick_text(tick)}</text>'
-        )
+    parts += axes.grid()
     for iteration in dict.fromkeys((first, last)):
         parts.append(f'<text x="{x(iteration):.1f}" y="{height - 8}" text-anchor="middle">{iteration}</text>')
     legend = []
@@ -148,23 +169,12 @@ def _tick_text(value: float) -> str:
 
 def curve(points: Sequence[Point], *, width: int = 1040, height: int = 260) -> str:
     """Mean reward by iteration with the band of the middle 80 % of candidates."""
-    left, right, top, bottom = 52, 18, 14, 34
     ticks = _ticks(min(p.low for p in points), max(p.high for p in points))
-    low, high = ticks[0], ticks[-1]
     first, last = points[0].iteration, points[-1].iteration
-
-    def x(iteration: float) -> float:
-        return left + (width - left - right) * ((iteration - first) / (last - first) if last > first else 0.5)
-
-    def y(value: float) -> float:
-        return top + (height - top - bottom) * (1 - (value - low) / (high - low))
-
+    axes = _Axes(width, height, (52, 18, 14, 34), first, last, tuple(ticks))
+    x, y = axes.x, axes.y
     parts = [f'<svg viewBox="0 0 {width} {height + 8}" width="100%" role="img" aria-label="Reward by iteration">']
-    for tick in ticks:
-        parts.append(
-            f'<line x1="{left}" x2="{width - right}" y1="{y(tick):.1f}" y2="{y(tick):.1f}" stroke="var(--line)"/>'
-            f'<text x="{left - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.3g}</text>'
-        )
+    parts += axes.grid()
     span = last - first + 1
     every = next(n for k in range(10) for n in (10**k, 2 * 10**k, 5 * 10**k) if span / n <= 20)
     for point in points:
@@ -172,7 +182,7 @@ def curve(points: Sequence[Point], *, width: int = 1040, height: int = 260) -> s
             parts.append(
                 f'<text x="{x(point.iteration):.1f}" y="{height - 14}" text-anchor="middle">{point.iteration}</text>'
             )
-    parts.append(f'<text x="{width - right}" y="{height}" text-anchor="end">iteration</text>')
+    parts.append(f'<text x="{width - axes.margins[1]}" y="{height}" text-anchor="end">iteration</text>')
     upper = [f"{x(p.iteration):.1f},{y(p.high):.1f}" for p in points]
     lower = [f"{x(p.iteration):.1f},{y(p.low):.1f}" for p in reversed(points)]
     if len(points) > 1:
