@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from layerloop.components.runtime.environment import usable_environment
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.pipelines.cli_campaign import add_garbage_and_reading_commands
+from layerloop.pipelines.cli_campaign import add_campaign_commands
 from layerloop.pipelines.cli_cluster import add_cluster_commands
 from layerloop.pipelines.cli_compare import add_compare_command
 from layerloop.pipelines.cli_decompose import add_decompose_command
@@ -268,59 +268,6 @@ def _runtime(arguments: argparse.Namespace) -> None:
     print(runtime_text(), end="")
 
 
-def _show(arguments: argparse.Namespace) -> None:
-    from layerloop.pipelines.show import campaign_text
-
-    print(campaign_text(arguments.uri))
-
-
-def _list(arguments: argparse.Namespace) -> None:
-    from layerloop.pipelines.campaigns import list_text
-
-    print(list_text(arguments.uri))
-
-
-def _compare_campaigns(arguments: argparse.Namespace) -> None:
-    from layerloop.pipelines.campaigns import compare_text
-
-    print(compare_text(arguments.one, arguments.other))
-
-
-def _delete(arguments: argparse.Namespace) -> None:
-    from layerloop.pipelines.campaigns import delete_campaign
-
-    delete_campaign(arguments.uri, yes=arguments.yes, log=print)
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from layerloop.components.runtime.progress import log
-    from layerloop.components.storage.campaign import Campaign
-    from layerloop.components.storage.verification import repair_campaign, verify_campaign
-
-    campaign = Campaign.open(arguments.uri)
-    found = verify_campaign(campaign, log=log)
-    if arguments.repair:
-        repair_campaign(campaign, log=log)
-        found = verify_campaign(campaign, log=log)
-    print("\n".join(found.lines()))
-    return 0 if found.sound else 1
-
-
-def _lease(arguments: argparse.Namespace) -> None:
-    from layerloop.components.storage.campaign import Campaign
-    from layerloop.components.storage.lease import SCOPES, held_by, holder, take_over
-
-    store = Campaign.open(arguments.uri).store
-    for scope in SCOPES:
-        held = take_over(store, scope) if arguments.take_over else holder(store, scope)
-        if held is None or held.alive is None:
-            print(f"{scope} of {store.uri} is free")
-        else:
-            print(
-                held_by(held, scope, store.uri) + ("; it was taken over and is free now" if arguments.take_over else "")
-            )
-
-
 def _judge_serve(arguments: argparse.Namespace) -> None:
     from layerloop.components.reference_judge.identity import FINE, NAME
     from layerloop.components.reference_judge.server import serve
@@ -511,37 +458,10 @@ def build_parser() -> argparse.ArgumentParser:
     study.add_argument("--jobs", type=int, default=2, metavar="N", help="runs side by side (default: %(default)s)")
     study.add_argument("--hours", type=float, default=4.0, metavar="X", help="stop after these (default: %(default)s)")
 
-    _add_campaign_commands(campaign)
-    add_garbage_and_reading_commands(campaign, _command)
+    add_campaign_commands(campaign, _command)
     add_compare_command(commands, _command)
     add_cluster_commands(commands, campaign, _command)
     return parser
-
-
-def _add_campaign_commands(campaign: Any) -> None:
-    show = _command(campaign, "show", _show, "head, iterations, rewards and sizes as a table")
-    verify = _command(
-        campaign,
-        "verify",
-        _verify,
-        "read, hash and compare everything that is committed; status 1 where something is wrong",
-    )
-    verify.add_argument(
-        "--repair",
-        action="store_true",
-        help="remove what no manifest names, and let the next run make again what it can; paid replies are kept",
-    )
-    lease = _command(campaign, "lease", _lease, "who writes the campaign now, and since when")
-    lease.add_argument("--take-over", action="store_true", help="free it: its holder will not come back")
-    list_ = _command(campaign, "list", _list, "the campaigns in a folder, a row each")
-    list_.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix that holds campaigns")
-    compare = _command(campaign, "compare", _compare_campaigns, "two campaigns: recipes, iterations, evaluations")
-    compare.add_argument("one", metavar="A", help="a campaign")
-    compare.add_argument("other", metavar="B", help="another")
-    delete = _command(campaign, "delete", _delete, "delete a campaign, for good; other files in its folder are kept")
-    delete.add_argument("--yes", action="store_true", help="delete it: without this nothing is")
-    for parser in (show, verify, lease, delete):
-        parser.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
 
 
 class _Version(argparse.Action):

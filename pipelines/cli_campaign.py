@@ -1,4 +1,4 @@
-"""The commands of `layerloop campaign` that remove and that read without a step: gc, index, extract, export, import."""
+"""The commands of `layerloop campaign`: look at campaigns, verify them, remove what is done with, read samples."""
 
 from __future__ import annotations
 
@@ -15,8 +15,35 @@ nothing; so do the last two policies, and those that were evaluated or published
 """
 
 
-def add_garbage_and_reading_commands(campaign: Any, command: Any) -> None:
-    """Add them to `layerloop campaign`."""
+def add_campaign_commands(campaign: Any, command: Any) -> None:
+    """Add them to the command line; `campaign` is the parser of what comes behind `layerloop campaign`."""
+    show = command(campaign, "show", _show, "head, iterations, rewards and sizes as a table")
+    verify = command(
+        campaign,
+        "verify",
+        _verify,
+        "read, hash and compare everything that is committed; status 1 where something is wrong",
+    )
+    verify.add_argument(
+        "--repair",
+        action="store_true",
+        help="remove what no manifest names, and let the next run make again what it can; paid replies are kept",
+    )
+    lease = command(campaign, "lease", _lease, "who writes the campaign now, and since when")
+    lease.add_argument("--take-over", action="store_true", help="free it: its holder will not come back")
+    list_ = command(campaign, "list", _list, "the campaigns in a folder, a row each")
+    list_.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix that holds campaigns")
+    compare = command(campaign, "compare", _compare_campaigns, "two campaigns: recipes, iterations, evaluations")
+    compare.add_argument("one", metavar="A", help="a campaign")
+    compare.add_argument("other", metavar="B", help="another")
+    delete = command(campaign, "delete", _delete, "delete a campaign, for good; other files in its folder are kept")
+    delete.add_argument("--yes", action="store_true", help="delete it: without this nothing is")
+    for parser in (show, verify, lease, delete):
+        parser.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
+    _add_removing_and_reading(campaign, command)
+
+
+def _add_removing_and_reading(campaign: Any, command: Any) -> None:
     gc = command(
         campaign, "gc", _gc, "remove what past iterations no longer need; says what, without --delete", GC_EXAMPLES
     )
@@ -42,6 +69,59 @@ def add_garbage_and_reading_commands(campaign: Any, command: Any) -> None:
     take = command(campaign, "import", _import, "make a campaign of an export, to be continued")
     take.add_argument("folder", metavar="DIR", help="the export")
     take.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix that is empty")
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.show import campaign_text
+
+    print(campaign_text(arguments.uri))
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.campaigns import list_text
+
+    print(list_text(arguments.uri))
+
+
+def _compare_campaigns(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.campaigns import compare_text
+
+    print(compare_text(arguments.one, arguments.other))
+
+
+def _delete(arguments: argparse.Namespace) -> None:
+    from layerloop.pipelines.campaigns import delete_campaign
+
+    delete_campaign(arguments.uri, yes=arguments.yes, log=print)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from layerloop.components.runtime.progress import log
+    from layerloop.components.storage.campaign import Campaign
+    from layerloop.components.storage.verification import repair_campaign, verify_campaign
+
+    campaign = Campaign.open(arguments.uri)
+    found = verify_campaign(campaign, log=log)
+    if arguments.repair:
+        repair_campaign(campaign, log=log)
+        found = verify_campaign(campaign, log=log)
+    print("\n".join(found.lines()))
+    return 0 if found.sound else 1
+
+
+def _lease(arguments: argparse.Namespace) -> None:
+    from layerloop.components.storage.campaign import Campaign
+    from layerloop.components.storage.lease import SCOPES, held_by, holder, take_over
+
+    store = Campaign.open(arguments.uri).store
+    for scope in SCOPES:
+        held = take_over(store, scope) if arguments.take_over else holder(store, scope)
+        if held is None or held.alive is None:
+            print(f"{scope} of {store.uri} is free")
+        else:
+            print(
+                held_by(held, scope, store.uri) + ("; it was taken over and is free now" if arguments.take_over else "")
+            )
 
 
 def _gc(arguments: argparse.Namespace) -> None:
