@@ -1,6 +1,6 @@
 # The workflow, a target a step. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install docs demo test fast slow lint mutants fuzz bench bench-gpu study lock wheel compile pretrain clean
+.PHONY: help install docs demo test fast slow lint mutants fuzz bench bench-gpu study lock newest wheel compile golden pretrain clean
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
@@ -73,6 +73,10 @@ compile: $(READY) ## write the packages in pipelines/compiled, after recipes, co
 	@$(VENV)/bin/layerloop compile -o pipelines/compiled/train-resident.yaml --resident --cluster $(CLUSTER)
 	@$(VENV)/bin/layerloop compile -o pipelines/compiled/evaluate.yaml --pipeline evaluate --cluster $(CLUSTER)
 
+golden: $(READY) compile ## write the committed packages and the stored values of tests/invariant anew; look at their diff
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/invariant --golden -q
+	@git --no-pager diff --stat -- pipelines/compiled tests/invariant
+
 docs: $(READY) ## build the documentation's site in build/site; a link that leads nowhere stops it
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet && echo "built build/site: open build/site/index.html"
 
@@ -83,6 +87,16 @@ lock: $(READY) ## write constraints.txt from the environment, after pyproject.to
 	@{ sed '/^[^#]/,$$d' constraints.txt; \
 	  $(VENV)/bin/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//'; } > build/constraints.txt
 	@mv build/constraints.txt constraints.txt
+
+# The fast tests, and those of what is driven by its private parts: diffusers, peft, kfp. Nothing in .venv changes.
+newest: ## try the newest versions that pyproject.toml allows, in an environment of their own, build/newest
+	@$(PYTHON) -m venv --clear build/newest
+	@build/newest/bin/python -m pip install --quiet 'setuptools>=80,<90'
+	@build/newest/bin/python -m pip install --quiet --no-build-isolation \
+	  --editable '.[policy,judge,evaluation,decompose,pipelines,demo,study,dev]'
+	@build/newest/bin/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//' > build/newest.txt
+	@$(subst $(VENV),build/newest,$(PYTEST)) -q -m "fast and not slow"
+	@$(subst $(VENV),build/newest,$(PYTEST)) -q tests/policy tests/update_lora tests/invariant tests/pipelines/test_local.py
 
 clean: ## remove what was made, the environment and the demo's campaign aside
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -28,6 +28,10 @@ BUCKET = "layerloop-tests"
 FAST = ("judge", "layers", "mutants", "schema", "storage")  # folders whose tests need neither torch nor whole runs
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", action="store_true", help="store the values of tests/invariant anew (make golden)")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the fast half, `make fast`, by folder. Whole runs go first: else one process ends alone with them."""
     items.sort(key=lambda item: "e2e" not in item.path.parts)
