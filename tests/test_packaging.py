@@ -1,6 +1,7 @@
 """What is installed: every package and its data, each extra enough for its image, every version pinned."""
 
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -118,6 +119,96 @@ def test_make_pretrain_starts_a_module_that_is_there() -> None:
     result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"usage: python -m {module}")
+
+
+# What the wheel with one extra, or with those of an image, is enough for: commands that say what they take.
+STEPS_OF = {image: [f"components.{name}" for name, step in STEPS.items() if step.image == image] for image in
+            ("light", "policy")}  # fmt: skip
+ENOUGH_FOR: dict[str, list[str]] = {
+    "": ["pipelines.cli"],
+    "judge": ["components.score_rollouts"],
+    "evaluation": ["pipelines.cli judge serve"],
+    "policy": ["components.shard_dataset", "components.generate_rollouts", "components.update_lora",
+               "components.publish_adapter"],
+    "pipelines": ["pipelines.cli compile", "pipelines.cli submit"],
+    "policy,judge,evaluation": STEPS_OF["policy"],
+    "judge,evaluation": STEPS_OF["light"],
+    "policy,decompose": ["pipelines.cli decompose"],
+}  # fmt: skip
+# Runs `python -m` for each, where nothing but the given packages can be imported: as a clean environment has it.
+WITH_THESE_PACKAGES = """
+import importlib.machinery, json, runpy, sys, sysconfig
+
+sysconfig.get_config_vars()  # loads a module whose name is the platform's
+allowed = {*sys.stdlib_module_names, "layerloop", *json.loads(sys.argv[1])}
+
+
+class Only(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return super().find_spec(name, path, target) if name.partition(".")[0] in allowed else None
+
+
+sys.meta_path = [Only if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+for command in sys.argv[2:]:
+    module, *words = command.split()
+    sys.argv = [module, *words]
+    for name in [name for name in sys.modules if name.startswith("layerloop")]:
+        del sys.modules[name]
+    try:
+        runpy.run_module(f"layerloop.{module}", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, command
+"""
+
+
+def with_packages(installed: Path, extras: str, *commands: str) -> subprocess.CompletedProcess[str]:
+    """Run commands where the wheel is installed with these extras and nothing else is."""
+    wanted = [*requirements()["core"], *(r for extra in extras.split(",") if extra for r in requirements()[extra])]
+    names, there = closure(wanted), importlib.metadata.packages_distributions()
+    allowed = [module for module, owners in there.items() if {canonicalize_name(owner) for owner in owners} & names]
+    return python(installed, "-c", WITH_THESE_PACKAGES, json.dumps(allowed), *commands)
+
+
+@pytest.mark.parametrize("extras", ENOUGH_FOR)
+def test_the_wheel_with_these_extras_alone_says_what_its_commands_take(installed: Path, extras: str) -> None:
+    result = with_packages(installed, extras, *(f"{command} --help" for command in ENOUGH_FOR[extras]))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("usage: ") == len(ENOUGH_FOR[extras])
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("pipelines.cli judge serve --port 0", "scipy is needed and not installed here: pip install "
+         "'layerloop[evaluation]'"),
+        ("pipelines.cli judge check http://127.0.0.1:9/v1", "openai is needed and not installed here: pip install "
+         "'layerloop[judge]'"),
+    ],
+)  # fmt: skip
+def test_a_command_whose_extra_is_not_installed_names_it_in_one_line(installed: Path, command: str, line: str) -> None:
+    result = with_packages(installed, "", command)
+    assert result.returncode == 1
+    assert f"error: {line}\n" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("extras", ENOUGH_FOR)
+def test_pip_installs_the_wheel_with_these_extras_into_an_empty_environment(
+    wheel: Path, extras: str, tmp_path: Path
+) -> None:
+    """From the registry that pip knows here."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    fresh = str(tmp_path / "venv" / "bin" / "python")
+    install = [fresh, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt")]
+    done = subprocess.run([*install, f"{wheel}[{extras}]"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for command in ENOUGH_FOR[extras]:
+        module, *words = command.split()
+        line = [fresh, "-m", f"layerloop.{module}", *words, "--help"]
+        said = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert said.returncode == 0 and "usage: " in said.stdout, said.stderr[-3000:]
 
 
 def requirements() -> dict[str, list[Requirement]]:

@@ -1,9 +1,11 @@
-"""What a process needs of its environment, checked before it works: a folder for temporary files, and a home."""
+"""What a process needs of its environment: a folder for temporary files, a home, and the packages of its extras."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,8 @@ def usable_environment() -> Iterator[None]:
     Python takes another folder silently where TMPDIR cannot be written, which may be small, or memory.
 
     Raises:
-        LayerloopError: TMPDIR cannot be written, no folder for temporary files can, or a home is needed and unknown.
+        LayerloopError: TMPDIR cannot be written, no folder for temporary files can, a home is needed and unknown, or a
+            package of an extra is imported that was not installed.
     """
     name = next((name for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)), None)
     try:
@@ -35,7 +38,31 @@ def usable_environment() -> Iterator[None]:
         )
     try:
         yield
+    except ModuleNotFoundError as error:
+        if (extra := _extra_with(error.name or "")) is None:
+            raise
+        raise LayerloopError(
+            f"{error.name} is needed and not installed here: pip install 'layerloop[{extra}]'"
+        ) from None
     except RuntimeError as error:
         if "home directory" not in str(error):  # of Path.expanduser, which has no class of its own for it
             raise
         raise LayerloopError("HOME is not set and this user has no home folder: set HOME to one") from None
+
+
+# Packages of the extras that are imported under another name.
+_DISTRIBUTIONS = {
+    "pptx": "python-pptx", "psd_tools": "psd-tools", "skimage": "scikit-image", "sklearn": "scikit-learn",
+}  # fmt: skip
+
+
+def _extra_with(module: str) -> str | None:
+    """The first of layerloop's extras that installs a module; None where none does."""
+    name = module.partition(".")[0]
+    wanted = _DISTRIBUTIONS.get(name, name)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for line in importlib.metadata.requires("layerloop") or ():
+            found = re.match(r"([A-Za-z0-9._-]+).*extra == .([a-z]+)", line)
+            if found and found[1] == wanted:
+                return found[2]
+    return None
