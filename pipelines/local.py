@@ -27,6 +27,7 @@ from typing import Any, TextIO
 from kfp import components, local
 from kfp.local import status, subprocess_task_handler
 
+from layerloop.components.runtime.progress import time_left
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.steps import RUN, STEPS
 from layerloop.pipelines.gpus import GpuPool, visible_gpus
@@ -211,6 +212,7 @@ class _Run:
     steps: dict[int, StepRun] = field(default_factory=dict)
     failure: StepFailed | None = None
     started: int = 0
+    sampling: dict[int, tuple[float, int]] = field(default_factory=dict)  # iteration: begin, number of its first step
     stopped: bool = False
     live: dict[int, subprocess.Popen[str]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=threading.RLock)  # `end` is called in a signal's handler
@@ -232,7 +234,7 @@ class _Run:
             self.started += 1
             number = self.started
             title = _title(step, executor_input)
-            self._say(f"[{number:2}/{self.total}] {title}")
+            self._say(f"[{number:2}/{self.total}] {title}{self._left(step, executor_input, number)}")
         log, label = self.folder / f"{number:02}-{step}.log", _label(executor_input)
         workers = executor_input.get("inputs", {}).get("parameterValues", {}).get("workers", 1)
         with self.gpus.lend(step, int(workers)) as own:
@@ -252,6 +254,18 @@ class _Run:
                 for process in self.live.values():  # the other worker: its shards are kept and found again
                     process.terminate()
             raise self.failure
+
+    def _left(self, step: str, executor_input: dict[str, Any], number: int) -> str:
+        """What is added to the header line that begins an iteration: the time that the run's other steps take, where
+        they take what those of the iterations before it took."""
+        iteration = _iteration(step, executor_input)
+        if step != "generate_rollouts" or iteration is None or iteration in self.sampling:
+            return ""
+        now = time.monotonic()
+        self.sampling[iteration] = now, number
+        first, first_number = next(iter(self.sampling.values()))
+        left = time_left(number - first_number, self.total - first_number + 1, now - first)
+        return f"; {left}" if left else ""
 
     def _process(
         self, number: int, argv: list[str], environment: dict[str, str], log: Path, label: str
@@ -323,20 +337,25 @@ class _Run:
             self.console.flush()
 
 
-def _title(step: str, executor_input: dict[str, Any]) -> str:
-    """What a step's header line says, such as `iteration 4: generate rollouts, worker 1 of 2`."""
-    words, inputs = step.replace("_", " "), executor_input.get("inputs", {})
+def _iteration(step: str, executor_input: dict[str, Any]) -> int | None:
+    """The iteration that a step is of, the first one of a stretch; None where its inputs do not say."""
     row = STEPS.get(step)
     artifact = row.iteration_from if row else None
-    listed = inputs.get("artifacts", {}).get(artifact, {}).get("artifacts", [])
-    iteration = listed[0].get("metadata", {}).get("iteration") if listed else None
-    if row and iteration is not None:
-        words = f"iteration {int(iteration) + row.iteration_offset}: {words}"
-    values = inputs.get("parameterValues", {})
-    if row and row.composes and iteration is not None:
-        first, last = int(iteration) + 1, int(iteration) + int(values["iterations"])
+    listed = executor_input.get("inputs", {}).get("artifacts", {}).get(artifact, {}).get("artifacts", [])
+    before = listed[0].get("metadata", {}).get("iteration") if listed else None
+    return None if row is None or before is None else int(before) + row.iteration_offset
+
+
+def _title(step: str, executor_input: dict[str, Any]) -> str:
+    """What a step's header line says, such as `iteration 4: generate rollouts, worker 1 of 2`."""
+    words, row, first = step.replace("_", " "), STEPS.get(step), _iteration(step, executor_input)
+    values = executor_input.get("inputs", {}).get("parameterValues", {})
+    if row and row.composes and first is not None:
+        last = first + int(values["iterations"]) - 1
         which = f"iteration {first}" if first == last else f"iterations {first} to {last}"
-        return f"{which}: {step.replace('_', ' ')}"
+        return f"{which}: {words}"
+    if first is not None:
+        words = f"iteration {first}: {words}"
     return f"{words}, worker {values['worker'] + 1} of {values['workers']}" if "workers" in values else words
 
 

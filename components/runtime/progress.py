@@ -55,6 +55,22 @@ def progress_line(what: str, unit: str, count: int, total: int | None, seconds: 
     )
 
 
+def time_left(done: int, total: int, seconds: float) -> str:
+    """`about 4 min left`: what the rest takes where `done` of `total` took `seconds`; empty while nothing is done."""
+    if done < 1:
+        return ""
+    left = seconds / done * (total - done)
+    return "less than a minute left" if left < 60 else f"about {_minutes(left)} left"
+
+
+def _minutes(seconds: float) -> str:
+    """A time of a minute and more, to no more digits than an estimate has."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours >= 48:
+        return f"{round(hours / 24)} days"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
 def _duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.3g} s"

@@ -19,7 +19,7 @@ from layerloop.components.policy.at import LoadedPolicy
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import failing_together, process_group, rank
-from layerloop.components.runtime.progress import log
+from layerloop.components.runtime.progress import log, time_left
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import Campaign
@@ -126,7 +126,14 @@ class Stretch:
                 self.scoring = stack.enter_context(Scoring(self.campaign.uri, self.judge_url, self.runtime))
             lag = self.campaign.recipe.rollout.lag
             ready = self.iterations[0] - 1  # the last iteration that is sampled
-            for iteration in self.iterations:
+            began = time.monotonic()
+            for number, iteration in enumerate(self.iterations):
+                if rank() == 0:
+                    count, left = (
+                        len(self.iterations),
+                        time_left(number, len(self.iterations), time.monotonic() - began),
+                    )
+                    log(f"iteration {iteration}, {number + 1} of {count}{': ' if left else ''}{left}")
                 self._begin_scoring(iteration)
                 while ready < min(iteration + lag, self.iterations[-1]):
                     ready += 1
