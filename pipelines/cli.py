@@ -59,7 +59,11 @@ DEMO_ITERATIONS = 12  # what unlearns the demo's faults in minutes on two cores
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 1 a failure, 2 bad input (one `error: ...` line), 130 interrupted."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return 2
+    arguments = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # of nohup; else steps would outlive their terminal
         signal.signal(signal.SIGHUP, _interrupt)
@@ -427,9 +431,9 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--model", default="", help="model to ask for (default: the only one that it serves)")
     check.add_argument("url", metavar="URL", help="base URL; key: OPENAI_API_KEY")
 
-    campaign = commands.add_parser("campaign", help="look into a campaign, verify, thin out or copy it").add_subparsers(
-        required=True
-    )
+    campaign = commands.add_parser(
+        "campaign", help="look into campaigns, compare, verify, thin out, copy, delete"
+    ).add_subparsers(required=True)
     adapter = commands.add_parser("adapter", help="work with trained adapters").add_subparsers(required=True)
     merge = _command(adapter, "merge", _adapter_merge, "write the weighted sum of adapters as one, in both layouts")
     merge.add_argument("out", metavar="OUT", help="folder to make, with peft/ and diffusers/ in it")

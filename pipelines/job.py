@@ -56,7 +56,10 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
         "runtime": dict(job.runtime),
     }
     goal = f", until iteration {job.until} of the campaign" if job.until else ""
-    print(f"{package}: {iterations} iterations, {job.workers} workers{goal}; logs in the same folder", flush=True)
+    counts = ", ".join(
+        f"{n} {what}{'s' * (n != 1)}" for n, what in ((iterations, "iteration"), (job.workers, "worker"))
+    )
+    print(f"{package}: {counts}{goal}; logs in the same folder", flush=True)
     return run_pipeline(package, arguments, folder=folder, processes=job.workers)
 
 
@@ -115,7 +118,8 @@ def say_what_was_made(run: LocalRun, job: Job) -> None:
     campaign = Campaign.open(absolute(job.campaign))
     head, root = campaign.head(), campaign.uri.removeprefix("file://").rstrip("/")
     evaluation = campaign.find(campaign.evaluation_dir(f"iteration-{head:06d}"))
-    print(f"\ncampaign {root}: iteration {head}, {len(run.steps)} steps in {run.seconds:.0f} s")
+    steps = f"{len(run.steps)} step{'s' * (len(run.steps) != 1)}"
+    print(f"\ncampaign {root}: iteration {head}, {steps} in {run.seconds:.0f} s")
     if evaluation:
         print(f"report   {root}/{evaluation.file('report.html').name}")
     if name := published_at(campaign, head):

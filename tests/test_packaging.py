@@ -177,19 +177,10 @@ def test_the_wheel_with_these_extras_alone_says_what_its_commands_take(installed
     assert result.stdout.count("usage: ") == len(ENOUGH_FOR[extras])
 
 
-@pytest.mark.parametrize(
-    ("command", "line"),
-    [
-        ("pipelines.cli judge serve --port 0", "scipy is needed and not installed here: pip install "
-         "'layerloop[evaluation]'"),
-        ("pipelines.cli judge check http://127.0.0.1:9/v1", "openai is needed and not installed here: pip install "
-         "'layerloop[judge]'"),
-    ],
-)  # fmt: skip
-def test_a_command_whose_extra_is_not_installed_names_it_in_one_line(installed: Path, command: str, line: str) -> None:
-    result = with_packages(installed, "", command)
-    assert result.returncode == 1
-    assert f"error: {line}\n" in result.stderr
+def test_a_command_whose_extra_is_not_installed_names_it_in_one_line(installed: Path) -> None:
+    result = with_packages(installed, "", "pipelines.cli judge check http://127.0.0.1:9/v1")
+    line = "error: httpx2 is needed and not installed here: pip install 'layerloop[judge]'"
+    assert line in result.stderr.splitlines()
 
 
 @pytest.mark.slow

@@ -50,9 +50,10 @@ def usable_environment() -> Iterator[None]:
         raise LayerloopError("HOME is not set and this user has no home folder: set HOME to one") from None
 
 
-# Packages of the extras that are imported under another name.
+# Packages of the extras that are imported under another name, or that come with one of them.
 _DISTRIBUTIONS = {
-    "pptx": "python-pptx", "psd_tools": "psd-tools", "skimage": "scikit-image", "sklearn": "scikit-learn",
+    "httpx2": "openai", "pptx": "python-pptx", "psd_tools": "psd-tools", "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
 }  # fmt: skip
 
 

@@ -129,11 +129,9 @@ class Stretch:
             began = time.monotonic()
             for number, iteration in enumerate(self.iterations):
                 if rank() == 0:
-                    count, left = (
-                        len(self.iterations),
-                        time_left(number, len(self.iterations), time.monotonic() - began),
-                    )
-                    log(f"iteration {iteration}, {number + 1} of {count}{': ' if left else ''}{left}")
+                    left = time_left(number, len(self.iterations), time.monotonic() - began)
+                    where = f"iteration {iteration}, {number + 1} of {len(self.iterations)}"
+                    log(f"{where}: {left}" if left else where)
                 self._begin_scoring(iteration)
                 while ready < min(iteration + lag, self.iterations[-1]):
                     ready += 1

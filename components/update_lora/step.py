@@ -228,12 +228,18 @@ def _plan(campaign: Campaign, advantages: Advantages) -> tuple[OptimizerStep, ..
 
 def _log_advantages(advantages: Advantages, iteration: int) -> None:
     """Log how many groups are learned from and why others are left out."""
-    log(
-        f"iteration {iteration}: learning from {len(advantages.groups)} groups; left out: "
-        f"{len(advantages.zero_std_groups)} of equal rewards, {len(advantages.underfilled_groups)} with fewer than two "
-        f"valid candidates, {len(advantages.zero_weight_groups)} of weight 0; {advantages.masked} candidates masked; "
-        f"reward mean {advantages.reward_mean:.4f}, within-group deviation {advantages.reward_std:.4f}"
-    )
+    left_out = {
+        "of equal rewards": len(advantages.zero_std_groups),
+        "with fewer than two valid candidates": len(advantages.underfilled_groups),
+        "of weight 0": len(advantages.zero_weight_groups),
+    }
+    parts = [
+        f"iteration {iteration}: mean reward {advantages.reward_mean:.4f}, deviation within groups "
+        f"{advantages.reward_std:.4f}; learning from {len(advantages.groups)} groups",
+        *(f"left out: {count} {reason}" for reason, count in left_out.items() if count),
+        *([f"{advantages.masked} candidates without a score"] if advantages.masked else []),
+    ]
+    log("; ".join(parts))
     if not advantages.groups:
         log(f"iteration {iteration}: no group gives a gradient, so the adapter is committed unchanged")
 

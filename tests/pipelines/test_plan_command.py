@@ -236,3 +236,22 @@ def test_the_page_about_performance_shows_what_the_command_prints(capsys: pytest
     page = (Path(__file__).parents[2] / "docs/PERFORMANCE.md").read_text()
     assert capsys.readouterr().out.strip() in page, "docs/PERFORMANCE.md: put in what `layerloop plan paper` prints"
     assert page.splitlines()[2].startswith("**Computed, not measured.**")
+
+
+def test_the_table_of_the_readme_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    prices = ("plan.gpu_hour_price=2.5", "judge.price.input=0.1", "judge.price.output=0.3")
+    assert main(["plan", "paper", "--json", *(word for price in prices for word in ("--set", price))]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    one, eight = (next(way["campaign"] for way in on["ways"] if way["way"] == "resident") for on in plan["layouts"][:2])
+    tokens = [200 * plan["judge"][name] / 1e6 for name in ("input_tokens", "output_tokens")]
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for row in (
+        f"| time | minutes on two CPU cores | {one['days']:.1f} days | {24 * eight['days']:.0f} hours |",
+        f"| GPU hours; at 2.50 each | | {one['gpu_hours']:.0f}; {one['gpu_cost']:.0f} | {eight['gpu_hours']:.0f}; "
+        f"{eight['gpu_cost']:.0f} |",
+        f"{plan['gpu_bytes']['update'] / 1e9:.0f} GB of the GPU",
+        f"{round(one['stored_gb'], -1):.0f} GB; 45 GB with `retention`",
+        f"{tokens[0]:.0f} M tokens in, {tokens[1]:.0f} M out",
+        f"| a hosted one, at 0.10 and 0.30 a million | | {one['judge_cost']:.0f} | {eight['judge_cost']:.0f} |",
+    ):
+        assert row in readme

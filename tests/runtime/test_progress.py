@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from layerloop.components.runtime import progress as module
-from layerloop.components.runtime.progress import log, progress, progress_line
+from layerloop.components.runtime.progress import log, progress, progress_line, time_left
 
 
 def test_items_pass_through_and_the_end_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,6 +57,20 @@ def test_work_is_not_done_ahead_of_its_consumer() -> None:
 )
 def test_lines_have_units(count: int, total: int | None, seconds: float, line: str) -> None:
     assert progress_line("w", "images", count, total, seconds) == line
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "seconds", "line"),
+    [
+        (0, 12, 100.0, ""),
+        (2, 12, 50.0, "about 4 min left"),
+        (11, 12, 600.0, "less than a minute left"),
+        (50, 200, 158_650.0, "about 6 days left"),
+        (150, 200, 30_000.0, "about 2 h 47 min left"),
+    ],
+)
+def test_the_time_left_of_a_run_has_few_digits(done: int, total: int, seconds: float, line: str) -> None:
+    assert time_left(done, total, seconds) == line
 
 
 def test_log_is_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,6 +95,8 @@ def test_two_ranks_leave_what_one_leaves(
     done = stretch(campaign, judge_url, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert content(campaign) == expected
+    told = [line for line in done.stderr.splitlines() if line.startswith("iteration ") and " of 2" in line]
+    assert told == ["iteration 1, 1 of 2", "iteration 2, 2 of 2: less than a minute left"]
 
 
 @pytest.mark.parametrize(
