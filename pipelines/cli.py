@@ -528,7 +528,7 @@ def _how_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _set_option(parser: argparse.ArgumentParser, more: str = "") -> None:
-    help_ = f"change a value of the recipe or the runtime, such as judge.model=qwen3-vl{more} (may be repeated)"
+    help_ = f"change a value of the recipe or the runtime, such as judge.model=Qwen/Qwen3.5-9B{more} (may be repeated)"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_)
 
 

@@ -1,11 +1,14 @@
-"""The documentation: every key is explained, every link leads somewhere, pages outside docs/ are part of the site."""
+"""The documentation: every key is explained, every link leads somewhere, pages outside docs/ are part of the site, and
+what workflows and pages tell people or machines to run is there."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from layerloop.components.schema.recipe import DataRecipe, Recipe
 from layerloop.components.schema.record import Record
@@ -62,3 +65,27 @@ def test_links_to_files_of_the_repository_name_files_that_are_there(page: str) -
     targets = [match[3].partition("#")[0] for match in hooks._LINK.finditer((ROOT / page).read_text())]
     missing = [target for target in targets if target and ":" not in target and not (folder / target).exists()]
     assert missing == []
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WORKFLOWS], ids=lambda path: path.name)
+def test_every_target_that_is_named_is_one_of_the_makefile(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^ {4}|run: )make ([a-z-]+)", path.read_text(), re.MULTILINE))
+    assert named <= targets
+    assert named or path.name == "tests.yml"
+
+
+def test_dependencies_are_tried_once_a_week_and_proposed_where_their_files_are() -> None:
+    (scheduled,) = (text for path in WORKFLOWS if "schedule:" in (text := path.read_text()))
+    workflow = yaml.safe_load(scheduled)
+    (at,) = workflow[True]["schedule"]  # YAML 1.1 reads the key `on` as true
+    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", at["cron"])
+    assert "make newest" in [step.get("run") for step in workflow["jobs"]["newest"]["steps"]]
+    found = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text())["updates"]
+    assert {update["package-ecosystem"] for update in found} == {"pip", "github-actions", "docker"}
+    for update in found:
+        for folder in update.get("directories", [update.get("directory")]):
+            assert (ROOT / folder.lstrip("/")).is_dir()
