@@ -106,9 +106,9 @@ def test_a_published_folder_is_loaded_as_it_stands(campaign: Campaign, tmp_path:
     found = their_velocities(campaign, f"{campaign.uri}/published/adapter", list(LOADING.values()), tmp_path)
     effect = (tuned - base).square().mean().sqrt()
     assert effect > 0.01
-    for library, velocity in zip(LOADING, found, strict=True):
+    for library, theirs in zip(LOADING, found, strict=True):
         allowed = 0.01 if library == "the bfloat16 copy" else 1e-5  # its weights have 8 bits
-        assert (velocity - tuned).square().mean().sqrt() < allowed * effect, library
+        assert (theirs - tuned).square().mean().sqrt() < allowed * effect, library
 
 
 @contextlib.contextmanager
