@@ -153,7 +153,7 @@ def test_learning_costs_more_with_a_kl_term_and_less_without_checkpoints() -> No
 
 
 def test_velocities_that_are_kept_save_the_anchors_and_take_space() -> None:
-    kept = work(keep_velocities=True)
+    kept = work(changed("rollout", keep_velocities=True))
     assert kept.iteration()["anchors"] == 0
     assert kept.latent_bytes() == pytest.approx(work().latent_bytes() * 10 / 6)
     for lag, saved in ((0, 0.5), (1, 1.0)):
