@@ -74,7 +74,11 @@ def plan_steps(
     """
     planned = []
     for index in range(min(steps, len(groups))):
-        batches = [batch for group in groups[index::steps] for batch in _microbatches(group, timesteps, microbatch, by_timestep)]
+        batches = [
+            batch
+            for group in groups[index::steps]
+            for batch in _microbatches(group, timesteps, microbatch, by_timestep)
+        ]
         shares = _share_among_ranks(batches, ranks)
         if pad:
             rounds = max(len(share) for share in shares)

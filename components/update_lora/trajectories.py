@@ -64,7 +64,9 @@ class Trajectories:
             GroupRecord.from_json(record.tobytes(), where="a group of another rank"),
             torch.from_numpy(condition),
             {
-                candidate: Trajectory(int(seed), torch.from_numpy(one), None if v is None else torch.from_numpy(v), int(n))
+                candidate: Trajectory(
+                    int(seed), torch.from_numpy(one), None if v is None else torch.from_numpy(v), int(n)
+                )
                 for candidate, seed, one, v, n in zip(candidates, seeds, latents, velocities, rows, strict=True)
             },
         )
