@@ -315,10 +315,10 @@ def resident(work: Work, gpus: int, judge_seconds: float, *, lag: int = 0) -> It
     """One rank a GPU with the base loaded once a stretch; candidates are shared, and a group is judged as soon as it is
     sampled.
 
-    judged = max(sampling + 2 latencies, first group + judge); anchors are computed while the last groups are judged:
-    start/n + judged + update - min(anchors, judged - sampling) + store.
+    judged = max(sampling + 2 latencies, first group + judge); wall = start/n + judged + update + store.
 
-    With a lag of one iteration, sampling and update follow each other and the judge has both to finish:
+    With a lag of one iteration, sampling and update follow each other, and while they do the judge has the iteration
+    that is sampled already:
     start/n + max(sampling + update, judge + 2 latencies) + store, with anchors for all points, since another policy
     sampled.
     """
@@ -329,8 +329,7 @@ def resident(work: Work, gpus: int, judge_seconds: float, *, lag: int = 0) -> It
         if lag:
             waiting = max(0.0, judge_seconds + tail - drawn.sampling - drawn.update)
         else:
-            judged = max(drawn.sampling + tail, drawn.first + judge_seconds)
-            waiting = judged - drawn.sampling - min(drawn.anchors, judged - drawn.sampling)
+            waiting = max(drawn.sampling + tail, drawn.first + judge_seconds) - drawn.sampling
         draws.append(
             {
                 "sampling": drawn.sampling, "judge": waiting, "update": drawn.update, "computing": drawn.computing,
@@ -346,11 +345,10 @@ def resident(work: Work, gpus: int, judge_seconds: float, *, lag: int = 0) -> It
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     """Seconds of one drawn iteration whose candidates and points all ranks share: of sampling, of its first group, of
-    the anchors, of the update with them; and GPU-seconds of operations."""
+    the update with its anchors; and GPU-seconds of operations."""
 
     sampling: float
     first: float
-    anchors: float
     update: float
     computing: float
 
@@ -362,7 +360,6 @@ def _shared(work: Work, gpus: int, all_anchors: bool) -> tuple[Drawn, ...]:
         Drawn(
             sampling=longest_first([work.candidate(count) / rate for count in layers for _ in range(size)], gpus),
             first=-(-size // gpus) * work.candidate(max(layers)) / rate,
-            anchors=sum(work.anchor(count) for count in layers) * size * work.points / rate / gpus,
             update=_update_seconds(work, layers, gpus, work.recipe.update.steps, all_anchors=all_anchors),
             computing=_computing(work, layers, all_anchors=all_anchors),
         )
