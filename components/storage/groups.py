@@ -25,8 +25,8 @@ SOURCE, CONDITION, TRAJECTORY = "source.png", "condition.safetensors", "trajecto
 class SampledGroup:
     """A sampled group: `image[H, W, 4]` and `stacks[G, L, H, W, 4]` uint8, `condition[h*w, C]`,
     `window[G, w+1, S, C]`, `velocities[G, w, S, C]` and `final[G, S, C]` float32, `rows[G]` int32 (see
-    schema/trajectory.py). A `window` of size 0 is left out of the shard, as are no velocities `[G, 0, S, C]`, with their
-    rows."""
+    schema/trajectory.py). A `window` of size 0 is left out of the shard, and where there are no velocities
+    `[G, 0, S, C]` so are these and the rows."""
 
     record: GroupRecord
     image: np.ndarray

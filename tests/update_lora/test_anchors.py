@@ -1,4 +1,4 @@
-"""Velocities that the sampler kept: taken where they are what the learner would compute, and never where they are not."""
+"""Velocities that the sampler kept: taken where the learner would compute the same, and never where not."""
 
 from __future__ import annotations
 
