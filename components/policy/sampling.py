@@ -151,7 +151,7 @@ class Plan:
 class Trajectory:
     """`window[G, w+1, S, 64]`: the latents before each window step and after its last (empty `[G, 0, S, 64]` without a
     window); `velocities[G, w, S, 64]`: the model's in those steps; `final[G, S, 64]`; all float32. `rows[G]` int32:
-    rows of the forward passes that a candidate was in. `nfe` is the number of model calls for single samples, `Plan.nfe`."""
+    rows of the forward passes that a candidate was in. `nfe`: model calls for single samples, `Plan.nfe`."""
 
     window: torch.Tensor
     velocities: torch.Tensor
