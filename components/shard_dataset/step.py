@@ -122,6 +122,8 @@ def run(
     if (reached := _at_its_target(store, target)) is not None:
         return reached
     target.begin(store)  # before anything can be refused: a run that is refused counts among those that got nowhere
+    if count := store.remove_abandoned():
+        log(f"removed {count} unfinished writes of processes that were killed")
     if run_id:
         judge_address(judge_url)
     chosen, moved = choose_recipe(recipe, overrides or {}, default=default_recipe, store=store)

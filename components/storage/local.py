@@ -7,7 +7,6 @@ import errno
 import functools
 import logging
 import os
-import secrets
 import shutil
 import stat
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.owners import is_abandoned, owned_name
 from layerloop.components.storage.regular_files import open_regular
 from layerloop.components.storage.store import Entry, MissingObjectError, Names, Store, checked_name
 
@@ -118,6 +118,16 @@ class LocalStore(Store):
         for name in self.leftovers():
             self._path(name).unlink(missing_ok=True)
 
+    def remove_abandoned(self) -> int:
+        now, count = self.clock(), 0
+        for name in self.leftovers():
+            path = self._path(name)
+            with contextlib.suppress(OSError):  # finished or removed meanwhile
+                if is_abandoned(path.name, now - path.stat().st_mtime):
+                    path.unlink()
+                    count += 1
+        return count
+
     def folders(self, name: str = "") -> Names:
         path = self._path(name.rstrip("/")) if name else self.root
         return sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
@@ -158,7 +168,7 @@ class LocalStore(Store):
     def _temporary(self, name: str) -> Iterator[tuple[BinaryIO, Path]]:
         """A new file next to `name`, removed at the end unless it was renamed."""
         path = self._path(name)
-        temporary = path.with_name(f"{TEMPORARY}{path.name[:64]}-{secrets.token_hex(6)}")
+        temporary = path.with_name(owned_name(f"{TEMPORARY}{path.name[:64]}"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = temporary.open("xb")
