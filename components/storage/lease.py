@@ -22,15 +22,17 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.steps import RUN
-from layerloop.components.storage.owners import identity
+from layerloop.components.storage.owners import identity, remove_abandoned_folders
 from layerloop.components.storage.store import Store
 
 TRAINING, EVALUATION, PUBLICATION = SCOPES = ("training", "evaluation", "publication")  # held independently
@@ -134,6 +136,13 @@ def take_over(store: Store, scope: str) -> Holder | None:
     return held
 
 
+def sweep(store: Store, *, log: Callable[[str], None]) -> None:
+    """Remove what killed processes were writing, in the store and in TMPDIR; what others write now stays."""
+    remove_abandoned_folders(Path(tempfile.gettempdir()))
+    if count := store.remove_abandoned():
+        log(f"removed {count} unfinished writes of processes that were killed")
+
+
 def held_by(held: Holder, scope: str, uri: str) -> str:
     """A sentence on who holds a lease."""
     return (
@@ -191,8 +200,8 @@ class _Lease:
             won = now is not None and now.number == number
         if not won:
             self._store.delete(self._member)
-        elif not joins and self._remove_before(number) and (count := self._store.remove_abandoned()):
-            self._log(f"removed {count} unfinished writes of processes that were killed")
+        elif not joins and self._remove_before(number):
+            sweep(self._store, log=self._log)
         return won
 
     def _remove_before(self, number: int) -> bool:

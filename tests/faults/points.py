@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from layerloop.components.storage.owners import remove_abandoned_folders
 from layerloop.components.storage.stores import open_store
 
 from .places import Place
@@ -17,12 +18,13 @@ from .scenario import KILLED, Judged, Scenario, Stage, problems, spoil_orphans, 
 
 @dataclass(frozen=True)
 class Point:
-    """A change of a stage's, by its number, at which it is struck."""
+    """A change of a stage's at which it is struck, by its number or by words of it."""
 
     stage: str
     store: str  # folder, s3 or rclone
-    at: int
+    at: int = -1
     action: str = "kill"
+    match: str = ""
 
     @property
     def name(self) -> str:
@@ -67,11 +69,12 @@ def _strike(made: Scenario, point: Point, place: Place, spoil: bool) -> Outcome:
     temporary, log = folder / "tmp", folder / "log"
     temporary.mkdir(parents=True)
     made.judge.answered.clear()
-    first = made.run(
-        stage, uri, {"log": str(log), "at": point.at, "action": point.action}, TMPDIR=str(temporary)
-    )  # fmt: skip
+    hook = {"log": str(log), "at": point.at, "match": point.match, "action": point.action}
+    first = made.run(stage, uri, hook, TMPDIR=str(temporary))
     labels = log.read_text().splitlines() if log.exists() else []
-    outcome = Outcome(label=labels[point.at] if point.at < len(labels) else "", reached=point.at < len(labels))
+    found = (at for at, label in enumerate(labels) if at == point.at or (point.match and point.match in label))
+    at = next(found, None)
+    outcome = Outcome(label="" if at is None else labels[at], reached=at is not None)
     if outcome.reached:
         alone = stage.step != "train_stretch"  # else a process beside it may have been the one
         if first.status != KILLED and (alone or first.status == 0):
@@ -85,6 +88,7 @@ def _strike(made: Scenario, point: Point, place: Place, spoil: bool) -> Outcome:
         if paid := judged.problem(made.judge.answered):
             outcome.problems.append(paid)
         outcome.problems += problems(made, stage, uri)
+        remove_abandoned_folders(temporary)  # as the first step of every run does
         outcome.problems += [f"{path.name} is left in TMPDIR" for path in temporary.iterdir()]
     if not outcome.problems:
         remove(uri)

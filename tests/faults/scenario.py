@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +29,9 @@ from PIL import Image
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import RECIPE, Campaign
+from layerloop.components.storage.lease import sweep
 from layerloop.components.storage.stores import LocalStore, Store, open_store
-from layerloop.components.storage.verification import repair_campaign, unnamed_objects, verify_campaign
+from layerloop.components.storage.verification import Findings, repair_campaign, unnamed_objects, verify_campaign
 
 from ..campaigns import SIDE, plain_name, save_tiny_base
 from ..score_rollouts.judges import MeddlingJudge, meddling_judge
@@ -158,7 +159,7 @@ class Scenario:
             shutil.copytree(uri, self.before / stage.name / "lab") if uri.exists() else None
             done = self.run(stage, str(uri))
             assert done.status == 0, done.said
-            self.committed[stage.name] = committed(Campaign.open(str(uri)))
+            self.committed[stage.name] = committed(verify_campaign(Campaign.open(str(uri)), log=_quiet))
         shutil.copytree(self.before / "rollouts1", self.before / self.stretch.name)
         self.committed[self.stretch.name] = self.committed["update2"]
 
@@ -193,8 +194,8 @@ def counted(uri: str) -> str:
 
 
 @contextmanager
-def scenario(folder: Path) -> Iterator[Scenario]:
-    """The scenario, made in `folder`."""
+def scenario(folder: Path, *, without: Collection[str] = ()) -> Iterator[Scenario]:
+    """The scenario, made in `folder`, but for stages that nobody wants."""
     images, logs, recipe = folder / "images", folder / "logs", folder / "recipe.json"
     for path in (images, logs):
         path.mkdir(parents=True)
@@ -207,7 +208,8 @@ def scenario(folder: Path) -> Iterator[Scenario]:
         judge.change = opinionated
         judge.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that was killed
         stretch = Stage("stretch", "train_stretch", ("--iterations", "2", "--until", "2", "--judge-url", judge.url))
-        made = Scenario(folder, nursery, judge, stages(images, recipe, judge.url), stretch)
+        wanted = [stage for stage in stages(images, recipe, judge.url) if stage.name not in without]
+        made = Scenario(folder, nursery, judge, wanted, stretch)
         made.make()
         yield made
 
@@ -223,17 +225,20 @@ def opinionated(body: dict[str, Any], number: int, text: str) -> str:
 _MEASURED = re.compile(r"metrics\.json|report\.html")  # files with seconds in them
 
 
-def committed(campaign: Campaign) -> dict[str, Any]:
+def committed(found: Findings) -> dict[str, Any]:
     """What every manifest of a campaign commits: counts, and the hash of each object by its plain name. Times are left
     out, and so are the manifest that names its own store, and the objects that hold them."""
-    found: dict[str, Any] = {}
-    for name, manifest in verify_campaign(campaign, log=_quiet).manifests.items():
-        objects = {
-            plain_name(file.name): "" if _MEASURED.fullmatch(file.base_name) else file.sha256
-            for file in (*manifest.shards, *manifest.files)
+    return {
+        plain_name(name): {
+            "counts": manifest.counts,
+            "facts": _facts(manifest),
+            "objects": {
+                plain_name(file.name): "" if _MEASURED.fullmatch(file.base_name) else file.sha256
+                for file in (*manifest.shards, *manifest.files)
+            },
         }
-        found[plain_name(name)] = {"counts": manifest.counts, "objects": objects, "facts": _facts(manifest)}
-    return found
+        for name, manifest in found.manifests.items()
+    }
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
@@ -283,12 +288,12 @@ def problems(made: Scenario, stage: Stage, uri: str) -> list[str]:
     found: list[str] = []
     try:
         campaign = Campaign.open(uri)
-        campaign.store.remove_abandoned()  # as the first step of every run does
+        sweep(campaign.store, log=_quiet)  # as the first step of every run does
         verified = verify_campaign(campaign, log=_quiet)
         found += [f"{where}: {what}" for where, what in verified.faults.items()] + verified.copies
         if temporary := [name for name in verified.leftovers if isinstance(campaign.store, LocalStore)]:
             found.append(f"left over: {', '.join(temporary)}")
-        now, wanted = committed(campaign), made.committed[stage.name]
+        now, wanted = committed(verified), made.committed[stage.name]
         found += [
             f"{name} is not what the uninterrupted campaign has" for name in wanted if now.get(name) != wanted[name]
         ]
@@ -297,7 +302,7 @@ def problems(made: Scenario, stage: Stage, uri: str) -> list[str]:
         after = verify_campaign(campaign, log=_quiet)
         if not after.sound or after.orphans or after.leftovers:
             found.append(f"repair leaves {'; '.join(after.lines())}")
-        if committed(campaign) != now:
+        if committed(after) != now:
             found.append("repair changed what is committed")
     except LayerloopError as error:
         found.append(str(error))

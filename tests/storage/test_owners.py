@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,13 +44,16 @@ def killed(tmp_path: Path) -> tuple[Path, Path]:
     return campaign, scratch
 
 
-def test_the_next_run_that_takes_the_lease_removes_what_a_killed_one_was_writing(killed: tuple[Path, Path]) -> None:
-    campaign, _ = killed
+def test_the_next_run_that_takes_the_lease_removes_what_a_killed_one_was_writing(
+    killed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    campaign, scratch = killed
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     mine, said = campaign / owned_name(f"{TEMPORARY}mine"), list[str]()
     mine.write_bytes(b"being written")
     with hold(open_store(campaign), log=said.append):
         assert list(campaign.rglob(f"{TEMPORARY}*")) == [mine]
-    assert said == ["removed 1 unfinished writes of processes that were killed"]
+    assert said == ["removed 1 unfinished writes of processes that were killed"] and list(scratch.iterdir()) == []
 
 
 def test_the_next_scratch_folder_removes_those_of_killed_processes(

@@ -124,7 +124,9 @@ retention.apply_retention(Campaign.open(sys.argv[1]), log=print)
 """
 
 
-@pytest.mark.parametrize("changes", [0, 2, 7])
+@pytest.mark.parametrize(
+    ("store_uri", "changes"), [("folder", 0), ("folder", 2), ("folder", 7), ("s3", 2)], indirect=["store_uri"]
+)
 def test_after_a_kill_at_any_change_nothing_is_missing_and_the_next_update_completes_it(
     store_uri: str, changes: int
 ) -> None:

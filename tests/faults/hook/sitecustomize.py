@@ -8,10 +8,10 @@ not read. $LAYERLOOP_FAULTS is JSON:
 
     path      what counts: the campaign's folder, or `/bucket/prefix`
     log       file with a line for every change of all processes that share it
-    at        number of the change, from 0; -1 to count only
+    at        number of the change, from 0; -1 to count only; or
+    match     words of the change: the first whose line has them
     action    `kill`: this process before the change; `kill sent`: once the request is sent; `kill victim`: the process
               whose id is in the file `victim`, while this one goes on; `full`: from this change on nothing fits
-    program   only where the command line has this word
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import io
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +35,11 @@ WRITES = ("PUT", "POST", "DELETE")
 class Strike:
     """The change at which it happens, and what happens."""
 
-    def __init__(self, path: str, log: str, at: int, action: str = "kill", victim: str = "") -> None:
-        self.path, self.log, self.at, self.action, self.victim = path.rstrip("/"), log, at, action, victim
+    def __init__(
+        self, path: str, log: str, at: int = -1, *, match: str = "", action: str = "kill", victim: str = ""
+    ) -> None:
+        self.path, self.log, self.at, self.match = path.rstrip("/"), log, at, match
+        self.action, self.victim = action, victim
         self.lock = threading.RLock()
         self.busy = threading.local()  # within our own calls nothing counts
         self.awaited: set[int] = set()  # connections whose request is the chosen one
@@ -54,6 +56,8 @@ class Strike:
         try:
             with self.lock:
                 number = self._next(label)
+                if self.match and self.match in label and self.at < 0:
+                    self.at = number
                 if self.action == "kill" and number == self.at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if self.action == "kill victim" and number == self.at:
@@ -75,12 +79,10 @@ class Strike:
 def install() -> None:
     """Wrap Python's calls as $LAYERLOOP_FAULTS says; nothing without it."""
     given = json.loads(os.environ.get(ENVIRONMENT) or "{}")
-    program = given.pop("program", "")
-    if not given or (program and program not in " ".join(sys.orig_argv)):
-        return
-    strike = Strike(**given)
-    _wrap_files(strike)
-    _wrap_requests(strike)
+    if given:
+        strike = Strike(**given)
+        _wrap_files(strike)
+        _wrap_requests(strike)
 
 
 def _wrap_files(strike: Strike) -> None:
