@@ -116,7 +116,7 @@ class LocalStore(Store):
 
     def remove_leftovers(self) -> None:
         for name in self.leftovers():
-            self._path(name).unlink(missing_ok=True)
+            self.delete(name)
 
     def remove_abandoned(self) -> int:
         now, count = self.clock(), 0
@@ -133,7 +133,10 @@ class LocalStore(Store):
         return sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
 
     def delete(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
+        try:
+            self._path(name).unlink(missing_ok=True)
+        except OSError as error:
+            raise LayerloopError(f"{self.uri}/{name} cannot be removed ({error.strerror}): allow it") from None
 
     def check_writable(self) -> None:
         folder = next(path for path in (self.root, *self.root.parents) if path.exists())
@@ -180,9 +183,13 @@ class LocalStore(Store):
             with file:
                 yield file, temporary
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise LayerloopError(f"{self.uri}/{name} does not fit ({error.strerror}): free some space") from None
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE):
                 raise
-            raise LayerloopError(f"{self.uri}/{name} does not fit ({error.strerror}): free some space") from None
+            raise LayerloopError(
+                f"{self.uri}/{name} cannot be written ({error.strerror}): see to the disk, and allow it"
+            ) from None
         finally:
             temporary.unlink(missing_ok=True)
 

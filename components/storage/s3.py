@@ -42,6 +42,8 @@ ATTEMPTS = 8  # retries of a request that was throttled, lost or answered with 5
 PART_BYTES = 32 << 20  # larger objects travel in parts of this size, several at once
 _CONFLICTS = 5  # a 409 (another writer is in the middle of the same name) is retried this often
 _MAX_COPY = 5 * 10**9  # bytes that one request copies, by S3's documentation
+_EXISTS = ("PreconditionFailed", "412")  # answers to a create-only put; the number where the body was cut off
+_CONFLICT = ("ConditionalRequestConflict", "409")
 PROBE, BID = ".conditional-write-probe-", ".bid-"  # parts of names of objects that are there for a moment only
 
 # Without conditional writes a creator bids, waits, and the lowest bid puts the object. Two can put only where the first
@@ -309,7 +311,7 @@ class S3Store(Store):
 
         for attempt in range(_CONFLICTS):
             try:
-                self._ask(name, put, let=("PreconditionFailed", "ConditionalRequestConflict"), again=("BadDigest",))
+                self._ask(name, put, let=(*_EXISTS, *_CONFLICT), again=("BadDigest",))
                 return True
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] == 412:
@@ -366,7 +368,7 @@ class S3Store(Store):
         """Whether a create-only put of an existing object fails because it exists, not because of the header."""
         from botocore.exceptions import ClientError
 
-        key, no = self._key(name), ("PreconditionFailed", "NotImplemented", "InvalidArgument", "InvalidRequest")
+        key, no = self._key(name), (*_EXISTS, "NotImplemented", "InvalidArgument", "InvalidRequest")
         try:
             self._ask(
                 name,

@@ -37,7 +37,7 @@ EVERY = {"folder": 1, "s3": 1, "rclone": 5}  # of so many changes one is struck
 OF_A_STRETCH = {"folder": 5, "s3": 10, "rclone": 40}  # which takes several seconds
 
 
-def cases(made: Any, places: dict[str, Any], only: str) -> Iterator[tuple[str, Case]]:
+def cases(made: Any, places: dict[str, Any], only: tuple[str, ...]) -> Iterator[tuple[str, Case]]:
     """All cases by name. Those of a stage are known once its changes are counted."""
     from tests.faults.points import Point, changes, strike
     from tests.faults.trouble import trouble
@@ -45,7 +45,7 @@ def cases(made: Any, places: dict[str, Any], only: str) -> Iterator[tuple[str, C
     for kind, place in places.items():
         for stage in map(made.stage, STEPS):
             begin = f"{kind} {stage.name} "
-            if not begin.startswith(only[: len(begin)]):
+            if not any(begin.startswith(text[: len(begin)]) for text in only):
                 continue
             apart = (OF_A_STRETCH if stage is made.stretch else EVERY)[kind]
             for at in range(0, len(changes(made, stage, place)), apart):
@@ -88,8 +88,9 @@ class Results:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/faults", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", default="1/1", metavar="K/N", help="the K-th of N parts (default: %(default)s)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose names begin so")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="cases whose names begin so (may be repeated)")
     arguments = parser.parse_args()
+    only = tuple(arguments.only or [""])
     number, parts = (int(text) for text in arguments.part.split("/"))
     from tests.faults.places import places
     from tests.faults.scenario import scenario
@@ -99,8 +100,8 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     with places(folder) as where, scenario(folder / "made") as made:
         known = results.read()
-        for at, (name, case) in enumerate(cases(made, where, arguments.only)):
-            if at % parts != number - 1 or not name.startswith(arguments.only):
+        for at, (name, case) in enumerate(cases(made, where, only)):
+            if at % parts != number - 1 or not name.startswith(only):
                 continue
             if name not in known or known[name]["problems"]:
                 results.put(name, case())
