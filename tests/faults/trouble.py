@@ -203,7 +203,7 @@ def parent(made: Scenario, place: Place, at: int) -> Outcome:
     options = dict(zip(made.stages[0].options[::2], made.stages[0].options[1::2], strict=True))
     command = [
         sys.executable, "-m", "layerloop.pipelines.cli", "run", "--campaign", uri, "--images", options["--images"],
-        "--recipe", options["--recipe"], "--judge-url", made.judge.url, "--until", "2", "--workers", "1",
+        "--recipe", options["--recipe"], "--judge-url", made.judge.url, "--iterations", "2", "--workers", "1",
         "--runs", str(folder / "runs"),
     ]  # fmt: skip
     hook = {"path": counted(uri), "log": str(log), "at": at, "action": "kill victim", "victim": str(victim)}
