@@ -100,11 +100,15 @@ class LocalStore(Store):
         return dict(sorted(found.items()))
 
     def clock(self) -> float:
+        path = self.root / owned_name(f"{TEMPORARY}clock")
         try:  # that of the file system, which may be another machine's
-            with tempfile.NamedTemporaryFile(dir=self.root, prefix=TEMPORARY) as file:
+            with path.open("xb") as file:
                 return os.fstat(file.fileno()).st_mtime
         except OSError:
             return time.time()
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def copy(self, name: str, target: str) -> None:
         with self.open(name) as source, self._temporary(target) as (file, temporary):
