@@ -6,7 +6,6 @@ campaign, even where the base is in memory already: the next step never starts f
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from layerloop.components.storage.campaign import BASE_COMMIT, Campaign
 from layerloop.components.storage.final_weights import SAMPLING, final_weights
 from layerloop.components.storage.folders import local_folder, node_copy
 from layerloop.components.storage.manifests import read_file
+from layerloop.components.storage.owners import scratch_folder
 
 if TYPE_CHECKING:  # steps import this file before they know whether there is work that needs torch
     import torch
@@ -154,9 +154,9 @@ def _apply_committed_adapter(campaign: Campaign, manifest: Manifest, policy: Lay
 
     weights = final_weights(manifest) if delivered else manifest.file(SAMPLING)
     where = f"{campaign.uri}/{weights.name}"
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for name, file in ((PEFT_WEIGHTS, weights), (PEFT_CONFIG, manifest.file(PEFT_CONFIG))):
-            (Path(folder) / name).write_bytes(read_file(campaign.store, file))
+            (folder / name).write_bytes(read_file(campaign.store, file))
         try:
             adapter = read_adapter(folder)
         except LayerloopError as error:  # a temporary path means nothing to the reader

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.storage.owners import ABANDONED
 from layerloop.components.storage.store import (
     Entry,
     MissingObjectError,
@@ -41,6 +42,8 @@ ATTEMPTS = 8  # retries of a request that was throttled, lost or answered with 5
 PART_BYTES = 32 << 20  # larger objects travel in parts of this size, several at once
 _CONFLICTS = 5  # a 409 (another writer is in the middle of the same name) is retried this often
 _MAX_COPY = 5 * 10**9  # bytes that one request copies, by S3's documentation
+_EXISTS = ("PreconditionFailed", "412")  # answers to a create-only put; the number where the body was cut off
+_CONFLICT = ("ConditionalRequestConflict", "409")
 PROBE, BID = ".conditional-write-probe-", ".bid-"  # parts of names of objects that are there for a moment only
 
 # Without conditional writes a creator bids, waits, and the lowest bid puts the object. Two can put only where the first
@@ -178,19 +181,31 @@ class S3Store(Store):
         self._ask(name, lambda: self._client.copy(source, self.bucket, key, Config=config))
 
     def leftovers(self) -> Names:
-        uploads = [f"unfinished upload of {name}" for name, _ in self._uploads()]
+        uploads = [f"unfinished upload of {name}" for name, *_ in self._uploads()]
         return [name for name in self.list() if PROBE in name or BID in name] + uploads
 
     def remove_leftovers(self) -> None:
         for name in self.list():
             if PROBE in name or BID in name:
                 self.delete(name)
-        for name, upload in self._uploads():
+        self._abort([(name, upload) for name, upload, _ in self._uploads()])
+
+    def _abort(self, uploads: list[tuple[str, str]]) -> None:
+        for name, upload in uploads:
             abort = functools.partial(
                 self._client.abort_multipart_upload, Bucket=self.bucket, Key=self._key(name), UploadId=upload
             )
             with contextlib.suppress(MissingObjectError):  # it was completed or aborted meanwhile
                 self._ask(name, abort)
+
+    def remove_abandoned(self) -> int:
+        now, entries = self.clock(), self.entries(PROBE)
+        probes = [name for name, entry in entries.items() if now - entry.modified > ABANDONED]
+        for name in probes:
+            self.delete(name)
+        uploads = [(name, upload) for name, upload, begun in self._uploads() if now - begun > ABANDONED]
+        self._abort(uploads)
+        return len(probes) + len(uploads)
 
     def check_writable(self) -> None:
         self._ignores_conditions()  # writes an object and deletes it
@@ -219,15 +234,18 @@ class S3Store(Store):
                 return pages
             more = {"ContinuationToken": pages[-1]["NextContinuationToken"]}
 
-    def _uploads(self) -> list[tuple[str, str]]:
-        """Names and ids of the multipart uploads under our prefix that were not completed."""
+    def _uploads(self) -> list[tuple[str, str, float]]:
+        """Names, ids and times of begin of the multipart uploads under our prefix that were not completed."""
         root = folder_prefix(self.prefix)
         try:
             found = self._ask("", lambda: self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=root))
         except LayerloopError:  # servers without that call, credentials without that right
             return []
-        keys = [(item["Key"][len(root) :], str(item["UploadId"])) for item in found.get("Uploads", ())]
-        return [(name, upload) for name, upload in keys if is_name(name)]
+        keys = [
+            (item["Key"][len(root) :], str(item["UploadId"]), item["Initiated"].timestamp())
+            for item in found.get("Uploads", ())
+        ]
+        return [key for key in keys if is_name(key[0])]
 
     def _put(self, name: str, put: Callable[[str], Any]) -> None:
         """Send an object. A 404 answers some servers' race of two first writers in a folder."""
@@ -293,7 +311,7 @@ class S3Store(Store):
 
         for attempt in range(_CONFLICTS):
             try:
-                self._ask(name, put, let=("PreconditionFailed", "ConditionalRequestConflict"), again=("BadDigest",))
+                self._ask(name, put, let=(*_EXISTS, *_CONFLICT), again=("BadDigest",))
                 return True
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] == 412:
@@ -350,7 +368,7 @@ class S3Store(Store):
         """Whether a create-only put of an existing object fails because it exists, not because of the header."""
         from botocore.exceptions import ClientError
 
-        key, no = self._key(name), ("PreconditionFailed", "NotImplemented", "InvalidArgument", "InvalidRequest")
+        key, no = self._key(name), (*_EXISTS, "NotImplemented", "InvalidArgument", "InvalidRequest")
         try:
             self._ask(
                 name,

@@ -127,6 +127,10 @@ class Store(ABC):
         """Remove the leftovers. Only while nobody writes: what is being written looks the same."""
 
     @abstractmethod
+    def remove_abandoned(self) -> int:
+        """Remove the leftovers whose writers are gone for certain, whoever writes now; returns how many there were."""
+
+    @abstractmethod
     def check_writable(self) -> None:
         """Check before the work that objects can be written here; nothing is left behind.
 
