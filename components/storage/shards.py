@@ -11,8 +11,10 @@ import hashlib
 import io
 import re
 import tarfile
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO, Self
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard, content_name
@@ -37,15 +39,61 @@ def write_shard(store: Store, name: str, samples: Iterable[Sample]) -> Shard:
         ValueError: a key or suffix that WebDataset would misread, a key given twice, or a sample without members.
     """
     keys: list[str] = []
-    digest = hashlib.sha256()
     with store.staging(name) as (file, put):
-        for block in _blocks(name, samples, keys):
-            digest.update(block)
-            file.write(block)
+        with _Hasher() as hasher:
+            for block in _blocks(name, samples, keys):
+                hasher.add(block)
+                file.write(block)
+            digest = hasher.hexdigest()
         size = file.tell()
-        own = content_name(name, digest.hexdigest())
+        own = content_name(name, digest)
         put(own)
-    return Shard(name=own, bytes=size, sha256=digest.hexdigest(), samples=len(keys))
+    return Shard(name=own, bytes=size, sha256=digest, samples=len(keys))
+
+
+class _Hasher:
+    """sha256 of blocks in a thread beside the one that writes them, which takes about as long."""
+
+    BEHIND = 64 << 20  # bytes that it may lag
+
+    def __init__(self) -> None:
+        self._digest, self._small = hashlib.sha256(), bytearray()
+        self._pool = ThreadPoolExecutor(1)
+        self._todo: deque[tuple[Future[None], int]] = deque()
+        self._behind = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def add(self, block: bytes) -> None:
+        """Append a block, which does not change."""
+        if len(block) < 1 << 16:
+            self._small += block
+            return
+        self._start(bytes(self._small))
+        self._small.clear()
+        self._start(block)
+
+    def hexdigest(self) -> str:
+        """The hash of all blocks."""
+        self._start(bytes(self._small))
+        self._small.clear()
+        self._catch_up(0)
+        return self._digest.hexdigest()
+
+    def _start(self, block: bytes) -> None:
+        self._todo.append((self._pool.submit(self._digest.update, block), len(block)))
+        self._behind += len(block)
+        self._catch_up(self.BEHIND)
+
+    def _catch_up(self, most: int) -> None:
+        while self._behind > most or (self._todo and not most):
+            done, size = self._todo.popleft()
+            done.result()
+            self._behind -= size
 
 
 def _blocks(name: str, samples: Iterable[Sample], keys: list[str]) -> Iterator[bytes]:
