@@ -13,12 +13,14 @@ import numpy as np
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard
+from layerloop.components.schema.tensor_files import check_header
 from layerloop.components.schema.trajectory import REMEDY, CandidateRecord, GroupRecord, candidate_key, group_key
-from layerloop.components.storage.images import decode_png, encode_png
+from layerloop.components.storage.images import encode_png, read_png
 from layerloop.components.storage.shards import Sample, read_shard
 from layerloop.components.storage.store import Store
 
 SOURCE, CONDITION, TRAJECTORY = "source.png", "condition.safetensors", "trajectory.safetensors"
+_HEADER = 100_000  # bytes of a header that names a tensor or two
 
 
 @dataclass(frozen=True)
@@ -203,10 +205,7 @@ def _require(where: str, members: Mapping[str, bytes], names: Sequence[str]) -> 
 
 
 def _png(members: Mapping[str, bytes], name: str, shape: tuple[int, ...], *, where: str) -> np.ndarray:
-    try:
-        image = decode_png(members[name])
-    except LayerloopError as error:
-        raise LayerloopError(f"{where}.{name}: {error}") from None
+    image = read_png(members, name, where=where, size=shape[:2])
     if image.shape != shape:
         _refuse(where, name, image.shape, f"its group's record says {_sizes(shape)}")
     return image
@@ -221,6 +220,7 @@ def _tensor(
     """One finite tensor of a safetensors member. Its other tensors are ignored."""
     from safetensors import SafetensorError, deserialize
 
+    check_header(members[member], where=f"{where}.{member}", longest=_HEADER)
     try:
         tensors = dict(deserialize(members[member]))
     except SafetensorError as error:
