@@ -64,27 +64,27 @@ def article(shown: ShownCase, removed: str = "") -> str:
 
 
 def _article(shown: ShownCase, removed: str, *, full: bool) -> str:
-    case = shown.choice.case
+    case, source = shown.choice.case, shown.choice.case.source
     heads = headings(max(len(strip.stack) for strip in shown.strips))
     cells = ["<span></span>", *(f'<span class="head">{head}</span>' for head in heads)]
     folder = "" if full else f"{shown.folder}/"
     for index, strip in enumerate(shown.strips):
-        recomposition, gap = recomposed(strip, composite(strip.stack), case.source)
+        recomposition, gap = recomposed(strip, composite(strip.stack), source)
         said = f"{strip.model}, {{}}, {case.title}"
         cells += [
             f'<span class="side {strip.model.lower()}">{escape(strip.model)}</span>',
-            _tile(case.source if index == 0 else None, f"Source, {case.title}", file=f"{folder}source.png", full=full),
+            _tile(source if index == 0 else None, f"Source, {case.title}", file=f"{folder}source.png", full=full),
             _tile(recomposition, said.format("recomposition"), "recomposition", full=full),
             _tile(gap, said.format("difference of recomposition and source"), full=full),
         ]
-        facts = measure_layers(strip.stack, case.source)
+        facts = measure_layers(strip.stack, source)
         for at, (layer, numbers) in enumerate(zip(strip.stack, facts, strict=True)):
             flags, texts = caption(numbers)
             flagged = f"<b>{escape(flags)}</b>" if flags else ""
             below, file = f"<p>{'<br>'.join([*texts, flagged])}</p>", folder + _file_of(strip, at)
             cells.append(_tile(layer, said.format(f"layer {at}"), "layer", below=below, file=file, full=full))
         cells += ["<span></span>"] * (len(heads) - 3 - len(strip.stack))
-    size = f"{case.layers} layers, {case.source.shape[1]} × {case.source.shape[0]} px"
+    size = f"{case.layers} layers, {case.size[1]} × {case.size[0]} px"
     link = "" if full else f'<a href="{folder}index.html">full size</a>'
     return (
         f'<article class="sample"><header><h3>{escape(case.title)}</h3>'

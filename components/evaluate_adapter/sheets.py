@@ -67,7 +67,8 @@ def choose(cases: Sequence[Case], base: Sequence[Row], tuned: Sequence[Row], *, 
 
 def strips_of(choice: Choice, stacks: Mapping[str, Pixels]) -> list[Strip]:
     """Rows of a sheet: the reference where there is one, then each model's."""
-    reference = [] if choice.case.truth is None else [Strip("Reference", choice.case.truth)]
+    truth = choice.case.truth
+    reference = [] if truth is None else [Strip("Reference", truth)]
     return [*reference, *(Strip(model, stack) for model, stack in stacks.items())]
 
 

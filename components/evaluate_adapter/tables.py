@@ -11,7 +11,16 @@ from layerloop.components.evaluate_adapter import charts
 from layerloop.components.evaluate_adapter.assess import Comparisons
 from layerloop.components.evaluate_adapter.cases import Kind
 from layerloop.components.evaluate_adapter.statistics import FEWEST, Comparison
-from layerloop.components.layers.columns import GROUPS, LAYERD, better_of, gives_verdict, quoted, slots_of, title_of
+from layerloop.components.layers.columns import (
+    GROUPS,
+    LAYERD,
+    better_of,
+    gives_verdict,
+    judged,
+    quoted,
+    slots_of,
+    title_of,
+)
 
 HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabelled images"}
 
@@ -101,10 +110,11 @@ def _distribution(column: str, differences: Sequence[float]) -> str:
 
 def measures_section(kind: Kind, table: Mapping[str, Comparison], reference: Mapping[str, float]) -> str:
     """All measures of a kind of case; `reference` are the true layers' own values, {} for none."""
-    reach = charts.common_reach(table[name] for group in GROUPS.values() for name in group if name in table)
+    groups: dict[str, Sequence[str]] = {**GROUPS, "By the judge, 0 to 1": judged(table)}
+    reach = charts.common_reach(table[name] for group in groups.values() for name in group if name in table)
     width = 8 if reference else 7
     rows = []
-    for heading, columns in GROUPS.items():
+    for heading, columns in groups.items():
         group = [_row(column, table[column], reference, reach) for column in columns if column in table]
         if group:
             rows += [f'<tr class="heading"><th colspan="{width}">{escape(heading)}</th></tr>', *group]

@@ -32,7 +32,7 @@ from layerloop.components.layers.measure import MEASURES
 from layerloop.components.layers.stack import Pixels, composite
 from layerloop.components.schema.manifest import Manifest
 
-from .conftest import drawn_design, source_of
+from .conftest import case_of, drawn_design, source_of
 
 
 def compared(base: float, tuned: float, low: float, high: float, n: int = 20) -> Comparison:
@@ -189,7 +189,7 @@ def some_cases(count: int) -> tuple[list[Case], list[Pixels], list[Pixels]]:
     cases, good, bad = [], [], []
     for index in range(count):
         truth = drawn_design(index, 3)
-        cases.append(Case(f"{index:016x}", "designs", 3, index, source_of(truth), truth))
+        cases.append(case_of(f"{index:016x}", "designs", 3, index, source_of(truth), truth))
         spoiled = truth.copy()
         spoiled[1, ..., 3] = spoiled[1, ..., 3] * (1 - index / count)
         good.append(truth)
@@ -334,7 +334,7 @@ def test_alone_the_page_has_no_links() -> None:
 )
 def test_a_case_is_called_as_its_file_is(origin: str, title: str) -> None:
     truth = drawn_design(1, 2)
-    case = Case("0123456789abcdef", "designs", 2, 0, source_of(truth), truth, origin)
+    case = case_of("0123456789abcdef", "designs", 2, 0, source_of(truth), truth, origin)
     assert case.title == title
 
 
@@ -477,7 +477,9 @@ def test_a_curve_of_any_length_is_well_formed_and_sparsely_labelled(count: int) 
 
 
 def test_comparisons_by_layer_count_are_of_those_designs_only() -> None:
-    cases = [Case(f"{n:016x}", "designs", n, n, source_of(t), t) for n, t in ((n, drawn_design(n, n)) for n in (2, 3))]
+    cases = [
+        case_of(f"{n:016x}", "designs", n, n, source_of(t), t) for n, t in ((n, drawn_design(n, n)) for n in (2, 3))
+    ]
     base = [assess(case, case.truth, max_edits=0) for case in cases if case.truth is not None]
     tuned = [{**row, "slot_l1": row["layers"] / 10} for row in base]
     slots = compare_rows(base, tuned, seed=0).slots
