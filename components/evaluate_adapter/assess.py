@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+
 from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.evaluate_adapter.statistics import FLIPS, Comparison, compare, holm
 from layerloop.components.layers import layerd
@@ -38,8 +40,11 @@ def assess(case: Case, stack: Pixels, *, max_edits: int) -> Row:
         row |= {f"{column}_{slot}": value for slot, value in enumerate(values)}
     if min(len(stack), len(truth)) < 2:  # LayerD's protocol leaves these out
         return row
-    for prefix, seen in (("layerd", stack), ("layerd_clean", cleared(stack))):
-        levels = layerd.evaluate(seen, truth, max_edits=max_edits)
+    clean = cleared(stack)
+    levels = layerd.evaluate(stack, truth, max_edits=max_edits)
+    for prefix in ("layerd", "layerd_clean"):
+        if prefix == "layerd_clean" and not np.array_equal(clean, stack):
+            levels = layerd.evaluate(clean, truth, max_edits=max_edits)
         row[f"{prefix}_edits"] = len(levels) - 1
         for edits in range(max_edits + 1):
             level = layerd.at_edits(levels, edits)

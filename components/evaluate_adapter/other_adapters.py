@@ -60,7 +60,7 @@ def sample_adapters(campaign: Campaign, cases: Cases, adapters: Mapping[str, str
             stem = f"evaluations/adapters/{weights_sha256(folders[name])[:12]}-{loaded.base_fingerprint[:12]}"
             shards[name] = decomposed(campaign, loaded, chunks, stem, model=name)
         shards[BASE] = base_shards(campaign, loaded, chunks)
-    with Measuring(campaign.recipe.evaluation.max_edits) as measuring:
+    with Measuring(campaign.recipe.evaluation.max_edits, cases=len(cases.cases)) as measuring:
         return {name: measuring.shards(campaign.store, chunks, some, model=name) for name, some in shards.items()}
 
 

@@ -11,8 +11,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from layerloop.components.evaluate_adapter.assess import Row, assess
+from layerloop.components.evaluate_adapter.assess import Row
 from layerloop.components.evaluate_adapter.cases import Case, Cases
+from layerloop.components.evaluate_adapter.measuring import Measuring
 from layerloop.components.evaluate_adapter.statistics import FEWEST, Comparison, compare
 from layerloop.components.layers.columns import better_of, quoted, title_of
 from layerloop.components.runtime.distributed import failing_together, rank
@@ -100,13 +101,11 @@ def commit_samplers(
     campaign: Campaign, iteration: int, cases: Sequence[Case], shards: Shards, loaded: LoadedPolicy
 ) -> Manifest:
     """Measure what was sampled and commit the table; on rank 0."""
-    from layerloop.components.evaluate_adapter.decompose import read_decompositions
-
-    rows: dict[tuple[Inference, str], list[Row]] = {}
-    for key, some in shards.items():
-        stacks = {name: stack for shard in some for name, stack in read_decompositions(campaign.store, shard).items()}
-        rows[key] = [assess(case, stacks[case.name], max_edits=0) for case in cases]
-        log(f"{key[1]}, {key[0].name}: {len(cases)} decompositions measured")
+    with Measuring(0, cases=len(cases) * len(shards)) as measuring:
+        rows = {
+            (how, model): measuring.shards(campaign.store, [cases], some, model=f"{model}, {how.name}")
+            for (how, model), some in shards.items()
+        }
     document = sampler_table(rows, seed=campaign.recipe.seed)
     document |= {"adapter_sha256": loaded.adapter_sha256, "iteration": iteration}
     folder = samplers_dir(campaign, iteration)

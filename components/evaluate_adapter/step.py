@@ -230,7 +230,7 @@ class Measured:
 
 def _measure_both_models(campaign: Campaign, iteration: int, cases: Cases, sampled: Sampled, clock: Clock) -> Measured:
     edits, chunks = campaign.recipe.evaluation.max_edits, sampled.chunks
-    with clock.time("measuring"), Measuring(edits) as measuring:
+    with clock.time("measuring"), Measuring(edits, cases=len(cases.cases)) as measuring:
         base = measuring.shards(campaign.store, chunks, sampled.base, model="base")
         tuned = measuring.shards(campaign.store, chunks, sampled.tuned, model=_evaluation_name(iteration))
         truth = measuring.truth(cases.of("designs"))

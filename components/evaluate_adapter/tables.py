@@ -41,7 +41,7 @@ def difference_of(c: Comparison) -> str:
     if c.relative is None or not 0.0005 <= abs(c.relative) < 10:
         return text
     share = f"{100 * c.relative:+.{0 if abs(c.relative) >= 0.095 else 1}f}"
-    return f"{text} ({share.replace('-', '−')} %)"
+    return f"{text} ({share.replace('-', '−')}\u00a0%)"
 
 
 def interval_of(c: Comparison, otherwise: str = "–") -> str:
@@ -148,7 +148,7 @@ def _row(column: str, c: Comparison, reference: Mapping[str, float], reach: floa
         f'<td class="{verdict(column, c)}" data-label="difference">{difference_of(c)}</td>'
         f'<td class="dim" data-label="95 % interval">{interval_of(c)}</td>'
         f'<td data-label="±{100 * reach:.0f} %">{charts.whisker(c, verdict(column, c), reach)}</td>'
-        f'<td class="dim" data-label="images">{_count(c)}</td></tr>'
+        f'<td class="dim count" data-label="images">{_count(c)}</td></tr>'
     )
 
 
@@ -157,7 +157,7 @@ def _count(c: Comparison) -> str:
     undefined = [
         f"{count} of {who}" for who, count in (("base", c.base_undefined), ("adapter", c.tuned_undefined)) if count
     ]
-    return f"{c.n}<br>undefined: {', '.join(undefined)}" if undefined else str(c.n)
+    return f"{c.n}<br><small>undefined: {', '.join(undefined)}</small>" if undefined else str(c.n)
 
 
 def layerd_section(table: Mapping[str, Comparison], max_edits: int) -> str:

@@ -99,12 +99,12 @@ def test_colour_follows_direction_and_interval(column: str, comparison: Comparis
 def test_only_clear_differences_are_coloured_on_the_page() -> None:
     page = page_of({"bad_layers": UNCLEAR, "evenness": UNCLEAR})
     assert 'class="chip good"' not in page and '<td class="bad"' not in page and 'var(--good)"' not in page
-    assert '<td class="good" data-label="difference">−0.20 (−40 %)</td>' in page_of({"bad_layers": BETTER})
+    assert '<td class="good" data-label="difference">−0.20 (−40\u00a0%)</td>' in page_of({"bad_layers": BETTER})
 
 
 def test_where_a_measure_is_undefined_it_says_for_whom_and_how_often() -> None:
     page = page_of({"residue": replace(UNCLEAR, tuned_undefined=7), "bad_layers": UNCLEAR})
-    assert page.count("undefined: ") == 1 and "20<br>undefined: 7 of adapter" in page
+    assert page.count("undefined: ") == 1 and "20<br><small>undefined: 7 of adapter</small>" in page
     lost = compare_rows([{"kind": "designs", "layers": 2, "residue": 0.2}] * 2, [{"residue": None}] * 2, seed=0)
     row = text_of(page_of({}, comparisons=lost))
     assert "0 undefined: 2 of adapter" in row, "a measure that one model has nowhere keeps its row"
@@ -128,8 +128,17 @@ def test_no_number_contradicts_its_colour() -> None:
 def test_definitions_are_repeated_verbatim() -> None:
     text = text_of(page_of(dict.fromkeys(MEASURES, UNCLEAR)))
     for name, definition in DEFINITIONS.items():
-        if name not in ("slots", "layerd"):
+        if name not in ("slots", "layerd", "judge"):
             assert definition.replace("'", "&#x27;") in text, name
+
+
+def test_who_judged_is_said_with_what_that_means() -> None:
+    names = {"judge_alpha_cleanliness": BETTER, "judge_mean": UNCLEAR, "residue": UNCLEAR}
+    page = page_of({}, comparisons=Comparisons({"pictures": names}), judged="A judge scored 4 decompositions.")
+    text = text_of(page)
+    assert f"Judge A judge scored 4 decompositions. {DEFINITIONS['judge']}".replace("'", "&#x27;") in text
+    assert text.index("By the judge, 0 to 1") < text.index("Judge, alpha cleanliness ↑") < text.index("Judge, mean ↑")
+    assert page.count('class="good"') == 1
 
 
 def test_how_the_true_layers_were_made_is_said() -> None:
@@ -267,6 +276,9 @@ def test_each_sample_shows_reference_base_and_adapter_with_all_their_layers() ->
     assert (
         article.count("<img") == 1 + 2 * 2 + 3 * 3
     )  # the source, two recompositions and differences, three layers each
+    heads = re.findall(r'class="head">([^<]*)<', article)
+    assert heads == ["recomposed", "layer 0, inpainted", "layer 1", "layer 2", "|difference| ×4"]
+    assert len(re.findall(r"<span|<div class=\"cell\"", article)) - 2 == 4 * 6, "a cell in every column of every row"
     assert 'width="128" height="128"' in article and 'class="layer pixels"' in article
     assert removed.count("<img") == 2 * 3 and "without layer 2" in removed
     alts = re.findall(r'<img[^>]* alt="([^"]*)"', page)
