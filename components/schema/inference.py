@@ -34,7 +34,5 @@ COMPARED: Final = tuple(
     for guidance in (1.0, 4.0)
     for sampler, steps in (("euler", 10), ("euler", 20), ("euler", 30), ("euler", 50), ("heun", 25), ("heun", 50))
 )
-COMPARED_CASES: Final = {
-    "designs": 24,
-    "pictures": 8,
-}  # at most: all of COMPARED are 1,548 calls an image of two models
+# Images that are compared on, at most: all of COMPARED are 1,548 model calls an image, of base and adapter.
+COMPARED_CASES: Final = {"designs": 24, "pictures": 8}

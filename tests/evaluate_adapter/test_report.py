@@ -138,7 +138,7 @@ def test_who_judged_is_said_with_what_that_means() -> None:
     text = text_of(page)
     assert f"Judge A judge scored 4 decompositions. {DEFINITIONS['judge']}".replace("'", "&#x27;") in text
     assert text.index("By the judge, 0 to 1") < text.index("Judge, alpha cleanliness ↑") < text.index("Judge, mean ↑")
-    assert page.count('class="good"') == 1
+    assert page.count('<td class="bad"') == 1, "a judge's number that falls is worse"
 
 
 def test_how_the_true_layers_were_made_is_said() -> None:

@@ -20,6 +20,7 @@ from layerloop.components.policy.inference import sample_layers
 from layerloop.components.policy.lora import put_adapter, read_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.prompt import embed_prompt
+from layerloop.components.schema import inference
 from layerloop.components.schema.inference import COMPARED, REFERENCE, Inference
 
 from ..campaigns import CampaignBuilder, named, policy_folder
@@ -54,7 +55,7 @@ def test_the_grid_is_what_people_use() -> None:
     assert names == plain | {f"{name}-guidance-4" for name in plain}
     assert REFERENCE in COMPARED
     calls = sum(s.calls for s in COMPARED) * 2
-    assert calls == 1548 and f"{calls:,} model calls" in Path(samplers.__file__).read_text()
+    assert calls == 1548 and f"{calls:,} model calls" in Path(inference.__file__).read_text()
 
 
 def test_a_sampler_is_safe_that_is_worse_than_neither_the_base_nor_the_reference() -> None:
