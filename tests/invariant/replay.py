@@ -57,7 +57,7 @@ RECIPE: dict[str, Any] = {
 LEFT_OUT = re.compile(r"second|latency|machine|memory|version|torch|threads|^made$|definitions|title")
 INEXACT = re.compile(r"\b[0-9a-f]{64}\b")  # hashes of files with float32 sums or PNGs in them
 ADAPTER = re.compile(r"(?<=/decompositions-)[0-9a-f]{12}")  # in a name: of the adapter that they are of
-EXACT_KEYS = ("recipe_sha256", "rubric_sha256", "prompt_sha256", "base_fingerprint")
+EXACT_KEYS = ("rubric_sha256", "prompt_sha256", "base_fingerprint")
 
 
 def make_campaign(folder: Path) -> Campaign:
