@@ -108,12 +108,11 @@ def run_pipeline(
     began = time.monotonic()
     run = _Run(folder.resolve(), count_tasks(spec), console or sys.stdout, began, processes)
     with open(folder / "kfp.log", "w") as log, _quiet(log), step_processes(run.step), _signals(run.end):
+        # KFP removes its workspace with the run; without one of ours it makes one in TMPDIR and leaves it.
         local.init(
             local.SubprocessRunner(use_venv=False),
             pipeline_root=str(folder / "artifacts"),
-            workspace_root=str(
-                folder / "workspace"
-            ),  # KFP removes it with the run; without one it leaves its own in TMPDIR
+            workspace_root=str(folder / "workspace"),
         )
         pipeline = components.load_component_from_file(str(package))
         try:
