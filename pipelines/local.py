@@ -108,7 +108,7 @@ def run_pipeline(
     began = time.monotonic()
     run = _Run(folder.resolve(), count_tasks(spec), console or sys.stdout, began, processes)
     with open(folder / "kfp.log", "w") as log, _quiet(log), step_processes(run.step), _signals(run.end):
-        # KFP removes its workspace with the run; without one of ours it makes one in TMPDIR and leaves it.
+        # KFP removes its workspace at the end of a run; one that is killed would leave it in TMPDIR, if it were there.
         local.init(
             local.SubprocessRunner(use_venv=False),
             pipeline_root=str(folder / "artifacts"),

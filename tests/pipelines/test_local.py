@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from kfp import components, dsl, local
 from kfp.dsl import Dataset, Input, Metrics, Output
+from kfp.local.config import LocalExecutionConfig
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.local import LocalRun, StepFailed, StepRun, run_pipeline
@@ -139,6 +140,7 @@ def test_the_console_and_tmpdir_have_nothing_of_kfp_and_the_log_has_all_of_it(
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     run = runner(one_step, text="hello")
     assert list(scratch.iterdir()) == []
+    assert Path(LocalExecutionConfig.instance.workspace_root).parent == run.folder, "nor while it ran"
     assert "Executing task" not in runner.console.getvalue()
     assert "Executing task" in (run.folder / "kfp.log").read_text()
     assert "text is hello" in (run.folder / "01-make_step.log").read_text()
