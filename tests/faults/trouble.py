@@ -170,11 +170,11 @@ def others_may_only_read(made: Scenario, folder: Path) -> Iterator[Path]:
 
 
 def full_tmpdir(made: Scenario, place: Place, name: str) -> Outcome:
-    """A TMPDIR of 24 kB, a file system of its own; where none may be mounted, nothing is tried."""
+    """A TMPDIR of 8 kB, a file system of its own; where none may be mounted, nothing is tried."""
     began, stage = time.monotonic(), made.stage(name)
     small = made.folder / f"small-{uuid.uuid4().hex[:8]}"
     small.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "none", str(small)], capture_output=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(small)], capture_output=True)
     if mount.returncode != 0:
         return Outcome(label="no file system may be mounted here", reached=False)
     uri = made.put(name, place)
