@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.tensor_files import check_header
 from layerloop.components.storage.campaign import BASE_COMMIT, Campaign
 from layerloop.components.storage.final_weights import SAMPLING, final_weights
 from layerloop.components.storage.folders import local_folder, node_copy
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # steps import this file before they know whether there is wo
 
     from layerloop.components.policy.memory import Use
     from layerloop.components.policy.model import LayeredPolicy
+    from layerloop.components.schema.recipe import Recipe
+    from layerloop.components.schema.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -88,24 +91,39 @@ def policy_at(
 
 
 def _load_base(campaign: Campaign, *, device: torch.device | str, use: Use) -> LayeredPolicy:
-    """The recipe's base, of the commit that the first step resolved, from a copy on the node where there is one."""
-    from layerloop.components.policy.loading import base_files, base_folder
+    """The recipe's base, of the commit that the first step resolved."""
     from layerloop.components.policy.model import LayeredPolicy
 
-    model = campaign.recipe.model
+    recipe = campaign.recipe
     if resolved := campaign.sources().metadata.get(BASE_COMMIT):
-        model = model.model_copy(update={"revision": str(resolved)})
+        model = recipe.model.model_copy(update={"revision": str(resolved)})
+        recipe = recipe.model_copy(update={"model": model})
+    folder = folder_of_base(recipe, campaign.runtime, device=device, use=use)
+    return LayeredPolicy.load(recipe.model, campaign.runtime.model, device=device, folder=folder)
+
+
+def folder_of_base(recipe: Recipe, runtime: Runtime, *, device: torch.device | str, use: Use, remedy: str = "") -> Path:
+    """The folder of a recipe's base, from a copy on the node where there is one.
+
+    Raises:
+        LayerloopError: it cannot be had, or `device` is a GPU with less free memory than the use takes; then with the
+            `remedy`, by default that of a campaign's steps.
+    """
+    from layerloop.components.policy.loading import base_files, base_folder
+
+    model = recipe.model
     folder = local_folder(model.base) if "://" in model.base else base_folder(model)
-    _check_gpu(campaign, folder, device, use)
+    _check_gpu(recipe, runtime, folder, device, use, remedy)
     try:
-        folder = node_copy(folder, base_files(folder))
+        return node_copy(folder, base_files(folder))
     except LayerloopError as error:
         raise LayerloopError(f"recipe.model.base is {model.base}: {error}") from error.__cause__
-    return LayeredPolicy.load(model, campaign.runtime.model, device=device, folder=folder)
 
 
-def _check_gpu(campaign: Campaign, folder: Path, device: torch.device | str, use: Use) -> None:
-    """Raises LayerloopError where `device` is a GPU with less free memory than the step takes."""
+def _check_gpu(
+    recipe: Recipe, runtime: Runtime, folder: Path, device: torch.device | str, use: Use, remedy: str
+) -> None:
+    """Raises LayerloopError where `device` is a GPU with less free memory than the use takes."""
     import torch
 
     from layerloop.components.policy.loading import read_json
@@ -117,8 +135,8 @@ def _check_gpu(campaign: Campaign, folder: Path, device: torch.device | str, use
     size = TransformerSize.of_config(read_json(folder / "transformer/config.json"))
     free, total = torch.cuda.mem_get_info(device)
     name = f"{device} ({torch.cuda.get_device_name(device)})"
-    needed = gpu_bytes(size, campaign.recipe, campaign.runtime, use)
-    check_gpu(needed, use=use, free=free, total=total, name=name)
+    needed = gpu_bytes(size, recipe, runtime, use)
+    check_gpu(needed, use=use, free=free, total=total, name=name, remedy=remedy)
 
 
 def _check_base(campaign: Campaign, manifest: Manifest, fingerprint: str) -> None:
@@ -134,14 +152,20 @@ def _check_base(campaign: Campaign, manifest: Manifest, fingerprint: str) -> Non
 
 def _prompt_embedding(campaign: Campaign, policy: LayeredPolicy) -> torch.Tensor:
     """The cached embedding of the recipe's prompt, `(T, E)` float32."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     file = campaign.sources().file("prompt.safetensors")
-    embeds = load(read_file(campaign.store, file))["prompt_embeds"]
+    where, data = f"{campaign.uri}/{file.name}", read_file(campaign.store, file)
+    check_header(data, where=where)
+    try:
+        embeds = load(data)["prompt_embeds"]
+    except (SafetensorError, KeyError) as error:
+        raise LayerloopError(f"{where} holds no prompt_embeds ({error}): restore it") from None
     width = policy.transformer.config.joint_attention_dim
     if embeds.ndim != 2 or embeds.shape[1] != width:
         raise LayerloopError(
-            f"{campaign.uri}/{file.name} is {tuple(embeds.shape)}, the model takes tokens of width {width}: "
+            f"{where} is {tuple(embeds.shape)}, the model takes tokens of width {width}: "
             "the campaign's sources were made with another model, begin a new campaign"
         )
     return embeds

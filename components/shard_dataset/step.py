@@ -45,7 +45,7 @@ from layerloop.components.shard_dataset.samples import (
     prepare_image,
 )
 from layerloop.components.shard_dataset.spool import Spool
-from layerloop.components.storage.campaign import BASE_COMMIT, RECIPE, Campaign
+from layerloop.components.storage.campaign import BASE_COMMIT, RECIPE, Campaign, check_free
 from layerloop.components.storage.lease import hold, sweep
 from layerloop.components.storage.manifests import add_file, find_file, read_file
 from layerloop.components.storage.runtime import read_runtime
@@ -157,6 +157,7 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, benchmark: s
         raise LayerloopError(f"campaign {store.uri} lies inside images {images}: choose a folder outside")
     layered = find_designs(designs) if designs.strip() else None
     asked = find_inputs(benchmark, what="benchmark") if benchmark.strip() else None
+    check_free(store)
     store.check_writable()
     prompt = find_file(store, PROMPT) if store.exists(RECIPE) else None
     base = None if prompt else CheckedBase.of(chosen, campaign.runtime.model)

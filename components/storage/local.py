@@ -11,9 +11,9 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.owners import is_abandoned, owned_name
@@ -54,6 +54,11 @@ class LocalStore(Store):
         with self._temporary(name) as (file, temporary), path.open("rb") as source:
             shutil.copyfileobj(source, file, 1 << 20)
             self._publish(file, temporary, self._path(name))
+
+    @contextlib.contextmanager
+    def staging(self, name: str) -> Iterator[tuple[IO[bytes], Callable[[str], None]]]:
+        with self._temporary(name) as (file, temporary):
+            yield file, lambda own: self._publish(file, temporary, self._path(own))
 
     def download(self, name: str, path: Path) -> None:
         with self.open(name) as source, LocalStore(path.parent)._temporary(path.name) as (file, temporary):
@@ -132,9 +137,13 @@ class LocalStore(Store):
                     count += 1
         return count
 
-    def folders(self, name: str = "") -> Names:
+    def children(self, name: str = "") -> Iterator[str]:
         path = self._path(name.rstrip("/")) if name else self.root
-        return sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+        try:
+            found = list(path.iterdir()) if path.is_dir() else []
+        except OSError as error:
+            raise LayerloopError(f"{path} cannot be read ({error.strerror}): allow it") from None
+        yield from (f"{entry.name}/" if entry.is_dir() else entry.name for entry in found)
 
     def delete(self, name: str) -> None:
         try:

@@ -143,7 +143,7 @@ def end_update(campaign: Campaign, iteration: int, learning: Learning) -> Manife
         shards = reading.shards()
     expected = Expected(
         iteration, policy.fingerprint, learning.sampler_sha256, recipe.update.algorithm, timesteps_of(recipe),
-        token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
+        velocities=recipe.rollout.keep_velocities, token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
     )  # fmt: skip
     with failing_together():
         groups = share_trajectories(shards, reading.readers, reading.wanted, expected, rank())
@@ -222,6 +222,7 @@ def _plan(campaign: Campaign, advantages: Advantages) -> tuple[OptimizerStep, ..
         microbatch=campaign.runtime.update.microbatch,
         ranks=world_size(),
         pad=campaign.runtime.model.fsdp,
+        by_timestep=campaign.recipe.rollout.keep_velocities,
     )
 
 
