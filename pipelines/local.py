@@ -108,12 +108,9 @@ def run_pipeline(
     began = time.monotonic()
     run = _Run(folder.resolve(), count_tasks(spec), console or sys.stdout, began, processes)
     with open(folder / "kfp.log", "w") as log, _quiet(log), step_processes(run.step), _signals(run.end):
-        # KFP removes its workspace at the end of a run; one that is killed would leave it in TMPDIR, if it were there.
-        local.init(
-            local.SubprocessRunner(use_venv=False),
-            pipeline_root=str(folder / "artifacts"),
-            workspace_root=str(folder / "workspace"),
-        )
+        workspace = str(folder / "workspace")  # never made; else KFP makes one in TMPDIR, where a kill leaves it
+        runner = local.SubprocessRunner(use_venv=False)
+        local.init(runner, pipeline_root=str(folder / "artifacts"), workspace_root=workspace)
         pipeline = components.load_component_from_file(str(package))
         try:
             pipeline(**arguments)
