@@ -374,7 +374,7 @@ class _Bounded(tarfile.TarInfo):
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _EXTENSIONS and self.size > _LONGEST_EXTENSION:
             raise tarfile.HeaderError(f"an extended header has {self.size} bytes")
-        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 def _members(file: BinaryIO) -> tuple[list[_Member], str | None]:

@@ -173,7 +173,7 @@ def written_before(store: Store, name: str) -> Iterator[tuple[str, str]]:
 def hash_file(file: IO[bytes]) -> tuple[str, int]:
     """sha256 and size in bytes; the file is left at its beginning."""
     file.seek(0)
-    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type] - any file that can be read
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # each has readinto
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     return digest, size
