@@ -41,7 +41,8 @@ examples:
       --recipe my-recipe.yaml --judge-url https://api.example.com/v1 --iterations 10
 
 Run it again to continue from the campaign's head; `layerloop continue CAMPAIGN` is the same without --images, --recipe
-and --set. --iterations counts those of one run, --until is where the campaign ends. Nothing that is done is done twice.
+and --set. --iterations counts those of one run, and after a run that was killed the same command does what it left;
+--until is where the campaign ends. Nothing that is done is done twice.
 """
 
 COMPILE_EXAMPLES = """\
@@ -179,7 +180,7 @@ def _compile(arguments: argparse.Namespace) -> None:
     from layerloop.components.schema.recipe import parse_recipe
     from layerloop.pipelines.cluster import Cluster, read_cluster
     from layerloop.pipelines.evaluate import evaluate_pipeline
-    from layerloop.pipelines.evaluation_cost import EvaluationCost, with_evaluation_deadline
+    from layerloop.pipelines.evaluation_cost import STEP, EvaluationCost, with_evaluation_deadline
     from layerloop.pipelines.inputs import recipe_and_runtime
     from layerloop.pipelines.packages import write_pipeline
     from layerloop.pipelines.train import container_tasks, train_pipeline
@@ -198,9 +199,13 @@ def _compile(arguments: argparse.Namespace) -> None:
     path = write_pipeline(pipeline, Path(arguments.output))
     print(f"{path}: {arguments.pipeline} pipeline, {tasks} container tasks, {path.stat().st_size / 1024:.0f} KiB")
     if arguments.pipeline == "evaluate" or arguments.evaluate != "never":
-        cost = EvaluationCost.of(parse_recipe(recipe), cluster)
-        hours = with_evaluation_deadline(cluster, recipe).hours("evaluate_adapter")
-        print(f"evaluation: {cost} (assumed {cluster.forward_seconds:g} s a forward at 640 px); deadline {hours:g} h")
+        for samplers in (False, True) if arguments.pipeline == "evaluate" else (False,):
+            cost = EvaluationCost.of(parse_recipe(recipe), cluster, samplers=samplers)
+            hours = with_evaluation_deadline(cluster, recipe, samplers=arguments.pipeline == "evaluate").hours(STEP)
+            print(
+                f"evaluation: {cost} (assumed {cluster.forward_seconds:g} s a forward at 640 px); deadline {hours:g} h"
+                + (", too short for it: leave samplers false, or set a longer one" if hours < cost.hours else "")
+            )
     each, groups = max(1, cluster.gpus_of("generate_rollouts")), parse_recipe(recipe).rollout.groups
     idle = arguments.workers * each - groups
     if arguments.pipeline == "train" and not arguments.resident and idle > 0:

@@ -10,12 +10,16 @@ from typing import Any
 EXAMPLES = """examples:
   layerloop compare campaigns/mine --sources pictures
   layerloop compare campaigns/mine head=campaigns/mine/evaluations/iteration-000025 \\
-      early=campaigns/mine/evaluations/iteration-000005 uncalibrated=campaigns/plain/evaluations/iteration-000025 \\
-      LayerD=layerd-output -o tables.md
+      uncalibrated=campaigns/plain/evaluations/iteration-000025 \\
+      released=StabilityLabs/Stable-Layers LayerD=layerd-output -o tables.md
 
-A system is NAME=URI: the folder of an evaluation (of this campaign or of another one with the same images and seed), or
-a local folder with the layers that a program made of each picture that --sources wrote: KEY/0.png, KEY/1.png ... bottom
-first, or KEY.psd.
+A system is NAME=URI, one of
+- the folder of an evaluation, of this campaign or of another one with the same images and seed;
+- an adapter: a folder, a URI or an id of the hub. It is sampled on this campaign's base, on a GPU where there is one;
+- a local folder with the layers that a program made of each picture that --sources wrote: KEY/0.png, KEY/1.png ... bottom
+  first, or KEY.psd.
+
+The output is one table of all measures, and tables in the shape of the paper's 1, 2 and 4.
 """
 
 
@@ -24,15 +28,18 @@ def add_compare_command(commands: Any, command: Any) -> None:
     summary = "adapters and other programs' layers side by side: one table, with wins and what is clear"
     parser = command(commands, "compare", compare_command, summary, EXAMPLES)
     parser.add_argument("campaign", metavar="CAMPAIGN", help="whose held-out designs and pictures are the cases")
-    parser.add_argument("systems", nargs="*", metavar="NAME=URI", help="an evaluation, or a folder of layers")
+    parser.add_argument("systems", nargs="*", metavar="NAME=URI", help="an evaluation, an adapter, or layers")
     parser.add_argument("--sources", default="", metavar="DIR", help="write the pictures here, for other programs")
     parser.add_argument(
         "-o", "--output", default="", metavar="FILE", help="also write the table here: .md, .json, or a page, .html"
+    )
+    parser.add_argument(
+        "--runtime", default="", metavar="FILE", help="where and how fast to sample adapters: a YAML file"
     )
 
 
 def compare_command(arguments: argparse.Namespace) -> int:
     """Run it, in a process of the step's: the command line knows a step only by its declaration."""
     command = [sys.executable, "-m", "layerloop.components.evaluate_adapter.compare"]
-    options = [f"--sources={arguments.sources}", f"--output={arguments.output}"]
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("sources", "output", "runtime")]
     return subprocess.run([*command, *options, arguments.campaign, *arguments.systems], check=False).returncode

@@ -28,7 +28,7 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
     Raises:
         LayerloopError: the recipe's evaluation does not fit the deadline that the cluster file sets.
     """
-    cluster = with_evaluation_deadline(cluster or Cluster(), recipe)
+    cluster = with_evaluation_deadline(cluster or Cluster(), recipe, samplers=True)
     apply, free = cluster.apply, dict(runtime or {})
 
     # As in train.py: kfp.local takes a condition on another task's output for false.
@@ -37,14 +37,17 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
         campaign: str,
         left: str,
         baseline: str,
+        samplers: bool,
+        judge_url: str,
         sources: Input[Dataset],
         policy: Input[Model],
         runtime: dict[str, Any],
     ) -> None:
         with dsl.If(left != "nothing", name="there is a policy"):
             task = evaluate_adapter(
-                campaign=campaign, sources=sources, policy=policy, baseline=baseline, runtime=runtime
-            )
+                campaign=campaign, sources=sources, policy=policy, baseline=baseline, samplers=samplers,
+                judge_url=judge_url, runtime=runtime,
+            )  # fmt: skip
             apply("evaluate_adapter", task)
 
     @dsl.pipeline(
@@ -52,7 +55,14 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
         display_name="layerloop: evaluation of a campaign",
         pipeline_root=cluster.pipeline_root,
     )
-    def evaluate(campaign: str, iteration: int = 0, baseline: str = "previous", runtime: dict[str, Any] = free) -> None:
+    def evaluate(
+        campaign: str,
+        iteration: int = 0,
+        baseline: str = "previous",
+        samplers: bool = False,
+        judge_url: str = "",
+        runtime: dict[str, Any] = free,
+    ) -> None:
         """Evaluate a policy of a campaign; green, with a word in the log, while the campaign has none.
 
         Args:
@@ -60,6 +70,8 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
             iteration: Whose adapter; 0 for the head, as it is when the run starts.
             baseline: Fail where it is clearly worse than the adapter evaluated before it (`previous`), or than the
                 `metrics.json` at this URI; empty: never.
+            samplers: Compare base and adapter by every sampler that people use too; the deadline has room for it.
+            judge_url: Base URL of a judge that also scores both on the unlabelled pictures; empty: none does.
             runtime: As in the training pipeline.
         """
         shard = shard_dataset(campaign=campaign, iteration=iteration, evaluate="only", runtime=runtime)
@@ -70,6 +82,8 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
             sources=shard.outputs["sources"],
             policy=shard.outputs["policy"],
             baseline=baseline,
+            samplers=samplers,
+            judge_url=judge_url,
             runtime=runtime,
         )
 

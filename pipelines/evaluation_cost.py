@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.inference import COMPARED, COMPARED_CASES, Inference
 from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.pipelines.cluster import Cluster
 
@@ -25,42 +26,50 @@ class EvaluationCost:
     forwards: int
     gpus: int
     hours: float
+    samplers: bool = False  # whether a comparison of samplers is among them
 
     @classmethod
-    def of(cls, recipe: Recipe, cluster: Cluster) -> EvaluationCost:
-        """Heun takes two forwards a step, and one in the last. A forward's seconds grow with the tokens, so with the
-        square of the resolution; `cluster.forward_seconds` is 0.32 by default: Qwen-Image-Layered at 640 pixels on an
-        H100, from the published figure of vllm-omni's CI (40 forwards with guidance in 14.2 s, without loading)."""
+    def of(cls, recipe: Recipe, cluster: Cluster, *, samplers: bool = False) -> EvaluationCost:
+        """Heun takes two forwards a step, and one in the last; a comparison of `samplers` takes those of all of them,
+        on some of the cases. A forward's seconds grow with the tokens, so with the square of the resolution;
+        `cluster.forward_seconds` is 0.32 by default: Qwen-Image-Layered at 640 pixels on an H100, from the published
+        figure of vllm-omni's CI (40 forwards with guidance in 14.2 s, without loading)."""
         wanted = recipe.evaluation
-        forwards = (wanted.designs + wanted.pictures) * (2 * wanted.steps - 1) * MODELS
+        forwards = (wanted.designs + wanted.pictures) * Inference(wanted.steps).calls * MODELS
+        if samplers:
+            compared = sum(min(most, getattr(wanted, kind)) for kind, most in COMPARED_CASES.items())
+            forwards += compared * sum(how.calls for how in COMPARED) * MODELS
         seconds = cluster.forward_seconds * (recipe.data.resolution / RESOLUTION) ** 2
         gpus = max(1, cluster.gpus_of(STEP))
-        return cls(wanted.designs, wanted.pictures, forwards, gpus, forwards * seconds / gpus / 3600)
+        return cls(wanted.designs, wanted.pictures, forwards, gpus, forwards * seconds / gpus / 3600, samplers)
 
     def __str__(self) -> str:
+        what = ", samplers compared," if self.samplers else ""
         return (
-            f"{self.designs} designs + {self.images} images are {self.forwards} forwards of base and adapter, "
+            f"{self.designs} designs + {self.images} images{what} are {self.forwards} forwards of base and adapter, "
             f"about {self.hours:.1f} h on {self.gpus} GPU{'s' if self.gpus > 1 else ''}"
         )
 
 
-def with_evaluation_deadline(cluster: Cluster, recipe: str) -> Cluster:
-    """The cluster with a deadline for evaluate_adapter that the recipe's evaluation fits; one that the file sets stays.
+def with_evaluation_deadline(cluster: Cluster, recipe: str, *, samplers: bool = False) -> Cluster:
+    """The cluster with a deadline for evaluate_adapter that the recipe's evaluation fits, with `samplers` a comparison
+    of samplers too; one that the file sets stays.
 
     Raises:
-        LayerloopError: the deadline that the file sets is shorter than the estimate.
+        LayerloopError: the deadline that the file sets is shorter than the estimate without samplers.
     """
-    cost = EvaluationCost.of(parse_recipe(recipe), cluster)
-    own = cluster.own_hours(STEP)
-    if own is not None:
-        if own < cost.hours:
-            raise LayerloopError(
-                f"evaluation does not fit its deadline: {cost} at {cluster.forward_seconds:g} s a forward, but "
-                f"cluster.timeout_hours.{STEP} is {own:g}: give it {_deadline(cost):g}, more evaluate_gpus, or fewer "
-                "recipe.evaluation.designs"
-            )
-        return cluster
-    return cluster.model_copy(update={"timeout_hours": {**cluster.timeout_hours, STEP: _deadline(cost)}})
+    parsed, own = parse_recipe(recipe), cluster.own_hours(STEP)
+    if own is None:
+        hours = _deadline(EvaluationCost.of(parsed, cluster, samplers=samplers))
+        return cluster.model_copy(update={"timeout_hours": {**cluster.timeout_hours, STEP: hours}})
+    cost = EvaluationCost.of(parsed, cluster)
+    if own < cost.hours:
+        raise LayerloopError(
+            f"evaluation does not fit its deadline: {cost} at {cluster.forward_seconds:g} s a forward, but "
+            f"cluster.timeout_hours.{STEP} is {own:g}: give it {_deadline(cost):g}, more evaluate_gpus, or fewer "
+            "recipe.evaluation.designs"
+        )
+    return cluster
 
 
 def _deadline(cost: EvaluationCost) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.final_weights import final_weights
-from layerloop.components.storage.folders import local_folder
+from layerloop.components.storage.folders import HUB_ID, local_folder
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.stores import open_store
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from layerloop.components.policy.model import LayeredPolicy
 
 RELEASED = "Qwen/Qwen-Image-Layered"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:/[\w./-]+)?")
 TOY = (
     "the tiny policy that ships with layerloop, a toy of 64 pixels: it shows what files you get, not what the method "
     f"can do; for real layers give --base {RELEASED} on a GPU of 80 GB"
@@ -132,17 +130,21 @@ def load(choice: Choice, options: DecomposeOptions) -> Model:
         log(f"adapter: iteration {iteration} of {choice.campaign.uri}")
         at = policy_at(choice.campaign, iteration, device=device, delivered=True)
         return Model(at.policy, at.prompt, blank, how)
-    return Model(_load_base(choice, device, local), embeds[0], blank, how)
+    return Model(_load_base(choice, options, device), embeds[0], blank, how)
 
 
-def _load_base(choice: Choice, device: torch.device, local: Path | None) -> LayeredPolicy:
-    """The base with the adapter of `choice.folder` on it."""
+def _load_base(choice: Choice, options: DecomposeOptions, device: torch.device) -> LayeredPolicy:
+    """The base, from a copy on the node where there is one, with the adapter of `choice.folder` on it."""
     from layerloop.components.policy.adapters import read_adapter
+    from layerloop.components.policy.at import folder_of_base
     from layerloop.components.policy.lora import replace_adapter, train_adapter
     from layerloop.components.policy.model import LayeredPolicy
 
     adapter = None if choice.folder is None else read_adapter(choice.folder)  # refused before the base is loaded
-    policy = LayeredPolicy.load(choice.recipe.model, choice.runtime.model, device=device, folder=local)
+    recipe, runtime = _most(choice, options)
+    remedy = "or lower --resolution, --layers or --batch-size"
+    folder = folder_of_base(recipe, runtime, device=device, use="evaluation", remedy=remedy)
+    policy = LayeredPolicy.load(choice.recipe.model, choice.runtime.model, device=device, folder=folder)
     if adapter is None:
         return policy
     if choice.base_fingerprint not in (None, policy.fingerprint):
@@ -156,6 +158,16 @@ def _load_base(choice: Choice, device: torch.device, local: Path | None) -> Laye
         raise LayerloopError(f"adapter {choice.adapter} is not for the base {choice.base} ({error})") from None
     train_adapter(policy.transformer, False)
     return policy
+
+
+def _most(choice: Choice, options: DecomposeOptions) -> tuple[Recipe, Runtime]:
+    """Recipe and runtime of an evaluation that takes as much memory as this will."""
+    evaluation = choice.recipe.evaluation.model_copy(update={"layers": options.counts})
+    recipe = choice.recipe.model_copy(update={"data": choice.data, "evaluation": evaluation})
+    if options.batch_size is None:
+        return recipe, choice.runtime
+    batch = choice.runtime.evaluation.model_copy(update={"batch_size": options.batch_size})
+    return recipe, choice.runtime.model_copy(update={"evaluation": batch})
 
 
 def _name_of(adapter: str | None) -> str | None:

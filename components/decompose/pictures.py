@@ -19,9 +19,27 @@ from layerloop.components.storage.images import decode_image, open_image
 from layerloop.components.storage.stores import open_store, read_uri
 
 Pixels = npt.NDArray[np.uint8]
+# Of files that are taken from a folder; a file that is named is taken whatever its suffix.
 SUFFIXES = frozenset(
-    ("png", "jpg", "jpeg", "jfif", "webp", "avif", "gif", "bmp", "tif", "tiff", "jp2", "j2k", "ppm", "pgm")
-)  # of files that are taken from a folder; a file that is named is taken whatever its suffix
+    [
+        "png",
+        "jpg",
+        "jpeg",
+        "jfif",
+        "webp",
+        "avif",
+        "heic",
+        "heif",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "jp2",
+        "j2k",
+        "ppm",
+        "pgm",
+    ]
+)
 MOST_BYTES = 1 << 30  # of one encoded picture
 RECORD = "layers.json"  # in a folder of results, written last
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height

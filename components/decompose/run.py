@@ -22,7 +22,7 @@ from layerloop.components.decompose.pictures import Picture, condition, find_pic
 from layerloop.components.layers.normalise import image_key
 from layerloop.components.layers.restore import restore
 from layerloop.components.runtime.progress import log, progress
-from layerloop.components.schema.decomposition import AUTO_LAYERS, DecomposeOptions
+from layerloop.components.schema.decomposition import DecomposeOptions
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.seeds import seed_for
 
@@ -238,10 +238,9 @@ class _Run:
         from layerloop.components.policy.inference import sample_layers
 
         images = np.stack([condition(pixels, work.size) for work, pixels in batch])
-        counts = AUTO_LAYERS if self.options.layers == "auto" else (self.options.layers,)
         found: list[dict[int, Pixels]] = [{} for _ in batch]
         start = time.monotonic()
-        for layers in counts:
+        for layers in self.options.counts:
             seeds = [seed_for(self.options.seed, image_key(image), layers, "decompose") for image in images]
             stacks = sample_layers(
                 model.policy, images, model.prompt,

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+
 from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.evaluate_adapter.statistics import FLIPS, Comparison, compare, holm
 from layerloop.components.layers import layerd
-from layerloop.components.layers.columns import BY_SLOT, COLUMNS, LAYERD, gives_verdict, slots_of
+from layerloop.components.layers.columns import BY_SLOT, COLUMNS, JUDGED, LAYERD, gives_verdict, is_tabled, slots_of
 from layerloop.components.layers.matching import layer_l1, slot_l1
 from layerloop.components.layers.measure import MEASURES, match, measure_all
 from layerloop.components.layers.planes import cleared, completed
@@ -29,16 +31,20 @@ def assess(case: Case, stack: Pixels, *, max_edits: int) -> Row:
     stack = completed(stack, case.layers)
     row: Row = {"key": case.key, "kind": case.kind, "layers": case.layers, "seed": case.seed}
     row |= {"height": stack.shape[1], "width": stack.shape[2]}
-    matching = None if case.truth is None else match(stack, case.truth)
+    truth = case.truth
+    matching = None if truth is None else match(stack, truth)
     row |= measure_all(stack, case.source, matching)
-    if case.truth is None or matching is None:
+    if truth is None or matching is None:
         return row
     for column, values in (("layer_l1", layer_l1(matching)), ("slot_l1", slot_l1(matching))):
         row |= {f"{column}_{slot}": value for slot, value in enumerate(values)}
-    if min(len(stack), len(case.truth)) < 2:  # LayerD's protocol leaves these out
+    if min(len(stack), len(truth)) < 2:  # LayerD's protocol leaves these out
         return row
-    for prefix, seen in (("layerd", stack), ("layerd_clean", cleared(stack))):
-        levels = layerd.evaluate(seen, case.truth, max_edits=max_edits)
+    clean = cleared(stack)
+    levels = layerd.evaluate(stack, truth, max_edits=max_edits)
+    for prefix in ("layerd", "layerd_clean"):
+        if prefix == "layerd_clean" and not np.array_equal(clean, stack):
+            levels = layerd.evaluate(clean, truth, max_edits=max_edits)
         row[f"{prefix}_edits"] = len(levels) - 1
         for edits in range(max_edits + 1):
             level = layerd.at_edits(levels, edits)
@@ -89,7 +95,8 @@ def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, seed: int, flips:
         return found
 
     kinds: list[Kind] = [kind for kind in ("designs", "pictures") if any(row["kind"] == kind for row in base)]
-    columns = list(dict.fromkeys([*MEASURES, *(c for row in base for c in row if c.startswith("layerd_"))]))
+    others = (c for row in base for c in row if c.startswith(("layerd_", JUDGED)))
+    columns = list(dict.fromkeys([*MEASURES, *others]))
     counts = sorted({row["layers"] for row in base if row["kind"] == "designs"})
     by_kind: Mapping[Kind, Mapping[str, Comparison]] = {kind: table(kind, columns) for kind in kinds}
     slots = {
@@ -97,7 +104,7 @@ def compare_rows(base: Sequence[Row], tuned: Sequence[Row], *, seed: int, flips:
         for count in counts
     }
     return Comparisons(
-        by_kind=_adjusted(_adjusted(by_kind, lambda name: name in COLUMNS), lambda name: name not in COLUMNS),
+        by_kind=_adjusted(_adjusted(by_kind, is_tabled), lambda name: not is_tabled(name)),
         slots=_adjusted(slots, lambda name: True),
     )
 

@@ -1,7 +1,12 @@
-"""The cases of an evaluation: held-out designs with their true layers, and unlabelled images, each with its seed."""
+"""The cases of an evaluation: held-out designs with their true layers, and unlabelled images, each with its seed.
+
+Their pixels stay encoded in a scratch file and are decoded where they are needed, so memory does not grow with their
+number.
+"""
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,8 +18,9 @@ import numpy as np
 from layerloop.components.layers.stack import Pixels, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.seeds import seed_for
-from layerloop.components.storage.images import decode_png
+from layerloop.components.storage.images import decode_png, open_image
 from layerloop.components.storage.shards import Sample, read_shard
+from layerloop.components.storage.spool import Spool, Spooled
 
 if TYPE_CHECKING:
     from layerloop.components.schema.manifest import Manifest
@@ -33,9 +39,31 @@ class Case:
     kind: Kind
     layers: int
     seed: int
-    source: Pixels  # (H, W, 3)
-    truth: Pixels | None  # (L, H, W, 4), straight RGBA, bottom first
+    size: tuple[int, int]  # (H, W)
+    members: Mapping[str, bytes] = field(repr=False)  # PNGs: `png`, and of a design `layer0.png` ..., bottom first
     origin: str = ""  # where its image came from, for people: a path or URI, a tar's member, a table's row
+
+    @property
+    def source(self) -> Pixels:
+        """The image `(H, W, 3)`, decoded anew each time."""
+        return on_backdrop(decode_png(self.members["png"]), "white")
+
+    @property
+    def truth(self) -> Pixels | None:
+        """A design's true layers `(L, H, W, 4)`, straight RGBA, bottom first, decoded anew each time; None of others.
+
+        Raises:
+            LayerloopError: a layer is not RGBA of the image's size.
+        """
+        if self.kind != "designs":
+            return None
+        layers = [decode_png(self.members[f"layer{index}.png"]) for index in range(self.layers)]
+        if any(layer.shape != (*self.size, 4) for layer in layers):
+            raise LayerloopError(
+                f"design {self.key} is {list(self.size)} and its layers {[list(layer.shape) for layer in layers]}: "
+                "shard the designs again"
+            )
+        return np.stack(layers)
 
     @property
     def title(self) -> str:
@@ -52,7 +80,7 @@ class Case:
     @property
     def geometry(self) -> tuple[int, int, int]:
         """(L, H, W): cases that agree in it can be sampled in one batch."""
-        return (self.layers, self.source.shape[0], self.source.shape[1])
+        return (self.layers, *self.size)
 
 
 @dataclass(frozen=True)
@@ -80,19 +108,22 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
         LayerloopError: nothing is held out, or a shard is damaged.
     """
     recipe, seed = campaign.recipe.evaluation, campaign.recipe.seed
+    spool = Spool()
 
     def samples(split: str, members: Iterable[str]) -> Iterator[Sample]:
         for shard in sources.shards_of(split):
             yield from read_shard(campaign.store, shard, required=tuple(members))
 
-    chosen, left_out = _choose_designs(samples("designs", ("png", "layer0.png")), recipe)
+    chosen, left_out = _choose_designs(samples("designs", ("png", "layer0.png")), recipe, spool)
     layers = UNLABELLED_LAYERS if UNLABELLED_LAYERS in recipe.layers else max(recipe.layers)
     split = "benchmark" if sources.shards_of("benchmark") else "holdout"
-    unlabelled = sorted(samples(split, ("png",)), key=lambda sample: sample[0])
-    if len(unlabelled) > recipe.pictures:
-        left_out["images beyond recipe.evaluation.pictures"] = len(unlabelled) - recipe.pictures
-    cases = [_design_case(key, members, seed) for key, members in chosen]
-    cases += [_unlabelled_case(key, members, layers, seed) for key, members in unlabelled[: recipe.pictures]]
+    unlabelled = _First(recipe.pictures, spool)
+    for key, members in samples(split, ("png",)):
+        unlabelled.offer(key, members)
+    if unlabelled.seen > recipe.pictures:
+        left_out["images beyond recipe.evaluation.pictures"] = unlabelled.seen - recipe.pictures
+    cases = [_case(key, "designs", _layer_count(members), members, seed) for key, members in chosen]
+    cases += [_case(key, "pictures", layers, members, seed) for key, members in unlabelled.kept]
     if not cases:
         raise LayerloopError(
             f"{campaign.uri} holds out nothing that recipe.evaluation asks for: begin a campaign with designs, "
@@ -114,29 +145,42 @@ def batches(cases: Iterable[Case], size: int) -> Iterator[list[Case]]:
         yield batch
 
 
-def _choose_designs(samples: Iterable[Sample], recipe: EvaluationRecipe) -> tuple[list[Sample], dict[str, int]]:
-    """`recipe.designs` samples, evenly over the layer counts; images stay encoded until they are chosen."""
-    by_count: dict[int, list[Sample]] = {count: [] for count in sorted(set(recipe.layers))}
-    seen = other = 0
+class _First:
+    """Of the samples that are offered the first `most` by key, spooled."""
+
+    def __init__(self, most: int, spool: Spool) -> None:
+        self.kept: list[tuple[str, Spooled]] = []  # in the order of their keys
+        self.seen = 0
+        self._most, self._spool = most, spool
+
+    def offer(self, key: str, members: Mapping[str, bytes]) -> None:
+        self.seen += 1
+        if self._most and (len(self.kept) < self._most or key < self.kept[-1][0]):
+            bisect.insort(self.kept, (key, self._spool.add(members)), key=lambda sample: sample[0])
+            del self.kept[self._most :]
+
+
+def _choose_designs(
+    samples: Iterable[Sample], recipe: EvaluationRecipe, spool: Spool
+) -> tuple[list[tuple[str, Spooled]], dict[str, int]]:
+    """`recipe.designs` samples, evenly over the layer counts, and how many were left out, by reason."""
+    by_count = {count: _First(recipe.designs, spool) for count in sorted(set(recipe.layers))}
+    other = 0
     for key, members in samples:
-        seen += 1
-        count = _layer_count(members)
-        if count not in by_count:
+        if (count := _layer_count(members)) in by_count:
+            by_count[count].offer(key, members)
+        else:
             other += 1
-            continue
-        by_count[count].append((key, members))
-        by_count[count].sort(key=lambda sample: sample[0])
-        del by_count[count][recipe.designs :]  # no more than could be chosen is kept in memory
-    chosen: list[Sample] = []
+    chosen: list[tuple[str, Spooled]] = []
     for rank in range(recipe.designs):
         for group in by_count.values():
-            if rank < len(group) and len(chosen) < recipe.designs:
-                chosen.append(group[rank])
-    left_out = {}
+            if rank < len(group.kept) and len(chosen) < recipe.designs:
+                chosen.append(group.kept[rank])
+    left_out, seen = {}, sum(group.seen for group in by_count.values())
     if other:
         left_out[f"designs with other than {_joined_by_or(by_count)} layers"] = other
-    if seen - other > len(chosen):
-        left_out["designs beyond recipe.evaluation.designs"] = seen - other - len(chosen)
+    if seen > len(chosen):
+        left_out["designs beyond recipe.evaluation.designs"] = seen - len(chosen)
     return chosen, left_out
 
 
@@ -156,24 +200,10 @@ def _truth_facts(designs: Iterable[Mapping[str, bytes]]) -> Counter[str]:
     return found
 
 
-def _design_case(key: str, members: Mapping[str, bytes], seed: int) -> Case:
-    count = _layer_count(members)
-    truth = np.stack([decode_png(members[f"layer{index}.png"]) for index in range(count)])
-    source = on_backdrop(decode_png(members["png"]), "white")
-    if truth.shape[1:3] != source.shape[:2] or truth.shape[-1] != 4:
-        raise LayerloopError(
-            f"design {key} is {list(source.shape[:2])} and its layers {list(truth.shape[1:])}: shard the designs again"
-        )
-    return Case(key, "designs", count, seed_for(seed, "evaluation", key, count), source, truth, _origin(members))
-
-
-def _unlabelled_case(key: str, members: Mapping[str, bytes], layers: int, seed: int) -> Case:
-    source = on_backdrop(decode_png(members["png"]), "white")
-    return Case(key, "pictures", layers, seed_for(seed, "evaluation", key, layers), source, None, _origin(members))
-
-
-def _origin(members: Mapping[str, bytes]) -> str:
-    return str(json.loads(members.get("json", b"{}")).get("origin", ""))
+def _case(key: str, kind: Kind, layers: int, members: Mapping[str, bytes], seed: int) -> Case:
+    width, height = open_image(members["png"]).size
+    origin = str(json.loads(members.get("json", b"{}")).get("origin", ""))
+    return Case(key, kind, layers, seed_for(seed, "evaluation", key, layers), (height, width), members, origin)
 
 
 def _joined_by_or(numbers: Iterable[int]) -> str:

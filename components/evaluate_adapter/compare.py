@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from layerloop.components.evaluate_adapter.assess import Row
-from layerloop.components.evaluate_adapter.cases import read_cases
+from layerloop.components.evaluate_adapter.cases import Cases, read_cases
+from layerloop.components.evaluate_adapter.other_adapters import BASE, is_adapter, sample_adapters
+from layerloop.components.evaluate_adapter.paper_tables import paper_tables, tables_markdown
 from layerloop.components.evaluate_adapter.systems import (
     as_json,
     as_markdown,
@@ -24,19 +26,22 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
 
 
-def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str = "") -> None:
-    """Print the table of some systems on a campaign's cases, or write the pictures for other programs.
+def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str = "", runtime: str = "") -> None:
+    """Print the table of some systems on a campaign's cases, and tables in the shape of the paper's; or write the
+    pictures for other programs.
 
     Args:
         campaign: root URI of the campaign whose held-out designs and pictures are the cases.
-        systems: NAME=URI each, the folder of an evaluation or a local folder of layers (systems.py).
+        systems: NAME=URI each: the folder of an evaluation, an adapter (a folder, a URI or an id of the hub), which is
+            sampled on the campaign's base, or a local folder of layers (systems.py).
         sources: folder to write the cases' pictures into.
-        output: file to write the table to as well: .json, a page (.html), or Markdown.
+        output: file to write the tables to as well: .json, a page (.html), or Markdown.
+        runtime: where and how fast to sample; it changes no result.
 
     Raises:
-        LayerloopError: no system, a system that is none, or none that was evaluated.
+        LayerloopError: no system, or a system that is none, or nothing that has the base's numbers.
     """
-    opened = Campaign.open(campaign)
+    opened = Campaign.open(campaign, runtime)
     given = dict(_named(text) for text in systems)
     if len(given) != len(systems):
         raise LayerloopError("two systems have one name: give each its own")
@@ -47,26 +52,42 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
         print(f"{write_sources(cases, Path(sources))} pictures are in {sources}")
     if not given:
         return
-    rows: dict[str, Sequence[Row]] = {}
-    base: Sequence[Row] = ()
-    for name, uri in given.items():
-        if is_evaluation(uri):
-            of_base, rows[name] = read_evaluation(uri)
-            base = base or of_base
-        else:
-            rows[name] = measure_folder(Path(uri), cases, max_edits=opened.recipe.evaluation.max_edits)
-    if not base:
-        raise LayerloopError("none of the systems is an evaluation, which has the base's numbers: name one of them")
+    rows, base = _rows_of(opened, cases, given)
     table = compare_systems(base, rows, seed=opened.recipe.seed)
-    text = as_markdown(table, list(rows))
+    shaped = paper_tables(table, list(rows))
+    text = f"{as_markdown(table, list(rows))}\n{tables_markdown(shaped)}"
     print(text, end="")
     if output:
         document = json.dumps(as_json(table), indent=2, sort_keys=True, allow_nan=False) + "\n"
         if output.endswith((".html", ".htm")):
-            document = as_html(table, list(rows), campaign=opened.recipe.name).decode()
+            document = as_html(table, list(rows), shaped, campaign=opened.recipe.name).decode()
         elif not output.endswith(".json"):
             document = text
         Path(output).write_text(document, encoding="utf-8")
+
+
+def _rows_of(
+    campaign: Campaign, cases: Cases, given: Mapping[str, str]
+) -> tuple[dict[str, Sequence[Row]], Sequence[Row]]:
+    """The rows of every system, and those of the base."""
+    adapters = {name: uri for name, uri in given.items() if is_adapter(uri)}
+    rows: dict[str, Sequence[Row]] = {}
+    base: Sequence[Row] = ()
+    for name, uri in given.items():
+        if name not in adapters and is_evaluation(uri):
+            of_base, rows[name] = read_evaluation(uri)
+            base = base or of_base
+        elif name not in adapters:
+            rows[name] = measure_folder(Path(uri), cases, max_edits=campaign.recipe.evaluation.max_edits)
+    if adapters:
+        sampled = sample_adapters(campaign, cases, adapters)
+        base = base or sampled.pop(BASE)
+        rows |= {name: sampled[name] for name in adapters}
+    if not base:
+        raise LayerloopError(
+            "none of the systems is an evaluation or an adapter, with which the base's numbers come: name one of them"
+        )
+    return {name: rows[name] for name in given}, base
 
 
 def _named(text: str) -> tuple[str, str]:
@@ -83,9 +104,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("systems", nargs="*")
     parser.add_argument("--sources", default="")
     parser.add_argument("--output", default="")
+    parser.add_argument("--runtime", default="")
     arguments = parser.parse_args(argv)
     try:
-        run(arguments.campaign, arguments.systems, sources=arguments.sources, output=arguments.output)
+        run(
+            arguments.campaign, arguments.systems,
+            sources=arguments.sources, output=arguments.output, runtime=arguments.runtime,
+        )  # fmt: skip
     except LayerloopError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

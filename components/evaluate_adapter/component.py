@@ -16,6 +16,7 @@ def evaluate_adapter(
     metrics: Output[Metrics],
     baseline: str = "",
     samplers: bool = False,
+    judge_url: str = "",
     runtime: dict[str, Any] = {},  # noqa: B006
 ) -> dsl.ContainerSpec:
     """Compare adapter and base on the same seeds, on held-out designs and unlabelled images.
@@ -30,6 +31,7 @@ def evaluate_adapter(
         baseline: Fail where the adapter is clearly worse than the `metrics.json` at this URI, or than the evaluation
             before it (`previous`); empty: never.
         samplers: Compare both by every sampler that people use too: 1,548 model calls an image, up to 32 images.
+        judge_url: Base URL of an OpenAI-compatible judge that also scores both on the unlabelled pictures; empty: none.
         runtime: Where and how fast to run, such as {"judge": {"concurrency": 64}}; it changes no result.
     """
     return dsl.ContainerSpec(

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
     from layerloop.components.policy.at import LoadedPolicy
     from layerloop.components.policy.model import LayeredPolicy
+    from layerloop.components.storage.campaign import Campaign
     from layerloop.components.storage.stores import Store
 
+CASES_PER_SHARD = 32  # per rank: the most that a killed attempt loses, and that is in memory at once
 Chunk = Sequence[Case]  # the cases of one shard
 
 
@@ -41,6 +43,34 @@ class Sampling:
 
     how: Inference
     blank_prompt: torch.Tensor | None = None
+
+
+def case_chunks(cases: Sequence[Case]) -> list[Chunk]:
+    """The cases of each shard."""
+    return [cases[start : start + CASES_PER_SHARD] for start in range(0, len(cases), CASES_PER_SHARD)]
+
+
+def decomposed(
+    campaign: Campaign, loaded: LoadedPolicy, chunks: Sequence[Chunk], stem: str, *, model: str
+) -> list[Shard]:
+    """Shards of the cases' decompositions by the policy as it is, sampled as the campaign's evaluations are. As
+    `decomposed_shards`."""
+    return decomposed_shards(
+        campaign.store,
+        stem,
+        loaded=loaded,
+        chunks=chunks,
+        sampling=Sampling(Inference(campaign.recipe.evaluation.steps)),
+        batch_size=campaign.runtime.evaluation.batch_size,
+        model=model,
+    )
+
+
+def base_shards(campaign: Campaign, loaded: LoadedPolicy, chunks: Sequence[Chunk]) -> list[Shard]:
+    """Those of the policy without its adapter, which all evaluations of a campaign share."""
+    with loaded.policy.without_adapter():
+        stem = f"evaluations/base/decompositions-{loaded.base_fingerprint[:12]}"
+        return decomposed(campaign, loaded, chunks, stem, model="base")
 
 
 def decomposed_shards(

@@ -10,6 +10,7 @@ from importlib import resources
 from string import Template
 
 from layerloop.components.evaluate_adapter.sheets import (
+    REFERENCE,
     Choice,
     Strip,
     caption,
@@ -64,27 +65,30 @@ def article(shown: ShownCase, removed: str = "") -> str:
 
 
 def _article(shown: ShownCase, removed: str, *, full: bool) -> str:
-    case = shown.choice.case
+    case, source = shown.choice.case, shown.choice.case.source
     heads = headings(max(len(strip.stack) for strip in shown.strips))
     cells = ["<span></span>", *(f'<span class="head">{head}</span>' for head in heads)]
     folder = "" if full else f"{shown.folder}/"
-    for index, strip in enumerate(shown.strips):
-        recomposition, gap = recomposed(strip, composite(strip.stack), case.source)
+    picture = _tile(source, f"Source, {case.title}", file=f"{folder}source.png", full=full)
+    if shown.strips[0].model != REFERENCE:
+        cells += ['<span class="side reference">Source</span>', picture, *["<span></span>"] * (len(heads) - 1)]
+    for strip in shown.strips:
+        recomposition, gap = recomposed(strip, composite(strip.stack), source)
         said = f"{strip.model}, {{}}, {case.title}"
-        cells += [
-            f'<span class="side {strip.model.lower()}">{escape(strip.model)}</span>',
-            _tile(case.source if index == 0 else None, f"Source, {case.title}", file=f"{folder}source.png", full=full),
-            _tile(recomposition, said.format("recomposition"), "recomposition", full=full),
-            _tile(gap, said.format("difference of recomposition and source"), full=full),
-        ]
-        facts = measure_layers(strip.stack, case.source)
+        cells.append(f'<span class="side {strip.model.lower()}">{escape(strip.model)}</span>')
+        if recomposition is None:
+            cells.append(picture)
+        else:
+            cells.append(_tile(recomposition, said.format("recomposition"), "recomposition", full=full))
+        facts = measure_layers(strip.stack, source)
         for at, (layer, numbers) in enumerate(zip(strip.stack, facts, strict=True)):
             flags, texts = caption(numbers)
             flagged = f"<b>{escape(flags)}</b>" if flags else ""
             below, file = f"<p>{'<br>'.join([*texts, flagged])}</p>", folder + _file_of(strip, at)
             cells.append(_tile(layer, said.format(f"layer {at}"), "layer", below=below, file=file, full=full))
-        cells += ["<span></span>"] * (len(heads) - 3 - len(strip.stack))
-    size = f"{case.layers} layers, {case.source.shape[1]} × {case.source.shape[0]} px"
+        cells += ["<span></span>"] * (len(heads) - 2 - len(strip.stack))
+        cells.append(_tile(gap, said.format("difference of recomposition and source"), full=full))
+    size = f"{case.layers} layers, {case.size[1]} × {case.size[0]} px"
     link = "" if full else f'<a href="{folder}index.html">full size</a>'
     return (
         f'<article class="sample"><header><h3>{escape(case.title)}</h3>'
@@ -98,7 +102,7 @@ def _article(shown: ShownCase, removed: str, *, full: bool) -> str:
 def removed_views(shown: ShownCase, *, full: bool = False) -> str:
     """What is left of the picture when one layer is deleted, for both models: whole objects in layers leave whole
     holes or backgrounds."""
-    strips = [strip for strip in shown.strips if strip.model != "Reference"]
+    strips = [strip for strip in shown.strips if strip.model != REFERENCE]
     most = max(len(strip.stack) for strip in strips)
     cells = ["<span></span>", *(f'<span class="head">without layer {index}</span>' for index in range(most))]
     for strip in strips:

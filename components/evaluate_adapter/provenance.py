@@ -81,7 +81,7 @@ def provenance(recipe: Recipe, policy: LayeredPolicy, adapter: Manifest, cases: 
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if world_size() > 1:
         machine = f"{world_size()} x {machine}"
-    sizes = [max(case.source.shape[:2]) for case in cases.cases]
+    sizes = [max(case.size) for case in cases.cases]
     return {
         "campaign": recipe.name,
         "iteration": adapter.iteration,

@@ -49,6 +49,7 @@ class Report:
     comparisons: Comparisons
     reference: Mapping[str, float]  # means of the true layers themselves, by column
     judge: str  # who gave the rewards, in a sentence or two
+    judged: str = ""  # who scored the unlabelled images, in a sentence or two; "" where nobody did
     notices: Sequence[str] = ()
     ground_truth: Sequence[str] = ()  # how the true layers were made, in sentences
     curve: Sequence[Point] = ()
@@ -252,6 +253,8 @@ def _definitions(report: Report) -> str:
         entries.append(("Slots", DEFINITIONS["slots"]))
     if any(column.startswith("layerd_") for column in computed):
         entries.append(("LayerD", DEFINITIONS["layerd"]))
+    if report.judged:
+        entries.append(("Judge", f"{report.judged} {DEFINITIONS['judge']}"))
     if report.ground_truth:
         entries.append(("True layers", " ".join(report.ground_truth)))
     return "".join(f"<dt>{escape(title)}</dt><dd>{escape(text)}</dd>" for title, text in entries)

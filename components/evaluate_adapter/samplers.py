@@ -9,15 +9,16 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from layerloop.components.evaluate_adapter.assess import Row, assess
-from layerloop.components.evaluate_adapter.cases import Case, Cases, Kind
+from layerloop.components.evaluate_adapter.assess import Row
+from layerloop.components.evaluate_adapter.cases import Case, Cases
+from layerloop.components.evaluate_adapter.measuring import Measuring
 from layerloop.components.evaluate_adapter.statistics import FEWEST, Comparison, compare
 from layerloop.components.layers.columns import better_of, quoted, title_of
 from layerloop.components.runtime.distributed import failing_together, rank
 from layerloop.components.runtime.progress import log
+from layerloop.components.schema.inference import COMPARED, COMPARED_CASES, REFERENCE, Inference
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.storage.campaign import Campaign
@@ -31,36 +32,9 @@ if TYPE_CHECKING:
     from layerloop.components.schema.manifest import Shard
 
 TABLE = "samplers.json"
-CASES: dict[Kind, int] = {"designs": 24, "pictures": 8}  # at most: all settings are 1,548 model calls an image
 MODELS = ("base", "adapter")
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A way to sample; guidance 1 is none."""
-
-    sampler: Literal["euler", "heun"]
-    steps: int
-    guidance: float
-
-    @property
-    def name(self) -> str:
-        """For files: `euler-20`, `heun-50-guidance-4`."""
-        return f"{self.sampler}-{self.steps}" + (f"-guidance-{self.guidance:g}" if self.guidance != 1 else "")
-
-
-GUIDANCE = (1.0, 4.0)  # off, and the default of diffusers' pipeline
-SETTINGS = tuple(
-    setting
-    for guidance in GUIDANCE
-    for setting in (
-        *(Setting("euler", steps, guidance) for steps in (10, 20, 30, 50)),
-        *(Setting("heun", steps, guidance) for steps in (25, 50)),
-    )
-)
-REFERENCE = Setting("heun", 50, 1.0)  # the released model's own
-
-Shards = Mapping[tuple[Setting, str], "list[Shard]"]  # by setting and model
+Shards = Mapping[tuple[Inference, str], "list[Shard]"]  # by setting and model
 
 
 def samplers_dir(campaign: Campaign, iteration: int) -> str:
@@ -69,9 +43,9 @@ def samplers_dir(campaign: Campaign, iteration: int) -> str:
 
 
 def chosen_cases(cases: Cases) -> tuple[Case, ...]:
-    """At most `CASES` of each kind, evenly over the layer counts, in the order of `cases`."""
+    """At most `COMPARED_CASES` of each kind, evenly over the layer counts, in the order of `cases`."""
     names = set()
-    for kind, most in CASES.items():
+    for kind, most in COMPARED_CASES.items():
         by_count: dict[int, list[Case]] = {}
         for case in cases.of(kind):
             by_count.setdefault(case.layers, []).append(case)
@@ -84,20 +58,19 @@ def chosen_cases(cases: Cases) -> tuple[Case, ...]:
 
 def sample_settings(
     campaign: Campaign, iteration: int, cases: Sequence[Case], loaded: LoadedPolicy
-) -> dict[tuple[Setting, str], list[Shard]]:
+) -> dict[tuple[Inference, str], list[Shard]]:
     """Decompositions of both models by every setting; on all ranks. What an earlier attempt made is kept."""
     from layerloop.components.evaluate_adapter.decompose import Sampling, decomposed_shards
-    from layerloop.components.policy.inference import Inference
 
     blank = _blank_prompt(campaign, iteration, loaded)
-    found: dict[tuple[Setting, str], list[Shard]] = {}
-    for setting in SETTINGS:
+    found: dict[tuple[Inference, str], list[Shard]] = {}
+    for setting in COMPARED:
         sample = functools.partial(
             decomposed_shards,
             campaign.store,
             loaded=loaded,
             chunks=[cases],
-            sampling=Sampling(Inference(setting.steps, setting.sampler, setting.guidance), blank),
+            sampling=Sampling(setting, blank),
             batch_size=campaign.runtime.evaluation.batch_size,
         )
         with loaded.policy.without_adapter():
@@ -128,13 +101,11 @@ def commit_samplers(
     campaign: Campaign, iteration: int, cases: Sequence[Case], shards: Shards, loaded: LoadedPolicy
 ) -> Manifest:
     """Measure what was sampled and commit the table; on rank 0."""
-    from layerloop.components.evaluate_adapter.decompose import read_decompositions
-
-    rows: dict[tuple[Setting, str], list[Row]] = {}
-    for key, some in shards.items():
-        stacks = {name: stack for shard in some for name, stack in read_decompositions(campaign.store, shard).items()}
-        rows[key] = [assess(case, stacks[case.name], max_edits=0) for case in cases]
-        log(f"{key[1]}, {key[0].name}: {len(cases)} decompositions measured")
+    with Measuring(0, cases=len(cases) * len(shards)) as measuring:
+        rows = {
+            (how, model): measuring.shards(campaign.store, [cases], some, model=f"{model}, {how.name}")
+            for (how, model), some in shards.items()
+        }
     document = sampler_table(rows, seed=campaign.recipe.seed)
     document |= {"adapter_sha256": loaded.adapter_sha256, "iteration": iteration}
     folder = samplers_dir(campaign, iteration)
@@ -144,7 +115,7 @@ def commit_samplers(
         iteration=iteration,
         shards=tuple(shard for some in shards.values() for shard in some),
         files=(add_file(campaign.store, f"{folder}/{TABLE}", data),),
-        counts={"images": len(cases), "settings": len(SETTINGS)},
+        counts={"images": len(cases), "settings": len(COMPARED)},
         metadata={"base_fingerprint": loaded.base_fingerprint, "adapter_sha256": loaded.adapter_sha256},
     )
     return campaign.commit(folder, manifest)
@@ -159,7 +130,7 @@ def read_table(campaign: Campaign, iteration: int) -> dict[str, Any] | None:
     return document
 
 
-def sampler_table(rows: Mapping[tuple[Setting, str], Sequence[Row]], *, seed: int) -> dict[str, Any]:
+def sampler_table(rows: Mapping[tuple[Inference, str], Sequence[Row]], *, seed: int) -> dict[str, Any]:
     """`{"settings": [...], "reference": ..., "images", "fewest"}` of the rows of the same cases by setting and model.
 
     A setting has `measures`, base and adapter by it, and `kept`, the adapter by `REFERENCE` (as `base`) and by it. It
@@ -179,7 +150,7 @@ def sampler_table(rows: Mapping[tuple[Setting, str], Sequence[Row]], *, seed: in
         return found
 
     settings = []
-    for setting in SETTINGS:
+    for setting in COMPARED:
         adapter = rows[setting, "adapter"]
         measures = comparisons(rows[setting, "base"], adapter, setting.name, "base")
         kept = comparisons(rows[REFERENCE, "adapter"], adapter, setting.name, "kept")

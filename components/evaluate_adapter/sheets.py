@@ -18,6 +18,7 @@ from layerloop.components.layers.measure import measure_layers
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop, resize
 from layerloop.components.schema.seeds import seed_for
 
+REFERENCE = "Reference"  # the row of the true layers; its picture is the source
 GAIN = 4  # of |difference| images: a difference of 64 levels is full
 SHEET_SIDE = 128  # longest side of a cell in PNG sheets, pixels
 TILE_SIDE = 160  # longest side of a tile in the report; smaller images are embedded as they are
@@ -36,7 +37,7 @@ class Choice:
 class Strip:
     """One decomposition of a case, as a row of a sheet."""
 
-    model: str  # "Reference", "Base", "Adapter"
+    model: str  # REFERENCE, "Base", "Adapter"
     stack: Pixels
 
 
@@ -67,7 +68,8 @@ def choose(cases: Sequence[Case], base: Sequence[Row], tuned: Sequence[Row], *, 
 
 def strips_of(choice: Choice, stacks: Mapping[str, Pixels]) -> list[Strip]:
     """Rows of a sheet: the reference where there is one, then each model's."""
-    reference = [] if choice.case.truth is None else [Strip("Reference", choice.case.truth)]
+    truth = choice.case.truth
+    reference = [] if truth is None else [Strip(REFERENCE, truth)]
     return [*reference, *(Strip(model, stack) for model, stack in stacks.items())]
 
 
@@ -81,26 +83,28 @@ def caption(layer: Mapping[str, float | bool]) -> tuple[str, list[str]]:
 
 
 def contact_sheet(choice: Choice, strips: Sequence[Strip]) -> Pixels:
-    """A contact sheet `(H, W, 3)`: source, recomposition, |difference|, layers on a checkerboard, layer 0 first."""
+    """A contact sheet `(H, W, 3)`: the source, and what each model's layers recompose to; layers on a checkerboard,
+    layer 0 first; |difference|."""
     source = choice.case.source
-    rows: list[list[Cell]] = []
-    for index, strip in enumerate(strips):
-        recomposition = on_backdrop(composite(strip.stack), "checker")
-        images = (source if index == 0 else None, *recomposed(strip, recomposition, source))
-        rows.append([Cell(None if image is None else fit(image, SHEET_SIDE)) for image in images])
+    most = max(len(strip.stack) for strip in strips)
+    rows = [] if strips[0].model == REFERENCE else [[Cell(fit(source, SHEET_SIDE)), *[Cell(None)] * (most + 1)]]
+    for strip in strips:
+        picture, gap = recomposed(strip, on_backdrop(composite(strip.stack), "checker"), source)
+        row = [Cell(fit(source if picture is None else picture, SHEET_SIDE))]
         for layer, facts in zip(strip.stack, measure_layers(strip.stack, source), strict=True):
             flags, lines = caption(facts)
             shown = on_backdrop(fit(layer, SHEET_SIDE), "checker")
-            rows[-1].append(Cell(shown, "\n".join([*lines, flags]).strip()))
-    columns = headings(max(len(strip.stack) for strip in strips))
-    models = [strip.model for strip in strips]
-    return labelled_grid(rows, column_headings=columns, row_headings=models, text_size=11, gap=8)
+            row.append(Cell(shown, "\n".join([*lines, flags]).strip()))
+        row += [Cell(None)] * (most - len(strip.stack))
+        rows.append([*row, Cell(None if gap is None else fit(gap, SHEET_SIDE))])
+    models = [*(["Source"] if len(rows) > len(strips) else []), *(strip.model for strip in strips)]
+    return labelled_grid(rows, column_headings=headings(most), row_headings=models, text_size=11, gap=8)
 
 
 def headings(layers: int) -> list[str]:
     """Headings of a sheet's columns."""
     upper = [f"layer {index}" for index in range(1, layers)]
-    return ["source", "recomposition", f"|difference| ×{GAIN}", "layer 0, inpainted", *upper]
+    return ["recomposed", "layer 0, inpainted", *upper, f"|difference| ×{GAIN}"]
 
 
 def without_layer(stack: Pixels, index: int) -> Pixels:
@@ -110,7 +114,7 @@ def without_layer(stack: Pixels, index: int) -> Pixels:
 
 def recomposed(strip: Strip, recomposition: Pixels, source: Pixels) -> tuple[Pixels | None, Pixels | None]:
     """The recomposition and its difference from the source; the reference's own would only repeat the source."""
-    if strip.model == "Reference":
+    if strip.model == REFERENCE:
         return None, None
     return recomposition, difference(on_backdrop(recomposition, "checker"), source, gain=GAIN)
 

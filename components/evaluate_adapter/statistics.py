@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
+Signs = npt.NDArray[np.int8]
 Name = TypeVar("Name")
 
 LEVEL = 0.95  # of confidence intervals
@@ -19,6 +20,7 @@ FEWEST = 8  # pairs; below it a test of signs cannot reach the level with a marg
 FLIPS = 9_999  # draws of the sign-flip test; a p-value at the level is off by 0.002
 EXACT = 14  # pairs up to which all sign patterns are tried
 MOST_DECIMALS = 8
+ROWS = 1_000  # sign patterns that are in memory as numbers at once
 
 METHOD = (
     "Base and adapter decompose the same images from the same initial noise, so every difference is taken within an "
@@ -183,19 +185,27 @@ def _flipped(differences: Floats, flips: int, seed: int) -> Floats:
     found = np.abs(differences.sum(axis=1)) * (1 - 1e-9)
     exact = n <= EXACT
     signs = _all_signs(n) if exact else _drawn_signs(n, flips, seed)
-    reached = (np.abs(differences @ signs.T) >= found[:, None]).sum(axis=1)
+    reached = np.zeros(len(differences), np.int64)
+    for start in range(0, len(signs), ROWS):
+        sums = differences @ signs[start : start + ROWS].T.astype(np.float64)
+        reached += (np.abs(sums) >= found[:, None]).sum(axis=1)
     return np.asarray(reached / len(signs) if exact else (reached + 1) / (len(signs) + 1))
 
 
 @functools.lru_cache(maxsize=EXACT)
-def _all_signs(n: int) -> Floats:
+def _all_signs(n: int) -> Signs:
     """All patterns of n signs up to their mirror images, `(2^(n-1), n)`."""
-    return np.asarray(1.0 - 2 * ((np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1))
+    return np.asarray(1 - 2 * ((np.arange(2 ** (n - 1))[:, None] >> np.arange(n)) & 1), np.int8)
 
 
 @functools.lru_cache(maxsize=4)
-def _drawn_signs(n: int, flips: int, seed: int) -> Floats:
-    return np.asarray(1.0 - 2 * np.random.default_rng(seed).integers(0, 2, (flips, n)))
+def _drawn_signs(n: int, flips: int, seed: int) -> Signs:
+    """`(flips, n)`. They are kept since every measure of a page is tested by them: a byte each."""
+    draw, signs = np.random.default_rng(seed), np.empty((flips, n), np.int8)
+    for start in range(0, flips, ROWS):
+        part = signs[start : start + ROWS]
+        part[:] = 1 - 2 * draw.integers(0, 2, part.shape)
+    return signs
 
 
 def holm(comparisons: Mapping[Name, Comparison], among: Iterable[Name] | None = None) -> dict[Name, Comparison]:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from layerloop.components.evaluate_adapter import against
-from layerloop.components.evaluate_adapter.assess import Row, assess, compare_rows, paired_differences
+from layerloop.components.evaluate_adapter.assess import Row, compare_rows, paired_differences
 from layerloop.components.evaluate_adapter.cases import Case, Cases, Kind, read_cases
 from layerloop.components.evaluate_adapter.gallery import ShownCase, full_size
 from layerloop.components.evaluate_adapter.history import earlier_evaluations, judge_cost, training_charts
+from layerloop.components.evaluate_adapter.judged import add_judged, check_judge
+from layerloop.components.evaluate_adapter.measuring import Measuring
 from layerloop.components.evaluate_adapter.provenance import (
     Clock,
     ground_truth,
@@ -49,7 +49,7 @@ from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import failing_together, process_group, rank, shares_base
-from layerloop.components.runtime.progress import log, progress
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.steps import STEPS
@@ -62,10 +62,7 @@ from layerloop.components.storage.stores import open_store
 if TYPE_CHECKING:
     from layerloop.components.layers.stack import Pixels
 
-CASES_PER_SHARD = 32  # per rank: the most that a killed attempt loses, and that is in memory at once
 SHOWN: dict[Kind, int] = {"designs": 7, "pictures": 4}  # samples with contact sheets
-
-Chunk = tuple[Case, ...]
 
 
 def run(
@@ -75,6 +72,7 @@ def run(
     iteration: int | None = None,
     baseline: str = "",
     samplers: bool = False,
+    judge_url: str = "",
     runtime: str = "",
 ) -> StepResult:
     """Compare an adapter with its base on held-out designs and unlabelled images, and write the report.
@@ -92,6 +90,9 @@ def run(
             default nothing. The evaluation is committed all the same.
         samplers: Compare both by every sampler of samplers.py too, on up to 32 of the images: 1,548 model calls an
             image. The table is kept apart, in `evaluations/samplers-<iteration>`; a report made later shows it.
+        judge_url: Base URL of an OpenAI-compatible judge, such as http://127.0.0.1:8788/v1, that also scores both on
+            the unlabelled images, by the recipe's judge.model and rubric and the environment's OPENAI_API_KEY; by
+            default none does.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
 
@@ -101,7 +102,8 @@ def run(
     Raises:
         WorseError: it is clearly worse than the baseline.
         LayerloopError: there is no adapter yet, nothing is held out, the base is not the one that the adapter was
-            trained on, the adapter decodes into NaN, or the baseline cannot be compared with.
+            trained on, the adapter decodes into NaN, the baseline cannot be compared with, or the judge does not
+            answer.
     """
     opened = Campaign.open(campaign, runtime)
     if baseline and baseline != against.PREVIOUS:
@@ -114,18 +116,26 @@ def run(
     folder = opened.evaluation_dir(_evaluation_name(current))
     done = opened.already_committed(folder, log=log)
     wanted = samplers and opened.find(samplers_dir(opened, current)) is None
+    if done is not None and judge_url:
+        log(f"iteration {current} was evaluated before, so no judge is asked: its report stays as it is")
     if done is not None and not wanted:
         return _result(opened, done, baseline)
     with hold(opened.store, EVALUATION, log=log):
         done = opened.already_committed(folder, log=log)  # by the run that held it until now
         wanted = samplers and opened.find(samplers_dir(opened, current)) is None
         if done is None or wanted:
-            done = _evaluate(opened, current, loaded, done=done, samplers=wanted)
+            done = _evaluate(opened, current, loaded, done=done, samplers=wanted, judge_url=judge_url)
         return StepResult() if done is None else _result(opened, done, baseline)
 
 
 def _evaluate(
-    opened: Campaign, current: int, loaded: LoadedPolicy | None, *, done: Manifest | None, samplers: bool
+    opened: Campaign,
+    current: int,
+    loaded: LoadedPolicy | None,
+    *,
+    done: Manifest | None,
+    samplers: bool,
+    judge_url: str,
 ) -> Manifest | None:
     """Evaluate an iteration and commit the evaluation, unless it is `done`, and the table of `samplers`; None on other
     ranks than the first. Raises as `run`."""
@@ -135,6 +145,8 @@ def _evaluate(
             cases = read_cases(opened, opened.sources())
             sharded = shares_base(opened.runtime.model)
             loaded = policy_at(opened, current, device=device, sharded=sharded, delivered=True, loaded=loaded)
+            if judge_url and done is None and rank() == 0:
+                check_judge(opened, judge_url)
         if rank() == 0:
             log(f"evaluating iteration {current} on {_case_counts(cases)}")
         if samplers:
@@ -148,7 +160,12 @@ def _evaluate(
         log(f"the report of iteration {current} was made before: the table of samplers is in {table}")
         return done
     measured = _measure_both_models(opened, current, cases, sampled, clock)
+    if judge_url:
+        with clock.time("judging"):
+            models = {"base": (sampled.base, measured.base), "adapter": (sampled.tuned, measured.tuned)}
+            measured = replace(measured, judged=add_judged(opened, judge_url, sampled.chunks, models))
     facts = provenance(opened.recipe, loaded.policy, opened.policy(current), cases, clock)
+    facts |= {"judged": measured.judged} if measured.judged else {}
     return _commit(opened, current, cases, loaded, sampled, measured, facts)
 
 
@@ -177,7 +194,7 @@ def _case_counts(cases: Cases) -> str:
 class Sampled:
     """Decompositions of both models in shards: one of `base` and one of `tuned` for each of `chunks`."""
 
-    chunks: Sequence[Chunk]
+    chunks: Sequence[Sequence[Case]]
     base: Sequence[Shard]
     tuned: Sequence[Shard]
 
@@ -186,27 +203,15 @@ def _sample_both_models(
     campaign: Campaign, iteration: int, cases: Cases, loaded: LoadedPolicy, clock: Clock
 ) -> Sampled:
     """Both models' decompositions; on all ranks."""
-    from layerloop.components.evaluate_adapter.decompose import Sampling, decomposed_shards
-    from layerloop.components.policy.inference import Inference
+    from layerloop.components.evaluate_adapter.decompose import base_shards, case_chunks, decomposed
 
-    chunks = [cases.cases[start : start + CASES_PER_SHARD] for start in range(0, len(cases.cases), CASES_PER_SHARD)]
-    batch_size = campaign.runtime.evaluation.batch_size
-    sample = functools.partial(
-        decomposed_shards,
-        campaign.store,
-        loaded=loaded,
-        chunks=chunks,
-        sampling=Sampling(Inference(campaign.recipe.evaluation.steps)),
-        batch_size=batch_size,
-    )
-    with clock.time("sampling base"), loaded.policy.without_adapter():
-        stem = f"evaluations/base/decompositions-{loaded.base_fingerprint[:12]}"
-        base = sample(stem, model="base")
+    chunks = case_chunks(cases.cases)
+    with clock.time("sampling base"):
+        base = base_shards(campaign, loaded, chunks)
     with clock.time("sampling adapter"):
-        stem = (
-            f"{campaign.evaluation_dir(_evaluation_name(iteration))}/decompositions-{str(loaded.adapter_sha256)[:12]}"
-        )
-        tuned = sample(stem, model=_evaluation_name(iteration))
+        folder = campaign.evaluation_dir(_evaluation_name(iteration))
+        stem = f"{folder}/decompositions-{str(loaded.adapter_sha256)[:12]}"
+        tuned = decomposed(campaign, loaded, chunks, stem, model=_evaluation_name(iteration))
     return Sampled(chunks, base, tuned)
 
 
@@ -217,39 +222,19 @@ def _sample_both_models(
 class Measured:
     """Numbers of every case, in the order of the cases; `truth` of the true layers themselves."""
 
-    base: Sequence[Row]
-    tuned: Sequence[Row]
-    truth: Sequence[Row]
+    base: list[Row]
+    tuned: list[Row]
+    truth: list[Row]
+    judged: str = ""  # who judged the unlabelled images, where someone did
 
 
 def _measure_both_models(campaign: Campaign, iteration: int, cases: Cases, sampled: Sampled, clock: Clock) -> Measured:
-    measure = functools.partial(assess, max_edits=campaign.recipe.evaluation.max_edits)
-    with clock.time("measuring"):
-        base = _measure_shards(campaign, sampled.chunks, sampled.base, measure, "base")
-        tuned = _measure_shards(campaign, sampled.chunks, sampled.tuned, measure, _evaluation_name(iteration))
-        known = [(case, case.truth) for case in cases.cases if case.truth is not None]
-        with ThreadPoolExecutor(_threads()) as pool:
-            truth = list(pool.map(lambda pair: measure(*pair), known))
+    edits, chunks = campaign.recipe.evaluation.max_edits, sampled.chunks
+    with clock.time("measuring"), Measuring(edits, cases=len(cases.cases)) as measuring:
+        base = measuring.shards(campaign.store, chunks, sampled.base, model="base")
+        tuned = measuring.shards(campaign.store, chunks, sampled.tuned, model=_evaluation_name(iteration))
+        truth = measuring.truth(cases.of("designs"))
     return Measured(base, tuned, truth)
-
-
-def _threads() -> int:
-    return min(16, os.cpu_count() or 1)  # numpy and Pillow release the interpreter lock on large arrays
-
-
-def _measure_shards(
-    campaign: Campaign, chunks: Sequence[Chunk], shards: Sequence[Shard], measure: functools.partial[Row], model: str
-) -> list[Row]:
-    """Numbers of every case, in order. One shard is in memory at a time."""
-    from layerloop.components.evaluate_adapter.decompose import read_decompositions
-
-    rows: list[Row] = []
-    with ThreadPoolExecutor(_threads()) as pool:
-        pairs = list(zip(chunks, shards, strict=True))
-        for chunk, shard in progress(pairs, what=f"measuring {model}", unit="shards"):
-            stacks = read_decompositions(campaign.store, shard)
-            rows += pool.map(measure, chunk, [stacks[case.name] for case in chunk])
-    return rows
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -303,6 +288,7 @@ def _report(
         comparisons=compare_rows(measured.base, measured.tuned, seed=recipe.seed),
         reference=mean_of(measured.truth),
         judge=judge_sentence(scores),
+        judged=measured.judged,
         notices=notices(cases),
         ground_truth=ground_truth(cases, recipe),
         curve=reward_curve(campaign, scores),

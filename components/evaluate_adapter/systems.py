@@ -18,7 +18,7 @@ import numpy as np
 from layerloop.components.evaluate_adapter.assess import Row, assess
 from layerloop.components.evaluate_adapter.cases import Case, Cases
 from layerloop.components.evaluate_adapter.statistics import Comparison, compare, holm
-from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, title_of
+from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, judged, title_of
 from layerloop.components.layers.stack import Pixels, resize
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
@@ -159,7 +159,8 @@ def _rows_of(pairs: Sequence[tuple[Row, Row]]) -> list[tuple[str, str, list[tupl
     rows = []
     for kind in ("designs", "pictures"):
         chosen = [(b, t) for b, t in pairs if b["kind"] == kind]
-        rows += [(f"{kind}.{column}", column, chosen) for column in COLUMNS]
+        columns = [*COLUMNS, *judged(dict.fromkeys(name for _, row in chosen for name in row))]
+        rows += [(f"{kind}.{column}", column, chosen) for column in columns]
         counts = sorted({b["layers"] for b, _ in chosen}) if kind == "designs" else []
         rows += [
             (f"{kind}.{column}.L{count}", column, [(b, t) for b, t in chosen if b["layers"] == count])
@@ -209,7 +210,7 @@ def _identity(row: Row) -> tuple[Any, ...]:
 
 def _layers_of(folder: Path, case: Case) -> Pixels | None:
     """The layers of a case, bottom first, at its size; None where the folder has none of it."""
-    size = (case.source.shape[1], case.source.shape[0])
+    size = (case.size[1], case.size[0])
     document, images = folder / f"{case.name}.psd", folder / case.name
     if document.is_file():
         found = _layers_of_psd(document)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from html import escape
 
 from layerloop.components.evaluate_adapter.gallery import style
+from layerloop.components.evaluate_adapter.paper_tables import NOTE, PaperTable
 from layerloop.components.evaluate_adapter.statistics import METHOD
 from layerloop.components.evaluate_adapter.systems import Cell, Table, column_of_row, title_of_row
 from layerloop.components.evaluate_adapter.tables import difference_of, interval_of, number, verdict
 from layerloop.components.layers.columns import better_of
 
 
-def as_html(table: Table, systems: Sequence[str], *, campaign: str) -> bytes:
+def as_html(table: Table, systems: Sequence[str], shaped: Sequence[PaperTable], *, campaign: str) -> bytes:
     """A self-contained page. Every number is against the base on the cases that system and base have in common."""
     sections = "".join(_section(table, name) for name in systems)
     return (
@@ -21,10 +22,32 @@ def as_html(table: Table, systems: Sequence[str], *, campaign: str) -> bytes:
         f'<meta name="color-scheme" content="light dark"><title>Systems · layerloop</title>'
         f"<style>{style()}</style></head>"
         f'<body><main><p class="eyebrow">layerloop · {escape(campaign)}</p><h1>Systems side by side</h1>'
-        f'{sections}<h2>All measures</h2><p class="note">↓ lower is better, ↑ higher is better. A row is of the images '
+        f"{_shaped(shaped)}{sections}"
+        '<h2>All measures</h2><p class="note">↓ lower is better, ↑ higher is better. A row is of the images '
         "that system and base have in common.</p>"
         f'{_all(table, systems)}<h2>Method</h2><p class="note">{escape(METHOD)}</p></main></body></html>\n'
     ).encode()
+
+
+def _shaped(tables: Sequence[PaperTable]) -> str:
+    """The tables in the shape of the paper's."""
+    if not tables:
+        return ""
+    parts = [f'<p class="note">{escape(NOTE.replace("Bold", "Coloured"))}</p>']
+    for table in tables:
+        heads = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
+        rows = "".join(
+            f'<tr><th scope="row">{escape(system)}</th>'
+            + "".join(f"<td{' class=good' if good else ''}>{text}</td>" for text, good in cells)
+            + "</tr>"
+            for system, cells in table.rows.items()
+        )
+        parts.append(
+            f"<h2>{escape(table.title)}</h2>"
+            f'<div class="panel"><table><thead><tr><th>System</th>{heads}</tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>"
+        )
+    return "".join(parts)
 
 
 def _section(table: Table, name: str) -> str:

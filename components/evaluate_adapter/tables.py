@@ -11,7 +11,16 @@ from layerloop.components.evaluate_adapter import charts
 from layerloop.components.evaluate_adapter.assess import Comparisons
 from layerloop.components.evaluate_adapter.cases import Kind
 from layerloop.components.evaluate_adapter.statistics import FEWEST, Comparison
-from layerloop.components.layers.columns import GROUPS, LAYERD, better_of, gives_verdict, quoted, slots_of, title_of
+from layerloop.components.layers.columns import (
+    GROUPS,
+    LAYERD,
+    better_of,
+    gives_verdict,
+    judged,
+    quoted,
+    slots_of,
+    title_of,
+)
 
 HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabelled images"}
 
@@ -32,7 +41,7 @@ def difference_of(c: Comparison) -> str:
     if c.relative is None or not 0.0005 <= abs(c.relative) < 10:
         return text
     share = f"{100 * c.relative:+.{0 if abs(c.relative) >= 0.095 else 1}f}"
-    return f"{text} ({share.replace('-', '−')} %)"
+    return f"{text} ({share.replace('-', '−')}\u00a0%)"
 
 
 def interval_of(c: Comparison, otherwise: str = "–") -> str:
@@ -101,10 +110,11 @@ def _distribution(column: str, differences: Sequence[float]) -> str:
 
 def measures_section(kind: Kind, table: Mapping[str, Comparison], reference: Mapping[str, float]) -> str:
     """All measures of a kind of case; `reference` are the true layers' own values, {} for none."""
-    reach = charts.common_reach(table[name] for group in GROUPS.values() for name in group if name in table)
+    groups: dict[str, Sequence[str]] = {**GROUPS, "By the judge, 0 to 1": judged(table)}
+    reach = charts.common_reach(table[name] for group in groups.values() for name in group if name in table)
     width = 8 if reference else 7
     rows = []
-    for heading, columns in GROUPS.items():
+    for heading, columns in groups.items():
         group = [_row(column, table[column], reference, reach) for column in columns if column in table]
         if group:
             rows += [f'<tr class="heading"><th colspan="{width}">{escape(heading)}</th></tr>', *group]
@@ -138,7 +148,7 @@ def _row(column: str, c: Comparison, reference: Mapping[str, float], reach: floa
         f'<td class="{verdict(column, c)}" data-label="difference">{difference_of(c)}</td>'
         f'<td class="dim" data-label="95 % interval">{interval_of(c)}</td>'
         f'<td data-label="±{100 * reach:.0f} %">{charts.whisker(c, verdict(column, c), reach)}</td>'
-        f'<td class="dim" data-label="images">{_count(c)}</td></tr>'
+        f'<td class="dim count" data-label="images">{_count(c)}</td></tr>'
     )
 
 
@@ -147,7 +157,7 @@ def _count(c: Comparison) -> str:
     undefined = [
         f"{count} of {who}" for who, count in (("base", c.base_undefined), ("adapter", c.tuned_undefined)) if count
     ]
-    return f"{c.n}<br>undefined: {', '.join(undefined)}" if undefined else str(c.n)
+    return f"{c.n}<br><small>undefined: {', '.join(undefined)}</small>" if undefined else str(c.n)
 
 
 def layerd_section(table: Mapping[str, Comparison], max_edits: int) -> str:

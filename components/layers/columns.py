@@ -6,7 +6,7 @@ its definition, and its rank wherever it is quoted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import get_args
 
 from layerloop.components.layers import measure
@@ -36,6 +36,7 @@ GROUPS: Mapping[Group, tuple[str, ...]] = {
     group: tuple(column.name for column in (*MEASURES.values(), *LAYERD.values()) if column.group == group)
     for group in get_args(Group)
 }
+JUDGED = "judge_"  # what columns of a judge's criteria begin with: `judge_alpha_cleanliness`, and `judge_mean` of all
 BY_SLOT = ("layer_l1", "slot_l1")  # compared by layer count as well, and of each slot: `layer_l1_0` and so on
 COLUMNS: Mapping[str, Column] = {
     name: {**MEASURES, **{column.name: column for column in LAYERD.values()}}[name]
@@ -46,6 +47,12 @@ COLUMNS: Mapping[str, Column] = {
 # What a report explains: measures by name, and the terms that they use.
 DEFINITIONS: Mapping[str, str] = {
     **measure.DEFINITIONS,
+    "judge": (
+        "A judge's criteria, 0 to 1, of each decomposition on its own: its recomposition and every layer beside the "
+        "image, by the campaign's rubric. It is an opinion, of a judge that rewards what it is shown in training too "
+        "where it is the same one: an adapter may please it without being better. A decomposition of which it gave no "
+        "usable answer has none."
+    ),
     "layerd": " ".join([PROTOCOL, *(f"{column.title}: {column.blindness}" for column in LAYERD.values())]),
 }
 
@@ -61,7 +68,20 @@ def column_of(name: str) -> Column | None:
     `layerd_cost_0` of `layerd_clean_cost_3`; None of `layerd_edits`."""
     if name.startswith("layerd_"):
         return LAYERD.get(_score(name))
+    if name.startswith(JUDGED):
+        title = f"Judge, {name.removeprefix(JUDGED).replace('_', ' ')}"
+        return Column(name=name, title=title, better="higher", group="Against the source")
     return COLUMNS.get(name) or COLUMNS.get(name.rpartition("_")[0])
+
+
+def is_tabled(name: str) -> bool:
+    """Whether a column is in the tables of measures, whose p-values are adjusted for each other."""
+    return name in COLUMNS or name.startswith(JUDGED)
+
+
+def judged(names: Iterable[str]) -> list[str]:
+    """Those of some columns that are a judge's."""
+    return [name for name in names if name.startswith(JUDGED)]
 
 
 def slots_of(column: str, layers: int) -> list[str]:

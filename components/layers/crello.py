@@ -20,6 +20,7 @@ from PIL import Image, ImageFont
 from layerloop.components.layers.designs import draw_sketch
 from layerloop.components.layers.paint import paint
 from layerloop.components.layers.sketch import Element, Sketch
+from layerloop.components.layers.stack import straight
 from layerloop.components.layers.text import FontFiles, Text, draw_text, text_of
 from layerloop.components.schema.errors import LayerloopError
 
@@ -374,18 +375,16 @@ def _place_element(
     size: tuple[int, int],
     finer: int = 2,
 ) -> np.ndarray:
-    """One element on a transparent canvas of `size`, sampled `finer` times finer than that and averaged."""
+    """One element on a transparent canvas of `size`, sampled `finer` times finer than that and averaged. It is
+    premultiplied and resampled in float32, plane by plane, and divided by alpha before anything is clipped, so that one
+    flat colour stays that colour (`stack.straight`)."""
     left, top, width, height = box
     scale_x, scale_y = size[0] * finer / canvas[0], size[1] * finer / canvas[1]
     # 1. the element at about the size it will have, where an averaging filter does what bilinear sampling cannot
     most = 4 * finer * max(size)
     stretch = (scale_x, scale_y) if angle % 180 == 0 else (math.sqrt(scale_x * scale_y),) * 2
     own = (min(most, max(1, round(width * stretch[0]))), min(most, max(1, round(height * stretch[1]))))
-    pixels = image.convert("RGBa").resize(
-        own, Image.Resampling.BOX if min(own) >= 2 * max(image.size) else Image.Resampling.LANCZOS
-    )
-    padded = Image.new("RGBa", (own[0] + 4, own[1] + 4))  # a clear margin, so that the edges are sampled too
-    padded.paste(pixels, (2, 2))
+    method = Image.Resampling.BOX if min(own) >= 2 * max(image.size) else Image.Resampling.LANCZOS
     # 2. from a pixel of the fine canvas back to a pixel of that element
     turn = math.radians(angle)
     cos, sin = math.cos(turn), math.sin(turn)
@@ -396,5 +395,12 @@ def _place_element(
     c = (-cos * centre_x - sin * centre_y + width / 2) * to_own_x + 2
     f = (sin * centre_x - cos * centre_y + height / 2) * to_own_y + 2
     fine = (size[0] * finer, size[1] * finer)
-    placed = padded.transform(fine, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR)
-    return np.array(placed.reduce(finer).convert("RGBA"))
+    alpha = np.asarray(image.getchannel("A"), np.float32) / 255
+    placed = np.empty((size[1], size[0], 4), np.float32)
+    for index, channel in enumerate("RGBA"):
+        plane = alpha if channel == "A" else np.asarray(image.getchannel(channel), np.float32) / 255 * alpha
+        padded = Image.new("F", (own[0] + 4, own[1] + 4))  # a clear margin, so that the edges are sampled too
+        padded.paste(Image.fromarray(plane).resize(own, method), (2, 2))
+        drawn = padded.transform(fine, Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR)
+        placed[..., index] = np.asarray(drawn.reduce(finer))
+    return straight(placed)

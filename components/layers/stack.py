@@ -123,8 +123,13 @@ def resize(pixels: Pixels, size: tuple[int, int], resampling: Resampling = "lanc
     method = Image.Resampling[resampling.upper()]
     resized = np.stack([np.asarray(Image.fromarray(plane).resize((width, height), method)) for plane in flat])
     out = np.moveaxis(resized.reshape(*pixels.shape[:-3], pixels.shape[-1], height, width), -3, -1)
-    if pixels.shape[-1] == 4:
-        colour, alpha = out[..., :3], out[..., 3:]
-        seen = alpha >= 0.5 / 255  # else it rounds to 0
-        out = np.concatenate([np.divide(colour, alpha, out=np.zeros_like(colour), where=seen), alpha], axis=-1)
+    return straight(out) if pixels.shape[-1] == 4 else np.rint(out.clip(0, 1) * 255).astype(np.uint8)
+
+
+def straight(premultiplied: npt.NDArray[np.float32]) -> Pixels:
+    """Straight RGBA `(..., 4)` uint8 of premultiplied RGBA in 0..1: colour is divided by alpha before either is
+    clipped, and 0 where alpha rounds to 0."""
+    colour, alpha = premultiplied[..., :3], premultiplied[..., 3:]
+    seen = alpha >= 0.5 / 255
+    out = np.concatenate([np.divide(colour, alpha, out=np.zeros_like(colour), where=seen), alpha], axis=-1)
     return np.rint(out.clip(0, 1) * 255).astype(np.uint8)

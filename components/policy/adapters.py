@@ -74,7 +74,8 @@ def folded(adapter: Adapter) -> Adapter:
 def read_adapter(path: Path | str) -> Adapter:
     """Read an adapter: a folder or a safetensors file, in peft's or diffusers' layout or one of `layouts.py`.
 
-    A publication or a merge is read as it stands; old ones have no weights at their root, but a subfolder per layout.
+    A publication or a merge is read as it stands; old ones have no weights at their root, but a subfolder per layout,
+    and the released Stable-Layers has one subfolder.
 
     Ranks and scales that differ between modules are made uniform without changing the function: B takes the scale, and
     smaller ranks are padded with zeros.
@@ -107,13 +108,16 @@ def _weights_file(path: Path) -> Path:
             if (path / name).is_file():
                 return path / name
         exists = path.exists()
-        inner = [file.parent for name in names for file in sorted(path.glob(f"*/{name}"))]
+        inner = [file for name in names for file in sorted(path.glob(f"*/{name}"))]
     except OSError as error:
         raise LayerloopError(f"{path} cannot be read ({error.strerror}): give an adapter that can") from None
     if not exists:
         raise LayerloopError(f"{path} is not an adapter: there is no such file or folder; correct the path")
-    if inner:
-        raise LayerloopError(f"{path} is not an adapter itself, but {inner[0]} is one: give that")
+    found = sorted({file.parent for file in inner})
+    if len(found) == 1:  # as the released Stable-Layers, whose weights are in `model`
+        return inner[0]
+    if found:
+        raise LayerloopError(f"{path} has several adapters, {found[0].name} and {found[1].name}: give one of them")
     raise LayerloopError(
         f"{path} is not an adapter: it has neither {' nor '.join(names)}; give the folder that has one, or the "
         "safetensors file itself"

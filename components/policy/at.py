@@ -6,7 +6,6 @@ campaign, even where the base is in memory already: the next step never starts f
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +17,15 @@ from layerloop.components.storage.campaign import BASE_COMMIT, Campaign
 from layerloop.components.storage.final_weights import SAMPLING, final_weights
 from layerloop.components.storage.folders import local_folder, node_copy
 from layerloop.components.storage.manifests import read_file
+from layerloop.components.storage.owners import scratch_folder
 
 if TYPE_CHECKING:  # steps import this file before they know whether there is work that needs torch
     import torch
 
     from layerloop.components.policy.memory import Use
     from layerloop.components.policy.model import LayeredPolicy
+    from layerloop.components.schema.recipe import Recipe
+    from layerloop.components.schema.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -89,24 +91,39 @@ def policy_at(
 
 
 def _load_base(campaign: Campaign, *, device: torch.device | str, use: Use) -> LayeredPolicy:
-    """The recipe's base, of the commit that the first step resolved, from a copy on the node where there is one."""
-    from layerloop.components.policy.loading import base_files, base_folder
+    """The recipe's base, of the commit that the first step resolved."""
     from layerloop.components.policy.model import LayeredPolicy
 
-    model = campaign.recipe.model
+    recipe = campaign.recipe
     if resolved := campaign.sources().metadata.get(BASE_COMMIT):
-        model = model.model_copy(update={"revision": str(resolved)})
+        model = recipe.model.model_copy(update={"revision": str(resolved)})
+        recipe = recipe.model_copy(update={"model": model})
+    folder = folder_of_base(recipe, campaign.runtime, device=device, use=use)
+    return LayeredPolicy.load(recipe.model, campaign.runtime.model, device=device, folder=folder)
+
+
+def folder_of_base(recipe: Recipe, runtime: Runtime, *, device: torch.device | str, use: Use, remedy: str = "") -> Path:
+    """The folder of a recipe's base, from a copy on the node where there is one.
+
+    Raises:
+        LayerloopError: it cannot be had, or `device` is a GPU with less free memory than the use takes; then with the
+            `remedy`, by default that of a campaign's steps.
+    """
+    from layerloop.components.policy.loading import base_files, base_folder
+
+    model = recipe.model
     folder = local_folder(model.base) if "://" in model.base else base_folder(model)
-    _check_gpu(campaign, folder, device, use)
+    _check_gpu(recipe, runtime, folder, device, use, remedy)
     try:
-        folder = node_copy(folder, base_files(folder))
+        return node_copy(folder, base_files(folder))
     except LayerloopError as error:
         raise LayerloopError(f"recipe.model.base is {model.base}: {error}") from error.__cause__
-    return LayeredPolicy.load(model, campaign.runtime.model, device=device, folder=folder)
 
 
-def _check_gpu(campaign: Campaign, folder: Path, device: torch.device | str, use: Use) -> None:
-    """Raises LayerloopError where `device` is a GPU with less free memory than the step takes."""
+def _check_gpu(
+    recipe: Recipe, runtime: Runtime, folder: Path, device: torch.device | str, use: Use, remedy: str
+) -> None:
+    """Raises LayerloopError where `device` is a GPU with less free memory than the use takes."""
     import torch
 
     from layerloop.components.policy.loading import read_json
@@ -118,8 +135,8 @@ def _check_gpu(campaign: Campaign, folder: Path, device: torch.device | str, use
     size = TransformerSize.of_config(read_json(folder / "transformer/config.json"))
     free, total = torch.cuda.mem_get_info(device)
     name = f"{device} ({torch.cuda.get_device_name(device)})"
-    needed = gpu_bytes(size, campaign.recipe, campaign.runtime, use)
-    check_gpu(needed, use=use, free=free, total=total, name=name)
+    needed = gpu_bytes(size, recipe, runtime, use)
+    check_gpu(needed, use=use, free=free, total=total, name=name, remedy=remedy)
 
 
 def _check_base(campaign: Campaign, manifest: Manifest, fingerprint: str) -> None:
@@ -161,9 +178,9 @@ def _apply_committed_adapter(campaign: Campaign, manifest: Manifest, policy: Lay
 
     weights = final_weights(manifest) if delivered else manifest.file(SAMPLING)
     where = f"{campaign.uri}/{weights.name}"
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for name, file in ((PEFT_WEIGHTS, weights), (PEFT_CONFIG, manifest.file(PEFT_CONFIG))):
-            (Path(folder) / name).write_bytes(read_file(campaign.store, file))
+            (folder / name).write_bytes(read_file(campaign.store, file))
         try:
             adapter = read_adapter(folder)
         except LayerloopError as error:  # a temporary path means nothing to the reader

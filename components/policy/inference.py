@@ -5,29 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.sampling import Plan, Velocity, deterministic, padded_rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Inference:
-    """How layers are sampled at inference. The released model's settings are Heun, 50 steps and no guidance; by its
-    authors' account others give garbled results."""
-
-    steps: int
-    sampler: Literal["heun", "euler"] = "heun"
-    guidance: float = 1.0  # weight of the prompt's velocity against the blank prompt's; 1 is no guidance
-
-    @property
-    def calls(self) -> int:
-        """Model calls for one image: two per Heun step, one for the last; twice as many with guidance."""
-        calls = 2 * self.steps - 1 if self.sampler == "heun" else self.steps
-        return calls if self.guidance == 1 else 2 * calls
+from layerloop.components.schema.inference import Inference as Inference  # model cards import it from here
 
 
 @torch.no_grad()

@@ -39,18 +39,21 @@ def gpu_bytes(size: TransformerSize, recipe: Recipe, runtime: Runtime, use: Use)
     return held + adapter.training_bytes + runtime.update.microbatch * kept
 
 
-def check_gpu(needed: float, *, use: Use, free: float, total: float, name: str) -> None:
-    """Refuse a GPU that has less memory free than a step needs: it would end in the middle, after the base was loaded.
+def check_gpu(needed: float, *, use: Use, free: float, total: float, name: str, remedy: str = "") -> None:
+    """Refuse a GPU that has less memory free than a use needs: it would end in the middle, after the base was loaded.
 
     Raises:
-        LayerloopError: naming the GPU, both numbers in GB, and what takes less.
+        LayerloopError: naming the GPU, both numbers in GB, and what takes less: `remedy`, or that of a step.
     """
     if free >= needed:
         return
     key = {"sampling": "rollout.batch_size", "update": "update.microbatch", "evaluation": "evaluation.batch_size"}[use]
     busy = "end what else runs on it, " if total >= needed else ""
+    less = remedy or (
+        f"share the base with runtime.model.fsdp, lower runtime.{key} to 1, or begin a campaign with "
+        "recipe.model.fp8_base"
+    )
     raise LayerloopError(
         f"{name} has {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {use} needs about {needed / 1e9:.1f} GB: {busy}"
-        f"take a larger GPU, share the base with runtime.model.fsdp, lower runtime.{key} to 1, or begin a campaign "
-        "with recipe.model.fp8_base"
+        f"take a larger GPU, {less}"
     )

@@ -51,6 +51,11 @@ class DecomposeOptions(Record):
             raise ValueError(f"formats is empty: choose some of {', '.join(FORMATS)}")
         return self
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of layers that are tried."""
+        return AUTO_LAYERS if self.layers == "auto" else (self.layers,)
+
     @classmethod
     def of(cls, **values: Any) -> Self:
         """Options from values by name.

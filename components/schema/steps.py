@@ -54,7 +54,7 @@ _ROWS = (
     ),
     # The pipelines replace this deadline by one that follows from the recipe's evaluation.
     Step(
-        name="evaluate_adapter", image="policy", gpus="all", timeout_hours=24.0, loads_base=True,
+        name="evaluate_adapter", image="policy", gpus="all", timeout_hours=24.0, loads_base=True, asks_judge=True,
         iteration_from="policy",
     ),
     Step(

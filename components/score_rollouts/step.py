@@ -23,7 +23,6 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.score_rollouts.judging import arriving_groups, judge_all
-from layerloop.components.score_rollouts.replies import StoredReplies
 from layerloop.components.score_rollouts.results import (
     canary_metrics,
     counts_of,
@@ -38,6 +37,7 @@ from layerloop.components.score_rollouts.scoring import ScoredGroup, Scorer
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.lease import hold
 from layerloop.components.storage.manifests import add_file
+from layerloop.components.storage.replies import StoredReplies
 from layerloop.components.storage.rollouts import rollouts_sha256
 from layerloop.components.storage.shards import write_shard
 from layerloop.components.storage.stores import open_store

@@ -5,12 +5,22 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.stores import LocalStore, open_store
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:/[\w./-]+)?")  # owner/name, or a folder in it
+
+
+def hub_uri(text: str) -> str | None:
+    """`hf://owner/name` of an id of the hub, which is no path that is here; None of other texts."""
+    if text.startswith("hf://"):
+        return text
+    return f"hf://{text}" if HUB_ID.fullmatch(text) and not Path(text).exists() else None
 
 
 def cache_folder() -> Path:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.storage.owners import ABANDONED
 from layerloop.components.storage.s3_client import ATTEMPTS, client, endpoint
 from layerloop.components.storage.s3_errors import (
     BUSY,
@@ -50,6 +51,8 @@ PATIENCE = 120.0  # seconds in which a store that has answered before is asked a
 _WORDLESS = ("301", "307", "400", "401", "403")  # codes of refusals that have no body
 _CONFLICTS = 5  # a 409 (another writer is in the middle of the same name) is retried this often
 _MAX_COPY = 5 * 10**9  # bytes that one request copies, by S3's documentation
+_EXISTS = ("PreconditionFailed", "412")  # answers to a create-only put; the number where the body was cut off
+_CONFLICT = ("ConditionalRequestConflict", "409")
 PROBE, BID = ".conditional-write-probe-", ".bid-"  # parts of names of objects that are there for a moment only
 
 # Without conditional writes a creator bids, waits, and the lowest bid puts the object. Two can put only where the first
@@ -191,21 +194,33 @@ class S3Store(Store):
         self._ask(name, lambda: self._client.copy(source, self.bucket, key, Config=config))
 
     def leftovers(self) -> Names:
-        uploads = [f"unfinished upload of {name}" for name, _ in self._uploads()]
+        uploads = [f"unfinished upload of {name}" for name, *_ in self._uploads()]
         return [name for name in self.list() if PROBE in name or BID in name] + uploads
 
     def remove_leftovers(self) -> None:
-        from botocore.exceptions import ClientError
-
         for name in self.list():
             if PROBE in name or BID in name:
                 self.delete(name)
-        for name, upload in self._uploads():
+        self._abort([(name, upload) for name, upload, _ in self._uploads()])
+
+    def _abort(self, uploads: list[tuple[str, str]]) -> None:
+        from botocore.exceptions import ClientError
+
+        for name, upload in uploads:
             abort = functools.partial(
                 self._client.abort_multipart_upload, Bucket=self.bucket, Key=self._key(name), UploadId=upload
             )
             with contextlib.suppress(MissingObjectError, ClientError):  # it was completed or aborted meanwhile
                 self._ask(name, abort, let=("NoSuchUpload",))
+
+    def remove_abandoned(self) -> int:
+        now, entries = self.clock(), self.entries(PROBE)
+        probes = [name for name, entry in entries.items() if now - entry.modified > ABANDONED]
+        for name in probes:
+            self.delete(name)
+        uploads = [(name, upload) for name, upload, begun in self._uploads() if now - begun > ABANDONED]
+        self._abort(uploads)
+        return len(probes) + len(uploads)
 
     def check_writable(self) -> None:
         self._ignores_conditions()  # writes an object and deletes it
@@ -229,17 +244,20 @@ class S3Store(Store):
             token = page.get("NextContinuationToken")  # some servers send none with a delimiter-free listing
             more = {"ContinuationToken": token} if token else {"StartAfter": page["Contents"][-1]["Key"]}
 
-    def _uploads(self) -> list[tuple[str, str]]:
-        """Names and ids of the multipart uploads under our prefix that were not completed."""
+    def _uploads(self) -> list[tuple[str, str, float]]:
+        """Names, ids and times of begin of the multipart uploads under our prefix that were not completed."""
         root = folder_prefix(self.prefix)
         paginator = self._client.get_paginator("list_multipart_uploads")
         try:
             pages = self._ask("", lambda: list(paginator.paginate(Bucket=self.bucket, Prefix=root)))
         except LayerloopError:  # servers without that call, credentials without that right
             return []
-        found = [item for page in pages for item in page.get("Uploads", ())]
-        keys = [(item["Key"][len(root) :], str(item["UploadId"])) for item in found]
-        return [(name, upload) for name, upload in keys if is_name(name)]
+        found = [
+            (item["Key"][len(root) :], str(item["UploadId"]), item["Initiated"].timestamp())
+            for page in pages
+            for item in page.get("Uploads", ())
+        ]
+        return [upload for upload in found if is_name(upload[0])]
 
     def _head(self, name: str) -> Any:
         """What the store says of an object. A refused HEAD has no words, so a call that has some asks the same."""
@@ -331,7 +349,7 @@ class S3Store(Store):
 
         for attempt in range(_CONFLICTS):
             try:
-                self._ask(name, put, let=("PreconditionFailed", "ConditionalRequestConflict"), again=("BadDigest",))
+                self._ask(name, put, let=(*_EXISTS, *_CONFLICT), again=("BadDigest",))
                 return True
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] == 412:
@@ -387,7 +405,7 @@ class S3Store(Store):
         """Whether a create-only put of an existing object fails because it exists, not because of the header."""
         from botocore.exceptions import ClientError
 
-        key, no = self._key(name), ("PreconditionFailed", "NotImplemented", "InvalidArgument", "InvalidRequest")
+        key, no = self._key(name), (*_EXISTS, "NotImplemented", "InvalidArgument", "InvalidRequest")
         try:
             self._ask(
                 name,

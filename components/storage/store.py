@@ -145,6 +145,10 @@ class Store(ABC):
         """Remove the leftovers. Only while nobody writes: what is being written looks the same."""
 
     @abstractmethod
+    def remove_abandoned(self) -> int:
+        """Remove the leftovers whose writers are gone for certain, whoever writes now; returns how many there were."""
+
+    @abstractmethod
     def check_writable(self) -> None:
         """Check before the work that objects can be written here; nothing is left behind.
 
@@ -173,7 +177,7 @@ def written_before(store: Store, name: str) -> Iterator[tuple[str, str]]:
 def hash_file(file: IO[bytes]) -> tuple[str, int]:
     """sha256 and size in bytes; the file is left at its beginning."""
     file.seek(0)
-    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # each has readinto
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any file that can be read
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     return digest, size

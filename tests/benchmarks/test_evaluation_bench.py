@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import astuple
@@ -14,14 +16,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.layerd import evaluate, warp
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 
 from ..campaigns import CampaignBuilder
 
-SIDE, MERGES, DESIGNS = 640, 5, 200
+SIDE, MERGES = 640, 5
 Level = tuple[int, float, float, float]  # merges, cost, RGB L1, alpha IoU
 
 
@@ -147,34 +148,61 @@ def test_layerds_protocol_is_quick_and_equal_to_its_formulas(record_benchmark: C
 # --------------------------------------------------------------------------------- measuring against producing, at tiny
 
 
-@pytest.mark.timeout(3600)
-def test_measuring_and_the_report_cost_little_beside_sampling(
-    record_benchmark: Callable[[str, float], None], tmp_path: Path
-) -> None:
-    """Seconds of an evaluation that are neither loading nor sampling, over those of sampling both models: 200 designs
-    of 64 pixels and 2 to 4 layers, the shipped tiny policy, sampled as the packaged recipe does."""
+EVALUATION = """
+import json, resource, sys, time
+from layerloop.components.evaluate_adapter.step import run
+start = time.monotonic()
+run(campaign=sys.argv[1], runtime="evaluation: {batch_size: 8}")
+print(json.dumps([time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]))
+"""
+
+
+def evaluated(folder: Path, *, designs: int, size: int, steps: int) -> tuple[dict[str, float], float, float]:
+    """(seconds by activity, those of the whole step, its peak memory in MB) of an evaluation in a process of its own:
+    designs of `size` pixels and 2 to 4 layers, by the shipped tiny policy."""
     draw = np.random.default_rng(3)
     recipe = {
         "name": "bench",
         "model": {"base": "tiny"},
         "lora": {"rank": 4, "alpha": 4.0},
-        "evaluation": {"steps": 20, "layers": [2, 3, 4], "designs": DESIGNS, "pictures": 0},
+        "evaluation": {"steps": steps, "layers": [2, 3, 4], "designs": designs, "pictures": 0},
     }
-    lab = CampaignBuilder.begin(tmp_path / "campaign", recipe)
+    lab = CampaignBuilder.begin(folder, recipe)
     stacks = [
-        render_sketches(draw, count=1, layers=2 + number % 3, size=(64, 64), photo_share=0.0)[0]
-        for number in range(DESIGNS)
+        render_sketches(draw, count=1, layers=2 + number % 3, size=(size, size), photo_share=0.0)[0]
+        for number in range(designs)
     ]
     lab.sources(designs=[(on_backdrop(composite(stack), "white"), stack) for stack in stacks])
     lab.adapter(1)
-    start = time.monotonic()
-    result = run(campaign=lab.uri, runtime="evaluation: {batch_size: 8}")
-    total = time.monotonic() - start
-    evaluation = result.manifests["evaluation"]
-    seconds = json.loads(lab.store.read("evaluations/iteration-000001/metrics.json"))["provenance"]["seconds"]
+    done = subprocess.run([sys.executable, "-c", EVALUATION, lab.uri], stdout=subprocess.PIPE, text=True, check=True)
+    total, memory = json.loads(done.stdout.splitlines()[-1])
+    manifest = lab.campaign.find("evaluations/iteration-000001")
+    assert manifest is not None and manifest.counts["designs"] == designs
+    metrics = json.loads(lab.store.read(manifest.file("metrics.json").name))
+    return metrics["provenance"]["seconds"], total, memory
+
+
+@pytest.mark.timeout(3600)
+def test_measuring_and_the_report_cost_little_beside_sampling(
+    record_benchmark: Callable[[str, float], None], tmp_path: Path
+) -> None:
+    """Seconds of an evaluation that are neither loading nor sampling, over those of sampling both models: 200 designs
+    of 64 pixels, sampled as the packaged recipe does."""
+    seconds, total, _ = evaluated(tmp_path / "campaign", designs=200, size=64, steps=20)
     sampling = seconds["sampling_base"] + seconds["sampling_adapter"]
     fraction = (total - seconds["loading"] - sampling) / sampling
     print(f"of {total:.1f} s: {seconds}")
-    assert evaluation.counts["designs"] == DESIGNS
     record_benchmark("evaluation_overhead_fraction", fraction)
     assert fraction <= 0.1
+
+
+@pytest.mark.timeout(3600)
+def test_memory_does_not_grow_with_the_number_of_designs(
+    record_benchmark: Callable[[str, float], None], tmp_path: Path
+) -> None:
+    """Peak memory of an evaluation of 200 designs over that of 50, of 192 pixels. All 150 more, decoded, are 85 MB."""
+    few = evaluated(tmp_path / "few", designs=50, size=192, steps=1)[2]
+    many = evaluated(tmp_path / "many", designs=200, size=192, steps=1)[2]
+    print(f"{few:.0f} MB of 50 designs, {many:.0f} MB of 200")
+    record_benchmark("evaluation_memory_ratio", many / few)
+    assert many - few <= 30

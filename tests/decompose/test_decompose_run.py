@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from layerloop.components.decompose import DecomposeOptions, decompose, run
+from layerloop.components.decompose import DecomposeOptions, decompose, model, run
 from layerloop.components.decompose.counts import Trial, best, choose_count, without_blank
 from layerloop.components.decompose.output import OutputFolder
 from layerloop.components.decompose.pictures import Picture
@@ -326,3 +327,41 @@ def test_the_output_folder_waits_for_the_whole_picture(tmp_path: Path) -> None:
         store.write("0-background.png", b"first")
         assert not (tmp_path / "out" / "a").exists()
     assert (tmp_path / "out" / "a" / "0-background.png").read_bytes() == b"first"
+
+
+def test_a_gpu_that_cannot_hold_what_is_asked_for_is_refused_before_the_base_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """More layers, a larger picture and a larger batch need more; the copy on the node comes after."""
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1_000_000_000, 8_000_000_000))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA T4")
+    monkeypatch.setattr("layerloop.components.policy.at.node_copy", lambda folder, files: pytest.fail("was copied"))
+    needs = []
+    for more in (
+        {},
+        {"layers": 20},
+        {"layers": 20, "resolution": 1024},
+        {"layers": 20, "resolution": 1024, "batch_size": 9},
+    ):
+        options = DecomposeOptions.of(base="tiny", **more)
+        with pytest.raises(LayerloopError) as caught:
+            model._load_base(model.choose(options), options, torch.device("cuda", 0))
+        line = str(caught.value)
+        assert line.startswith("cuda:0 (NVIDIA T4) has 1.0 of 8.0 GB free, evaluation needs about ")
+        assert line.endswith("take a larger GPU, or lower --resolution, --layers or --batch-size")
+        needs.append(float(line.partition("about ")[2].partition(" GB")[0]))
+    assert needs == sorted(needs) and needs[0] < needs[-1]
+
+
+def test_the_base_is_loaded_from_a_copy_on_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Path] = []
+
+    def node_copy(folder: Path, files: list[Path]) -> Path:
+        shutil.copytree(folder, tmp_path / "node")
+        copied.append(folder)
+        return tmp_path / "node"
+
+    monkeypatch.setattr("layerloop.components.policy.at.node_copy", node_copy)
+    options = DecomposeOptions(base="tiny")
+    loaded = model.load(model.choose(options), options)
+    assert len(copied) == 1 and loaded.policy.folder == tmp_path / "node"

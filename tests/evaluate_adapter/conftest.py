@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 from layerloop.components.runtime.contract import StepResult
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.storage.images import encode_png
 
 from ..campaigns import SIDE, CampaignBuilder, named
 
@@ -39,6 +41,15 @@ def drawn_design(seed: int, layers: int, *, height: int = SIDE, width: int = SID
 
 def source_of(stack: Pixels) -> Pixels:
     return on_backdrop(composite(stack), "white")
+
+
+def case_of(
+    key: str, kind: Kind, layers: int, seed: int, source: Pixels, truth: Pixels | None, origin: str = ""
+) -> Case:
+    """A case as it is read from the sources."""
+    members = {"png": encode_png(source)}
+    members |= {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(() if truth is None else truth)}
+    return Case(key, kind, layers, seed, source.shape[:2], members, origin)
 
 
 def hold_out(lab: CampaignBuilder, designs: Sequence[Pixels], images: Sequence[Pixels]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,8 @@ from layerloop.components.evaluate_adapter.provenance import ground_truth
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.seeds import seed_for
 
-from .conftest import MakeLab, drawn_design, hold_out, source_of
+from ..campaigns import SIDE, CampaignBuilder
+from .conftest import MakeLab, case_of, drawn_design, hold_out, source_of
 
 
 def test_designs_come_with_their_layers_at_their_own_count(make_lab: MakeLab) -> None:
@@ -41,7 +45,7 @@ def test_a_limited_number_is_taken_evenly_over_the_counts(make_lab: MakeLab) -> 
     assert cases.left_out == {"designs beyond recipe.evaluation.designs": 8}
 
 
-def test_the_choice_does_not_depend_on_the_order_of_the_sources(make_lab: MakeLab, tmp_path: object) -> None:
+def test_the_choice_does_not_depend_on_the_order_of_the_sources(make_lab: MakeLab, tmp_path: Path) -> None:
     stacks = [drawn_design(seed, 2 + seed % 2) for seed in range(14)]
     chosen = []
     for name, order in (("a", stacks), ("b", stacks[::-1])):
@@ -75,9 +79,34 @@ def test_a_damaged_design_is_refused_by_name(make_lab: MakeLab) -> None:
         read_cases(lab.campaign, manifest)
 
 
+def test_memory_does_not_grow_with_the_number_of_designs(tmp_path: Path) -> None:
+    """Forty designs, decoded, are 8 MB: their pixels stay in a scratch file until they are asked for."""
+    draw, peaks = np.random.default_rng(0), []
+    for count in (4, 40):
+        recipe = {"name": "many", "evaluation": {"layers": [2], "designs": count}}
+        lab = CampaignBuilder.begin(tmp_path / str(count), recipe)
+        stacks = [draw.integers(0, 256, (2, 128, 128, 4), np.uint8) for _ in range(count)]
+        lab.sources(designs=[(source_of(stack), stack) for stack in stacks], per_shard=4)
+        sources = lab.campaign.sources()
+        tracemalloc.start()
+        cases = read_cases(lab.campaign, sources)
+        assert sum(case.truth is not None and case.source.shape == (128, 128, 3) for case in cases.cases) == count
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 300_000
+
+
+def test_layers_of_another_size_than_their_image_are_named(make_lab: MakeLab) -> None:
+    lab = make_lab()
+    lab.sources(designs=[(source_of(drawn_design(1, 2)), drawn_design(1, 2, width=SIDE + 16))])
+    (case,) = read_cases(lab.campaign, lab.campaign.sources()).cases
+    with pytest.raises(LayerloopError, match=r"is \[32, 32\] and its layers .*32, 48, 4.*: shard the designs again"):
+        _ = case.truth
+
+
 def test_batches_share_one_geometry_and_keep_the_order() -> None:
     def case(key: str, layers: int, width: int) -> Case:
-        return Case(key, "pictures", layers, 0, np.zeros((16, width, 3), np.uint8), None)
+        return case_of(key, "pictures", layers, 0, np.zeros((16, width, 3), np.uint8), None)
 
     cases = [case("a", 2, 16), case("b", 2, 16), case("c", 2, 16), case("d", 3, 16), case("e", 3, 32)]
     assert [[c.key for c in batch] for batch in batches(cases, 2)] == [["a", "b"], ["c"], ["d"], ["e"]]

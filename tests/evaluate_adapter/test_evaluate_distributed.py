@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from layerloop.components.evaluate_adapter import step
+from layerloop.components.evaluate_adapter import decompose
 from layerloop.components.evaluate_adapter.cases import Case
 from layerloop.components.evaluate_adapter.decompose import balance, cost
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.storage.campaign import MANIFEST
 
 from ..campaigns import CampaignBuilder, named, plain_name
-from .conftest import MakeLab, drawn_design, fill, hold_out, source_of
+from .conftest import MakeLab, case_of, drawn_design, fill, hold_out, source_of
 
 pytestmark = pytest.mark.timeout(400)  # three interpreters start at once
 
@@ -38,7 +38,7 @@ def kept(lab: CampaignBuilder) -> dict[str, bytes]:
     return {plain_name(name): lab.store.read(name) for name in names}
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["complete", "sharded"])
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["complete", "sharded"])
 def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Path, fsdp: bool) -> None:
     """Five designs and two images in four batches of unequal sizes, with a base each and with one that they share."""
     alone = fill(make_lab(str(tmp_path / "alone")))
@@ -59,7 +59,7 @@ def test_ranks_make_as_many_shards_at_a_time_as_they_are_and_keep_those_of_an_ea
     make_lab: MakeLab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards of two cases: three for each model and one with a single case, of which the second exists already."""
-    monkeypatch.setattr(step, "CASES_PER_SHARD", 2)
+    monkeypatch.setattr(decompose, "CASES_PER_SHARD", 2)
     alone = fill(make_lab(str(tmp_path / "alone")))
     together = fill(make_lab(str(tmp_path / "together")))
     manifest = run(campaign=alone.uri).manifests["evaluation"]
@@ -68,7 +68,7 @@ def test_ranks_make_as_many_shards_at_a_time_as_they_are_and_keep_those_of_an_ea
     together.store.write(earlier, alone.store.read(earlier))
     script = tmp_path / "in_twos.py"
     script.write_text(
-        "from layerloop.components.evaluate_adapter import step\nstep.CASES_PER_SHARD = 2\n"
+        "from layerloop.components.evaluate_adapter import decompose, step\ndecompose.CASES_PER_SHARD = 2\n"
         f"step.run(campaign={together.uri!r})\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
@@ -81,7 +81,8 @@ def test_ranks_make_as_many_shards_at_a_time_as_they_are_and_keep_those_of_an_ea
     assert kept(together) == kept(alone)
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["complete", "sharded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["complete", "sharded"])
 def test_a_fault_that_one_rank_meets_ends_both_with_one_clear_line(make_lab: MakeLab, fsdp: bool) -> None:
     """One of two images has a side that the model does not take, so one rank fails while the other samples."""
     lab = make_lab()
@@ -101,7 +102,7 @@ def test_a_fault_that_one_rank_meets_ends_both_with_one_clear_line(make_lab: Mak
 
 
 def case(layers: int, side: int) -> Case:
-    return Case("k", "pictures", layers, 0, np.zeros((side, side, 3), np.uint8), None)
+    return case_of("k", "pictures", layers, 0, np.zeros((side, side, 3), np.uint8), None)
 
 
 def test_a_batch_costs_its_tokens_of_layers_composite_and_condition() -> None:

@@ -32,7 +32,7 @@ from layerloop.components.layers.measure import MEASURES
 from layerloop.components.layers.stack import Pixels, composite
 from layerloop.components.schema.manifest import Manifest
 
-from .conftest import drawn_design, source_of
+from .conftest import case_of, drawn_design, source_of
 
 
 def compared(base: float, tuned: float, low: float, high: float, n: int = 20) -> Comparison:
@@ -99,12 +99,12 @@ def test_colour_follows_direction_and_interval(column: str, comparison: Comparis
 def test_only_clear_differences_are_coloured_on_the_page() -> None:
     page = page_of({"bad_layers": UNCLEAR, "evenness": UNCLEAR})
     assert 'class="chip good"' not in page and '<td class="bad"' not in page and 'var(--good)"' not in page
-    assert '<td class="good" data-label="difference">−0.20 (−40 %)</td>' in page_of({"bad_layers": BETTER})
+    assert '<td class="good" data-label="difference">−0.20 (−40\u00a0%)</td>' in page_of({"bad_layers": BETTER})
 
 
 def test_where_a_measure_is_undefined_it_says_for_whom_and_how_often() -> None:
     page = page_of({"residue": replace(UNCLEAR, tuned_undefined=7), "bad_layers": UNCLEAR})
-    assert page.count("undefined: ") == 1 and "20<br>undefined: 7 of adapter" in page
+    assert page.count("undefined: ") == 1 and "20<br><small>undefined: 7 of adapter</small>" in page
     lost = compare_rows([{"kind": "designs", "layers": 2, "residue": 0.2}] * 2, [{"residue": None}] * 2, seed=0)
     row = text_of(page_of({}, comparisons=lost))
     assert "0 undefined: 2 of adapter" in row, "a measure that one model has nowhere keeps its row"
@@ -128,8 +128,17 @@ def test_no_number_contradicts_its_colour() -> None:
 def test_definitions_are_repeated_verbatim() -> None:
     text = text_of(page_of(dict.fromkeys(MEASURES, UNCLEAR)))
     for name, definition in DEFINITIONS.items():
-        if name not in ("slots", "layerd"):
+        if name not in ("slots", "layerd", "judge"):
             assert definition.replace("'", "&#x27;") in text, name
+
+
+def test_who_judged_is_said_with_what_that_means() -> None:
+    names = {"judge_alpha_cleanliness": BETTER, "judge_mean": UNCLEAR, "residue": UNCLEAR}
+    page = page_of({}, comparisons=Comparisons({"pictures": names}), judged="A judge scored 4 decompositions.")
+    text = text_of(page)
+    assert f"Judge A judge scored 4 decompositions. {DEFINITIONS['judge']}".replace("'", "&#x27;") in text
+    assert text.index("By the judge, 0 to 1") < text.index("Judge, alpha cleanliness ↑") < text.index("Judge, mean ↑")
+    assert page.count('<td class="bad"') == 1, "a judge's number that falls is worse"
 
 
 def test_how_the_true_layers_were_made_is_said() -> None:
@@ -189,7 +198,7 @@ def some_cases(count: int) -> tuple[list[Case], list[Pixels], list[Pixels]]:
     cases, good, bad = [], [], []
     for index in range(count):
         truth = drawn_design(index, 3)
-        cases.append(Case(f"{index:016x}", "designs", 3, index, source_of(truth), truth))
+        cases.append(case_of(f"{index:016x}", "designs", 3, index, source_of(truth), truth))
         spoiled = truth.copy()
         spoiled[1, ..., 3] = spoiled[1, ..., 3] * (1 - index / count)
         good.append(truth)
@@ -267,6 +276,9 @@ def test_each_sample_shows_reference_base_and_adapter_with_all_their_layers() ->
     assert (
         article.count("<img") == 1 + 2 * 2 + 3 * 3
     )  # the source, two recompositions and differences, three layers each
+    heads = re.findall(r'class="head">([^<]*)<', article)
+    assert heads == ["recomposed", "layer 0, inpainted", "layer 1", "layer 2", "|difference| ×4"]
+    assert len(re.findall(r"<span|<div class=\"cell\"", article)) - 2 == 4 * 6, "a cell in every column of every row"
     assert 'width="128" height="128"' in article and 'class="layer pixels"' in article
     assert removed.count("<img") == 2 * 3 and "without layer 2" in removed
     alts = re.findall(r'<img[^>]* alt="([^"]*)"', page)
@@ -334,7 +346,7 @@ def test_alone_the_page_has_no_links() -> None:
 )
 def test_a_case_is_called_as_its_file_is(origin: str, title: str) -> None:
     truth = drawn_design(1, 2)
-    case = Case("0123456789abcdef", "designs", 2, 0, source_of(truth), truth, origin)
+    case = case_of("0123456789abcdef", "designs", 2, 0, source_of(truth), truth, origin)
     assert case.title == title
 
 
@@ -477,7 +489,9 @@ def test_a_curve_of_any_length_is_well_formed_and_sparsely_labelled(count: int) 
 
 
 def test_comparisons_by_layer_count_are_of_those_designs_only() -> None:
-    cases = [Case(f"{n:016x}", "designs", n, n, source_of(t), t) for n, t in ((n, drawn_design(n, n)) for n in (2, 3))]
+    cases = [
+        case_of(f"{n:016x}", "designs", n, n, source_of(t), t) for n, t in ((n, drawn_design(n, n)) for n in (2, 3))
+    ]
     base = [assess(case, case.truth, max_edits=0) for case in cases if case.truth is not None]
     tuned = [{**row, "slot_l1": row["layers"] / 10} for row in base]
     slots = compare_rows(base, tuned, seed=0).slots

@@ -11,20 +11,23 @@ from safetensors.torch import load
 
 from layerloop.components.evaluate_adapter import samplers
 from layerloop.components.evaluate_adapter.assess import Row
-from layerloop.components.evaluate_adapter.cases import Case, Cases, read_cases
+from layerloop.components.evaluate_adapter.cases import Cases, read_cases
 from layerloop.components.evaluate_adapter.decompose import read_decompositions
-from layerloop.components.evaluate_adapter.samplers import REFERENCE, SETTINGS, Setting, chosen_cases, sampler_table
+from layerloop.components.evaluate_adapter.samplers import chosen_cases, sampler_table
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.layers.measure import measure_all
-from layerloop.components.policy.inference import Inference, sample_layers
+from layerloop.components.policy.inference import sample_layers
 from layerloop.components.policy.lora import put_adapter, read_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.prompt import embed_prompt
+from layerloop.components.schema import inference
+from layerloop.components.schema.inference import COMPARED, REFERENCE, Inference
 
 from ..campaigns import CampaignBuilder, named, policy_folder
+from .conftest import case_of
 
 
-def rows_with(bad: dict[tuple[Setting, str], float], images: int = 12) -> dict[tuple[Setting, str], list[Row]]:
+def rows_with(bad: dict[tuple[Inference, str], float], images: int = 12) -> dict[tuple[Inference, str], list[Row]]:
     """Rows by setting and model; `bad` is the mean of bad layers where it is not 1 for the base and 0.5 for the
     adapter. Each image adds its own."""
     own = np.linspace(0, 0.3, images)
@@ -37,26 +40,26 @@ def rows_with(bad: dict[tuple[Setting, str], float], images: int = 12) -> dict[t
             }
             for i in range(images)
         ]
-        for setting in SETTINGS
+        for setting in COMPARED
         for model in ("base", "adapter")
     }  # fmt: skip
 
 
-def by_name(table: dict[str, list[dict[str, object]]]) -> dict[Setting, dict[str, object]]:
-    return {Setting(s["sampler"], s["steps"], s["guidance"]): s for s in table["settings"]}  # type: ignore[arg-type]
+def by_name(table: dict[str, list[dict[str, object]]]) -> dict[Inference, dict[str, object]]:
+    return {Inference(s["steps"], s["sampler"], s["guidance"]): s for s in table["settings"]}  # type: ignore[arg-type]
 
 
 def test_the_grid_is_what_people_use() -> None:
-    names = {setting.name for setting in SETTINGS}
+    names = {setting.name for setting in COMPARED}
     plain = {"euler-10", "euler-20", "euler-30", "euler-50", "heun-25", "heun-50"}
     assert names == plain | {f"{name}-guidance-4" for name in plain}
-    assert REFERENCE in SETTINGS
-    calls = sum(Inference(s.steps, s.sampler, s.guidance).calls for s in SETTINGS) * 2
-    assert calls == 1548 and f"{calls:,} model calls" in Path(samplers.__file__).read_text()
+    assert REFERENCE in COMPARED
+    calls = sum(s.calls for s in COMPARED) * 2
+    assert calls == 1548 and f"{calls:,} model calls" in Path(inference.__file__).read_text()
 
 
 def test_a_sampler_is_safe_that_is_worse_than_neither_the_base_nor_the_reference() -> None:
-    garbled, lost, better = Setting("euler", 10, 1.0), Setting("euler", 20, 1.0), Setting("heun", 25, 4.0)
+    garbled, lost, better = Inference(10, "euler", 1.0), Inference(20, "euler", 1.0), Inference(25, "heun", 4.0)
     rows = rows_with({
         (garbled, "adapter"): 2.0, (garbled, "base"): 3.0,  # better than the base, worse than by the reference
         (lost, "adapter"): 0.5, (lost, "base"): 0.2,  # as good as by the reference, and the base is better
@@ -75,21 +78,21 @@ def test_a_sampler_is_safe_that_is_worse_than_neither_the_base_nor_the_reference
 
 def test_images_are_chosen_evenly_over_layer_counts() -> None:
     blank = np.zeros((16, 16, 3), np.uint8)
-    cases = [Case(f"{i:02d}", "designs", layers, i, blank, None) for layers in (2, 3, 4) for i in range(20)]
-    cases += [Case(f"{i:02d}", "pictures", 4, i, blank, None) for i in range(3)]
+    cases = [case_of(f"{i:02d}", "designs", layers, i, blank, None) for layers in (2, 3, 4) for i in range(20)]
+    cases += [case_of(f"{i:02d}", "pictures", 4, i, blank, None) for i in range(3)]
     chosen = chosen_cases(Cases(tuple(cases), {}))
     counts = [sum(c.kind == "designs" and c.layers == layers for c in chosen) for layers in (2, 3, 4)]
     assert counts == [8, 8, 8] and sum(c.kind == "pictures" for c in chosen) == 3
     assert [c for c in cases if c in chosen] == list(chosen)
 
 
-GRID = (Setting("euler", 2, 1.0), Setting("euler", 2, 4.0), Setting("heun", 3, 1.0))
+GRID = (Inference(2, "euler", 1.0), Inference(2, "euler", 4.0), Inference(3, "heun", 1.0))
 
 
 def test_the_step_samples_measures_and_shows_every_sampler(
     lab: CampaignBuilder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(samplers, "SETTINGS", GRID)
+    monkeypatch.setattr(samplers, "COMPARED", GRID)
     monkeypatch.setattr(samplers, "REFERENCE", GRID[2])
     result = run(campaign=lab.uri, samplers=True)
     manifest = lab.campaign.find("evaluations/samplers-000002")
@@ -125,7 +128,7 @@ def test_the_step_samples_measures_and_shows_every_sampler(
 
 
 def test_samplers_can_be_compared_after_the_evaluation(lab: CampaignBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(samplers, "SETTINGS", GRID[::2])
+    monkeypatch.setattr(samplers, "COMPARED", GRID[::2])
     monkeypatch.setattr(samplers, "REFERENCE", GRID[2])
     before = run(campaign=lab.uri)
     assert "By sampler" not in before.files["report"].decode()

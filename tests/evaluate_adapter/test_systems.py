@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import pytest
 from layerloop.components.evaluate_adapter.assess import assess
 from layerloop.components.evaluate_adapter.cases import Case, Cases, read_cases
 from layerloop.components.evaluate_adapter.compare import main
+from layerloop.components.evaluate_adapter.other_adapters import BASE, is_adapter, sample_adapters
+from layerloop.components.evaluate_adapter.paper_tables import paper_tables, tables_markdown
 from layerloop.components.evaluate_adapter.results import samples_table
+from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.evaluate_adapter.systems import (
     as_json,
     as_markdown,
@@ -27,12 +31,13 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.images import encode_png
 from layerloop.pipelines.cli import main as layerloop
 
-from .conftest import Evaluated, drawn_design, source_of
+from ..campaigns import CampaignBuilder, policy_folder
+from .conftest import Evaluated, case_of, drawn_design, source_of
 
 
 def some_cases(count: int = 10) -> Cases:
     stacks = [drawn_design(seed, 2 + seed % 2) for seed in range(count)]
-    cases = [Case(f"{n:016x}", "designs", len(stack), n, source_of(stack), stack) for n, stack in enumerate(stacks)]
+    cases = [case_of(f"{n:016x}", "designs", len(stack), n, source_of(stack), stack) for n, stack in enumerate(stacks)]
     return Cases(tuple(cases), {})
 
 
@@ -84,7 +89,7 @@ def test_the_page_has_a_section_for_each_system() -> None:
     cases = some_cases(24)
     base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
     page = as_html(
-        compare_systems(base, {"<LayerD>": perfect, "same": base}, seed=0), ["<LayerD>", "same"], campaign="x"
+        compare_systems(base, {"<LayerD>": perfect, "same": base}, seed=0), ["<LayerD>", "same"], [], campaign="x"
     ).decode()
     first, second, whole = page.split("<h2>")[1:4]
     assert first.startswith("&lt;LayerD&gt;") and "clearly worse in 0" in first and first.count('<td class="good"') > 3
@@ -93,6 +98,25 @@ def test_the_page_has_a_section_for_each_system() -> None:
     assert (
         "<table" not in second and whole.startswith("All measures") and "<th>&lt;LayerD&gt;</th><th>same</th>" in whole
     )
+
+
+def test_tables_have_the_shape_of_the_papers() -> None:
+    cases = some_cases(24)
+    base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
+    table = compare_systems(base, {"perfect": perfect, "same": base}, seed=0)
+    first, second, fourth = paper_tables(table, ["perfect", "same"])
+    assert first.title.startswith("As Table 1: RGB L1 of the layers on designs")
+    assert [name.partition(",")[2] for name in first.columns] == ["", " 2 layers ↓", " 3 layers ↓"]
+    assert list(first.rows) == ["base", "perfect", "same"]
+    assert [(float(text), good) for text, good in first.rows["perfect"]] == [(0, False)] * 3
+    assert fourth.columns[0] == "designs: Layer 0 inpainting, SSIM ↑" and fourth.rows["perfect"][0] == ("1.00", True)
+    bad = [name.startswith("designs: Bad layers") for name in second.columns].index(True)
+    assert second.rows["perfect"][bad][1] and not second.rows["same"][bad][1]
+    text = tables_markdown([first, second, fourth])
+    assert text.count("| base |") == 3 and "they do not compare with the paper" in text and "**1.00**" in text
+    page = as_html(table, ["perfect", "same"], [first], campaign="x").decode()
+    assert page.index("As Table 1") < page.index("<h2>perfect") and "Bold" not in page
+    assert paper_tables({}, ["perfect"]) == [] and tables_markdown([]) == ""
 
 
 def test_a_system_of_other_cases_is_refused() -> None:
@@ -178,6 +202,41 @@ def test_the_command_compares_an_evaluation_with_a_folder_of_layers(
     quoted = evaluated.metrics["designs.slot_l1"]
     assert table["designs.slot_l1"]["tuned"]["difference"] == pytest.approx(quoted["difference"])
     assert "true" not in table["pictures.bad_layers"]
+
+
+def test_an_adapter_from_elsewhere_is_sampled_as_the_campaigns_own_are(
+    lab: CampaignBuilder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The adapter of iteration 2, as a folder with one subfolder of weights: the numbers of its own evaluation."""
+    run(campaign=lab.uri)
+    base, tuned = read_evaluation(f"{lab.uri}/evaluations/iteration-000002")
+    shutil.copytree(policy_folder(lab.campaign, 2), tmp_path / "released" / "model")
+    found = sample_adapters(
+        lab.campaign, read_cases(lab.campaign, lab.campaign.sources()), {"x": f"{tmp_path}/released"}
+    )
+    for ours, theirs in ((found["x"], tuned), (found[BASE], base)):
+        assert [{name: row.get(name) for name in row} for row in ours] == [
+            {name: their[name] for name in row} for row, their in zip(ours, theirs, strict=True)
+        ]
+    capsys.readouterr()
+    assert main([lab.uri, f"x={tmp_path}/released", "--output", str(tmp_path / "t.md")]) == 0
+    printed, logged = capsys.readouterr()
+    assert (
+        printed.startswith("| measure | n | base | x |") and "**As Table 1" in printed and "decomposing" not in logged
+    )
+    assert main([lab.uri, f"base={tmp_path}/released"]) == 2
+    assert "system base is the campaign's base itself" in capsys.readouterr().err
+
+
+def test_adapters_are_told_from_evaluations_and_folders_of_layers(evaluated: Evaluated, tmp_path: Path) -> None:
+    assert (
+        is_adapter("StabilityLabs/Stable-Layers")
+        and is_adapter("hf://owner/name/model")
+        and is_adapter("a.safetensors")
+    )
+    assert is_adapter(str(policy_folder(evaluated.lab.campaign, 2)))
+    assert not is_adapter(f"{evaluated.lab.uri}/evaluations/iteration-000002")
+    assert not is_adapter(str(tmp_path)) and not is_adapter("/nowhere")
 
 
 def test_the_command_line_hands_over(evaluated: Evaluated, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -273,6 +273,18 @@ def test_the_cost_of_an_evaluation_is_forwards_times_designs() -> None:
     assert str(cost).startswith("480 designs + 64 images are 107712 forwards of base and adapter, about 9.6 h on 1 GPU")
 
 
+def test_a_comparison_of_samplers_is_counted() -> None:
+    cost = EvaluationCost.of(parse_recipe(PAPER), Cluster(), samplers=True)
+    # 258 forwards by Euler's and Heun's methods, three times as many with guidance beside; 24 designs and 8 images
+    assert cost.forwards == 544 * 99 * 2 + 32 * 3 * 258 * 2
+    assert "samplers compared, are 157248 forwards" in str(cost)
+    few = parse_recipe(recipe_text("paper", ["evaluation.designs=10", "evaluation.pictures=2"]))
+    assert EvaluationCost.of(few, Cluster(), samplers=True).forwards == 12 * 99 * 2 + 12 * 3 * 258 * 2
+    assert with_evaluation_deadline(Cluster(), PAPER, samplers=True).hours("evaluate_adapter") == 30
+    set_by_hand = Cluster(timeout_hours={"evaluate_adapter": 10})
+    assert with_evaluation_deadline(set_by_hand, PAPER, samplers=True) == set_by_hand
+
+
 def test_more_gpus_and_fewer_pixels_make_it_cheaper() -> None:
     full = EvaluationCost.of(parse_recipe(PAPER), Cluster())
     assert EvaluationCost.of(parse_recipe(PAPER), Cluster(evaluate_gpus=8)).hours == pytest.approx(full.hours / 8)

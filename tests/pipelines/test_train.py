@@ -266,7 +266,7 @@ def test_compiling_twice_in_processes_with_other_hash_seeds_gives_the_same_bytes
     assert len(digests) == 1
 
 
-FORM_OF_EVALUATE = ["campaign", "iteration", "baseline", "runtime"]
+FORM_OF_EVALUATE = ["campaign", "iteration", "baseline", "samplers", "judge_url", "runtime"]
 
 
 def test_the_evaluation_pipeline_finds_the_head_and_evaluates_it(tmp_path: Path) -> None:
@@ -279,6 +279,9 @@ def test_the_evaluation_pipeline_finds_the_head_and_evaluates_it(tmp_path: Path)
     assert source == {"outputArtifactKey": "policy", "producerTask": "shard-dataset"}
     given = spec["root"]["dag"]["tasks"]["shard-dataset"]["inputs"]["parameters"]
     assert given["evaluate"]["runtimeValue"]["constant"] == "only"
+    inner = spec["components"]["comp-condition-1"]["dag"]["tasks"]["evaluate-adapter"]["inputs"]["parameters"]
+    for name in ("samplers", "judge_url", "baseline"):
+        assert inner[name] == {"componentInputParameter": f"pipelinechannel--{name}"}
 
 
 @pytest.mark.parametrize(

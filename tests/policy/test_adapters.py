@@ -186,7 +186,9 @@ def test_a_path_that_is_no_adapter_says_what_to_give(adapter_folder: Path, tmp_p
         read_adapter(published)
     adapter = read_adapter(adapter_folder)
     lora.write_diffusers(adapter, published / "mine")
-    with pytest.raises(LayerloopError, match=r"is not an adapter itself, but .*/published/mine is one: give that"):
+    assert read_adapter(published).modules == adapter.modules  # the one that there is
+    lora.write_peft(adapter, published / "yours")
+    with pytest.raises(LayerloopError, match=r"published has several adapters, mine and yours: give one of them"):
         read_adapter(published)
     with pytest.raises(LayerloopError, match=r"x{300} cannot be read \(File name too long\)"):
         read_adapter(tmp_path / ("x" * 300))

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from layerloop.components.evaluate_adapter.samplers import REFERENCE, SETTINGS, Setting, sampler_table
+from layerloop.components.evaluate_adapter.samplers import sampler_table
 from layerloop.components.publish_adapter.usage import euler_steps, programs, sampler_rows, sampler_verdict
+from layerloop.components.schema.inference import COMPARED, REFERENCE, Inference
 from layerloop.components.schema.recipe import Recipe
 
 
-def table(*garbled: Setting, images: int = 12) -> dict[str, Any]:
+def table(*garbled: Inference, images: int = 12) -> dict[str, Any]:
     """All samplers agree but for those that garble the adapter's layers."""
     rows = {
         (setting, model): [
@@ -19,13 +20,13 @@ def table(*garbled: Setting, images: int = 12) -> dict[str, Any]:
              + 0.01 * (i % 3), "recomposition_error": 0.02}
             for i in range(images)
         ]
-        for setting in SETTINGS
+        for setting in COMPARED
         for model in ("base", "adapter")
     }  # fmt: skip
     return sampler_table(rows, seed=0)
 
 
-EULER = [Setting("euler", steps, 1.0) for steps in (10, 20, 30, 50)]
+EULER = [Inference(steps, "euler", 1.0) for steps in (10, 20, 30, 50)]
 
 
 def test_the_programs_take_the_fewest_steps_of_eulers_method_that_are_safe() -> None:
@@ -39,7 +40,7 @@ def test_the_programs_take_the_fewest_steps_of_eulers_method_that_are_safe() -> 
 def test_a_card_says_where_no_sampler_of_diffusers_or_none_at_all_is_safe() -> None:
     assert euler_steps(table(*EULER)) is None
     assert "Euler's method, which is not among them: expect worse" in sampler_verdict(table(*EULER))
-    assert "**no sampler is safe**" in sampler_verdict(table(*SETTINGS))
+    assert "**no sampler is safe**" in sampler_verdict(table(*COMPARED))
     assert euler_steps(None) is None
     few = table(EULER[0], images=5)
     assert euler_steps(few) is None and "cannot be said from 5 images" in sampler_verdict(few)
@@ -49,7 +50,7 @@ def test_the_table_has_a_row_a_sampler_with_what_is_clear_in_bold() -> None:
     header, rows = sampler_rows(table(EULER[0]))
     assert header == ["sampler", "safe", "Bad layers ↓", "Recomposition error ↓"]
     assert rows[0] == ["Euler 10", "no", "1.01 → **3.01**", "0.02 → 0.02"]
-    assert rows[SETTINGS.index(REFERENCE)] == ["Heun 50", "yes", "1.01 → **0.51**", "0.02 → 0.02"]
+    assert rows[COMPARED.index(REFERENCE)] == ["Heun 50", "yes", "1.01 → **0.51**", "0.02 → 0.02"]
     assert rows[-1][0] == "Heun 50, guidance 4" and len(rows) == 12
 
 
