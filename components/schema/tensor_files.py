@@ -16,4 +16,4 @@ def check_header(beginning: bytes, *, where: str, longest: int = LONGEST) -> Non
     """
     said = int.from_bytes(beginning[:LENGTH], "little")
     if said > longest:
-        raise LayerloopError(f"{where} says that its header has {said} bytes, over {longest}: it is not safetensors")
+        raise LayerloopError(f"{where} is not safetensors (its header has {said} bytes, over {longest}): restore it")

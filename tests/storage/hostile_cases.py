@@ -61,6 +61,8 @@ def group() -> dict[str, dict[str, bytes]]:
         condition=np.zeros((16, 64), np.float32),
         seeds=[1, 2],
         window=np.zeros((2, 0, 48, 64), np.float32),
+        velocities=np.zeros((2, 0, 48, 64), np.float32),
+        rows=np.ones(2, np.int32),
         final=np.zeros((2, 48, 64), np.float32),
         stacks=np.zeros((2, 2, 32, 32, 4), np.uint8),
     )
