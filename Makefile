@@ -1,6 +1,6 @@
 # The workflow, a target a step. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help install docs demo test fast slow lint mutants fuzz bench bench-gpu study lock wheel compile pretrain clean
+.PHONY: help install docs demo test fast slow lint mutants fuzz faults bench bench-gpu study lock wheel compile pretrain clean
 
 PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
@@ -53,6 +53,10 @@ mutants: $(READY) ## check that the tests catch every deliberate fault of tests/
 # MINUTES=60 for each target, ONLY=tars for one; what failed is kept in build/fuzz.
 fuzz: $(READY) ## look for inputs that are neither a result, a reject nor one line; make test has a slice of it
 	@$(VENV)/bin/python tests/fuzz $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY))
+
+# PART=1/4 runs a quarter of them, ONLY='s3 update' those whose names begin so; what held is kept in build/faults.json.
+faults: $(READY) ## kill every step at every change of its store, spoil its network, fill its disk; resumable, hours
+	@$(VENV)/bin/python tests/faults $(if $(PART),--part $(PART)) $(if $(ONLY),--only '$(ONLY)')
 
 bench: $(READY) ## measure; writes build/benchmarks.json
 	@$(VENV)/bin/python -m pytest tests/benchmarks

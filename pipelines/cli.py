@@ -41,7 +41,8 @@ examples:
       --recipe my-recipe.yaml --judge-url https://api.example.com/v1 --iterations 10
 
 Run it again to continue from the campaign's head; `layerloop continue CAMPAIGN` is the same without --images, --recipe
-and --set. --iterations counts those of one run, --until is where the campaign ends. Nothing that is done is done twice.
+and --set. --iterations counts those of one run, and after a run that was killed the same command does what it left;
+--until is where the campaign ends. Nothing that is done is done twice.
 """
 
 COMPILE_EXAMPLES = """\

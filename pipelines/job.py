@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,44 @@ def run_job(job: Job, *, runs: Path) -> LocalRun:
     Raises:
         LayerloopError: bad input, or a step failed.
     """
-    folder = _new_folder(runs)
+    with to_its_end(job, runs) as job:
+        return _run(job, _new_folder(runs))
+
+
+@contextlib.contextmanager
+def to_its_end(job: Job, runs: Path) -> Iterator[Job]:
+    """The job of this block; where the run before it, of as many iterations, was killed or failed, with the target of
+    that one. So the same command again does what is left, evaluation and publication too, and trains no further.
+
+    A run without a target writes its own down in `runs`, and forgets it when the block ends well.
+    """
+    if job.until:
+        yield job
+        return
+    campaign = existing_campaign(job.campaign)
+    head = campaign.head() if campaign else 0
+    path = runs / f"unfinished-{hashlib.sha256(absolute(job.campaign).encode()).hexdigest()[:12]}.json"
+    until = _unfinished(path, job.iterations)
+    if campaign and head <= until:
+        print(f"the run before this one did not end: this one goes on to iteration {until}, and no further", flush=True)
+        yield replace(job, until=until)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"iterations": job.iterations, "until": head + job.iterations}))
+        yield job
+    path.unlink(missing_ok=True)
+
+
+def _unfinished(path: Path, iterations: int) -> int:
+    """The target that a run of so many iterations wrote down; -1 for none."""
+    try:
+        found = json.loads(path.read_text())
+        return int(found["until"]) if found["iterations"] == iterations else -1
+    except (OSError, ValueError, TypeError, KeyError):  # none, or one that was killed while it wrote
+        return -1
+
+
+def _run(job: Job, folder: Path) -> LocalRun:
     resident, iterations = not job.step_by_step, iterations_of(job)
     pipeline = train_pipeline(iterations=iterations, workers=job.workers, recipe=job.recipe, resident=resident)
     package = write_pipeline(pipeline, folder / "pipeline.yaml")

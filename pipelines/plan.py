@@ -40,7 +40,6 @@ class Assumptions(Record):
     judge_latency_seconds: float = Field(default=8.0, ge=0)  # of one request, in a batch
     judge_replicas: int = Field(default=1, ge=1)
     store_seconds: float = Field(default=25.0, ge=0)  # an iteration: shards and adapter that nothing else hides
-    keep_velocities: bool = False  # whether the learner has sampling's velocities, and computes no anchors
     share_candidates: bool = True  # whether a worker's ranks share candidates; False: complete groups, by their number
     sync_seconds: float = Field(default=5.0, ge=0)  # the same in a resident iteration, which writes behind its work
     prompt_tokens: int = Field(default=11, ge=1)
@@ -160,7 +159,13 @@ class Work:
     def anchor(self, layers: int) -> float:
         """Of one point, on average: the sampling policy's velocity, which the first optimizer step does without."""
         steps = self.recipe.update.steps
-        return 0.0 if self.assumed.keep_velocities else self.forward(layers) * (steps - 1) / steps
+        return 0.0 if self.keeps_velocities else self.forward(layers) * (steps - 1) / steps
+
+    @property
+    def keeps_velocities(self) -> bool:
+        """Whether the learner takes the sampler's velocities, whose passes have the shape of its own."""
+        same = self.runtime.rollout.batch_size == self.runtime.update.microbatch and not self.runtime.model.fsdp
+        return self.recipe.rollout.keep_velocities and same
 
     def point(self, layers: int) -> float:
         """Learning of one point, without its anchor: forward, backward, what checkpointing repeats, and the base's
@@ -207,7 +212,7 @@ class Work:
         where they are kept."""
         windowed = ALGORITHMS[self.recipe.update.algorithm].samples_from == "window"
         size = self.recipe.rollout.window.size
-        kept = (size + 1 + size * self.assumed.keep_velocities if windowed else 0) + 1
+        kept = (size + 1 + size * self.recipe.rollout.keep_velocities if windowed else 0) + 1
         height, width = self.sides()
         frame = 4 * 64 * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
         return self.candidates * kept * frame * self.mean(lambda layers: layers + 1)
@@ -310,10 +315,10 @@ def resident(work: Work, gpus: int, judge_seconds: float, *, lag: int = 0) -> It
     """One rank a GPU with the base loaded once a stretch; candidates are shared, and a group is judged as soon as it is
     sampled.
 
-    judged = max(sampling + 2 latencies, first group + judge); anchors are computed while the last groups are judged:
-    start/n + judged + update - min(anchors, judged - sampling) + store.
+    judged = max(sampling + 2 latencies, first group + judge); wall = start/n + judged + update + store.
 
-    With a lag of one iteration, sampling and update follow each other and the judge has both to finish:
+    With a lag of one iteration, sampling and update follow each other, and while they do the judge has the iteration
+    that is sampled already:
     start/n + max(sampling + update, judge + 2 latencies) + store, with anchors for all points, since another policy
     sampled.
     """
@@ -324,8 +329,7 @@ def resident(work: Work, gpus: int, judge_seconds: float, *, lag: int = 0) -> It
         if lag:
             waiting = max(0.0, judge_seconds + tail - drawn.sampling - drawn.update)
         else:
-            judged = max(drawn.sampling + tail, drawn.first + judge_seconds)
-            waiting = judged - drawn.sampling - min(drawn.anchors, judged - drawn.sampling)
+            waiting = max(drawn.sampling + tail, drawn.first + judge_seconds) - drawn.sampling
         draws.append(
             {
                 "sampling": drawn.sampling, "judge": waiting, "update": drawn.update, "computing": drawn.computing,
@@ -341,11 +345,10 @@ def resident(work: Work, gpus: int, judge_seconds: float, *, lag: int = 0) -> It
 @dataclasses.dataclass(frozen=True)
 class Drawn:
     """Seconds of one drawn iteration whose candidates and points all ranks share: of sampling, of its first group, of
-    the anchors, of the update with them; and GPU-seconds of operations."""
+    the update with its anchors; and GPU-seconds of operations."""
 
     sampling: float
     first: float
-    anchors: float
     update: float
     computing: float
 
@@ -357,7 +360,6 @@ def _shared(work: Work, gpus: int, all_anchors: bool) -> tuple[Drawn, ...]:
         Drawn(
             sampling=longest_first([work.candidate(count) / rate for count in layers for _ in range(size)], gpus),
             first=-(-size // gpus) * work.candidate(max(layers)) / rate,
-            anchors=sum(work.anchor(count) for count in layers) * size * work.points / rate / gpus,
             update=_update_seconds(work, layers, gpus, work.recipe.update.steps, all_anchors=all_anchors),
             computing=_computing(work, layers, all_anchors=all_anchors),
         )
@@ -371,7 +373,7 @@ def _computing(work: Work, layers: Sequence[int], *, all_anchors: bool = False) 
     steps = min(work.recipe.update.steps, len(layers))
     total = sum(size * (work.candidate(count) + work.points * work.point(count)) for count in layers)
     for step in range(steps):
-        if (all_anchors or step > 0) and not work.assumed.keep_velocities:
+        if (all_anchors or step > 0) and not work.keeps_velocities:
             total += sum(size * work.points * work.forward(count) for count in layers[step::steps])
     return total / rate
 
@@ -381,7 +383,7 @@ def _update_seconds(work: Work, layers: Sequence[int], gpus: int, steps: int, *,
     points = work.recipe.rollout.group_size * work.points
     total = 0.0
     for step in range(min(steps, len(layers))):
-        anchored = (all_anchors or step > 0) and not work.assumed.keep_velocities
+        anchored = (all_anchors or step > 0) and not work.keeps_velocities
         costs = [
             (work.point(count) + anchored * work.forward(count)) / work.assumed.tflops
             for count in layers[step::steps]

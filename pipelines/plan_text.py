@@ -81,11 +81,13 @@ class Plan:
             resident(self.work, gpus.total, seconds, lag=1),
         ]
 
-    def replicas(self, gpus: Gpus, wanted: float = TARGET) -> int | None:
+    def replicas(self, gpus: Gpus, *, lag: int = 0, wanted: float = TARGET) -> int | None:
         """Fewest replicas of the judge with which a resident iteration keeps the GPUs busy for `wanted` of it."""
         one = self.judge.seconds(self.work.assumed) * self.work.assumed.judge_replicas
-        found = (n for n in range(1, MOST_REPLICAS + 1) if resident(self.work, gpus.total, one / n).busy >= wanted)
-        return next(found, None)
+        for count in range(1, MOST_REPLICAS + 1):
+            if resident(self.work, gpus.total, one / count, lag=lag).busy >= wanted:
+                return count
+        return None
 
     def campaign(self, gpus: Gpus, way: Iteration) -> dict[str, float]:
         """Hours, pods, bytes and cost of all iterations and evaluations."""
@@ -123,7 +125,7 @@ def plan_json(plan: Plan) -> str:
                  "campaign": plan.campaign(gpus, way)}
                 for way in plan.ways(gpus)
             ],
-            "replicas_for_70_percent": plan.replicas(gpus),
+            "replicas_for_70_percent": {f"lag_{lag}": plan.replicas(gpus, lag=lag) for lag in (0, 1)},
         }
         for gpus in plan.layouts
     ]  # fmt: skip
@@ -209,9 +211,9 @@ def _layout_lines(plan: Plan, gpus: Gpus) -> list[str]:
                 f"{total['storage_cost_a_month']:,.0f} a month for {_size(1e9 * total['stored_gb'])}"
             )
     if plan.ways(gpus)[1].busy < TARGET:
-        wanted = plan.replicas(gpus)
-        found = f"{wanted} replicas of the judge" if wanted else "no number of the judge's replicas"
-        lines.append(f"  resident reaches {TARGET:.0%} with {found}, without lag")
+        ways = [(plan.replicas(gpus, lag=lag), lag) for lag in (0, 1)]
+        found = [f"{count} replicas of the judge with lag {lag}" for count, lag in ways if count]
+        lines.append(f"  resident reaches {TARGET:.0%} with {' or '.join(found) or 'no number of judge replicas'}")
     return lines
 
 

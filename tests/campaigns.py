@@ -156,7 +156,7 @@ class CampaignBuilder:
     def rollouts(self, iteration: int, *, policy: LayeredPolicy | None = None, change: Change | None = None) -> None:
         """Sample and commit an iteration; `change` spoils the samples of all its groups first. Layers are left blank.
 
-        The policy is that of the iteration before, unless another is given.
+        The policy is the one that the recipe samples with, unless another is given.
         """
         sampled = self._sampled(iteration, policy)
         samples = [sample for group in sampled for sample in samples_of(group)]
@@ -179,11 +179,12 @@ class CampaignBuilder:
 
     def _sampled(self, iteration: int, policy: LayeredPolicy | None) -> list[SampledGroup]:
         if policy is not None or iteration > 1:
-            return sample_groups(policy or self.policy(iteration - 1), self.recipe, iteration, self._adapter(iteration))
+            policy = policy or self.policy(self.recipe.rollout.sampler(iteration))
+            return sample_groups(policy, self.recipe, iteration, self._adapter(iteration))
         return _first_groups(_reduced(self.recipe, rollout=self.recipe.rollout, algorithm=self.recipe.update.algorithm))
 
     def _adapter(self, iteration: int) -> str | None:
-        sha256 = self.campaign.policy(iteration - 1).metadata.get("adapter_sha256")
+        sha256 = self.campaign.policy(self.recipe.rollout.sampler(iteration)).metadata.get("adapter_sha256")
         return None if sha256 is None else str(sha256)
 
     # ---- score_rollouts
@@ -359,6 +360,8 @@ def _sample_group(policy: LayeredPolicy, recipe: Recipe, record: GroupRecord) ->
         condition=condition.latents[0].numpy(),
         seeds=seeds,
         window=done.window.numpy(),
+        velocities=(done.velocities if recipe.rollout.keep_velocities else done.velocities[:, :0]).numpy(),
+        rows=done.rows.numpy(),
         final=done.final.numpy(),
         stacks=np.zeros((record.group_size, record.layers, SIDE, SIDE, 4), np.uint8),
     )
@@ -442,6 +445,8 @@ def drawn_group(
         condition=draw.standard_normal((h * w, 64), np.float32),
         seeds=range(size),
         window=draw.standard_normal((size, 2, (layers + 1) * h * w, 64), np.float32),
+        velocities=np.zeros((size, 0, (layers + 1) * h * w, 64), np.float32),
+        rows=np.ones(size, np.int32),
         final=draw.standard_normal((size, (layers + 1) * h * w, 64), np.float32),
         stacks=stacks,
     )

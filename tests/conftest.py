@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from .campaigns import save_tiny_base
@@ -23,6 +24,10 @@ from .campaigns import save_tiny_base
 # Every setting of a KFP task asks for the caller's name with inspect.stack() (kfp 2.17), which by default also looks up
 # the source lines of each frame; under pytest's stack of fifty frames that takes a quarter of a second.
 inspect.stack = functools.partial(inspect.stack, 0)
+
+# Compiled packages are read a hundred times; libyaml's loader reads the same ten times as fast.
+yaml.safe_load = functools.partial(yaml.load, Loader=yaml.CSafeLoader)
+yaml.safe_load_all = functools.partial(yaml.load_all, Loader=yaml.CSafeLoader)
 
 BUCKET = "layerloop-tests"
 FAST = ("judge", "layers", "mutants", "schema", "storage")  # folders whose tests need neither torch nor whole runs

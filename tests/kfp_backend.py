@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from warm_pods import WarmPods
 
 KINDS: dict[str, type | tuple[type, ...]] = {
     "STRING": str, "NUMBER_INTEGER": (int, float), "NUMBER_DOUBLE": (int, float), "BOOLEAN": bool, "STRUCT": dict,
@@ -65,6 +66,7 @@ class Backend:
     folder: Path  # pipeline root and logs
     environment: dict[str, str] = field(default_factory=dict)  # of every pod, on top of this process's
     pods_have_names: bool = True  # KFP_POD_NAME, by which a step knows that it is in a cluster
+    warm: WarmPods | None = None  # starts the pods that load torch
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     pods: list[Pod] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -220,17 +222,25 @@ class Backend:
         own = {variable["name"]: variable["value"] for variable in container.get("env", ())}
         names = {"KFP_POD_NAME": pod_name} if self.pods_have_names else {}
         with open(here / "executor-logs", "w+") as log:  # open as long as the step runs, and the launcher's
-            done = subprocess.run(
-                [sys.executable, *command[1:]],
-                env={"OMP_NUM_THREADS": "1", **os.environ, **own, **names, **self.environment},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-            )  # fmt: skip
-            log.write(done.stdout)
+            environment = {"OMP_NUM_THREADS": "1", **os.environ, **own, **names, **self.environment}
+            status, output = self._process(command[1:], environment, here / "output")
+            log.write(output)
             log.flush()
-            assert (here / "executor-logs").read_text() == done.stdout, f"{name} wrote into the launcher's log"
+            assert (here / "executor-logs").read_text() == output, f"{name} wrote into the launcher's log"
             assert os.fstat(log.fileno()).st_ino == (here / "executor-logs").stat().st_ino, f"{name} replaced the log"
-        self.pods.append(Pod(name, pod_name, done.returncode, done.stdout, executor_input["inputs"]["parameterValues"]))
+        self.pods.append(Pod(name, pod_name, status, output, executor_input["inputs"]["parameterValues"]))
         return self.pods[-1]
+
+    def _process(self, command: list[str], environment: dict[str, str], output: Path) -> tuple[int, str]:
+        """Exit status of a pod's command, and what it printed."""
+        output.unlink(missing_ok=True)
+        if self.warm is not None and self.warm.takes(command):
+            return self.warm.run(command, environment, str(output)), output.read_text()
+        with output.open("w") as file:
+            done = subprocess.run(
+                [sys.executable, *command], env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            )
+        return done.returncode, output.read_text()
 
     def _read(self, here: Path, declared: dict[str, Any], executor_input: dict[str, Any]) -> dict[str, Any]:
         told = json.loads((here / "output_metadata.json").read_text())

@@ -61,8 +61,11 @@ def sample_candidates(
         batch_size=batch_size,
     )
     check_finite(trajectory, record, candidates)
+    kept = slice(None) if recipe.rollout.keep_velocities else slice(0)
     return Part(
         window=trajectory.window.cpu().numpy(),
+        velocities=trajectory.velocities[:, kept].cpu().numpy(),
+        rows=trajectory.rows.numpy(),
         final=trajectory.final.cpu().numpy(),
         stacks=np.concatenate(
             [policy.layers_uint8(one, record.height, record.width) for one in trajectory.final.split(1)]
@@ -78,6 +81,8 @@ def sampled_group(recipe: Recipe, group: PreparedGroup, part: Part) -> SampledGr
         condition=group.condition.latents[0].cpu().numpy(),
         seeds=initial_seeds(recipe.seed, group.record),
         window=part.window,
+        velocities=part.velocities,
+        rows=part.rows,
         final=part.final,
         stacks=part.stacks,
     )

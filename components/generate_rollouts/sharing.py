@@ -87,14 +87,17 @@ def sampling_plan(plan: GroupPlan, recipe: RolloutRecipe) -> Plan:
 
 @dataclass(frozen=True)
 class Part:
-    """Sampled candidates of a group: `window[n, w+1, S, C]`, `final[n, S, C]`, `stacks[n, L, H, W, 4]`."""
+    """Sampled candidates of a group: `window[n, w+1, S, C]`, `velocities[n, w, S, C]` where they are kept, else
+    `[n, 0, S, C]`, `rows[n]`, `final[n, S, C]`, `stacks[n, L, H, W, 4]`."""
 
     window: np.ndarray
+    velocities: np.ndarray
+    rows: np.ndarray
     final: np.ndarray
     stacks: np.ndarray
 
     def arrays(self) -> list[np.ndarray]:
-        return [self.window, self.final, self.stacks]
+        return [self.window, self.velocities, self.rows, self.final, self.stacks]
 
     @classmethod
     def joined(cls, parts: Sequence[Part]) -> Part:

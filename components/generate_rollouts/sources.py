@@ -11,7 +11,7 @@ from layerloop.components.layers.stack import resize
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
-from layerloop.components.storage.images import decode_png
+from layerloop.components.storage.images import read_png
 from layerloop.components.storage.shards import read_shard
 from layerloop.components.storage.stores import Store
 
@@ -45,7 +45,7 @@ def read_images(
             continue
         for position, (key, members) in enumerate(read_shard(store, shard, required=("png",))):
             if position in inside:
-                image = decode_png(members["png"])
+                image = read_png(members, "png", where=f"{store.uri}/{shard.name}:{key}")
                 yield (
                     end - shard.samples + position,
                     key,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from layerloop.components.policy.layouts import plain_state
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.record import parse_json
+from layerloop.components.schema.tensor_files import LENGTH, check_header
 
 NAME = "default"  # peft's name for the one adapter of a model
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -31,6 +32,7 @@ DIFFUSERS_BFLOAT16 = "pytorch_lora_weights.bf16.safetensors"
 PEFT, DIFFUSERS = "peft", "diffusers"  # subfolders by layout: peft's of every publication, diffusers' of old ones
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
 PATTERN_SECONDS, LONGEST_PATTERN = 0.2, 1000  # of a key of alpha_pattern: to match one module, and its characters
+LONGEST_CONFIG = 10_000_000  # bytes of an adapter_config.json
 UNSUPPORTED = {"use_dora": False, "lora_bias": False, "modules_to_save": None, "bias": "none", "fan_in_fan_out": False}
 
 
@@ -134,6 +136,8 @@ def weights_sha256(path: Path | str) -> str:
 
 def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
+        with file.open("rb") as opened:
+            check_header(opened.read(LENGTH), where=str(file))
         with safe_open(str(file), framework="pt") as reader:
             tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - it is not a mapping
             metadata = reader.metadata() or {}
@@ -158,12 +162,14 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 def _peft_config(file: Path) -> dict[str, Any]:
     path = file.parent / PEFT_CONFIG
     try:
-        config = json.loads(path.read_bytes())
+        if path.stat().st_size > LONGEST_CONFIG:
+            raise LayerloopError(f"{path} has {path.stat().st_size} bytes, over {LONGEST_CONFIG}: fetch it again")
+        config = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise LayerloopError(f"{path} is missing: {file.name} in peft's layout needs it for its alpha") from None
     except OSError as error:
         raise LayerloopError(f"{path} cannot be read ({error.strerror}): fetch it again") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise LayerloopError(f"{path} is not a JSON object: fetch it again")
@@ -178,9 +184,9 @@ def _peft_config(file: Path) -> dict[str, Any]:
 def _transformer_metadata(text: str, file: Path) -> dict[str, Any]:
     """The peft config that diffusers writes into a file's metadata, as `transformer.<field>`."""
     try:
-        fields = json.loads(text)
+        fields = parse_json(text)
         return {k.removeprefix(DIFFUSERS_PREFIX): v for k, v in fields.items() if k.startswith(DIFFUSERS_PREFIX)}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise LayerloopError(f"{file} has lora_adapter_metadata that is not JSON: write the adapter again") from None
 
 

@@ -6,17 +6,18 @@ campaign, even where the base is in memory already: the next step never starts f
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.tensor_files import check_header
 from layerloop.components.storage.campaign import BASE_COMMIT, Campaign
 from layerloop.components.storage.final_weights import SAMPLING, final_weights
 from layerloop.components.storage.folders import local_folder, node_copy
 from layerloop.components.storage.manifests import read_file
+from layerloop.components.storage.owners import scratch_folder
 
 if TYPE_CHECKING:  # steps import this file before they know whether there is work that needs torch
     import torch
@@ -151,14 +152,20 @@ def _check_base(campaign: Campaign, manifest: Manifest, fingerprint: str) -> Non
 
 def _prompt_embedding(campaign: Campaign, policy: LayeredPolicy) -> torch.Tensor:
     """The cached embedding of the recipe's prompt, `(T, E)` float32."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     file = campaign.sources().file("prompt.safetensors")
-    embeds = load(read_file(campaign.store, file))["prompt_embeds"]
+    where, data = f"{campaign.uri}/{file.name}", read_file(campaign.store, file)
+    check_header(data, where=where)
+    try:
+        embeds = load(data)["prompt_embeds"]
+    except (SafetensorError, KeyError) as error:
+        raise LayerloopError(f"{where} holds no prompt_embeds ({error}): restore it") from None
     width = policy.transformer.config.joint_attention_dim
     if embeds.ndim != 2 or embeds.shape[1] != width:
         raise LayerloopError(
-            f"{campaign.uri}/{file.name} is {tuple(embeds.shape)}, the model takes tokens of width {width}: "
+            f"{where} is {tuple(embeds.shape)}, the model takes tokens of width {width}: "
             "the campaign's sources were made with another model, begin a new campaign"
         )
     return embeds
@@ -171,9 +178,9 @@ def _apply_committed_adapter(campaign: Campaign, manifest: Manifest, policy: Lay
 
     weights = final_weights(manifest) if delivered else manifest.file(SAMPLING)
     where = f"{campaign.uri}/{weights.name}"
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         for name, file in ((PEFT_WEIGHTS, weights), (PEFT_CONFIG, manifest.file(PEFT_CONFIG))):
-            (Path(folder) / name).write_bytes(read_file(campaign.store, file))
+            (folder / name).write_bytes(read_file(campaign.store, file))
         try:
             adapter = read_adapter(folder)
         except LayerloopError as error:  # a temporary path means nothing to the reader

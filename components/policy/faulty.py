@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from layerloop.components.policy.adapters import PEFT_CONFIG, PEFT_WEIGHTS, Adap
 from layerloop.components.policy.tiny import tiny_folder
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.folders import cache_folder
+from layerloop.components.storage.owners import scratch_folder
 
 FAULTS = "faults"  # folder of the adapter, beside the parts of the tiny policy
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -42,8 +42,8 @@ def faulty_folder() -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tiny-faulty-") as temporary:
-            staged = Path(temporary) / "base"
+        with scratch_folder(folder.parent) as temporary:
+            staged = temporary / "base"
             shutil.copytree(tiny, staged, ignore=shutil.ignore_patterns(FAULTS))
             save_file(
                 merged(load_file(tiny / WEIGHTS), read_adapter(tiny / FAULTS)), staged / WEIGHTS, {"format": "pt"}

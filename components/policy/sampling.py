@@ -150,9 +150,12 @@ class Plan:
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
     """`window[G, w+1, S, 64]`: the latents before each window step and after its last (empty `[G, 0, S, 64]` without a
-    window); `final[G, S, 64]`; both float32. `nfe` is the number of model calls for single samples, `Plan.nfe`."""
+    window); `velocities[G, w, S, 64]`: the model's in those steps; `final[G, S, 64]`; all float32. `rows[G]` int32:
+    rows of the forward passes that a candidate was in. `nfe`: model calls for single samples, `Plan.nfe`."""
 
     window: torch.Tensor
+    velocities: torch.Tensor
+    rows: torch.Tensor
     final: torch.Tensor
     nfe: int
 
@@ -169,13 +172,15 @@ def deterministic(x: torch.Tensor, velocity: Velocity, plan: Plan, steps: range)
 
 def window_latents(
     x: torch.Tensor, velocity: Velocity, plan: Plan, noise: Callable[[int], torch.Tensor]
-) -> torch.Tensor:
-    """`x[B, S, 64]` at the window's start -> `[B, w+1, S, 64]`; `noise(j)` is z of the window's step j."""
-    latents = [x]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x[B, S, 64]` at the window's start -> latents `[B, w+1, S, 64]` and velocities `[B, w, S, 64]`; `noise(j)` is z
+    of the window's step j."""
+    latents, velocities = [x], [x[:, None][:, :0]]
     for j, i in enumerate(plan.window):
         v = velocity(latents[-1], plan.sigmas[i])
         latents.append(stochastic_step(latents[-1], v, noise(j), plan.sigmas, i, plan.etas[j], plan.dynamics))
-    return torch.stack(latents, dim=1)
+        velocities.append(v[:, None])
+    return torch.stack(latents, dim=1), torch.cat(velocities, dim=1)
 
 
 def microbatches(count: int, batch_size: int) -> list[range]:
@@ -222,7 +227,7 @@ def rollout(
     if plan.share_prefix:
         start = deterministic(start[:1], _velocity(policy, condition, [0]), plan, range(plan.window_start))
         start = start.expand(count, -1, -1)
-    windows, finals = [], []
+    windows, velocities, sizes, finals = [], [], [], []
     for batch in microbatches(count, batch_size):
         rows = padded_rows(batch, policy, condition)
         velocity = _velocity(policy, condition, rows)
@@ -234,11 +239,15 @@ def rollout(
             assert step_noise is not None
             return torch.cat([step_noise(row, j) for row in rows]).to(device, torch.float32)
 
-        latents = window_latents(x, velocity, plan, noise_of_step)
+        latents, of_steps = window_latents(x, velocity, plan, noise_of_step)
         final = deterministic(latents[:, -1], velocity, plan, range(plan.window.stop, plan.steps))
         windows.append(latents[: len(batch)] if plan.window_size else latents[: len(batch), :0])
+        velocities.append(of_steps[: len(batch)])
+        sizes.append(torch.full((len(batch),), len(rows), dtype=torch.int32))
         finals.append(final[: len(batch)])
-    return Trajectory(window=torch.cat(windows), final=torch.cat(finals), nfe=plan.nfe(count))
+    return Trajectory(
+        torch.cat(windows), torch.cat(velocities), torch.cat(sizes), torch.cat(finals), nfe=plan.nfe(count)
+    )
 
 
 def _velocity(policy: LayeredPolicy, condition: Condition, rows: list[int]) -> Velocity:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from layerloop.components.storage.campaign import Campaign, check_publication_na
 from layerloop.components.storage.final_weights import AVERAGE, final_weights
 from layerloop.components.storage.lease import PUBLICATION, hold
 from layerloop.components.storage.manifests import add_folder, place_files, read_file
+from layerloop.components.storage.owners import scratch_folder
 from layerloop.components.storage.stores import open_store
 
 if TYPE_CHECKING:
@@ -90,11 +90,11 @@ def run(
 
 def _publish(opened: Campaign, name: str, current: int, loaded: LoadedPolicy | None) -> Manifest | None:
     """Publish an iteration under a name; None on other ranks than the first. Raises as `run`."""
-    with process_group() as device, tempfile.TemporaryDirectory() as temporary:
+    with process_group() as device, scratch_folder() as temporary:
         with failing_together():
             sharded = shares_base(opened.runtime.model)
             loaded = policy_at(opened, current, device=device, sharded=sharded, delivered=True, loaded=loaded)
-        layouts = _write_and_verify(opened, loaded, Path(temporary))
+        layouts = _write_and_verify(opened, loaded, temporary)
         if rank() != 0:
             return None
         round_trip = layouts.round_trip

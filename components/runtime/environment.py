@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from layerloop.components.schema.errors import LayerloopError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -18,7 +21,8 @@ def usable_environment() -> Iterator[None]:
     Python takes another folder silently where TMPDIR cannot be written, which may be small, or memory.
 
     Raises:
-        LayerloopError: TMPDIR cannot be written, no folder for temporary files can, or a home is needed and unknown.
+        LayerloopError: TMPDIR cannot be written, no folder for temporary files can, it or another disk became full
+            meanwhile, or a home is needed and unknown.
     """
     name = next((name for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)), None)
     try:
@@ -39,3 +43,16 @@ def usable_environment() -> Iterator[None]:
         if "home directory" not in str(error):  # of Path.expanduser, which has no class of its own for it
             raise
         raise LayerloopError("HOME is not set and this user has no home folder: set HOME to one") from None
+    except Exception as error:
+        if not _is_of_a_full_disk(error):  # which every library says in a class of its own
+            raise
+        raise LayerloopError(
+            f"a disk is full (No space left on device): free some space, or set TMPDIR, which is {used}, to a folder "
+            "with more"
+        ) from None
+
+
+def _is_of_a_full_disk(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(map(_is_of_a_full_disk, error.exceptions))
+    return (isinstance(error, OSError) and error.errno in _FULL) or "os error 28" in str(error)  # Rust: safetensors

@@ -111,6 +111,9 @@ class RolloutRecipe(Record):
     resolution: int | None = Field(default=None, ge=16)
     window: WindowRecipe = WindowRecipe()
     noise: NoiseRecipe = NoiseRecipe()
+    # Keep the velocities of the window's steps with the trajectories (half as many bytes again for them), so that the
+    # learner needs no second pass for those that its own passes would give bit for bit; it tries one pass of each shape
+    keep_velocities: bool = False
     share_prefix: bool = False  # one initial noise and one deterministic prefix for the complete group
     # Iterations by which the policy that samples lags behind the one that learns. With 1 a resident stretch samples
     # while the iteration before is judged, whatever the judge takes; the learner's ratios then start off 1.

@@ -7,6 +7,7 @@ import json
 import re
 import reprlib
 import typing
+from collections import Counter
 from typing import Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -28,6 +29,24 @@ def canonical_json(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def parse_json(document: bytes | str) -> Any:
+    """The value of JSON text. A key that is given twice is an error, since readers disagree about which one counts.
+
+    Raises:
+        ValueError: not JSON, or a key twice.
+        RecursionError: too many brackets inside each other.
+    """
+    return json.loads(document, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"it has the key {max(counts, key=lambda key: counts[key])[:80]!r} twice")
+    return found
+
+
 def seal(document: bytes) -> bytes:
     """A JSON object with the hash of its canonical form as one more key, so that a changed bit shows."""
     value = json.loads(document)
@@ -41,7 +60,7 @@ def unseal(document: bytes | str, *, where: str) -> bytes | str:
         DamagedError: the document is not what was sealed.
     """
     try:
-        value: Any = json.loads(document)
+        value: Any = parse_json(document)
     except (ValueError, RecursionError):
         return document  # the parser says what is wrong with it
     if not isinstance(value, dict) or not isinstance(value.get(SEAL), str):
@@ -74,7 +93,7 @@ class Record(BaseModel):
             LayerloopError: not JSON, another schema version, an unknown or missing key, or a value out of range.
         """
         try:
-            value: Any = json.loads(data)
+            value: Any = parse_json(data)
         except (ValueError, RecursionError) as error:
             raise LayerloopError(
                 f"{where} is not JSON ({error}): it was truncated or is another kind of file"

@@ -7,8 +7,9 @@ Sample keys and members (WebDataset; no dots in keys):
 `condition.safetensors` holds `condition[h*w, 64]`; `trajectory.safetensors` holds `window[w+1, S, 64]`, the latents
 before each step of the SDE window and after its last, and `final[S, 64]`, the latents that were decoded: algorithms of
 the forward process learn from them, and where there is a window they only show that the layers are its latents',
-decoded. All float32, with S = (L+1)*h*w packed tokens. Layer PNGs are straight RGBA, bottom first (layer0 is the
-background).
+decoded. Where recipe.rollout.keep_velocities says so there are also `velocities[w, S, 64]`, the model's in the window's
+steps, and `rows[1]`, int32, the rows of the forward passes that gave them. All else is float32, with S = (L+1)*h*w
+packed tokens. Layer PNGs are straight RGBA, bottom first (layer0 is the background).
 """
 
 from __future__ import annotations

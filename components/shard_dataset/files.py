@@ -166,10 +166,11 @@ def _bucket_files(uri: str) -> Files:
     class BucketFiles(S3Store):
         def listed(self, prefix: str = "") -> Listing:
             root = self._key("")
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=root + prefix)
-            with self._one_line(prefix):
-                keys = {item["Key"]: int(item["Size"]) for page in pages for item in page.get("Contents", ())}
-            names = {key[len(root) :]: size for key, size in keys.items()}  # consoles make "folder/" objects, too
+            names = {
+                item["Key"][len(root) :]: int(item["Size"])
+                for page in self._pages("", Prefix=root + prefix)
+                for item in page.get("Contents", ())
+            }  # consoles make "folder/" objects, too
             return Listing({name: names[name] for name in sorted(names) if name and not name.endswith("/")})
 
         def read(self, name: str) -> bytes:

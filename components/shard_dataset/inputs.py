@@ -48,6 +48,11 @@ _FREE_ENTRIES = 1_000_000
 _BATCH_BYTES = 256_000_000  # unpacked at once
 _MOST_TOLD = 10_000  # rows of a group that cannot be read, each in the table of rejects
 
+_EXTENSIONS = (  # types of headers that are not of a member
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
+_LONGEST_EXTENSION = 1_000_000  # bytes
+
 # `<key>.<word>.png` beside other files of the key is what WebDataset keeps about an image, not the image.
 _ROLES = re.compile(
     r"(?:mask|matte|alpha|depth|disparity|normals?|seg|segm|segmentation|labels?|annotations?|edges?|canny|pose|flow"
@@ -363,11 +368,20 @@ def _tar_items(inputs: Inputs, name: str, max_bytes: int) -> Iterator[Item]:
         yield _broken(where, problem)
 
 
+class _Bounded(tarfile.TarInfo):
+    """A header. Those that extend others, by a long name or PAX's fields, are read into memory, whatever they say."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENSIONS and self.size > _LONGEST_EXTENSION:
+            raise tarfile.HeaderError(f"an extended header has {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
 def _members(file: BinaryIO) -> tuple[list[_Member], str | None]:
     """The members of a tar as far as its headers can be read, and what is wrong with it."""
     members: list[_Member] = []
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Bounded) as tar:
             for info in tar:
                 plain = info.isreg() and not info.issparse()
                 if not info.isdir():

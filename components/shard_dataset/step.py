@@ -45,8 +45,8 @@ from layerloop.components.shard_dataset.samples import (
     prepare_image,
 )
 from layerloop.components.shard_dataset.spool import Spool
-from layerloop.components.storage.campaign import BASE_COMMIT, RECIPE, Campaign
-from layerloop.components.storage.lease import hold
+from layerloop.components.storage.campaign import BASE_COMMIT, RECIPE, Campaign, check_free
+from layerloop.components.storage.lease import hold, sweep
 from layerloop.components.storage.manifests import add_file, find_file, read_file
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.shards import existing_shards, write_shard
@@ -122,6 +122,7 @@ def run(
     if (reached := _at_its_target(store, target)) is not None:
         return reached
     target.begin(store)  # before anything can be refused: a run that is refused counts among those that got nowhere
+    sweep(store, log=log)
     if run_id:
         judge_address(judge_url)
     chosen, moved = choose_recipe(recipe, overrides or {}, default=default_recipe, store=store)
@@ -156,6 +157,7 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, benchmark: s
         raise LayerloopError(f"campaign {store.uri} lies inside images {images}: choose a folder outside")
     layered = find_designs(designs) if designs.strip() else None
     asked = find_inputs(benchmark, what="benchmark") if benchmark.strip() else None
+    check_free(store)
     store.check_writable()
     prompt = find_file(store, PROMPT) if store.exists(RECIPE) else None
     base = None if prompt else CheckedBase.of(chosen, campaign.runtime.model)

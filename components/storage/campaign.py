@@ -19,6 +19,7 @@ from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.stores import READS, MissingObjectError, Store, open_store
 
 RECIPE = "recipe.json"
+FOLDERS = ("sources", "iterations", "evaluations", "publications", "published", "lease", "runs", "refusals")
 MANIFEST = "manifest.json"
 BASE_COMMIT = "base_commit"  # of the sources' metadata: what `recipe.model.revision` of the hub was when they were made
 _KINDS = {"sources": "sources", "evaluations": "evaluation", "published": "published"}  # by folder
@@ -46,6 +47,7 @@ class Campaign:
                 runtime is not valid.
         """
         store = open_store(uri)
+        check_free(store)
         store.create(RECIPE, seal(recipe.to_json()))
         opened = cls.open(uri, runtime)
         if different := recipe_differences(recipe, opened.recipe):
@@ -267,6 +269,23 @@ class Campaign:
         if manifest is None:
             raise LayerloopError(f"{self.uri}/{folder} is not committed: run {step} first")
         return manifest
+
+
+def check_free(store: Store) -> None:
+    """Refuse to begin a campaign where something else lies, which would be taken for parts of it. Hidden files, and the
+    `lost+found` of a volume, are nothing.
+
+    Raises:
+        LayerloopError: names the first thing found.
+    """
+    if store.exists(RECIPE):
+        return
+    for child in store.children():
+        name = child.rstrip("/")
+        if name and name not in (*FOLDERS, "lost+found") and not name.startswith("."):
+            raise LayerloopError(
+                f"{store.uri} holds {name[:80]!r}, which is not of a campaign: give an empty folder, or a new one below"
+            )
 
 
 def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any], str]:

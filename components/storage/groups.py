@@ -13,24 +13,30 @@ import numpy as np
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard
+from layerloop.components.schema.tensor_files import check_header
 from layerloop.components.schema.trajectory import REMEDY, CandidateRecord, GroupRecord, candidate_key, group_key
-from layerloop.components.storage.images import decode_png, encode_png
+from layerloop.components.storage.images import encode_png, read_png
 from layerloop.components.storage.shards import Sample, read_shard
 from layerloop.components.storage.store import Store
 
 SOURCE, CONDITION, TRAJECTORY = "source.png", "condition.safetensors", "trajectory.safetensors"
+_HEADER = 100_000  # bytes of a header that names a tensor or two
 
 
 @dataclass(frozen=True)
 class SampledGroup:
     """A sampled group: `image[H, W, 4]` and `stacks[G, L, H, W, 4]` uint8, `condition[h*w, C]`,
-    `window[G, w+1, S, C]` and `final[G, S, C]` float32. A `window` of size 0 is left out of the shard."""
+    `window[G, w+1, S, C]`, `velocities[G, w, S, C]` and `final[G, S, C]` float32, `rows[G]` int32 (see
+    schema/trajectory.py). A `window` of size 0 is left out of the shard, and where there are no velocities
+    `[G, 0, S, C]` so are these and the rows."""
 
     record: GroupRecord
     image: np.ndarray
     condition: np.ndarray
     seeds: Sequence[int]
     window: np.ndarray
+    velocities: np.ndarray
+    rows: np.ndarray
     final: np.ndarray
     stacks: np.ndarray
 
@@ -47,6 +53,9 @@ def samples_of(group: SampledGroup) -> Iterator[Sample]:
         latents = {"final": np.ascontiguousarray(group.final[candidate])}
         if record.window_size:
             latents["window"] = np.ascontiguousarray(group.window[candidate])
+        if group.velocities.shape[1]:
+            latents["velocities"] = np.ascontiguousarray(group.velocities[candidate])
+            latents["rows"] = np.ascontiguousarray(group.rows[candidate, None], dtype=np.int32)
         own = CandidateRecord(
             iteration=record.iteration,
             group=record.group,
@@ -91,6 +100,16 @@ class Candidate:
         """
         shape = (self.group.window_size + 1, self._tokens, channels)
         return _tensor(self.members, TRAJECTORY, "window", shape, where=self.where)
+
+    def velocities(self, channels: int) -> np.ndarray:
+        """The model's velocities in the window's steps, where the recipe keeps them: `velocities[w, S, C]` float32.
+        Raises as `window`."""
+        shape = (self.group.window_size, self._tokens, channels)
+        return _tensor(self.members, TRAJECTORY, "velocities", shape, where=self.where)
+
+    def rows(self) -> int:
+        """Rows of the forward passes that gave `velocities`. Raises as `window`."""
+        return int(_tensor(self.members, TRAJECTORY, "rows", (1,), where=self.where, dtype="I32")[0])
 
     def final(self, channels: int) -> np.ndarray:
         """The latents that were decoded: `final[S, C]` float32. Raises as `window`."""
@@ -186,19 +205,22 @@ def _require(where: str, members: Mapping[str, bytes], names: Sequence[str]) -> 
 
 
 def _png(members: Mapping[str, bytes], name: str, shape: tuple[int, ...], *, where: str) -> np.ndarray:
-    try:
-        image = decode_png(members[name])
-    except LayerloopError as error:
-        raise LayerloopError(f"{where}.{name}: {error}") from None
+    image = read_png(members, name, where=where, size=shape[:2])
     if image.shape != shape:
         _refuse(where, name, image.shape, f"its group's record says {_sizes(shape)}")
     return image
 
 
-def _tensor(members: Mapping[str, bytes], member: str, name: str, shape: tuple[int, ...], *, where: str) -> np.ndarray:
-    """One finite float32 tensor of a safetensors member. Its other tensors are ignored."""
+_DTYPES = {"F32": "<f4", "I32": "<i4"}
+
+
+def _tensor(
+    members: Mapping[str, bytes], member: str, name: str, shape: tuple[int, ...], *, where: str, dtype: str = "F32"
+) -> np.ndarray:
+    """One finite tensor of a safetensors member. Its other tensors are ignored."""
     from safetensors import SafetensorError, deserialize
 
+    check_header(members[member], where=f"{where}.{member}", longest=_HEADER)
     try:
         tensors = dict(deserialize(members[member]))
     except SafetensorError as error:
@@ -206,11 +228,12 @@ def _tensor(members: Mapping[str, bytes], member: str, name: str, shape: tuple[i
     if name not in tensors:
         raise LayerloopError(f"{where}.{member} has no tensor {name!r}: {REMEDY}")
     found = tensors[name]
-    if found["dtype"] != "F32":
-        raise LayerloopError(f"{where}.{member} {name} is {found['dtype']}, latents are stored in F32: {REMEDY}")
+    if found["dtype"] != dtype:
+        what = "latents" if dtype == "F32" else name
+        raise LayerloopError(f"{where}.{member} {name} is {found['dtype']}, {what} are stored in {dtype}: {REMEDY}")
     if tuple(found["shape"]) != shape:
         _refuse(where, f"{member} {name}", found["shape"], f"its record and the model's channels say {_sizes(shape)}")
-    tensor = np.frombuffer(found["data"], dtype="<f4").reshape(shape)
+    tensor = np.frombuffer(found["data"], dtype=_DTYPES[dtype]).reshape(shape)
     if not np.isfinite(tensor).all():
         raise LayerloopError(
             f"{where}.{member} {name} has NaN or infinite latents: the policy that sampled it has diverged, or the "

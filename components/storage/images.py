@@ -7,6 +7,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -158,6 +159,25 @@ def decode_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             f"image is {image.format} {image.mode}, not an 8-bit PNG of layerloop: make the shard again"
         )
     return np.asarray(image)
+
+
+def read_png(members: Mapping[str, bytes], name: str, *, where: str, size: tuple[int, ...] | None = None) -> np.ndarray:
+    """A member of a sample by `decode_png`; where its size is known, (height, width), nothing of another is decoded.
+
+    Raises:
+        LayerloopError: as `decode_png`, of another size, or missing, in a line that begins with `where` and names it.
+    """
+    if name not in members:
+        raise LayerloopError(f"{where} lacks {name}: make the shard again")
+    try:
+        if size is not None and (found := open_image(members[name]).size[::-1]) != size:
+            raise LayerloopError(
+                f"image is {' x '.join(map(str, found))}, its group's record says {' x '.join(map(str, size))}: "
+                "make the shard again"
+            )
+        return decode_png(members[name])
+    except LayerloopError as error:
+        raise LayerloopError(f"{where}.{name}: {error}") from None
 
 
 @functools.cache

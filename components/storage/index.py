@@ -26,6 +26,8 @@ from layerloop.components.storage.store import MissingObjectError, Store
 
 INDEX = "index.parquet"
 _THREADS = 16
+_MOST_ROWS, _MOST_BYTES = 5_000_000, 500_000_000  # of an index that is read
+_MOST_SHARDS = 100  # that an index may name for a sample: attempts at a step
 _SAMPLE = re.compile(r"i(\d{6,})-g(\d{6,})(-c\d{2,})?")
 Row = tuple[str, str, int, int]  # shard, key, offset, length
 
@@ -75,7 +77,7 @@ def extract(campaign: Campaign, key: str) -> dict[str, bytes]:
 
 def _sample(campaign: Campaign, folder: str, shards: Sequence[Shard], key: str) -> dict[str, bytes] | None:
     by_name = {shard.name: shard for shard in shards}
-    rows = itertools.chain(_indexed(campaign.store, folder), _walked(campaign.store, shards))
+    rows = itertools.chain(_indexed(campaign.store, folder, key), _walked(campaign.store, shards))
     for shard, found, offset, length in rows:
         if found == key and shard in by_name:  # an index may be older than the manifests
             return read_sample(campaign.store, by_name[shard], key, offset, length)
@@ -119,18 +121,29 @@ def _encoded(rows: Sequence[Row]) -> bytes:
     return out.getvalue()
 
 
-def _indexed(store: Store, folder: str) -> list[Row]:
-    """The rows of a step's index; none where there is no index, or no readable one."""
+def _indexed(store: Store, folder: str, key: str) -> list[Row]:
+    """The rows of a sample in a step's index; none where there is no index, or no readable one.
+
+    Nothing vouches for an index, so keys stay in the dictionary that they are stored by: a few bytes of parquet may
+    stand for any number of long ones.
+    """
     import pyarrow
+    import pyarrow.compute
     import pyarrow.parquet
 
+    columns = ["shard", "key", "offset", "length"]
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(store.read(f"{folder}/{INDEX}")))
-        columns = [table.column(name).to_pylist() for name in ("shard", "key", "offset", "length")]
-    except (MissingObjectError, pyarrow.ArrowException, KeyError):
+        data = io.BytesIO(store.read(f"{folder}/{INDEX}"))
+        file = pyarrow.parquet.ParquetFile(data, read_dictionary=["shard", "key"])
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        if file.metadata.num_rows > _MOST_ROWS or sum(group.total_byte_size for group in groups) > _MOST_BYTES:
+            return []
+        found: list[Row] = []
+        for batch in file.read(columns).to_batches():
+            keys = batch.column(1)
+            position = pyarrow.compute.index(keys.dictionary, key).as_py()
+            own = batch.filter(pyarrow.compute.equal(keys.indices, position)).slice(0, _MOST_SHARDS)
+            found += zip(*(own.column(number).to_pylist() for number in range(4)), strict=True)
+    except (MissingObjectError, pyarrow.ArrowException, KeyError, AttributeError):
         return []
-    return [
-        (shard, key, offset, length)
-        for shard, key, offset, length in zip(*columns, strict=True)
-        if isinstance(offset, int) and isinstance(length, int)
-    ]
+    return [row for row in found if isinstance(row[2], int) and isinstance(row[3], int)]

@@ -22,6 +22,7 @@ import os
 import re
 import secrets
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.steps import RUN
+from layerloop.components.storage.owners import identity, remove_abandoned_folders
 from layerloop.components.storage.store import Store
 
 TRAINING, EVALUATION, PUBLICATION = SCOPES = ("training", "evaluation", "publication")  # held independently
@@ -134,6 +136,13 @@ def take_over(store: Store, scope: str) -> Holder | None:
     return held
 
 
+def sweep(store: Store, *, log: Callable[[str], None]) -> None:
+    """Remove what killed processes were writing, in the store and in TMPDIR; what others write now stays."""
+    remove_abandoned_folders(Path(tempfile.gettempdir()))
+    if count := store.remove_abandoned():
+        log(f"removed {count} unfinished writes of processes that were killed")
+
+
 def held_by(held: Holder, scope: str, uri: str) -> str:
     """A sentence on who holds a lease."""
     return (
@@ -167,7 +176,7 @@ class _Lease:
             if waited - said >= self._timing.say:
                 said = waited
                 self._log(f"{held_by(held, self._scope, self._store.uri)}: waiting for it; or {how}")
-            time.sleep(self._timing.poll)
+            time.sleep(min(self._timing.poll, 0.1 + waited / 4))  # often at first: it may be about to end
         self._thread = threading.Thread(target=self._live, daemon=True, name="lease")
         self._thread.start()
 
@@ -191,18 +200,20 @@ class _Lease:
             won = now is not None and now.number == number
         if not won:
             self._store.delete(self._member)
-        elif not joins:
-            self._remove_before(number)
+        elif not joins and self._remove_before(number):
+            sweep(self._store, log=self._log)
         return won
 
-    def _remove_before(self, number: int) -> None:
+    def _remove_before(self, number: int) -> bool:
         """Remove members of past claims, of processes that were killed, and claims of long ago. The last ones stay, so
-        that a slow listing meets one that is higher than its own."""
-        root = f"{FOLDER}/{self._scope}/"
+        that a slow listing meets one that is higher than its own. Returns whether a process was killed."""
+        root, killed = f"{FOLDER}/{self._scope}/", False
         for name in self._store.list(root):
             part, _, member = name.removeprefix(root).removesuffix(".json").partition("/")
             if part.isdigit() and int(part) < number - (0 if member else _KEPT_CLAIMS):
                 self._store.delete(name)
+                killed = killed or bool(member)
+        return killed
 
     def _live(self) -> None:
         """Give signs of life, and say once where another run took over."""
@@ -220,7 +231,7 @@ class _Lease:
                     )
 
     def _beat(self) -> None:
-        self._store.write(self._member, json.dumps({"run": self._run, "process": _process(os.getpid())}).encode())
+        self._store.write(self._member, json.dumps({"run": self._run, "process": identity(os.getpid())}).encode())
 
 
 def _claim_name(scope: str, number: int) -> str:
@@ -246,23 +257,12 @@ def _own_run() -> str:
     return f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(6)}"
 
 
-def _process(pid: int) -> list[str]:
-    """What no other process of any machine has in common with this one; empty where that cannot be said."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        space = os.readlink("/proc/self/ns/pid")
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # field 22, starttime
-    except (OSError, IndexError):
-        return []
-    return [boot, space, str(pid), started]
-
-
 def _is_dead_here(member: dict[str, Any]) -> bool:
     """Whether a process of this very machine and namespace, which therefore could be seen, is gone."""
-    theirs, ours = member.get("process"), _process(os.getpid())
+    theirs, ours = member.get("process"), identity(os.getpid())
     if not isinstance(theirs, list) or len(theirs) != 4 or not ours or theirs[:2] != ours[:2]:
         return False
-    return str(theirs[2]).isdigit() and _process(int(theirs[2])) != theirs
+    return str(theirs[2]).isdigit() and identity(int(theirs[2])) != theirs
 
 
 def _age(seconds: float) -> str:

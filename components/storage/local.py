@@ -7,16 +7,16 @@ import errno
 import functools
 import logging
 import os
-import secrets
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.owners import is_abandoned, owned_name
 from layerloop.components.storage.regular_files import open_regular
 from layerloop.components.storage.store import Entry, MissingObjectError, Names, Store, checked_name
 
@@ -54,6 +54,11 @@ class LocalStore(Store):
         with self._temporary(name) as (file, temporary), path.open("rb") as source:
             shutil.copyfileobj(source, file, 1 << 20)
             self._publish(file, temporary, self._path(name))
+
+    @contextlib.contextmanager
+    def staging(self, name: str) -> Iterator[tuple[IO[bytes], Callable[[str], None]]]:
+        with self._temporary(name) as (file, temporary):
+            yield file, lambda own: self._publish(file, temporary, self._path(own))
 
     def download(self, name: str, path: Path) -> None:
         with self.open(name) as source, LocalStore(path.parent)._temporary(path.name) as (file, temporary):
@@ -100,11 +105,15 @@ class LocalStore(Store):
         return dict(sorted(found.items()))
 
     def clock(self) -> float:
+        path = self.root / owned_name(f"{TEMPORARY}clock")
         try:  # that of the file system, which may be another machine's
-            with tempfile.NamedTemporaryFile(dir=self.root, prefix=TEMPORARY) as file:
+            with path.open("xb") as file:
                 return os.fstat(file.fileno()).st_mtime
         except OSError:
             return time.time()
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def copy(self, name: str, target: str) -> None:
         with self.open(name) as source, self._temporary(target) as (file, temporary):
@@ -116,14 +125,31 @@ class LocalStore(Store):
 
     def remove_leftovers(self) -> None:
         for name in self.leftovers():
-            self._path(name).unlink(missing_ok=True)
+            self.delete(name)
 
-    def folders(self, name: str = "") -> Names:
+    def remove_abandoned(self) -> int:
+        now, count = self.clock(), 0
+        for name in self.leftovers():
+            path = self._path(name)
+            with contextlib.suppress(OSError):  # finished or removed meanwhile
+                if is_abandoned(path.name, now - path.stat().st_mtime):
+                    path.unlink()
+                    count += 1
+        return count
+
+    def children(self, name: str = "") -> Iterator[str]:
         path = self._path(name.rstrip("/")) if name else self.root
-        return sorted(entry.name for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
+        try:
+            found = list(path.iterdir()) if path.is_dir() else []
+        except OSError as error:
+            raise LayerloopError(f"{path} cannot be read ({error.strerror}): allow it") from None
+        yield from (f"{entry.name}/" if entry.is_dir() else entry.name for entry in found)
 
     def delete(self, name: str) -> None:
-        self._path(name).unlink(missing_ok=True)
+        try:
+            self._path(name).unlink(missing_ok=True)
+        except OSError as error:
+            raise LayerloopError(f"{self.uri}/{name} cannot be removed ({error.strerror}): allow it") from None
 
     def check_writable(self) -> None:
         folder = next(path for path in (self.root, *self.root.parents) if path.exists())
@@ -158,7 +184,7 @@ class LocalStore(Store):
     def _temporary(self, name: str) -> Iterator[tuple[BinaryIO, Path]]:
         """A new file next to `name`, removed at the end unless it was renamed."""
         path = self._path(name)
-        temporary = path.with_name(f"{TEMPORARY}{path.name[:64]}-{secrets.token_hex(6)}")
+        temporary = path.with_name(owned_name(f"{TEMPORARY}{path.name[:64]}"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = temporary.open("xb")
@@ -170,9 +196,13 @@ class LocalStore(Store):
             with file:
                 yield file, temporary
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise LayerloopError(f"{self.uri}/{name} does not fit ({error.strerror}): free some space") from None
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE):
                 raise
-            raise LayerloopError(f"{self.uri}/{name} does not fit ({error.strerror}): free some space") from None
+            raise LayerloopError(
+                f"{self.uri}/{name} cannot be written ({error.strerror}): see to the disk, and allow it"
+            ) from None
         finally:
             temporary.unlink(missing_ok=True)
 

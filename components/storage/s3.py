@@ -1,17 +1,15 @@
-"""The store in an S3 bucket, or in any server that speaks S3. Settings are read from the environment by boto3:
-AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role.
-"""
+"""The store in an S3 bucket, or in any server that speaks S3. Its settings are in s3_client.py."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import email.utils
 import functools
 import hashlib
 import io
+import itertools
 import logging
-import os
+import random
 import re
 import secrets
 import tempfile
@@ -20,10 +18,21 @@ from collections.abc import Callable, Iterator
 from datetime import UTC
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit
 
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.storage.owners import ABANDONED
+from layerloop.components.storage.s3_client import ATTEMPTS, client, endpoint
+from layerloop.components.storage.s3_errors import (
+    BUSY,
+    cause_of,
+    error_code,
+    error_status,
+    explanation,
+    is_broken_answer,
+    is_passing,
+    no_answer,
+)
 from layerloop.components.storage.store import (
     Entry,
     MissingObjectError,
@@ -37,10 +46,13 @@ from layerloop.components.storage.store import (
 T = TypeVar("T")
 
 _TOKEN = "layerloop-writer"  # object metadata: who wrote it, so that a retried request can recognise its own success
-ATTEMPTS = 8  # retries of a request that was throttled, lost or answered with 5xx
 PART_BYTES = 32 << 20  # larger objects travel in parts of this size, several at once
+PATIENCE = 120.0  # seconds in which a store that has answered before is asked again while it fails
+_WORDLESS = ("301", "307", "400", "401", "403")  # codes of refusals that have no body
 _CONFLICTS = 5  # a 409 (another writer is in the middle of the same name) is retried this often
 _MAX_COPY = 5 * 10**9  # bytes that one request copies, by S3's documentation
+_EXISTS = ("PreconditionFailed", "412")  # answers to a create-only put; the number where the body was cut off
+_CONFLICT = ("ConditionalRequestConflict", "409")
 PROBE, BID = ".conditional-write-probe-", ".bid-"  # parts of names of objects that are there for a moment only
 
 # Without conditional writes a creator bids, waits, and the lowest bid puts the object. Two can put only where the first
@@ -50,6 +62,7 @@ _BID_EXPIRES = 60.0  # seconds after which a bidder counts as dead
 
 _ignores_conditions: dict[str, bool] = {}  # bucket at endpoint -> whether it was seen to overwrite on If-None-Match: *
 _other_etags: set[str] = set()  # buckets at endpoints whose ETags were seen not to be the MD5 of a small object
+_answered: set[str] = set()  # buckets at endpoints that have answered this process
 
 
 class S3Store(Store):
@@ -67,13 +80,13 @@ class S3Store(Store):
         Raises:
             LayerloopError: no bucket, an impossible prefix, or settings that boto3 refuses.
         """
-        parts = urlsplit(uri)
-        if not parts.netloc or "@" in parts.netloc or parts.query or parts.fragment:
+        bucket, _, prefix = uri.partition("://")[2].partition("/")
+        if not bucket or "@" in bucket or "?" in uri or without_secrets(uri) != uri:
             raise LayerloopError(
                 f"store URI {without_secrets(uri)} is not s3://bucket/prefix: set the rest by AWS_* variables"
             )
-        prefix = parts.path.strip("/")
-        return cls(parts.netloc, checked_name(prefix) if prefix else "", _client())
+        prefix = prefix.strip("/")
+        return cls(bucket, checked_name(prefix) if prefix else "", client())
 
     @property
     def creates_once(self) -> bool:
@@ -102,6 +115,8 @@ class S3Store(Store):
         return buffer.getvalue()
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:
+        from botocore.exceptions import ClientError
+
         key = self._key(name)
 
         def read() -> bytes:
@@ -113,7 +128,10 @@ class S3Store(Store):
                     body.read(offset)
                 return bytes(body.read(None if begins else size))
 
-        return self._ask(name, read) if size > 0 else b""
+        try:
+            return self._ask(name, read, let=("InvalidRange", "416")) if size > 0 else b""
+        except ClientError:  # it ends before
+            return b""
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
@@ -130,8 +148,7 @@ class S3Store(Store):
         return True
 
     def size(self, name: str) -> int:
-        key = self._key(name)
-        found = self._ask(name, lambda: self._client.head_object(Bucket=self.bucket, Key=key)).get("ContentLength")
+        found = self._head(name).get("ContentLength")
         if found is None:  # rclone under load
             entry = self.entries(name).get(name)
             if entry is None:
@@ -158,12 +175,11 @@ class S3Store(Store):
         except ValueError:  # every server sends one
             return time.time()
 
-    def folders(self, name: str = "") -> Names:
+    def children(self, name: str = "") -> Iterator[str]:
         start = folder_prefix(self.prefix) + folder_prefix(name)
-        pages = self._pages(name, Prefix=start, Delimiter="/")
-        return sorted(
-            item["Prefix"][len(start) :].rstrip("/") for page in pages for item in page.get("CommonPrefixes", ())
-        )
+        for page in self._pages(name, Prefix=start, Delimiter="/"):
+            yield from (item["Prefix"][len(start) :] for item in page.get("CommonPrefixes", ()))
+            yield from (item["Key"][len(start) :] for item in page.get("Contents", ()) if item["Key"] != start)
 
     def delete(self, name: str) -> None:
         key = self._key(name)
@@ -178,61 +194,92 @@ class S3Store(Store):
         self._ask(name, lambda: self._client.copy(source, self.bucket, key, Config=config))
 
     def leftovers(self) -> Names:
-        uploads = [f"unfinished upload of {name}" for name, _ in self._uploads()]
+        uploads = [f"unfinished upload of {name}" for name, *_ in self._uploads()]
         return [name for name in self.list() if PROBE in name or BID in name] + uploads
 
     def remove_leftovers(self) -> None:
         for name in self.list():
             if PROBE in name or BID in name:
                 self.delete(name)
-        for name, upload in self._uploads():
+        self._abort([(name, upload) for name, upload, _ in self._uploads()])
+
+    def _abort(self, uploads: list[tuple[str, str]]) -> None:
+        from botocore.exceptions import ClientError
+
+        for name, upload in uploads:
             abort = functools.partial(
                 self._client.abort_multipart_upload, Bucket=self.bucket, Key=self._key(name), UploadId=upload
             )
-            with contextlib.suppress(MissingObjectError):  # it was completed or aborted meanwhile
-                self._ask(name, abort)
+            with contextlib.suppress(MissingObjectError, ClientError):  # it was completed or aborted meanwhile
+                self._ask(name, abort, let=("NoSuchUpload",))
+
+    def remove_abandoned(self) -> int:
+        now, entries = self.clock(), self.entries(PROBE)
+        probes = [name for name, entry in entries.items() if now - entry.modified > ABANDONED]
+        for name in probes:
+            self.delete(name)
+        uploads = [(name, upload) for name, upload, begun in self._uploads() if now - begun > ABANDONED]
+        self._abort(uploads)
+        return len(probes) + len(uploads)
 
     def check_writable(self) -> None:
         self._ignores_conditions()  # writes an object and deletes it
-
-    @property
-    def _endpoint(self) -> str:
-        """Scheme and host that requests go to, without credentials of the URL."""
-        parts = urlsplit(self._client.meta.endpoint_url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
     def _key(self, name: str) -> str:
         return folder_prefix(self.prefix) + checked_name(name)
 
     @property
     def _bucket_uri(self) -> str:
-        return f"{self._endpoint}/{self.bucket}"
+        return f"{endpoint(self._client)}/{self.bucket}"
 
-    def _pages(self, name: str, **arguments: str) -> list[Any]:
-        """All pages of a listing."""
-        pages: list[Any] = []
+    def _pages(self, name: str, **arguments: str) -> Iterator[Any]:
+        """The pages of a listing, each when it is asked for."""
         more: dict[str, str] = {}
         while True:
             request = functools.partial(self._client.list_objects_v2, Bucket=self.bucket, **arguments, **more)
-            pages.append(self._ask(name, request))
-            if not pages[-1].get("IsTruncated"):
-                return pages
-            more = {"ContinuationToken": pages[-1]["NextContinuationToken"]}
+            page = self._ask(name, request)
+            yield page
+            if not page.get("IsTruncated"):
+                return
+            token = page.get("NextContinuationToken")  # some servers send none with a delimiter-free listing
+            more = {"ContinuationToken": token} if token else {"StartAfter": page["Contents"][-1]["Key"]}
 
-    def _uploads(self) -> list[tuple[str, str]]:
-        """Names and ids of the multipart uploads under our prefix that were not completed."""
+    def _uploads(self) -> list[tuple[str, str, float]]:
+        """Names, ids and times of begin of the multipart uploads under our prefix that were not completed."""
         root = folder_prefix(self.prefix)
+        paginator = self._client.get_paginator("list_multipart_uploads")
         try:
-            found = self._ask("", lambda: self._client.list_multipart_uploads(Bucket=self.bucket, Prefix=root))
+            pages = self._ask("", lambda: list(paginator.paginate(Bucket=self.bucket, Prefix=root)))
         except LayerloopError:  # servers without that call, credentials without that right
             return []
-        keys = [(item["Key"][len(root) :], str(item["UploadId"])) for item in found.get("Uploads", ())]
-        return [(name, upload) for name, upload in keys if is_name(name)]
+        found = [
+            (item["Key"][len(root) :], str(item["UploadId"]), item["Initiated"].timestamp())
+            for page in pages
+            for item in page.get("Uploads", ())
+        ]
+        return [upload for upload in found if is_name(upload[0])]
+
+    def _head(self, name: str) -> Any:
+        """What the store says of an object. A refused HEAD has no words, so a call that has some asks the same."""
+        from botocore.exceptions import ClientError
+
+        key = self._key(name)
+
+        def get() -> Any:
+            answer = self._client.get_object(Bucket=self.bucket, Key=key)
+            answer["Body"].close()
+            return answer
+
+        try:
+            return self._ask(name, lambda: self._client.head_object(Bucket=self.bucket, Key=key), let=_WORDLESS)
+        except ClientError:
+            return self._ask(name, get)
 
     def _put(self, name: str, put: Callable[[str], Any]) -> None:
-        """Send an object. A 404 answers some servers' race of two first writers in a folder."""
+        """Send an object. A 404 answers some servers' race of two first writers in a folder, or the last request of a
+        multipart upload that was completed by the one before, whose answer was lost."""
         key = self._key(name)
-        self._ask(name, lambda: put(key), again=("BadDigest", "NoSuchKey", "404"))
+        self._ask(name, lambda: put(key), again=("BadDigest", "NoSuchKey", "NoSuchUpload", "404"))
 
     def _fetch(self, name: str, file: BinaryIO) -> None:
         """The object into a file, in parts, several at once."""
@@ -247,21 +294,30 @@ class S3Store(Store):
 
     def _ask(self, name: str, request: Callable[[], T], *, let: tuple[str, ...] = (), again: tuple[str, ...] = ()) -> T:
         """The answer to a request, which is made again where the connection broke or the error's code is in `again`:
-        boto3 repeats what failed before its answer began, and a broken answer of few calls."""
-        from botocore.exceptions import ClientError
-
-        for attempt in range(ATTEMPTS + 1):
+        boto3 repeats what failed before its answer began, and a broken answer of few calls. It stops early where many
+        requests fail at once, so a store that has answered before is asked for `PATIENCE` seconds."""
+        began = time.monotonic()
+        for attempt in itertools.count():
             try:
-                return request()
+                answer = request()
             except Exception as error:
-                cause = _cause(error)
-                refused = isinstance(cause, ClientError)
-                repeat = _code(cause) in again if refused else _is_broken_answer(cause)
-                if not repeat or attempt == ATTEMPTS:
+                cause = cause_of(error)
+                if not self._is_worth_another(cause, attempt, again, time.monotonic() - began):
                     with self._one_line(name, let=let):
                         raise cause from None
-            time.sleep(min(5.0, 0.1 * 2**attempt))
+            else:
+                _answered.add(self._bucket_uri)
+                return answer
+            time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
         raise AssertionError("the last attempt returns or raises")
+
+    def _is_worth_another(self, error: Exception, attempt: int, again: tuple[str, ...], seconds: float) -> bool:
+        from botocore.exceptions import ClientError
+
+        refused = isinstance(error, ClientError)
+        if attempt < ATTEMPTS and (error_code(error) in again if refused else is_broken_answer(error)):
+            return True
+        return is_passing(error) and self._bucket_uri in _answered and seconds < PATIENCE
 
     def _read_small(self, name: str) -> bytes | None:
         """The object by one request, or None if it is large. One whose bytes are not those of its ETag is read again,
@@ -271,7 +327,7 @@ class S3Store(Store):
         def read() -> tuple[bytes | None, str]:
             answer = self._client.get_object(Bucket=self.bucket, Key=key)
             with contextlib.closing(answer["Body"]) as body:
-                small = answer["ContentLength"] <= 2 * PART_BYTES
+                small = int(answer.get("ContentLength") or 0) <= 2 * PART_BYTES
                 return bytes(body.read()) if small else None, str(answer.get("ETag", "")).strip('"')
 
         data, etag = self._ask(name, read)
@@ -293,12 +349,11 @@ class S3Store(Store):
 
         for attempt in range(_CONFLICTS):
             try:
-                self._ask(name, put, let=("PreconditionFailed", "ConditionalRequestConflict"), again=("BadDigest",))
+                self._ask(name, put, let=(*_EXISTS, *_CONFLICT), again=("BadDigest",))
                 return True
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] == 412:
-                    head = self._ask(name, lambda: self._client.head_object(Bucket=self.bucket, Key=key))
-                    return bool(head["Metadata"].get(_TOKEN) == token)
+                    return bool(self._head(name)["Metadata"].get(_TOKEN) == token)
                 time.sleep(0.1 * 2**attempt)
         raise UnavailableError(f"{self.uri}/{name} is written by others all the time: try again")
 
@@ -350,7 +405,7 @@ class S3Store(Store):
         """Whether a create-only put of an existing object fails because it exists, not because of the header."""
         from botocore.exceptions import ClientError
 
-        key, no = self._key(name), ("PreconditionFailed", "NotImplemented", "InvalidArgument", "InvalidRequest")
+        key, no = self._key(name), (*_EXISTS, "NotImplemented", "InvalidArgument", "InvalidRequest")
         try:
             self._ask(
                 name,
@@ -365,99 +420,38 @@ class S3Store(Store):
     def _one_line(self, name: str, *, let: tuple[str, ...] = ()) -> Iterator[None]:
         """boto3's exceptions as one line each, without anything secret; error codes in `let` pass through."""
         from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+        from botocore import exceptions as boto
         from urllib3.exceptions import HTTPError
 
         try:
             yield
-        except ClientError as error:
-            code = _code(error)
+        except boto.ClientError as error:
+            code = error_code(error)
             if code in let:
                 raise
             if code in ("NoSuchKey", "404"):
                 raise self._missing(name) from None
-            kind = UnavailableError if code in _BUSY or _status(error) >= 500 else LayerloopError
-            raise kind(f"{self.uri}/{name}: {self._explain(error)}".replace("/:", ":")) from None
-        except (NoCredentialsError, PartialCredentialsError):
+            kind = UnavailableError if code in BUSY or error_status(error) >= 500 else LayerloopError
+            raise kind(f"{self.uri}/{name}: {explanation(error, self.bucket)}".replace("/:", ":")) from None
+        except (boto.NoCredentialsError, boto.PartialCredentialsError):
             raise LayerloopError(
                 f"{self.uri} needs credentials and none were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "a profile or a role"
             ) from None
-        except (BotoCoreError, Boto3Error, HTTPError) as error:
-            raise UnavailableError(
-                f"{self.uri} does not answer at {self._endpoint} ({type(error).__name__}): "
-                "check AWS_ENDPOINT_URL and the network"
+        except (boto.CredentialRetrievalError, boto.MetadataRetrievalError, boto.SSOError) as error:
+            raise LayerloopError(
+                f"{self.uri}: the profile or role gives no credentials ({type(error).__name__}): sign in again, or "
+                "correct it"
             ) from None
-
-    def _explain(self, error: Any) -> str:
-        code = _code(error)
-        match code:
-            case "NoSuchBucket":
-                return f"bucket {self.bucket} does not exist: create it or correct the URI"
-            case "AccessDenied" | "403" | "AllAccessDisabled" | "AccountProblem":
-                return f"access denied ({code}): allow get, put, list and delete to the credentials in use"
-            case "ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" | "RequestExpired":
-                return f"the credentials have expired ({code}): renew them and run the step again"
-            case "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidToken" | "InvalidSecurity":
-                return f"the store refused the credentials ({code}): renew or correct them"
-            case "RequestTimeTooSkewed":
-                return f"this machine's clock is off{_skew(error)} ({code}): set it right"
-            case "PermanentRedirect" | "AuthorizationHeaderMalformed" | "301" | "IllegalLocationConstraintException":
-                region = error.response.get("Error", {}).get("Region") or ""
-                advice = f", set AWS_REGION={region}" if region else ": set AWS_REGION to the bucket's"
-                return f"bucket {self.bucket} is in another region ({code}){advice}"
-            case "EntityTooLarge":
-                return f"the store takes no object of this size ({code}): raise its limit"
-            case _ if "quota" in code.lower() or "full" in code.lower() or _status(error) == 507:
-                return f"there is no room left ({code}): free some space, or raise the quota"
-            case _ if code in _BUSY:
-                return f"the store is too busy ({code}): try again later, or lower the number of workers"
-            case _:
-                return f"the store answered {code or 'an error without a code'}: see its own log"
-
-
-_BUSY = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "503", "429")
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _status(error: Any) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
-
-
-def _cause(error: Exception) -> Exception:
-    """The error that boto3's transfers wrapped, which says more than theirs."""
-    from boto3.exceptions import RetriesExceededError, S3UploadFailedError
-    from botocore.exceptions import ClientError
-    from s3transfer.exceptions import RetriesExceededError as TransferRetriesExceededError
-
-    if isinstance(error, (RetriesExceededError, TransferRetriesExceededError)):
-        return _cause(error.last_exception) if isinstance(error.last_exception, Exception) else error
-    inner = error.__cause__ or error.__context__
-    return inner if isinstance(error, S3UploadFailedError) and isinstance(inner, ClientError) else error
-
-
-def _is_broken_answer(error: Exception) -> bool:
-    """Whether an answer began and was cut: what boto3 has tried again itself is not."""
-    from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
-    from botocore.parsers import ResponseParserError
-    from urllib3.exceptions import HTTPError
-
-    kinds = (HTTPError, IncompleteReadError, ReadTimeoutError, ResponseParserError, ResponseStreamingError)
-    return isinstance(error, kinds)
-
-
-def _skew(error: Any) -> str:
-    """` by 20 minutes`, where the answer says both clocks."""
-    details = error.response.get("Error", {})
-    times = []
-    for name in ("RequestTime", "ServerTime"):
-        digits = re.sub(r"\D", "", str(details.get(name, "")))[:14]
-        with contextlib.suppress(ValueError):
-            times.append(time.mktime(time.strptime(digits, "%Y%m%d%H%M%S")))
-    return f" by {abs(times[0] - times[1]) / 60:.0f} minutes" if len(times) == 2 else ""
+        except RecursionError:  # boto3 looks for the bucket's region where it is sent elsewhere, and is sent elsewhere
+            raise LayerloopError(
+                f"{self.uri}: {endpoint(self._client)} redirects every request: correct AWS_ENDPOINT_URL (https?), or "
+                "set AWS_REGION to the bucket's"
+            ) from None
+        except boto.ParamValidationError:
+            raise LayerloopError(f"{self.uri} names no bucket that can exist: correct the URI") from None
+        except (boto.BotoCoreError, Boto3Error, HTTPError) as error:
+            raise UnavailableError(f"{self.uri} {no_answer(error, endpoint(self._client))}") from None
 
 
 def _md5(data: bytes) -> str:
@@ -466,54 +460,6 @@ def _md5(data: bytes) -> str:
 
 def _is_md5(etag: str) -> bool:
     return re.fullmatch("[0-9a-f]{32}", etag) is not None
-
-
-def _send_md5(params: dict[str, Any], **_: Any) -> None:
-    """Put the hash of a request's body into its headers, by which the server refuses a body that changed on its way."""
-    body: Any = params.get("body")
-    digest = hashlib.md5(usedforsecurity=False)
-    if isinstance(body, (bytes, bytearray)):
-        digest.update(body)
-    elif hasattr(body, "seek") and hasattr(body, "read"):
-        begin = body.tell()
-        while block := body.read(1 << 20):
-            digest.update(block)
-        body.seek(begin)
-    else:
-        return
-    params["headers"]["Content-MD5"] = base64.b64encode(digest.digest()).decode()
-
-
-def _client() -> Any:
-    """One client for one set of settings: making it takes 0.1 s, and threads may share it."""
-    return _new_client(frozenset(item for item in os.environ.items() if item[0].startswith("AWS_")))
-
-
-@functools.lru_cache(maxsize=8)
-def _new_client(settings: frozenset[tuple[str, str]]) -> Any:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
-    config = Config(
-        retries={"mode": "standard", "max_attempts": ATTEMPTS},  # waits between them double, with jitter
-        connect_timeout=10,
-        read_timeout=60,
-        max_pool_connections=32,
-        tcp_keepalive=True,
-        # Shards carry their own sha256, and many S3-compatible servers refuse the newer checksum trailers.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-    )
-    try:
-        session = boto3.session.Session()
-        region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
-        client = session.client("s3", config=config, region_name=region)
-    except (BotoCoreError, ValueError) as error:
-        raise LayerloopError(f"S3 settings are refused ({error}): check the AWS_* variables and profile") from None
-    for operation in ("PutObject", "UploadPart"):
-        client.meta.events.register(f"before-call.s3.{operation}", _send_md5)
-    return client
 
 
 def _transfer() -> Any:

@@ -7,50 +7,122 @@ members follow each other as `<key>.<suffix>`. Keys have no dots, since WebDatas
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import re
 import tarfile
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO, Self
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard, content_name
 from layerloop.components.schema.record import DamagedError
 from layerloop.components.storage.removals import explain_missing
-from layerloop.components.storage.store import READS, MissingObjectError, Store, hash_file, scratch_file, written_before
+from layerloop.components.storage.store import READS, MissingObjectError, Store, hash_file, written_before
 
 Sample = tuple[str, dict[str, bytes]]
+
+LARGEST, LARGEST_JSON = 1 << 30, 16 << 20  # bytes of a member: it is read into memory
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 _SUFFIX = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")  # lower case: WebDataset lowers what it reads
 
 
 def write_shard(store: Store, name: str, samples: Iterable[Sample]) -> Shard:
-    """Write samples as one tar: to a local temporary file, then hashed, then uploaded as `content_name(name)`.
+    """Write samples as one tar, hashed on its way, which appears in the store as `content_name(name)`.
 
     Equal samples in equal order give equal bytes (mtime 0, no owner, members sorted by suffix).
 
     Raises:
         ValueError: a key or suffix that WebDataset would misread, a key given twice, or a sample without members.
     """
-    keys: set[str] = set()
-    with scratch_file() as (file, path):
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, members in samples:
-                if not _KEY.fullmatch(key) or key in keys:
-                    raise ValueError(f"shard {name}: key {key!r} is used twice or is not of A-Z a-z 0-9 _ -")
-                if not members:
-                    raise ValueError(f"shard {name}: sample {key!r} has no members")
-                keys.add(key)
-                for suffix in sorted(members):
-                    if not _SUFFIX.fullmatch(suffix):
-                        raise ValueError(f"shard {name}: suffix {suffix!r} of {key!r} is not lower-case words and dots")
-                    _add_member(tar, f"{key}.{suffix}", members[suffix])
-        file.flush()
-        digest, size = hash_file(file)
+    keys: list[str] = []
+    with store.staging(name) as (file, put):
+        with _Hasher() as hasher:
+            for block in _blocks(name, samples, keys):
+                hasher.add(block)
+                file.write(block)
+            digest = hasher.hexdigest()
+        size = file.tell()
         own = content_name(name, digest)
-        store.upload(own, path)
+        put(own)
     return Shard(name=own, bytes=size, sha256=digest, samples=len(keys))
+
+
+class _Hasher:
+    """sha256 of blocks in a thread beside the one that writes them, which takes about as long."""
+
+    BEHIND = 64 << 20  # bytes that it may lag
+
+    def __init__(self) -> None:
+        self._digest, self._small = hashlib.sha256(), bytearray()
+        self._pool = ThreadPoolExecutor(1)
+        self._todo: deque[tuple[Future[None], int]] = deque()
+        self._behind = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def add(self, block: bytes) -> None:
+        """Append a block, which does not change."""
+        if len(block) < 1 << 16:
+            self._small += block
+            return
+        self._start(bytes(self._small))
+        self._small.clear()
+        self._start(block)
+
+    def hexdigest(self) -> str:
+        """The hash of all blocks."""
+        self._start(bytes(self._small))
+        self._small.clear()
+        self._catch_up(0)
+        return self._digest.hexdigest()
+
+    def _start(self, block: bytes) -> None:
+        self._todo.append((self._pool.submit(self._digest.update, block), len(block)))
+        self._behind += len(block)
+        self._catch_up(self.BEHIND)
+
+    def _catch_up(self, most: int) -> None:
+        while self._behind > most or (self._todo and not most):
+            done, size = self._todo.popleft()
+            done.result()
+            self._behind -= size
+
+
+def _blocks(name: str, samples: Iterable[Sample], keys: list[str]) -> Iterator[bytes]:
+    """The tar of samples, piece by piece; their keys are appended to `keys`."""
+    size, seen = 0, set[str]()
+    for key, members in samples:
+        if not _KEY.fullmatch(key) or key in seen:
+            raise ValueError(f"shard {name}: key {key!r} is used twice or is not of A-Z a-z 0-9 _ -")
+        if not members:
+            raise ValueError(f"shard {name}: sample {key!r} has no members")
+        seen.add(key)
+        keys.append(key)
+        for suffix in sorted(members):
+            if not _SUFFIX.fullmatch(suffix):
+                raise ValueError(f"shard {name}: suffix {suffix!r} of {key!r} is not lower-case words and dots")
+            data = members[suffix]
+            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info.size, info.mode, info.mtime = len(data), 0o444, 0
+            yield info.tobuf(tarfile.USTAR_FORMAT)
+            yield data
+            yield bytes(-len(data) % tarfile.BLOCKSIZE)
+            size += _taken(len(data)) + tarfile.BLOCKSIZE
+    end = 2 * tarfile.BLOCKSIZE
+    yield bytes(end + -(size + end) % tarfile.RECORDSIZE)
+
+
+def _taken(size: int) -> int:
+    """Bytes that data of `size` bytes take in a tar: whole blocks."""
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def read_shard(
@@ -87,7 +159,7 @@ def sample_ranges(store: Store, shard: Shard) -> Iterator[tuple[str, int, int]]:
     with io.BufferedReader(_Ranged(store, shard), buffer_size=8 * tarfile.BLOCKSIZE) as file:
         for key, members in _grouped(file, f"{store.uri}/{shard.name}"):
             begin = min(offset for offset, _ in members.values()) - tarfile.BLOCKSIZE
-            end = max(offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for offset, size in members.values())
+            end = max(offset + _taken(size) for offset, size in members.values())
             yield key, begin, end - begin
 
 
@@ -194,33 +266,44 @@ def _opened(store: Store, shard: Shard) -> Iterator[BinaryIO]:
         yield file
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = len(data), 0o444, 0
-    tar.addfile(info, io.BytesIO(data))
+def _headers(file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
+    """The headers of a tar, in order. Only plain files are followed: the headers that extend others (PAX, GNU, sparse)
+    may say any size and any name, and `write_shard` makes none."""
+    offset = 0
+    while True:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if block == bytes(tarfile.BLOCKSIZE):
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+        except (tarfile.TarError, ValueError, OverflowError) as error:
+            raise LayerloopError(f"{where} is not a complete tar ({error}): restore it, or delete it") from None
+        if info.type != tarfile.REGTYPE or info.size < 0:
+            raise _not_ours(where, info)
+        info.offset_data = offset + tarfile.BLOCKSIZE
+        yield info
+        offset = info.offset_data + _taken(info.size)
+
+
+def _not_ours(where: str, info: tarfile.TarInfo) -> LayerloopError:
+    return LayerloopError(f"{where} holds {info.name!r}, not <key>.<suffix>: it is not a shard of layerloop")
 
 
 def _grouped(file: BinaryIO, where: str) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Keys and, by suffix, (offset, size) of their members' bytes: one pass over the headers."""
-    file.seek(0)
     key, members = None, dict[str, tuple[int, int]]()
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                stem, dot, suffix = info.name.partition(".")
-                if not info.isreg() or not dot or not _KEY.fullmatch(stem) or not _SUFFIX.fullmatch(suffix):
-                    raise LayerloopError(
-                        f"{where} holds {info.name!r}, not <key>.<suffix>: it is not a shard of layerloop"
-                    )
-                if stem != key:
-                    if key is not None:
-                        yield key, members
-                    key, members = stem, {}
-                if suffix in members:
-                    raise LayerloopError(f"{where} holds {info.name!r} twice: it is not a shard of layerloop")
-                members[suffix] = (info.offset_data, info.size)
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise LayerloopError(f"{where} is not a complete tar ({error}): restore it, or delete it") from None
+    for info in _headers(file, where):
+        stem, dot, suffix = info.name.partition(".")
+        if not dot or not _KEY.fullmatch(stem) or not _SUFFIX.fullmatch(suffix):
+            raise _not_ours(where, info)
+        if stem != key:
+            if key is not None:
+                yield key, members
+            key, members = stem, {}
+        if suffix in members:
+            raise LayerloopError(f"{where} holds {info.name!r} twice: it is not a shard of layerloop")
+        members[suffix] = (info.offset_data, info.size)
     if key is not None:
         yield key, members
 
@@ -238,21 +321,23 @@ def _check_members(file: BinaryIO, where: str, required: Collection[str]) -> int
         missing = sorted(set(required) - members.keys())
         if missing:
             raise LayerloopError(f"{where}: sample {key} lacks {', '.join(missing)}: make the shard again")
-        for offset, size in members.values():
-            end = max(end, offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        end = max(offset + _taken(size) for offset, size in members.values())
     file.seek(end)
-    tail = file.read()  # a tar cut between two members reads well, but lacks its two empty blocks
-    if len(tail) < 2 * tarfile.BLOCKSIZE or any(tail) or file.tell() % tarfile.RECORDSIZE:
+    tail = file.read(2 * tarfile.RECORDSIZE)  # a tar cut between two members reads well, but lacks its two empty blocks
+    if len(tail) < 2 * tarfile.BLOCKSIZE or any(tail) or file.tell() % tarfile.RECORDSIZE or file.read(1):
         raise LayerloopError(f"{where} has no end-of-archive mark: it was cut short, delete it to have it made again")
     return len(seen)
 
 
 def _samples(file: BinaryIO, where: str, wanted: Callable[[str], bool]) -> Iterator[Sample]:
-    layout = list(_grouped(file, where))
-    for key, members in layout:
+    for key, members in _grouped(file, where):
         data = {}
         for suffix, (offset, size) in members.items():
             if wanted(suffix):
+                if size > (most := LARGEST_JSON if suffix == "json" else LARGEST):
+                    raise LayerloopError(
+                        f"{where}: member {key}.{suffix} has {size} bytes, over {most}: it is not of layerloop"
+                    )
                 file.seek(offset)
                 data[suffix] = file.read(size)
         yield key, data

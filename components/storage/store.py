@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -31,7 +32,7 @@ class MissingObjectError(LayerloopError):
     """A named object is not in the store."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """An object as a listing shows it."""
 
@@ -74,6 +75,18 @@ class Store(ABC):
     def upload(self, name: str, path: Path) -> None:
         """Create or replace the object, at once, from a local file of any size."""
 
+    @contextlib.contextmanager
+    def staging(self, name: str) -> Iterator[tuple[IO[bytes], Callable[[str], None]]]:
+        """An empty file in which to make an object, and the function that makes it one when it is complete, under
+        `name` or another in the same folder. Without its call nothing is left."""
+        with scratch_file() as (file, path):
+
+            def put(own: str) -> None:
+                file.flush()
+                self.upload(own, path)
+
+            yield file, put
+
     @abstractmethod
     def download(self, name: str, path: Path) -> None:
         """Write the object to a local file, which appears complete. Raises MissingObjectError."""
@@ -107,8 +120,13 @@ class Store(ABC):
         return list(self.sizes(prefix))
 
     @abstractmethod
+    def children(self, name: str = "") -> Iterator[str]:
+        """Last parts of what is directly in the folder `name`, folders with a trailing slash, in no certain order; what
+        is inside them is not listed."""
+
     def folders(self, name: str = "") -> Names:
-        """Sorted last parts of the folders directly in the folder `name`, without listing what is inside them."""
+        """Sorted last parts of the folders directly in the folder `name`."""
+        return sorted(child[:-1] for child in self.children(name) if child.endswith("/"))
 
     @abstractmethod
     def delete(self, name: str) -> None:
@@ -125,6 +143,10 @@ class Store(ABC):
     @abstractmethod
     def remove_leftovers(self) -> None:
         """Remove the leftovers. Only while nobody writes: what is being written looks the same."""
+
+    @abstractmethod
+    def remove_abandoned(self) -> int:
+        """Remove the leftovers whose writers are gone for certain, whoever writes now; returns how many there were."""
 
     @abstractmethod
     def check_writable(self) -> None:
@@ -155,12 +177,10 @@ def written_before(store: Store, name: str) -> Iterator[tuple[str, str]]:
 def hash_file(file: IO[bytes]) -> tuple[str, int]:
     """sha256 and size in bytes; the file is left at its beginning."""
     file.seek(0)
-    digest, size = hashlib.sha256(), 0
-    while block := file.read(1 << 20):
-        digest.update(block)
-        size += len(block)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # any file that can be read
+    size = file.seek(0, io.SEEK_END)
     file.seek(0)
-    return digest.hexdigest(), size
+    return digest, size
 
 
 @contextlib.contextmanager

@@ -6,15 +6,14 @@ that says what is what and an index of every sample. It is a campaign too: every
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File
 from layerloop.components.storage.campaign import RECIPE, Campaign
 from layerloop.components.storage.index import write_indices
+from layerloop.components.storage.owners import scratch_folder
 from layerloop.components.storage.store import READS, Store, hash_file
 from layerloop.components.storage.stores import open_store
 from layerloop.components.storage.verification import README, committed_objects
@@ -83,8 +82,8 @@ def _copy(source: Store, target: Store, file: File, there: Mapping[str, int]) ->
     """Copy an object of a manifest, checked."""
     if there.get(file.name) == file.bytes and _hash(target, file.name) == file.sha256:
         return
-    with tempfile.TemporaryDirectory(prefix="layerloop-") as folder:
-        path = Path(folder) / "object"
+    with scratch_folder() as folder:
+        path = folder / "object"
         for _ in range(READS):
             source.download(file.name, path)
             with path.open("rb") as opened:

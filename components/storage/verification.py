@@ -17,7 +17,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import HASH_DIGITS, File, Manifest, Shard
 from layerloop.components.schema.trajectory import candidate_key
-from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
+from layerloop.components.storage.campaign import FOLDERS, MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.index import INDEX
 from layerloop.components.storage.lease import FOLDER as LEASE
 from layerloop.components.storage.lease import SCOPES, USUAL, Timing, hold
@@ -159,7 +159,9 @@ def _read_manifests(campaign: Campaign, entries: Mapping[str, Entry], found: Fin
 
 
 def _unnamed(entries: Mapping[str, Entry], known: Collection[str]) -> dict[str, int]:
-    return {name: entry.size for name, entry in entries.items() if name not in known and not _KEPT.fullmatch(name)}
+    """Objects in the campaign's own folders that are none of those known; what lies beside these is not ours."""
+    own = {name: entry.size for name, entry in entries.items() if name.split("/")[0] in FOLDERS}
+    return {name: size for name, size in own.items() if name not in known and not _KEPT.fullmatch(name)}
 
 
 def _check_removed(campaign: Campaign, found: Findings, named: Mapping[str, tuple[str, File]]) -> None:

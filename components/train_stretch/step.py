@@ -28,7 +28,7 @@ from layerloop.components.storage.manifests import verify
 from layerloop.components.storage.retention import apply_retention
 from layerloop.components.storage.stores import open_store
 from layerloop.components.train_stretch.scoring import Scoring
-from layerloop.components.update_lora.step import begin_update, end_update, policy_metrics
+from layerloop.components.update_lora.step import Learning, begin_update, end_update, policy_metrics
 
 if TYPE_CHECKING:
     import torch
@@ -124,14 +124,19 @@ class Stretch:
         with process_group() as device, ExitStack() as stack:
             if rank() == 0:
                 self.scoring = stack.enter_context(Scoring(self.campaign.uri, self.judge_url, self.runtime))
-            lag = self.campaign.recipe.rollout.lag
+            lag, last = self.campaign.recipe.rollout.lag, self.iterations[-1]
             ready = self.iterations[0] - 1  # the last iteration that is sampled
+            self._begin_scoring(ready + 1)
             for iteration in self.iterations:
-                self._begin_scoring(iteration)
-                while ready < min(iteration + lag, self.iterations[-1]):
+                while ready < min(iteration + lag, last):
                     ready += 1
                     self._sample(ready, device)
-                self._learn(iteration, device)
+                learning = self._await_scores(iteration, device)
+                if ready > iteration:  # sampled already: the judge need not wait for the update
+                    self._begin_scoring(iteration + 1)
+                self._learn(iteration, learning)
+                if ready == iteration < last:
+                    self._begin_scoring(iteration + 1)
 
     def _begin_scoring(self, iteration: int) -> None:
         """Let the judge have the iteration's groups as they come, unless they are scored already."""
@@ -156,12 +161,16 @@ class Stretch:
         if self.scoring is not None:
             self.scoring.check()
 
-    def _learn(self, iteration: int, device: torch.device) -> None:
+    def _await_scores(self, iteration: int, device: torch.device) -> Learning:
+        """Do what an update can do before its scores, then wait for them."""
         with self._timed("update"):
             learning = begin_update(self.campaign, iteration, device=device, loaded=self.loaded)
         with self._timed("waiting"), failing_together():
             if self.scoring is not None:
                 self.scoring.end()
+        return learning
+
+    def _learn(self, iteration: int, learning: Learning) -> None:
         with self._timed("update"):
             end_update(self.campaign, iteration, learning)
             if rank() == 0:

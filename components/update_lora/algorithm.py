@@ -28,7 +28,7 @@ class Batch:
     """Inputs of one forward pass and of its loss, on the policy's device."""
 
     latents: Tensor  # latents[P, S, C]: x before the step, or x_t of the forward process
-    sigma: Tensor  # sigma[P], float32: noise level of `latents`
+    sigma: Tensor  # sigma[P], float32: noise level of `latents`; sigma[1] where all points have one timestep
     condition: Condition
     target: Tensor  # target[P, S, C]: x' after the step, or the velocity v = eps - x0
     a: Tensor  # a[P], b[P], s[P]: x' = a x + b v + s z; ones for the forward process, which has no step

@@ -28,11 +28,14 @@ def surrogate_batch(microbatch: Microbatch, group: Trajectories, prompt_embeds: 
             )
     windows = [group.trajectories[p.candidate].latents for p in microbatch.points]
     index = [p.timestep for p in microbatch.points]
+    sigmas = [record.sigmas[record.window_start + j] for j in index]
+    if recipe.rollout.keep_velocities:  # all the same, and given as the sampler gave it
+        sigmas = sigmas[:1]
     return assemble(
         microbatch, group, prompt_embeds,
         latents=torch.stack([w[j] for w, j in zip(windows, index, strict=True)]),
         target=torch.stack([w[j + 1] for w, j in zip(windows, index, strict=True)]),
-        sigma=torch.tensor([record.sigmas[record.window_start + j] for j in index]),
+        sigma=torch.tensor(sigmas),
         coefficients=torch.tensor([steps[j] for j in index], dtype=torch.float32),
     )  # fmt: skip
 

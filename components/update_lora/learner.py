@@ -5,24 +5,23 @@ divided by the total weight of the step, known beforehand, and gradients are sum
 
 mu_old is the mean (v_old the velocity) under the policy that sampled. In the first optimizer step that policy is the
 one that learns, so the new mean, detached, is the old one: no second pass, and a ratio of exactly 1. Only later steps
-need anchors; they are computed before the first step, with the same microbatches, because bfloat16 results depend on
-the shape of a batch and an anchor from another shape would move the on-policy ratio away from 1.
+need anchors (`anchors.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.runtime.distributed import all_reduce_sum, rank
-from layerloop.components.runtime.progress import progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import UpdateRecipe
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.update_lora.algorithm import Batch, Learner, Observed, Velocities, learner_of, timesteps_of
+from layerloop.components.update_lora.anchors import Anchors, with_progress
 from layerloop.components.update_lora.diagnostics import Diagnostics
 from layerloop.components.update_lora.plan import Microbatch, OptimizerStep
 from layerloop.components.update_lora.state import TrainingState
@@ -58,21 +57,18 @@ def learn(
 
     mine = [step.ranks[rank()] for step in steps]
     work = [(i, j) for i, microbatches in enumerate(mine) for j in range(len(microbatches))]
-    anchored = [(i, j) for i, j in work if i > 0 or not state.on_policy]
-    anchors: dict[tuple[int, int], Tensor] = {}
+    anchored = {(i, j): mine[i][j] for i, j in work if i > 0 or not state.on_policy}
     with torch.no_grad(), state.sampler_weights():
-        for i, j in _with_progress(anchored, "computing anchors"):
-            batch = batch_of(mine[i][j])
-            anchors[i, j] = policy.velocity(batch.latents, batch.sigma, batch.condition).cpu()
+        anchors = Anchors(policy, anchored, groups, batch_of)
 
-    remaining = _with_progress(work, "updating")
+    remaining = with_progress(work, "updating")
     for i, (step, microbatches) in enumerate(zip(steps, mine, strict=True)):
         for parameter in state.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         for j, microbatch in enumerate(microbatches):
             next(remaining)
             batch = batch_of(microbatch)
-            velocities = _velocities(policy, batch, anchors.pop((i, j), None), update)
+            velocities = _velocities(policy, batch, anchors.take(i, j), update)
             observed = _accumulate(learner, batch, velocities, step, update)
             diagnostics.add(batch.timesteps, batch.weights, first=i == 0, **observed)
         gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
@@ -86,11 +82,6 @@ def learn(
     state.end_iteration()
     diagnostics.reduce()
     return diagnostics
-
-
-def _with_progress(work: Sequence[tuple[int, int]], what: str) -> Iterator[tuple[int, int]]:
-    """An iterator over microbatches, with a progress line on rank 0."""
-    return iter(progress(work, what=what, unit="passes") if rank() == 0 and work else work)
 
 
 def _velocities(policy: LayeredPolicy, batch: Batch, v_old: Tensor | None, update: UpdateRecipe) -> Velocities:

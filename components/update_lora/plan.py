@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from layerloop.components.runtime.balance import forward_cost, share
 from layerloop.components.update_lora.advantages import GroupAdvantage
@@ -53,7 +53,14 @@ class OptimizerStep:
 
 
 def plan_steps(
-    groups: Sequence[GroupAdvantage], *, steps: int, timesteps: int, microbatch: int, ranks: int, pad: bool
+    groups: Sequence[GroupAdvantage],
+    *,
+    steps: int,
+    timesteps: int,
+    microbatch: int,
+    ranks: int,
+    pad: bool,
+    by_timestep: bool = False,
 ) -> tuple[OptimizerStep, ...]:
     """Split groups among optimizer steps (every `steps`-th to the same), then into microbatches, then among ranks.
 
@@ -63,10 +70,15 @@ def plan_steps(
         microbatch: most points in one forward pass.
         pad: give every rank equally many microbatches by padding, because the ranks must enter the collectives of a
             sharded model together.
+        by_timestep: all points of a microbatch have one timestep, as a forward pass of the sampler has.
     """
     planned = []
     for index in range(min(steps, len(groups))):
-        batches = [batch for group in groups[index::steps] for batch in _microbatches(group, timesteps, microbatch)]
+        batches = [
+            batch
+            for group in groups[index::steps]
+            for batch in _microbatches(group, timesteps, microbatch, by_timestep)
+        ]
         shares = _share_among_ranks(batches, ranks)
         if pad:
             rounds = max(len(share) for share in shares)
@@ -89,16 +101,21 @@ def candidates_of(steps: Sequence[OptimizerStep], rank: int) -> dict[int, set[in
     return wanted
 
 
-def _microbatches(group: GroupAdvantage, timesteps: int, size: int) -> list[Microbatch]:
+def _microbatches(group: GroupAdvantage, timesteps: int, size: int, by_timestep: bool) -> list[Microbatch]:
     """All points of a group in as few passes as `size` allows, of nearly equal sizes."""
-    points = [
-        Point(candidate, timestep, advantage, group.weight)
-        for candidate, advantage in zip(group.candidates, group.advantages, strict=True)
+    by_time = [
+        [
+            Point(candidate, timestep, advantage, group.weight)
+            for candidate, advantage in zip(group.candidates, group.advantages, strict=True)
+        ]
         for timestep in range(timesteps)
     ]
-    passes = -(-len(points) // size)
-    bounds = [round(i * len(points) / passes) for i in range(passes + 1)]
-    return [Microbatch(group.group, group.layers, tuple(points[low:high])) for low, high in pairwise(bounds)]
+    batches = []
+    for points in by_time if by_timestep else [list(chain.from_iterable(zip(*by_time, strict=True)))]:
+        passes = -(-len(points) // size)
+        bounds = [round(i * len(points) / passes) for i in range(passes + 1)]
+        batches += [Microbatch(group.group, group.layers, tuple(points[low:high])) for low, high in pairwise(bounds)]
+    return batches
 
 
 def _share_among_ranks(batches: Sequence[Microbatch], ranks: int) -> list[list[Microbatch]]:

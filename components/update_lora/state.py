@@ -27,6 +27,7 @@ from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import ALGORITHMS, LearnerState, UpdateRecipe
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.tensor_files import check_header
 from layerloop.components.storage.manifests import read_file
 from layerloop.components.storage.stores import Store
 
@@ -187,10 +188,12 @@ def _read_tensors(store: Store, manifest: Manifest, name: str) -> dict[str, Tens
         raise LayerloopError(
             f"the policy of iteration {manifest.iteration} of {store.uri} has no {name}: another recipe committed it"
         ) from None
+    where, data = f"{store.uri}/{file.name}", read_file(store, file)
+    check_header(data, where=where)
     try:
-        return load(read_file(store, file))
+        return load(data)
     except SafetensorError as error:
-        raise LayerloopError(f"{store.uri}/{file.name} is not safetensors ({error}): restore it") from None
+        raise LayerloopError(f"{where} is not safetensors ({error}): restore it") from None
 
 
 def _matching_tensor(tensors: Mapping[str, Tensor], name: str, parameter: Tensor, file: str) -> Tensor:

@@ -7,12 +7,10 @@ Under torchrun every rank runs this; microbatches are distributed, gradients sum
 from __future__ import annotations
 
 import functools
-import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layerloop.components.policy.at import LoadedPolicy, policy_at
@@ -35,6 +33,7 @@ from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.groups import Group
 from layerloop.components.storage.lease import hold
 from layerloop.components.storage.manifests import add_folder
+from layerloop.components.storage.owners import scratch_folder
 from layerloop.components.storage.retention import apply_retention
 from layerloop.components.storage.rollouts import rollouts_sha256
 from layerloop.components.storage.shards import read_shard
@@ -144,7 +143,7 @@ def end_update(campaign: Campaign, iteration: int, learning: Learning) -> Manife
         shards = reading.shards()
     expected = Expected(
         iteration, policy.fingerprint, learning.sampler_sha256, recipe.update.algorithm, timesteps_of(recipe),
-        token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
+        velocities=recipe.rollout.keep_velocities, token_pixels=policy.pixel_multiple, channels=policy.packed_channels,
     )  # fmt: skip
     with failing_together():
         groups = share_trajectories(shards, reading.readers, reading.wanted, expected, rank())
@@ -223,6 +222,7 @@ def _plan(campaign: Campaign, advantages: Advantages) -> tuple[OptimizerStep, ..
         microbatch=campaign.runtime.update.microbatch,
         ranks=world_size(),
         pad=campaign.runtime.model.fsdp,
+        by_timestep=campaign.recipe.rollout.keep_velocities,
     )
 
 
@@ -248,8 +248,8 @@ def _commit(
 ) -> Manifest:
     """Write adapter and state, then the manifest that makes them count."""
     folder = campaign.policy_dir(iteration)
-    with tempfile.TemporaryDirectory() as temporary:
-        paths = state.write(policy, Path(temporary), base=campaign.recipe.model.base)
+    with scratch_folder() as temporary:
+        paths = state.write(policy, temporary, base=campaign.recipe.model.base)
         if (done := campaign.find(folder)) is not None:  # another attempt was faster: its files stay
             return done
         files = add_folder(campaign.store, folder, {path.name: path for path in paths})

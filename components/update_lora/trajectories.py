@@ -15,7 +15,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import ALGORITHMS
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.trajectory import REMEDY, GroupRecord
-from layerloop.components.storage.groups import Group
+from layerloop.components.storage.groups import Candidate, Group
 from layerloop.components.storage.rollouts import read_groups
 from layerloop.components.storage.store import Store
 
@@ -24,10 +24,13 @@ Wanted = Mapping[int, Set[int]]  # group -> candidates
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Latents of one candidate: `window[w+1, S, C]` or `final[S, C]`, as the algorithm needs; float32, CPU."""
+    """Latents of one candidate: `window[w+1, S, C]` or `final[S, C]`, as the algorithm needs; float32, CPU. Where the
+    recipe keeps them also `velocities[w, S, C]` of the window's steps, from forward passes of `rows` rows."""
 
     seed: int
     latents: Tensor
+    velocities: Tensor | None = None
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,28 @@ class Trajectories:
         return Trajectories(self.record, self.condition, {c: self.trajectories[c] for c in sorted(candidates)})
 
     def arrays(self) -> list[np.ndarray]:
-        """The group as it is sent to another rank: record, condition, seeds, then latents by ascending candidate."""
+        """The group as it is sent to another rank: latents by ascending candidate, condition, seeds, record, and where
+        there are velocities these with their rows."""
         record = np.frombuffer(self.record.to_json(), np.uint8)
         seeds = np.array([one.seed for one in self.trajectories.values()], np.uint64)
         latents = np.stack([one.latents.numpy() for one in self.trajectories.values()])
-        return [latents, self.condition.numpy(), seeds, record]
+        velocities = [one.velocities.numpy() for one in self.trajectories.values() if one.velocities is not None]
+        rows = np.array([one.rows for one in self.trajectories.values()], np.int32)
+        return [latents, self.condition.numpy(), seeds, record, *([np.stack(velocities), rows] if velocities else [])]
 
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray], candidates: Sequence[int]) -> Trajectories:
         """What `arrays` was made of."""
-        latents, condition, seeds, record = arrays
+        latents, condition, seeds, record, *kept = arrays
+        velocities, rows = kept or ([None] * len(candidates), [0] * len(candidates))
         return cls(
             GroupRecord.from_json(record.tobytes(), where="a group of another rank"),
             torch.from_numpy(condition),
             {
-                candidate: Trajectory(int(seed), torch.from_numpy(one))
-                for candidate, seed, one in zip(candidates, seeds, latents, strict=True)
+                candidate: Trajectory(
+                    int(seed), torch.from_numpy(one), None if v is None else torch.from_numpy(v), int(n)
+                )
+                for candidate, seed, one, v, n in zip(candidates, seeds, latents, velocities, rows, strict=True)
             },
         )
 
@@ -72,6 +81,7 @@ class Expected:
     adapter_sha256: str | None
     algorithm: str
     timesteps: int  # window steps that are learned from, where the algorithm learns from them
+    velocities: bool  # whether they were kept
     token_pixels: int  # side of a packed token
     channels: int  # C, of a packed token
 
@@ -148,18 +158,21 @@ def _trajectories_of(group: Group, wanted: Set[int], expected: Expected) -> Traj
         group.record,
         torch.from_numpy(group.condition(expected.channels)),
         {
-            candidate.record.candidate: Trajectory(
-                candidate.record.seed,
-                torch.from_numpy(
-                    candidate.window(expected.channels)
-                    if ALGORITHMS[expected.algorithm].samples_from == "window"
-                    else candidate.final(expected.channels)
-                ),
-            )
+            candidate.record.candidate: _trajectory_of(candidate, expected)
             for candidate in group.candidates
             if candidate.record.candidate in wanted
         },
     )
+
+
+def _trajectory_of(candidate: Candidate, expected: Expected) -> Trajectory:
+    seed, channels = candidate.record.seed, expected.channels
+    if ALGORITHMS[expected.algorithm].samples_from == "final":
+        return Trajectory(seed, torch.from_numpy(candidate.final(channels)))
+    window = torch.from_numpy(candidate.window(channels))
+    if not expected.velocities:
+        return Trajectory(seed, window)
+    return Trajectory(seed, window, torch.from_numpy(candidate.velocities(channels)), candidate.rows())
 
 
 def _missing_error(group: int, candidate: int | None = None) -> LayerloopError:

@@ -38,7 +38,7 @@ def kept(lab: CampaignBuilder) -> dict[str, bytes]:
     return {plain_name(name): lab.store.read(name) for name in names}
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["complete", "sharded"])
+@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["complete", "sharded"])
 def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Path, fsdp: bool) -> None:
     """Five designs and two images in four batches of unequal sizes, with a base each and with one that they share."""
     alone = fill(make_lab(str(tmp_path / "alone")))
@@ -81,7 +81,8 @@ def test_ranks_make_as_many_shards_at_a_time_as_they_are_and_keep_those_of_an_ea
     assert kept(together) == kept(alone)
 
 
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["complete", "sharded"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["complete", "sharded"])
 def test_a_fault_that_one_rank_meets_ends_both_with_one_clear_line(make_lab: MakeLab, fsdp: bool) -> None:
     """One of two images has a side that the model does not take, so one rank fails while the other samples."""
     lab = make_lab()

@@ -6,6 +6,7 @@ what the code under it raises, apart from its own refusals, breaks it by itself.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -37,10 +38,13 @@ from layerloop.components.judge.serving import thought_in
 from layerloop.components.policy.adapters import read_adapter
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
+from layerloop.components.schema.manifest import Shard
 from layerloop.components.schema.recipe import DataRecipe, Recipe, parse_recipe
 from layerloop.components.schema.yaml_text import load_yaml
 from layerloop.components.shard_dataset.inputs import Item, find_inputs, read_items
 from layerloop.components.shard_dataset.samples import Prepared, prepare_image
+from layerloop.components.storage.local import LocalStore
+from layerloop.components.storage.shards import read_sample, read_shard, sample_ranges
 
 set_hypothesis_home_dir(Path(__file__).parents[2] / "build" / "hypothesis")
 LONGEST = 12_000  # characters of a message
@@ -403,6 +407,133 @@ def _holds_adapter(drawn: tuple[bytes, bytes, str]) -> None:
     assert all(torch.isfinite(value).all() for value in adapter.state.values())
 
 
+# --------------------------------------------------------------------------------------------------------------- shards
+
+_LETTERS = set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-")
+_PLAIN = [f"{key}.{suffix}" for key in ("a", "b", "C-1") for suffix in ("json", "x.png", "layer0.png")]
+_ODD = [
+    "../a.json",
+    "/a.json",
+    "a/b.json",
+    "nosuffix",
+    "a.JSON",
+    "a..json",
+    ".json",
+    "a.json.",
+    "é.json",
+    "a.j\n",
+    "a. b",
+]
+_TYPES = [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"x", b"g", b"L", b"K", b"S", b"\0", b"X"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One header of a tar, as a hostile writer may set it, and its data."""
+
+    name: str
+    data: bytes
+    kind: bytes  # the type flag; `0` is a file
+    fault: str
+
+    def encoded(self) -> bytes:
+        """Header and data in blocks of 512 bytes (POSIX.1-1988, ustar)."""
+        sizes = {"negative": b"\xff" * 12, "huge": b"77777777777\0"}
+        size = sizes.get(self.fault, b"%011o\0" % len(self.data))
+        head = self.name.encode().ljust(100, b"\0") + b"0000444\0" + b"0000000\0" * 2 + size + b"00000000000\0"
+        tail = self.kind + b"/etc/passwd".ljust(100, b"\0") + b"ustar\x0000" + bytes(247)
+        total = sum(head) + sum(tail) + 8 * 32 + (self.fault == "checksum")
+        return head + b"%06o\0 " % total + tail + self.data + bytes(-len(self.data) % 512)
+
+
+_ENTRY = st.builds(
+    Entry,
+    st.one_of(st.sampled_from(_PLAIN), st.sampled_from(_PLAIN), st.sampled_from(_PLAIN), st.sampled_from(_ODD)),
+    st.one_of(st.binary(max_size=40), st.sampled_from([b"", bytes(512), b"x" * 513])),
+    st.one_of(*[st.just(b"0")] * 8, st.sampled_from(_TYPES)),
+    st.sampled_from([""] * 12 + ["checksum", "negative", "huge"]),
+)
+_NEAT = st.lists(st.sampled_from(_PLAIN), unique=True).map(
+    lambda names: [Entry(name, name.encode() * 40, b"0", "") for name in sorted(names)]
+)
+_ENDS = ["proper"] * 5 + ["none", "one block", "ragged", "not zero", "long"]
+
+
+def _tar_of(entries: list[Entry], end: str) -> bytes:
+    body = b"".join(entry.encoded() for entry in entries)
+    proper = body + bytes(1024) + bytes(-(len(body) + 1024) % 10240)
+    return {
+        "proper": proper, "none": body, "one block": body + bytes(512), "ragged": body + bytes(1024),
+        "not zero": proper[:-1] + b"\1", "long": proper + bytes(40960),
+    }[end]  # fmt: skip
+
+
+def _samples_of(entries: list[Entry], data: bytes, end: str) -> list[tuple[str, dict[str, bytes]]] | None:
+    """What a shard of these headers holds by the words of shards.py; None if it is none."""
+    found: dict[str, dict[str, bytes]] = {}
+    last = None
+    for entry in entries:
+        key, *words = entry.name.split(".")
+        lower = all(word and set(word) <= _LETTERS and word == word.lower() for word in words)
+        if entry.kind != b"0" or entry.fault or not words or not lower or not key or not set(key) <= _LETTERS:
+            return None
+        suffix = ".".join(words)
+        if suffix in found.get(key, {}) or (key in found and key != last):
+            return None
+        found.setdefault(key, {})[suffix] = entry.data
+        last = key
+    return list(found.items()) if end == "proper" or (end == "ragged" and len(data) % 10240 == 0) else None
+
+
+@st.composite
+def _shards(draw: st.DrawFn) -> tuple[bytes, int, list[tuple[str, dict[str, bytes]]] | None]:
+    """A shard's bytes, the number of samples its manifest says, and what is in it."""
+    entries, end = draw(st.one_of(st.lists(_ENTRY, max_size=6), _NEAT)), draw(st.sampled_from(_ENDS))
+    data = _tar_of(entries, end)
+    samples = _samples_of(entries, data, end)
+    count = len(samples or ()) + draw(st.sampled_from([0] * 6 + [1]))
+    return data, count, samples if samples is not None and len(samples) == count else None
+
+
+def _holds_shard(drawn: tuple[bytes, int, list[tuple[str, dict[str, bytes]]] | None]) -> None:
+    data, count, wanted = drawn
+    shard = Shard(name="s.tar", bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), samples=count)
+    with tempfile.TemporaryDirectory(prefix="layerloop-fuzz-") as folder:
+        Path(folder, "s.tar").write_bytes(data)
+        store = LocalStore(Path(folder))
+        try:
+            read = list(read_shard(store, shard))
+        except LayerloopError as error:
+            one_line(str(error))
+            assert f"{folder}/s.tar" in str(error) and wanted is None, str(error)
+            return
+        assert read == wanted
+        for key, offset, length in sample_ranges(store, shard):
+            assert read_sample(store, shard, key, offset, length) == dict(read)[key]
+
+
+def _holds_mutated_shard(data: bytes) -> None:
+    """Where it is read at all, Python's own reader sees the same files."""
+    wanted: dict[str, dict[str, bytes]] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for info in tar:
+                file = tar.extractfile(info)
+                key, _, suffix = info.name.partition(".")
+                wanted.setdefault(key, {})[suffix] = file.read() if file else b""
+    except Exception:  # it reads less strictly, but may also fail in its own ways
+        wanted = {}
+    shard = Shard(name="s.tar", bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), samples=len(wanted))
+    with tempfile.TemporaryDirectory(prefix="layerloop-fuzz-") as folder:
+        Path(folder, "s.tar").write_bytes(data)
+        try:
+            read = dict(read_shard(LocalStore(Path(folder)), shard))
+        except LayerloopError as error:
+            one_line(str(error))
+        else:
+            assert read == wanted
+
+
 # -------------------------------------------------------------------------------------------------------------- recipes
 
 _KEYS = st.sampled_from(
@@ -489,4 +620,9 @@ TARGETS: dict[str, Target] = {
         _holds_adapter,
     ),
     "recipes": Target(_RECIPE, _holds_recipe),
+    "shards": Target(_shards(), _holds_shard),
+    "shard_bytes": Target(
+        mutated([_tar_of([Entry(name, name.encode() * 9, b"0", "") for name in sorted(_PLAIN)], "proper")]),
+        _holds_mutated_shard,
+    ),
 }

@@ -15,6 +15,8 @@ EXAMPLES = {
     "parquet": 40,
     "adapters": 40,
     "recipes": 100,
+    "shards": 150,
+    "shard_bytes": 40,
 }
 
 

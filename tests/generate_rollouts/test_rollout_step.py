@@ -91,20 +91,21 @@ def test_a_group_is_one_image_with_g_candidates_and_all_that_the_next_steps_need
 
 def test_stored_latents_replay_with_the_bits_of_the_rollout(make_campaign) -> None:  # type: ignore[no-untyped-def]
     """From the shard alone: latents, condition, schedule, and the seeds."""
-    campaign = make_campaign(rollout={"group_size": 2, "groups": 1})
+    campaign = make_campaign(rollout={"group_size": 2, "groups": 1, "keep_velocities": True})
     run(campaign=campaign.uri, runtime="rollout: {batch_size: 2}")
     policy, found = LayeredPolicy.load(campaign.recipe.model), samples(campaign)
     record = GroupRecord.from_json(found["i000001-g000000"]["json"], where="group")
     prompt = load(campaign.store.read(named(campaign.store, "sources/prompt.safetensors")))["prompt_embeds"]
     condition = policy.encode(decode_png(found["i000001-g000000"]["source.png"])[None], prompt)
     assert torch.equal(condition.latents[0], load(found["i000001-g000000"]["condition.safetensors"])["condition"])
-    window = torch.stack(
-        [load(found[f"i000001-g000000-c{c:02d}"]["trajectory.safetensors"])["window"] for c in range(2)]
-    )
+    stored = [load(found[f"i000001-g000000-c{c:02d}"]["trajectory.safetensors"]) for c in range(2)]
+    window = torch.stack([tensors["window"] for tensors in stored])
+    assert [tensors["rows"].tolist() for tensors in stored] == [[2], [2]]
     plan = sampling.Plan.of(record)
     for j, i in enumerate(plan.window):
         with torch.no_grad():
             v = policy.velocity(window[:, j], plan.sigmas[i], condition)
+        assert torch.equal(v, torch.stack([tensors["velocities"][j] for tensors in stored]))
         z = torch.cat([candidates.step_noise(policy, campaign.recipe.seed, record, c, j) for c in range(2)])
         step = sampling.stochastic_step(window[:, j], v, z, plan.sigmas, i, plan.etas[j], plan.dynamics)
         assert torch.equal(step, window[:, j + 1])
@@ -415,7 +416,7 @@ def test_a_base_on_s3_is_fetched_once(make_campaign, base_folder, s3_bucket, tmp
 
 
 def test_two_ranks_commit_what_one_process_commits(make_campaign) -> None:  # type: ignore[no-untyped-def]
-    one, two = make_campaign(), make_campaign()
+    one, two = (make_campaign(rollout={"keep_velocities": True}) for _ in range(2))
     expected = run(campaign=one.uri).manifests["rollouts"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "layerloop.components.generate_rollouts", "--campaign", two.uri]

@@ -289,6 +289,39 @@ def test_a_paid_answer_without_scores_is_stored_too(
     assert len({body["seed"] for body in scripted.bodies}) == 3 * asked
 
 
+def test_no_more_replies_are_paid_and_not_stored_yet_than_may_be_in_flight(
+    scripted: Any, one: Request, good: bytes
+) -> None:
+    """A kill loses those, and they are paid again."""
+    unstored: list[int] = []
+
+    class Slow(ReplyMemory):
+        def put(self, key: str, data: bytes) -> bytes:
+            time.sleep(0.05)
+            unstored.append(len(scripted.bodies) - len(self))
+            return super().put(key, data)
+
+    scripted.answer = good
+    asyncio.run(ask_all(Judge(scripted.url, *settings(concurrency=2), replies=Slow()), variants(one, 10)))
+    assert len(unstored) == 10 and max(unstored) <= 2
+
+
+def test_of_two_runs_that_ask_at_once_both_judge_by_the_reply_that_was_stored_first(
+    scripted: Any, one: Request, good: bytes, say: Say
+) -> None:
+    theirs = say({"scores": dict.fromkeys(one.names, 1)}).partition(b"\r\n\r\n")[2]
+
+    class Overtaken(ReplyMemory):
+        def put(self, key: str, data: bytes) -> bytes:
+            self.setdefault(key, theirs)  # of the other run, between our look and now
+            return super().put(key, data)
+
+    replies = Overtaken()
+    scripted.answer = good
+    [(scores, _)] = asyncio.run(ask_all(Judge(scripted.url, *settings(), replies=replies), [one]))
+    assert scores == [dict.fromkeys(one.names, 0.2)] and list(replies.values()) == [theirs]
+
+
 def test_an_interrupted_round_of_redraws_goes_on_where_it_was(
     scripted: Any, one: Request, good: bytes, say: Say
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from layerloop.components.storage.manifests import add_file
 from layerloop.components.storage.stores import open_store
 from layerloop.pipelines.campaigns import compare_text, delete_campaign, list_text
 from layerloop.pipelines.cli import main
-from layerloop.pipelines.job import Job, iterations_of, job_of_campaign
+from layerloop.pipelines.job import Job, iterations_of, job_of_campaign, to_its_end
 
 from ..campaigns import CampaignBuilder
 
@@ -136,6 +138,31 @@ def test_a_target_leaves_what_the_campaign_lacks(tmp_path: Path, until: int, hea
 
 def test_without_a_target_a_run_has_its_own_number(tmp_path: Path) -> None:
     assert iterations_of(Job(campaign=str(tmp_path), images="", recipe="", iterations=20)) == 20
+
+
+def test_after_a_run_that_did_not_end_the_same_command_goes_on_to_its_target(tmp_path: Path) -> None:
+    job, runs = Job(campaign=str(tmp_path / "c"), images="", recipe="", iterations=3), tmp_path / "runs"
+    make(tmp_path / "c", iterations=1)
+
+    def fails(job: Job) -> int:
+        with contextlib.suppress(KeyboardInterrupt), to_its_end(job, runs) as meant:
+            raise KeyboardInterrupt
+        return meant.until
+
+    assert fails(job) == 0, "it has its own number"
+    make(tmp_path / "c", iterations=2)
+    assert fails(job) == fails(job) == 4, "1 + 3, however often"
+    assert fails(replace(job, until=9)) == 9 and fails(replace(job, campaign=str(tmp_path / "other"))) == 0
+    with to_its_end(job, runs) as meant:
+        assert (meant.until, iterations_of(meant)) == (4, 2)
+    with to_its_end(job, runs) as meant:
+        assert meant.until == 0, "the one before has ended"
+    assert fails(replace(job, iterations=2)) == 0 and fails(replace(job, iterations=5)) == 0, "another command"
+    make(tmp_path / "c", iterations=8)
+    assert fails(replace(job, iterations=5)) == 0, "another run has gone further"
+    for path in runs.iterdir():
+        path.write_text("{")
+    assert fails(job) == 0
 
 
 def test_a_campaign_is_continued_with_its_own_recipe_and_images(tmp_path: Path) -> None:

@@ -220,6 +220,7 @@ def kept(campaign: Campaign) -> dict[str, bytes]:
     return {plain_name(name): campaign.store.read(name) for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ranks_that_share_the_base_move_as_one_process_does(make_campaign: MakeCampaign, tmp_path: Path) -> None:
     """Two gloo processes with a sharded base compute at every iteration what one process computes, and steps that are

@@ -366,6 +366,7 @@ def test_without_the_adapter_nothing_becomes_trainable(policy, trainable) -> Non
     assert bool(before) == trainable
 
 
+@pytest.mark.slow
 def test_compiled_blocks_take_all_that_a_campaign_asks_of_them_and_change_no_bit(
     base_recipe, prompt_embeds, make_image, shake, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]

@@ -278,8 +278,8 @@ def test_nfe_counts_the_model_calls(outside: str, start: int, size: int) -> None
 
     plan = Plan(LAYERED, start, size, "flow_sde" if size else "ode", (0.7,) * size, outside)
     x = sampling.deterministic(draw(1, 2, 64), counted, plan, range(start))
-    latents = sampling.window_latents(x, counted, plan, lambda j: draw(1, 2, 64, seed=j))
-    assert latents.shape == (1, size + 1, 2, 64)
+    latents, velocities = sampling.window_latents(x, counted, plan, lambda j: draw(1, 2, 64, seed=j))
+    assert latents.shape == (1, size + 1, 2, 64) and velocities.shape == (1, size, 2, 64)
     before = calls
     sampling.deterministic(latents[:, -1], counted, plan, range(plan.window.stop, plan.steps))
     assert plan.nfe(1) == calls and plan.nfe(8) == 8 * calls

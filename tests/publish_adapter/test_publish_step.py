@@ -111,6 +111,7 @@ def test_the_average_is_published_where_one_is_kept(make_campaign: MakeCampaign)
     assert "exponential average of the weights" in result.files["card"].decode()
 
 
+@pytest.mark.slow
 def test_a_base_that_ranks_share_is_published_from_with_the_bytes_of_one_process(make_campaign: MakeCampaign) -> None:
     """Two processes, which the step's plain command starts by itself where the base is sharded."""
     campaign = make_campaign()
@@ -136,6 +137,7 @@ def test_a_base_that_ranks_share_is_published_from_with_the_bytes_of_one_process
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_a_base_that_one_gpu_holds_is_published_from_in_one_process(make_campaign: MakeCampaign) -> None:
     campaign = make_campaign()
     command = [sys.executable, "-m", "layerloop.components.publish_adapter", "--campaign", campaign.uri]

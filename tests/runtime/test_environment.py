@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,29 @@ def test_a_user_without_a_home_is_one_line_where_one_is_needed(monkeypatch: pyte
         cache_folder()
     with usable_environment():
         pass  # where none is needed none is asked for
+
+
+class OfAnotherLibrary(Exception):
+    """As safetensors says it."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
+        OfAnotherLibrary("Error while serializing: I/O error: No space left on device (os error 28)"),
+        ExceptionGroup("of tasks", [OSError(errno.EDQUOT, "Disk quota exceeded")]),
+    ],
+    ids=["system", "safetensors", "tasks"],
+)
+def test_a_disk_that_becomes_full_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    line = f"a disk is full .*set TMPDIR, which is {tmp_path}, to a folder with more"
+    with pytest.raises(LayerloopError, match=line), usable_environment():
+        raise error
 
 
 def test_other_errors_pass_through() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,10 +37,12 @@ class MeddlingJudge(ThreadingHTTPServer):
     change: Change = staticmethod(lambda body, number, text: text)
     asked = 0
     cache = QualityCache()
+    answered: Counter[str]  # completions, each of which would be paid, by the hash of the request's body
     lock = threading.Lock()
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        self.answered = Counter()
 
     @property
     def url(self) -> str:
@@ -53,7 +57,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(200, {"object": "list", "data": [{"id": "layerloop-reference-judge", "object": "model"}]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        body, digest = json.loads(data), hashlib.sha256(data).hexdigest()
         with self.server.lock:
             number = self.server.asked
             self.server.asked += 1
@@ -66,7 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
         if changed is None:
             self.reply(500, {"error": {"message": "no"}})
         else:
-            self.reply(200, completion(changed, tokens, images))
+            with self.server.lock:
+                self.server.answered[digest] += 1
+            self.reply(200, completion(changed, tokens, images) | {"id": digest})
 
     def reply(self, status: int, value: Any) -> None:
         data = json.dumps(value).encode()

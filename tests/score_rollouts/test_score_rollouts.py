@@ -97,7 +97,7 @@ def test_two_at_once_with_a_judge_that_never_says_the_same_twice_leave_scores_th
     """Of one run, so that the lease keeps neither waiting: what either writes has names of its own."""
 
     def moody(body: dict[str, Any], number: int, text: str) -> str:
-        return re.sub(r"\b[0-5]\b", lambda _: str(random.randint(0, 5)), text)
+        return re.sub(r"\b[0-5](\.\d+)?\b", lambda _: str(random.randint(0, 5)), text)
 
     campaign = make_campaign()
     with meddling_judge() as judge:

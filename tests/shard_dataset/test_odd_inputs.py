@@ -354,19 +354,21 @@ def test_suffixes_that_are_not_read_are_counted_and_listed(
 # ------------------------------------------------------------------------------------------------------- words, strips
 
 
-@pytest.mark.parametrize("resolution", [64, pytest.param(640, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("words", "forms", "resolution"), [(12, 5, 64), pytest.param(30, 10, 640, marks=pytest.mark.slow)]
+)
 def test_words_and_forms_that_differ_in_little_are_all_kept(
-    tmp_path: Path, resolution: int, with_prompt: Callable[..., str]
+    tmp_path: Path, words: int, forms: int, resolution: int, with_prompt: Callable[..., str]
 ) -> None:
     root = tmp_path / "words"
     root.mkdir()
-    for number, text in enumerate(WORDS):
+    for number, text in enumerate(WORDS[:words]):
         word(text).save(root / f"word-{number}.png")
-    for number in range(10):
+    for number in range(forms):
         form(f"10{number}7").save(root / f"form-{number}.png")
     recipe = f"name: t\nmodel: {{base: /no, dtype: float32}}\ndata: {{resolution: {resolution}, holdout: 0}}\n"
     result = run(campaign=with_prompt(f"{tmp_path}/c", recipe), recipe=recipe, images=str(root))
-    assert (result.metrics["train"], result.metrics["duplicates"]) == (40, 0)
+    assert (result.metrics["train"], result.metrics["duplicates"]) == (words + forms, 0)
 
 
 def test_a_recipe_may_drop_exact_duplicates_only(

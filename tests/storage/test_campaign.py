@@ -10,9 +10,10 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe, RolloutRecipe, parse_recipe
 from layerloop.components.schema.record import seal
 from layerloop.components.schema.runtime import Runtime
-from layerloop.components.storage.campaign import MANIFEST, Campaign, _folder_name, check_publication_name
+from layerloop.components.storage.campaign import MANIFEST, Campaign, _folder_name, check_free, check_publication_name
 from layerloop.components.storage.manifests import add_file, commit
 from layerloop.components.storage.s3 import S3Store
+from layerloop.components.storage.stores import open_store
 
 from ..campaigns import CampaignBuilder, drawn_group
 
@@ -98,6 +99,32 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(store_uri: str) -
 def test_a_folder_without_a_recipe_is_not_a_campaign(store_uri: str) -> None:
     with pytest.raises(LayerloopError, match=f"campaign {store_uri} has no recipe.json: start it with shard_dataset"):
         Campaign.open(store_uri)
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photos/a.png", "two words/x"])
+def test_a_campaign_does_not_begin_where_something_else_lies(store_uri: str, name: str) -> None:
+    store = open_store(store_uri)
+    store.write(name, b"1")
+    for begin in (lambda: Campaign.create_or_open(store_uri, recipe()), lambda: check_free(store)):
+        with pytest.raises(LayerloopError) as caught:
+            begin()
+        assert str(caught.value) == (
+            f"{store_uri} holds {name.split('/')[0]!r}, which is not of a campaign: give an empty folder, or a new one "
+            "below"
+        )
+    assert store.list() == [name]
+    Campaign.create_or_open(f"{store_uri}/campaign", recipe())
+    with pytest.raises(LayerloopError, match="holds .*, which is not of a campaign"):
+        Campaign.create_or_open(store_uri, recipe())
+
+
+def test_a_campaign_begins_beside_what_is_nothing_and_goes_on_beside_anything(tmp_path: Path) -> None:
+    for name in ("lost+found/x", ".DS_Store", "runs/20260101-0000.json", "lease/train/000001.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    Campaign.create_or_open(str(tmp_path), recipe())
+    (tmp_path / "notes.txt").write_text("mine")
+    assert Campaign.create_or_open(str(tmp_path), recipe()).head() == 0
 
 
 def test_a_damaged_recipe_is_one_line(store_uri: str) -> None:

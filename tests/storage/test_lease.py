@@ -17,6 +17,7 @@ import pytest
 from layerloop.components.schema.errors import UnavailableError
 from layerloop.components.storage import lease
 from layerloop.components.storage.lease import EVALUATION, TRAINING, Timing, hold, holder, run_id, take_over
+from layerloop.components.storage.owners import identity
 from layerloop.components.storage.stores import Store, open_store
 
 QUICK = Timing(beat=0.2, expiry=30.0, poll=0.1, say=60.0, patience=30.0)
@@ -188,7 +189,7 @@ def test_a_process_belongs_to_the_run_that_its_environment_names(monkeypatch: py
 
 
 def test_a_number_that_another_process_has_now_is_not_the_dead_one(tmp_path: Path) -> None:
-    member = {"process": lease._process(os.getpid())}
+    member = {"process": identity(os.getpid())}
     assert not lease._is_dead_here(member)
     boot, space, pid, started = member["process"]
     assert lease._is_dead_here({"process": [boot, space, pid, str(int(started) - 1)]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import subprocess
 import sys
@@ -9,15 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from layerloop.components.generate_rollouts.step import run as generate_rollouts
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File
 from layerloop.components.schema.recipe import RetentionRecipe
+from layerloop.components.score_rollouts.step import run as score_rollouts
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.lease import EVALUATION, Timing, hold
 from layerloop.components.storage.manifests import read_file, verify
 from layerloop.components.storage.removals import record_removal
 from layerloop.components.storage.retention import apply_retention, collect_garbage, garbage
-from layerloop.components.storage.rollouts import read_groups
+from layerloop.components.storage.rollouts import manifest_name, read_groups
 from layerloop.components.storage.verification import repair_campaign, verify_campaign
 from layerloop.pipelines.cli import main
 
@@ -102,7 +105,7 @@ def test_an_iteration_without_a_policy_keeps_all(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from layerloop.components.storage import local, retention
+from layerloop.components.storage import local, retention, s3
 from layerloop.components.storage.campaign import Campaign
 
 left = int(sys.argv[2])
@@ -115,17 +118,19 @@ def killing(method):
             left -= 1
         return method(self, name, *rest)
     return wrapped
-local.LocalStore.delete = killing(local.LocalStore.delete)
-local.LocalStore.write = killing(local.LocalStore.write)
+for store in (local.LocalStore, s3.S3Store):
+    store.delete, store.write = killing(store.delete), killing(store.write)
 retention.apply_retention(Campaign.open(sys.argv[1]), log=print)
 """
 
 
-@pytest.mark.parametrize("changes", [0, 1, 2, 4, 7])
+@pytest.mark.parametrize(
+    ("store_uri", "changes"), [("folder", 0), ("folder", 2), ("folder", 7), ("s3", 2)], indirect=["store_uri"]
+)
 def test_after_a_kill_at_any_change_nothing_is_missing_and_the_next_update_completes_it(
-    tmp_path: Path, changes: int
+    store_uri: str, changes: int
 ) -> None:
-    lab = fill(str(tmp_path / "c"), 4, trajectories=1, policies=100)
+    lab = fill(store_uri, 4, trajectories=1, policies=100)
     done = subprocess.run([sys.executable, "-c", KILLED, lab.uri, str(changes)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     found = verify_campaign(lab.campaign, log=quiet)
@@ -149,6 +154,18 @@ def test_a_removed_iteration_is_still_committed_and_says_what_became_of_it(tmp_p
     with pytest.raises(LayerloopError, match="iteration 1 of .* has its policy, so it is not sampled or scored again"):
         campaign.check_unfinished(1)
     campaign.check_unfinished(5)
+
+
+def test_an_iteration_that_has_its_policy_is_neither_sampled_nor_scored_again(tmp_path: Path) -> None:
+    """Not even what is missing of it: the policy was learnt from what was there."""
+    campaign = fill(str(tmp_path / "c"), 2).campaign
+    for name in (manifest_name(campaign.rollouts_dir(1), 0), f"{campaign.scores_dir(1)}/{MANIFEST}"):
+        campaign.store.delete(name)
+    before = [name for name in campaign.store.list() if not name.startswith("lease/")]
+    for step in (generate_rollouts, functools.partial(score_rollouts, judge_url="http://127.0.0.1:9/v1")):
+        with pytest.raises(LayerloopError, match="iteration 1 of .* has its policy, so it is not sampled or scored"):
+            step(campaign=campaign.uri, iteration=1)
+    assert [name for name in campaign.store.list() if not name.startswith("lease/")] == before
 
 
 def test_what_no_record_names_is_missing(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import base64
 import hashlib
 import http.client
 import itertools
+import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,7 +20,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
-from layerloop.components.storage import s3
+from layerloop.components.storage import s3, s3_client
 from layerloop.components.storage.stores import MissingObjectError, Store, open_store
 
 Spoil = Callable[["Proxy"], bool]  # whether it has answered the request itself
@@ -77,15 +80,24 @@ class FaultyServer(ThreadingHTTPServer):
         self.spoil: Spoil = lambda _: False
 
 
-@pytest.fixture
-def faulty(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    """A proxy that boto3 is led to; tests set its `spoil`."""
+@pytest.fixture(scope="module")
+def proxy(s3_environment: dict[str, str]) -> Iterator[FaultyServer]:
     server = FaultyServer(urlsplit(s3_environment["AWS_ENDPOINT_URL"]).netloc)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def faulty(proxy: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> FaultyServer:
+    """A proxy that boto3 is led to; tests set its `spoil`. What a process learns of a bucket is forgotten before."""
+    proxy.seen, proxy.spoil = [], lambda _: False
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+    monkeypatch.setattr(s3, "_ignores_conditions", {})
+    monkeypatch.setattr(s3, "_other_etags", set())
+    monkeypatch.setattr(s3, "_answered", set())
+    return proxy
 
 
 @pytest.fixture
@@ -220,7 +232,7 @@ def test_a_body_that_breaks_off_is_fetched_again(faulty: FaultyServer, store: St
         (
             403,
             "AccessDenied",
-            "access denied (AccessDenied): allow get, put, list and delete to the credentials in use",
+            " to the credentials in use, which need get, put, list and delete",
         ),
         (403, "InvalidAccessKeyId", "the store refused the credentials (InvalidAccessKeyId): renew or correct them"),
         (400, "ExpiredToken", "the credentials have expired (ExpiredToken): renew them and run the step again"),
@@ -230,6 +242,7 @@ def test_a_body_that_breaks_off_is_fetched_again(faulty: FaultyServer, store: St
         (403, "RequestTimeTooSkewed", "this machine's clock is off by 20 minutes (RequestTimeTooSkewed): set it right"),
         (400, "IllegalLocationConstraintException", "bucket layerloop-tests is in another region"),
         (418, "Teapot", "the store answered Teapot: see its own log"),
+        (418, "418", "the server answered 418: see its log, or correct AWS_ENDPOINT_URL where it is no S3 store"),
     ],
 )
 def test_refusals_are_one_line_without_secrets(
@@ -265,12 +278,12 @@ def test_a_store_that_is_too_busy_is_no_refusal_for_good(
         request.answer(503, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
         return True
 
-    monkeypatch.setattr(s3, "ATTEMPTS", 1)
-    s3._new_client.cache_clear()
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 1)
+    s3_client._new_client.cache_clear()
     faulty.spoil = busy
     with pytest.raises(UnavailableError, match=r"x: the store is too busy \(SlowDown\): try again later"):
         open_store(store.uri).write("x", b"")
-    s3._new_client.cache_clear()
+    s3_client._new_client.cache_clear()
 
 
 def once(spoil: Callable[[Proxy], None], *, command: str) -> tuple[Spoil, list[str]]:
@@ -353,11 +366,8 @@ def test_a_bit_that_flips_on_the_way_from_the_store_is_read_again(faulty: Faulty
     assert len(seen) == 2
 
 
-def test_a_store_whose_etags_are_no_md5_is_read_twice_once_only(
-    faulty: FaultyServer, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_whose_etags_are_no_md5_is_read_twice_once_only(faulty: FaultyServer, store: Store) -> None:
     """Encrypted by a key of the user's, for instance."""
-    monkeypatch.setattr(s3, "_other_etags", set())
     for name in ("x", "y"):
         store.write(name, b"content")
 
@@ -442,7 +452,7 @@ def test_a_bucket_that_does_not_exist_is_one_line(s3_environment: dict[str, str]
 
 
 def test_a_server_that_is_not_there_is_one_line(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(s3, "ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://someone:password@127.0.0.1:9")
     with pytest.raises(LayerloopError) as caught:
         open_store(s3_bucket).read("x")
@@ -471,3 +481,170 @@ def test_nothing_of_the_credentials_is_logged(
     text = caplog.text + "".join(capfd.readouterr())
     assert "testing-secret" not in text
     assert "testing-id" not in text
+
+
+def test_an_upload_in_parts_whose_last_answer_was_lost_is_there(
+    faulty: FaultyServer, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request again meets an upload that is no more."""
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    completed: list[str] = []
+
+    def lose_the_last_answer(request: Proxy) -> bool:
+        if request.command != "POST" or "uploadId" not in request.path:
+            return False
+        completed.append(request.path)
+        if len(completed) > 1:
+            return False
+        request.forward()
+        request.drop()
+        return True
+
+    faulty.spoil = lose_the_last_answer
+    (tmp_path / "large").write_bytes(b"x" * (11 << 20))
+    store.upload("large", tmp_path / "large")
+    assert store.size("large") == 11 << 20 and len(completed) > 1
+    assert store.leftovers() == []
+
+
+def test_a_range_beyond_the_end_is_empty_and_one_across_it_is_short(store: Store) -> None:
+    store.write("x", b"0123456789")
+    assert [store.read_range("x", *span) for span in ((2, 3), (8, 5), (10, 5), (99, 1), (3, 0))] == [
+        b"234", b"89", b"", b"", b"",
+    ]  # fmt: skip
+    with pytest.raises(MissingObjectError):
+        store.read_range("y", 0, 1)
+
+
+def test_a_server_that_knows_no_ranges_is_read_all_the_same(faulty: FaultyServer, store: Store) -> None:
+    store.write("x", b"0123456789")
+
+    def without_range(request: Proxy) -> bool:
+        del request.headers["Range"]
+        return False
+
+    faulty.spoil = without_range
+    assert [store.read_range("x", *span) for span in ((0, 3), (2, 3), (8, 5))] == [b"012", b"234", b"89"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (400, "ExpiredToken", r"the credentials have expired \(ExpiredToken\)"),
+        (403, "RequestTimeTooSkewed", r"this machine's clock is off by 20 minutes \(RequestTimeTooSkewed\)"),
+        (301, "PermanentRedirect", r"in another region \(PermanentRedirect\): set AWS_REGION=eu-west-3"),
+    ],
+)
+def test_a_refusal_of_head_which_has_no_words_is_explained(
+    faulty: FaultyServer, store: Store, status: int, code: str, message: str
+) -> None:
+    def refuse(request: Proxy) -> bool:
+        text = f"<Error><Code>{code}</Code><RequestTime>20261128T091500Z</RequestTime>"
+        text += "<ServerTime>2026-11-28T08:55:00Z</ServerTime><Region>eu-west-3</Region></Error>"
+        known = [("Content-Length", str(len(text))), ("x-amz-bucket-region", "eu-west-3")]
+        request.answer(status, text.encode(), known)
+        return True
+
+    faulty.spoil = refuse
+    for ask in (store.exists, store.size):
+        with pytest.raises(LayerloopError, match=message):
+            ask("x")
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "message"),
+    [
+        (
+            "AccessDenied",
+            "User: arn:aws:iam::1:user/me is not authorized to perform: kms:GenerateDataKey on resource",
+            r"access denied \(AccessDenied\): allow kms:GenerateDataKey to the credentials in use$",
+        ),
+        ("AccessDenied", "Access Denied.", r"\(AccessDenied\): allow put to the credentials in use, which need get, "),
+        ("KMS.DisabledException", "no", r"cannot use the key \(KMS.DisabledException\): correct LAYERLOOP_S3_KMS_KEY"),
+        ("ServerSideEncryptionConfigurationNotFoundError", "no", "refuses this encryption .*LAYERLOOP_S3_ENCRYPTION"),
+        ("VirtualHostDomainRequired", "no", "set LAYERLOOP_S3_ADDRESSING=virtual"),
+    ],
+)
+def test_a_refused_write_names_the_right_or_the_setting(
+    faulty: FaultyServer, store: Store, code: str, words: str, message: str
+) -> None:
+    def refuse(request: Proxy) -> bool:
+        request.answer(403, f"<Error><Code>{code}</Code><Message>{words}</Message></Error>".encode())
+        return True
+
+    faulty.spoil = refuse
+    with pytest.raises(LayerloopError, match=message) as caught:
+        store.write("x", b"")
+    assert "arn:" not in str(caught.value)
+
+
+def test_an_outage_that_all_workers_meet_at_once_is_waited_for(faulty: FaultyServer, store: Store) -> None:
+    """boto3 stops early where many requests of a process fail, by a budget that they share."""
+    store.write("x", b"payload")
+    until = time.monotonic() + 2.0
+
+    def down(request: Proxy) -> bool:
+        if time.monotonic() > until:
+            return False
+        request.answer(503, b"<Error><Code>SlowDown</Code><Message>slow</Message></Error>")
+        return True
+
+    faulty.spoil = down
+    with ThreadPoolExecutor(64) as pool:
+        assert set(pool.map(lambda _: store.read("x"), range(64))) == {b"payload"}
+    assert time.monotonic() > until
+
+
+def test_a_store_that_goes_away_for_good_ends_the_wait(
+    faulty: FaultyServer, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PATIENCE", 1.0)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 1)
+    s3_client._new_client.cache_clear()
+    again = open_store(store.uri)
+    again.write("x", b"")
+    faulty.spoil = lambda request: request.drop() or True  # type: ignore[func-returns-value]
+    began = time.monotonic()
+    with pytest.raises(UnavailableError, match="does not answer at"):
+        again.read("x")
+    assert 1.0 < time.monotonic() - began < 20
+    s3_client._new_client.cache_clear()
+
+
+def test_a_web_page_in_place_of_a_store_is_said(
+    faulty: FaultyServer, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def page(request: Proxy) -> bool:
+        if request.command == "PUT":
+            request.answer(405, b"<html><body>Method not allowed</body></html>")
+        else:
+            request.answer(200, b"<html><body><br>welcome</html>")
+        return True
+
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 1)
+    s3_client._new_client.cache_clear()
+    store = open_store(s3_bucket)
+    faulty.spoil = page
+    with pytest.raises(LayerloopError, match=r"the server answered 500: .* correct AWS_ENDPOINT_URL where it is no S3"):
+        store.list()
+    with pytest.raises(LayerloopError, match=r"\(405\): is AWS_ENDPOINT_URL the address of an S3 store\?"):
+        store.write("x", b"")
+    s3_client._new_client.cache_clear()
+
+
+def test_an_ingress_that_sends_everybody_elsewhere_is_said(faulty: FaultyServer, store: Store) -> None:
+    def elsewhere(request: Proxy) -> bool:
+        request.answer(301, b"", [("Location", "https://127.0.0.1/"), ("Content-Length", "0")])
+        return True
+
+    faulty.spoil = elsewhere
+    for ask in (store.exists, store.read):
+        with pytest.raises(LayerloopError, match=r"redirects every request: correct AWS_ENDPOINT_URL \(https\?\)"):
+            ask("x")
+
+
+def test_https_to_a_server_that_speaks_http_is_one_line(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"].replace("http:", "https:"))
+    with pytest.raises(LayerloopError, match=r"cannot be trusted at https://127.0.0.1:\d+ \(SSLError\): set AWS_CA_BU"):
+        open_store(s3_bucket).read("x")

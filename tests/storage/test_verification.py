@@ -186,6 +186,7 @@ def test_rollouts_of_another_adapter_are_named(campaign: Campaign) -> None:
 
 
 def test_repair_removes_what_no_manifest_names_and_keeps_what_was_paid_for(campaign: Campaign) -> None:
+    campaign.store.write("notes.txt", b"of a person's own, beside the campaign")
     before = campaign.store.list()
     add_file(campaign.store, f"{campaign.scores_dir(1)}/scores.parquet", b"of an attempt that lost")
     campaign.store.write(f"{campaign.policy_dir(3)}/{'0' * 16}/optimizer.safetensors", b"of a killed attempt")

@@ -1,0 +1,118 @@
+"""The client of a bucket, boto3's, with its settings from the environment.
+
+boto3 itself reads AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, AWS_REGION, AWS_CA_BUNDLE and the standard credential chain:
+AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (with AWS_SESSION_TOKEN), a profile, a web identity (IRSA), the role of a
+container or an instance. Beside these:
+
+    LAYERLOOP_S3_ENCRYPTION   AES256, aws:kms or aws:kms:dsse: how the store is to encrypt what is written; by default
+                              as the bucket says
+    LAYERLOOP_S3_KMS_KEY      id, alias or ARN of the key for aws:kms; by default the bucket's or the account's
+    LAYERLOOP_S3_ADDRESSING   virtual for a store that wants the bucket in the host name, path for one that wants it in
+                              the path; by default as AWS wants it there, and path everywhere else
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from layerloop.components.schema.errors import LayerloopError
+
+ENCRYPTION: Final = "LAYERLOOP_S3_ENCRYPTION"
+KMS_KEY: Final = "LAYERLOOP_S3_KMS_KEY"
+ADDRESSING: Final = "LAYERLOOP_S3_ADDRESSING"
+ATTEMPTS = 8  # of a request that was throttled, lost or answered with 5xx, by boto3 itself
+
+_CHOICES = {ENCRYPTION: ("AES256", "aws:kms", "aws:kms:dsse"), ADDRESSING: ("virtual", "path")}
+_WRITES = ("PutObject", "CreateMultipartUpload", "CopyObject")  # the calls that make an object
+
+
+def client() -> Any:
+    """One client for one set of settings: making it takes 0.1 s, and threads may share it.
+
+    Raises:
+        LayerloopError: a setting that boto3 or the store's protocol does not know.
+    """
+    return _new_client(frozenset(item for item in os.environ.items() if item[0].startswith(("AWS_", "LAYERLOOP_S3_"))))
+
+
+def endpoint(made: Any) -> str:
+    """Scheme and host that a client's requests go to, without credentials of the URL."""
+    scheme, _, rest = str(made.meta.endpoint_url).partition("://")
+    return f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}"
+
+
+@functools.lru_cache(maxsize=8)
+def _new_client(settings: frozenset[tuple[str, str]]) -> Any:
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    given = dict(settings)
+    encryption, addressing = _encryption(given), _choice(given, ADDRESSING)
+    config = Config(
+        retries={"mode": "standard", "max_attempts": ATTEMPTS},  # waits between them double, with jitter
+        connect_timeout=10,
+        read_timeout=60,
+        max_pool_connections=32,
+        tcp_keepalive=True,
+        # Shards carry their own sha256, and many S3-compatible servers refuse the newer checksum trailers.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": addressing} if addressing else None,
+    )
+    try:
+        session = boto3.session.Session()
+        region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
+        made = session.client("s3", config=config, region_name=region)
+    except (BotoCoreError, ValueError) as error:
+        raise LayerloopError(f"S3 settings are refused ({error}): check the AWS_* variables and profile") from None
+    for operation in ("PutObject", "UploadPart"):
+        made.meta.events.register(f"before-call.s3.{operation}", _send_md5)
+    for operation in _WRITES if encryption else ():
+        made.meta.events.register(f"provide-client-params.s3.{operation}", _with(encryption))
+    return made
+
+
+def _encryption(settings: Mapping[str, str]) -> dict[str, str]:
+    """Parameters of the calls that write; empty where nothing is asked for."""
+    chosen, key = _choice(settings, ENCRYPTION), settings.get(KMS_KEY, "").strip()
+    if key and not chosen.startswith("aws:kms"):
+        raise LayerloopError(f"{KMS_KEY} is set but {ENCRYPTION} is {chosen or 'not'}: set it to aws:kms too")
+    return {"ServerSideEncryption": chosen} | ({"SSEKMSKeyId": key} if key else {}) if chosen else {}
+
+
+def _choice(settings: Mapping[str, str], name: str) -> str:
+    value = settings.get(name, "").strip()
+    if value and value not in _CHOICES[name]:
+        raise LayerloopError(f"{name} is {value!r}: choose {', '.join(_CHOICES[name])}, or leave it out")
+    return value
+
+
+def _with(added: Mapping[str, str]) -> Callable[..., dict[str, Any]]:
+    """A hook of boto3 that adds parameters to a call."""
+
+    def add(params: Mapping[str, Any], **_: Any) -> dict[str, Any]:
+        return {**params, **added}
+
+    return add
+
+
+def _send_md5(params: dict[str, Any], **_: Any) -> None:
+    """Put the hash of a request's body into its headers, by which the server refuses a body that changed on its way."""
+    body: Any = params.get("body")
+    digest = hashlib.md5(usedforsecurity=False)
+    if isinstance(body, (bytes, bytearray)):
+        digest.update(body)
+    elif hasattr(body, "seek") and hasattr(body, "read"):
+        begin = body.tell()
+        while block := body.read(1 << 20):
+            digest.update(block)
+        body.seek(begin)
+    else:
+        return
+    params["headers"]["Content-MD5"] = base64.b64encode(digest.digest()).decode()
