@@ -107,8 +107,9 @@ def run_pipeline(
     began = time.monotonic()
     run = _Run(folder.resolve(), count_tasks(spec), console or sys.stdout, began, processes)
     with open(folder / "kfp.log", "w") as log, _quiet(log), step_processes(run.step), _signals(run.end):
-        artifacts = str(folder / "artifacts")  # for both: else KFP makes a workspace in TMPDIR, and leaves it
-        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=artifacts, workspace_root=artifacts)
+        workspace = str(folder / "workspace")  # never made; else KFP makes one in TMPDIR, where a kill leaves it
+        runner = local.SubprocessRunner(use_venv=False)
+        local.init(runner, pipeline_root=str(folder / "artifacts"), workspace_root=workspace)
         pipeline = components.load_component_from_file(str(package))
         try:
             pipeline(**arguments)

@@ -27,6 +27,7 @@ LATER = (
     "layerloop.components.policy.lora", "layerloop.components.policy.sampling", "layerloop.components.policy.tiny",
     "layerloop.components.generate_rollouts.candidates", "layerloop.components.generate_rollouts.sharing",
     "layerloop.components.update_lora.learner", "layerloop.components.update_lora.state",
+    "layerloop.components.storage.s3",
     "layerloop.components.evaluate_adapter.decompose", "layerloop.components.publish_adapter.layouts",
     "layerloop.components.publish_adapter.card",
 )  # fmt: skip

@@ -207,7 +207,7 @@ def scenario(folder: Path, *, without: Collection[str] = ()) -> Iterator[Scenari
     with meddling_judge() as judge, Nursery(logs) as nursery:
         judge.change = opinionated
         judge.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that was killed
-        stretch = Stage("stretch", "train_stretch", ("--iterations", "2", "--until", "2", "--judge-url", judge.url))
+        stretch = Stage("stretch", "train_stretch", ("--iteration", "1", "--iterations", "2", "--judge-url", judge.url))
         wanted = [stage for stage in stages(images, recipe, judge.url) if stage.name not in without]
         made = Scenario(folder, nursery, judge, wanted, stretch)
         made.make()

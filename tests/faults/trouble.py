@@ -87,7 +87,6 @@ def _without_endpoint(place: Place) -> dict[str, str]:
 def refused(made: Scenario, stage: Stage, uri: str, *, words: str, attempt: Callable[[], tuple[int, str]]) -> list[str]:
     """Problems of an attempt that its store refuses: it has to say so in one line of `words`, and the next one, which
     is not refused, to end as if nothing had been."""
-    made.judge.answered.clear()
     status, said = attempt()
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     found = []
@@ -112,6 +111,7 @@ def full_disk(made: Scenario, place: Place, name: str, *, at: int | None = None)
         done = made.run(stage, uri, {"log": str(log), "at": middle, "action": "full"})
         return done.status, done.said
 
+    made.judge.answered.clear()
     outcome = Outcome(problems=refused(made, stage, uri, words="No space left on device", attempt=attempt))
     outcome.label, outcome.seconds = log.read_text().splitlines()[middle], time.monotonic() - began
     remove(uri)
@@ -132,6 +132,7 @@ def refused_store(made: Scenario, place: Place, name: str, kind: str, words: str
                 done = made.run(stage, uri, AWS_ENDPOINT_URL=endpoint)
             return done.status, done.said
 
+        made.judge.answered.clear()
         found = refused(made, stage, uri, words=words, attempt=attempt)
         remove(uri)
     return Outcome(problems=found, seconds=time.monotonic() - began)
@@ -148,6 +149,7 @@ def read_only(made: Scenario, place: Place, name: str) -> Outcome:
             done = made.run(stage, uri, user=NOBODY, TMPDIR=str(scratch), HOME=str(scratch))
         return done.status, done.said
 
+    made.judge.answered.clear()
     found = refused(made, stage, uri, words="ermission denied", attempt=attempt)
     remove(uri)
     return Outcome(problems=found, seconds=time.monotonic() - began, reached=os.getuid() == 0)
@@ -170,19 +172,22 @@ def others_may_only_read(made: Scenario, folder: Path) -> Iterator[Path]:
 
 
 def full_tmpdir(made: Scenario, place: Place, name: str) -> Outcome:
-    """A TMPDIR of 24 kB, a file system of its own; where none may be mounted, nothing is tried."""
+    """A TMPDIR of 8 kB, a file system of its own; where none may be mounted, nothing is tried."""
     began, stage = time.monotonic(), made.stage(name)
     small = made.folder / f"small-{uuid.uuid4().hex[:8]}"
     small.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24k", "none", str(small)], capture_output=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(small)], capture_output=True)
     if mount.returncode != 0:
         return Outcome(label="no file system may be mounted here", reached=False)
     uri = made.put(name, place)
     try:
-        found = refused(
-            made, stage, uri, words="No space left on device",
-            attempt=lambda: (lambda done: (done.status, done.said))(made.run(stage, uri, TMPDIR=str(small))),
-        )  # fmt: skip
+        made.judge.answered.clear()
+        done = made.run(stage, uri, TMPDIR=str(small))
+        if done.status == 0:  # what it writes is small enough to stay in memory
+            found = problems(made, stage, uri)
+        else:
+            words = "No space left on device"
+            found = refused(made, stage, uri, words=words, attempt=lambda: (done.status, done.said))
         found += [f"{path.name} is left in TMPDIR" for path in small.iterdir()]
     finally:
         subprocess.run(["umount", str(small)], check=True)

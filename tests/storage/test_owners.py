@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage import owners, s3
-from layerloop.components.storage.lease import hold
+from layerloop.components.storage.lease import hold, sweep
 from layerloop.components.storage.local import TEMPORARY
 from layerloop.components.storage.owners import ABANDONED, is_abandoned, owned_name, scratch_folder
 from layerloop.components.storage.stores import open_store
@@ -90,6 +91,17 @@ def test_old_temporary_files_of_earlier_versions_go_and_young_ones_stay(tmp_path
     os.utime(old, (time.time() - 2 * ABANDONED,) * 2)
     assert open_store(tmp_path).remove_abandoned() == 1
     assert not old.exists() and young.exists()
+
+
+def test_where_nothing_may_be_removed_work_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lost+found`, where a campaign is a volume's root; credentials without the right to list uploads."""
+
+    def refuse() -> int:
+        raise LayerloopError(f"{tmp_path}/lost+found cannot be read (Permission denied): allow it")
+
+    store = open_store(tmp_path)
+    monkeypatch.setattr(store, "remove_abandoned", refuse)
+    sweep(store, log=pytest.fail)
 
 
 def test_probes_and_unfinished_uploads_go_from_s3_after_a_day(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

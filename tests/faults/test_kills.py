@@ -26,8 +26,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     ("stage", "match"),
     [
         ("shard", "link sources/manifest.json"),
-        ("rollouts2", "replace iterations/000002/rollouts/g000001-"),
-        ("scores2", "fsync iterations/000002/scores/replies/"),
+        ("rollouts2", "link iterations/000002/rollouts/g000001.json"),  # its shard is an orphan then, and spoiled
+        ("scores2", "replace iterations/000002/scores/000000-"),  # all replies are paid for and stored
         ("publish", "replace publications/"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from layerloop.components.score_rollouts.replies import StoredReplies
+from layerloop.components.storage.replies import StoredReplies
 from layerloop.components.storage.stores import Store, open_store
 
 KEY, FOLDER = "a" * 64, "iterations/000001/scores/replies"
