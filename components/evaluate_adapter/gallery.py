@@ -26,6 +26,7 @@ from layerloop.components.storage.images import encode_png
 SHOWN_SIDE = 128  # longest side of a tile on the page, CSS pixels
 FIRST = 3  # cases that are seen without a click
 FOLDER = "gallery"  # beside the report
+_END = "</article>"
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,9 @@ def gallery(articles: Sequence[str]) -> str:
     return f'{inputs}{toolbar}<div class="samples">{first}{rest}</div>'
 
 
-def article(shown: ShownCase, removed: str = "") -> str:
+def article(shown: ShownCase, *, full: bool = False) -> str:
     """One case: reference, base and adapter as rows of tiles, with each layer's numbers under it. A tile leads to its
-    file in the gallery. `removed` is HTML at the end (`removed_views`)."""
-    return _article(shown, removed, full=False)
-
-
-def _article(shown: ShownCase, removed: str, *, full: bool) -> str:
+    file in the gallery. `full` is of the case's own page, beside these files."""
     case, source = shown.choice.case, shown.choice.case.source
     heads = headings(max(len(strip.stack) for strip in shown.strips))
     cells = ["<span></span>", *(f'<span class="head">{head}</span>' for head in heads)]
@@ -94,9 +91,13 @@ def _article(shown: ShownCase, removed: str, *, full: bool) -> str:
         f'<article class="sample"><header><h3>{escape(case.title)}</h3>'
         f'<span class="chip">{escape(shown.choice.why)}</span>'
         f'<span class="small">{size}, key {escape(case.key[:8])}</span>{link}</header>'
-        f'<div class="sheet"><div class="grid" style="--columns:{len(heads)}">{"".join(cells)}</div></div>'
-        f"{removed}</article>"
+        f'<div class="sheet"><div class="grid" style="--columns:{len(heads)}">{"".join(cells)}</div></div>{_END}'
     )
+
+
+def with_removed(article: str, removed: str) -> str:
+    """The article with the views of `removed_views` at its end."""
+    return f"{article.removesuffix(_END)}{removed}{_END}"
 
 
 def removed_views(shown: ShownCase, *, full: bool = False) -> str:
@@ -128,7 +129,7 @@ def full_size(shown: ShownCase, *, campaign: str) -> Iterator[tuple[str, bytes]]
         style=style(),
         campaign=escape(campaign),
         report="../../report.html",
-        gallery=gallery([_article(shown, removed_views(shown, full=True), full=True)]),
+        gallery=gallery([with_removed(article(shown, full=True), removed_views(shown, full=True))]),
     )
     yield f"{shown.folder}/index.html", page.encode()
 

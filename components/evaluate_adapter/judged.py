@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from layerloop.components.storage.campaign import Campaign
 
 Models = Mapping[str, "tuple[Sequence[Shard], list[Row]]"]
-REPLIES = "evaluations/judge-replies"  # of all evaluations of a campaign: the base's are paid for once
+REPLIES = "evaluations/replies"  # of all evaluations of a campaign: the base's are paid for once
 REFUSALS = 1  # times that a picture whose request was refused is asked about again
 
 

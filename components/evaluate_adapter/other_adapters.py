@@ -12,6 +12,7 @@ from layerloop.components.evaluate_adapter.measuring import Measuring
 from layerloop.components.runtime.distributed import process_group
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.folders import hub_uri, local_folder
 from layerloop.components.storage.lease import EVALUATION, hold
@@ -46,23 +47,30 @@ def sample_adapters(campaign: Campaign, cases: Cases, adapters: Mapping[str, str
 
     if BASE in adapters:
         raise LayerloopError(f"system {BASE} is the campaign's base itself: give {adapters[BASE]} another name")
-    folders = {
-        name: local_folder(hub_uri(uri) or uri) if _is_folder(uri) else Path(uri) for name, uri in adapters.items()
-    }
+    folders = {name: _folder(uri) for name, uri in adapters.items()}
     read = {name: read_adapter(folder) for name, folder in folders.items()}  # refused before the base is loaded
     chunks = case_chunks(cases.cases)
     with process_group() as device, hold(campaign.store, EVALUATION, log=log):
         loaded = policy_at(campaign, 0, device=device, delivered=True)
-        shards = {}
+        shards = {BASE: base_shards(campaign, loaded, chunks)}
         for name, adapter in read.items():
             replace_adapter(loaded.policy.transformer, adapter, where=adapters[name])
             train_adapter(loaded.policy.transformer, False)
-            stem = f"evaluations/adapters/{weights_sha256(folders[name])[:12]}-{loaded.base_fingerprint[:12]}"
-            shards[name] = decomposed(campaign, loaded, chunks, stem, model=name)
-        shards[BASE] = base_shards(campaign, loaded, chunks)
+            sha256 = weights_sha256(folders[name])
+            folder = campaign.evaluation_dir(f"adapter-{sha256[:12]}-{loaded.base_fingerprint[:12]}")
+            shards[name] = decomposed(campaign, loaded, chunks, f"{folder}/decompositions", model=name)
+            if campaign.find(folder) is None:  # else `campaign verify --repair` would remove them
+                manifest = Manifest(
+                    kind="evaluation",
+                    shards=(*shards[BASE], *shards[name]),
+                    counts={"images": len(cases.cases)},
+                    metadata={"base_fingerprint": loaded.base_fingerprint, "adapter_sha256": sha256},
+                )
+                campaign.commit(folder, manifest)
     with Measuring(campaign.recipe.evaluation.max_edits, cases=len(cases.cases)) as measuring:
         return {name: measuring.shards(campaign.store, chunks, some, model=name) for name, some in shards.items()}
 
 
-def _is_folder(uri: str) -> bool:
-    return hub_uri(uri) is not None or "://" in uri
+def _folder(uri: str) -> Path:
+    hub = hub_uri(uri)
+    return local_folder(hub or uri) if hub is not None or "://" in uri else Path(uri)

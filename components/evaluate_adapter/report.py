@@ -17,7 +17,14 @@ from layerloop.components.evaluate_adapter import charts
 from layerloop.components.evaluate_adapter.assess import Comparisons
 from layerloop.components.evaluate_adapter.cases import Kind
 from layerloop.components.evaluate_adapter.charts import Line, Point
-from layerloop.components.evaluate_adapter.gallery import ShownCase, article, gallery, removed_views, style
+from layerloop.components.evaluate_adapter.gallery import (
+    ShownCase,
+    article,
+    gallery,
+    removed_views,
+    style,
+    with_removed,
+)
 from layerloop.components.evaluate_adapter.history import Evaluated, headline_names, held_out_charts
 from layerloop.components.evaluate_adapter.sheets import GAIN
 from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD
@@ -117,7 +124,7 @@ def _articles_within(shown: Sequence[ShownCase], room: int) -> list[str]:
     for index in kept:
         removed = removed_views(shown[index])
         if len(removed.encode()) <= room:
-            articles[index] = article(shown[index], removed)
+            articles[index] = with_removed(articles[index], removed)
             room -= len(removed.encode())
     return [articles[index] for index in sorted(kept)]
 

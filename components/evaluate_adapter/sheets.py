@@ -134,7 +134,7 @@ def data_url(pixels: Pixels, longest: int = TILE_SIDE) -> str:
     if not _has_webp():
         image.save(buffer, "PNG", optimize=True)
         return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    image.save(buffer, "WEBP", lossless=small, quality=90 if small else 82, method=4)
+    image.save(buffer, "WEBP", lossless=small, quality=40 if small else 82, method=2 if small else 4)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

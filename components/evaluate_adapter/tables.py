@@ -110,11 +110,11 @@ def _distribution(column: str, differences: Sequence[float]) -> str:
 
 def measures_section(kind: Kind, table: Mapping[str, Comparison], reference: Mapping[str, float]) -> str:
     """All measures of a kind of case; `reference` are the true layers' own values, {} for none."""
-    groups: dict[str, Sequence[str]] = {**GROUPS, "By the judge, 0 to 1": judged(table)}
-    reach = charts.common_reach(table[name] for group in groups.values() for name in group if name in table)
+    groups: list[tuple[str, Sequence[str]]] = [*GROUPS.items(), ("By the judge, 0 to 1", judged(table))]
+    reach = charts.common_reach(table[name] for _, group in groups for name in group if name in table)
     width = 8 if reference else 7
     rows = []
-    for heading, columns in groups.items():
+    for heading, columns in groups:
         group = [_row(column, table[column], reference, reach) for column in columns if column in table]
         if group:
             rows += [f'<tr class="heading"><th colspan="{width}">{escape(heading)}</th></tr>', *group]

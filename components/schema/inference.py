@@ -30,9 +30,12 @@ class Inference:
 REFERENCE: Final = Inference(50)  # the released model's own
 # Of a comparison of samplers: without guidance, and with the default of diffusers' pipeline.
 COMPARED: Final = tuple(
-    Inference(steps, sampler, guidance)
+    how
     for guidance in (1.0, 4.0)
-    for sampler, steps in (("euler", 10), ("euler", 20), ("euler", 30), ("euler", 50), ("heun", 25), ("heun", 50))
+    for how in (
+        *(Inference(steps, "euler", guidance) for steps in (10, 20, 30, 50)),
+        *(Inference(steps, "heun", guidance) for steps in (25, 50)),
+    )
 )
 # Images that are compared on, at most: all of COMPARED are 1,548 model calls an image, of base and adapter.
-COMPARED_CASES: Final = {"designs": 24, "pictures": 8}
+COMPARED_CASES: Final[dict[Literal["designs", "pictures"], int]] = {"designs": 24, "pictures": 8}

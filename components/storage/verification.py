@@ -37,7 +37,7 @@ _MANIFEST = re.compile(rf"manifest(-[0-9a-f]{{{HASH_DIGITS}}})?\.json|(g\d{{6,}}
 # judge's replies (they were paid for), and the table of what was left out under the name that people look for;
 # retention's record of what it removed; indices, and the page of an export.
 _KEPT = re.compile(
-    rf"{RECIPE}|({LEASE}|runs|refusals)/.*|iterations/\d{{6}}/scores/replies/.*|sources/rejects\.parquet"
+    rf"{RECIPE}|({LEASE}|runs|refusals)/.*|(iterations/\d{{6}}/scores|evaluations)/replies/.*|sources/rejects\.parquet"
     rf"|iterations/\d{{6,}}/(rollouts|policy)/{re.escape(RECORD)}"
     rf"|(sources|iterations/\d{{6,}}/(rollouts|scores))/{re.escape(INDEX)}|{re.escape(README)}"
 )

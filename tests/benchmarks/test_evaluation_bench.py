@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -149,17 +150,29 @@ def test_layerds_protocol_is_quick_and_equal_to_its_formulas(record_benchmark: C
 
 
 EVALUATION = """
-import json, resource, sys, time
+import json, os, resource, sys
+from pathlib import Path
 from layerloop.components.evaluate_adapter.step import run
-start = time.monotonic()
-run(campaign=sys.argv[1], runtime="evaluation: {batch_size: 8}")
-print(json.dumps([time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]))
+from layerloop.components.policy.at import policy_at
+from layerloop.components.storage.campaign import Campaign
+
+def processor():
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+root, seconds = sys.argv[1], []
+for _ in range(2):
+    loaded = policy_at(Campaign.open(root), 1, device="cpu", delivered=True)
+    start = processor()
+    run(loaded, campaign=root, runtime="evaluation: {batch_size: 8}")
+    seconds.append(processor() - start)
+    Path(root, "evaluations/iteration-000001/manifest.json").unlink()  # the second time all is sampled
+print(json.dumps([*seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10]))
 """
 
 
-def evaluated(folder: Path, *, designs: int, size: int, steps: int) -> tuple[dict[str, float], float, float]:
-    """(seconds by activity, those of the whole step, its peak memory in MB) of an evaluation in a process of its own:
-    designs of `size` pixels and 2 to 4 layers, by the shipped tiny policy."""
+def evaluated(folder: Path, *, designs: int, size: int, steps: int) -> tuple[float, float, float]:
+    """(processor seconds of sampling both models, those of everything else but loading, peak memory in MB) of an
+    evaluation in a process of its own: designs of `size` pixels and 2 to 4 layers, by the shipped tiny policy."""
     draw = np.random.default_rng(3)
     recipe = {
         "name": "bench",
@@ -175,25 +188,22 @@ def evaluated(folder: Path, *, designs: int, size: int, steps: int) -> tuple[dic
     lab.sources(designs=[(on_backdrop(composite(stack), "white"), stack) for stack in stacks])
     lab.adapter(1)
     done = subprocess.run([sys.executable, "-c", EVALUATION, lab.uri], stdout=subprocess.PIPE, text=True, check=True)
-    total, memory = json.loads(done.stdout.splitlines()[-1])
-    manifest = lab.campaign.find("evaluations/iteration-000001")
-    assert manifest is not None and manifest.counts["designs"] == designs
-    metrics = json.loads(lab.store.read(manifest.file("metrics.json").name))
-    return metrics["provenance"]["seconds"], total, memory
+    whole, rest, memory = json.loads(done.stdout.splitlines()[-1])
+    table = pq.read_table(next(folder.glob("evaluations/iteration-000001/*/samples.parquet")))
+    assert table.num_rows == 2 * designs
+    return whole - rest, rest, memory
 
 
 @pytest.mark.timeout(3600)
 def test_measuring_and_the_report_cost_little_beside_sampling(
     record_benchmark: Callable[[str, float], None], tmp_path: Path
 ) -> None:
-    """Seconds of an evaluation that are neither loading nor sampling, over those of sampling both models: 200 designs
-    of 64 pixels, sampled as the packaged recipe does."""
-    seconds, total, _ = evaluated(tmp_path / "campaign", designs=200, size=64, steps=20)
-    sampling = seconds["sampling_base"] + seconds["sampling_adapter"]
-    fraction = (total - seconds["loading"] - sampling) / sampling
-    print(f"of {total:.1f} s: {seconds}")
-    record_benchmark("evaluation_overhead_fraction", fraction)
-    assert fraction <= 0.1
+    """Processor seconds of an evaluation that are neither loading nor sampling, over those of sampling both models:
+    200 designs of 64 pixels, sampled as the packaged recipe does. What is measured in other processes counts."""
+    sampling, rest, _ = evaluated(tmp_path / "campaign", designs=200, size=64, steps=20)
+    print(f"{sampling:.1f} s of sampling, {rest:.1f} s of the rest")
+    record_benchmark("evaluation_overhead_fraction", rest / sampling)
+    assert rest / sampling <= 0.1
 
 
 @pytest.mark.timeout(3600)

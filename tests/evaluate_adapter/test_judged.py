@@ -15,6 +15,7 @@ from layerloop.components.judge.client import Judge
 from layerloop.components.judge.images import candidate_images, encode_image, fitted
 from layerloop.components.judge.methods import PHASE1, rubric_of
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.verification import unnamed_objects
 
 from ..campaigns import CampaignBuilder
 from ..score_rollouts.judges import meddling_judge
@@ -55,6 +56,7 @@ def test_a_judge_scores_both_on_the_unlabelled_images_and_is_paid_once(lab: Camp
         asked = judge.asked
         run(campaign=lab.uri, iteration=1, judge_url=judge.url)
         assert judge.asked == asked + 2  # the base's were judged before
+    assert not [name for name in unnamed_objects(lab.campaign) if name.startswith("evaluations")]  # paid, and kept
     page = result.files["report"].decode()
     assert "By the judge, 0 to 1" in page and "Judge, alpha cleanliness" in page
     assert "scored 4 decompositions of the unlabelled images" in page

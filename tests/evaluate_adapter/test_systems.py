@@ -29,6 +29,7 @@ from layerloop.components.layers.export import write_psd
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.images import encode_png
+from layerloop.components.storage.verification import unnamed_objects
 from layerloop.pipelines.cli import main as layerloop
 
 from ..campaigns import CampaignBuilder, policy_folder
@@ -218,6 +219,7 @@ def test_an_adapter_from_elsewhere_is_sampled_as_the_campaigns_own_are(
         assert [{name: row.get(name) for name in row} for row in ours] == [
             {name: their[name] for name in row} for row, their in zip(ours, theirs, strict=True)
         ]
+    assert not [name for name in unnamed_objects(lab.campaign) if name.startswith("evaluations")]
     capsys.readouterr()
     assert main([lab.uri, f"x={tmp_path}/released", "--output", str(tmp_path / "t.md")]) == 0
     printed, logged = capsys.readouterr()

@@ -87,7 +87,8 @@ def test_a_step_gets_only_the_secrets_that_it_uses(tmp_path: Path) -> None:
         store = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
         assert found.pop("layerloop-store") == store
         judge, hub = {"layerloop-judge": {"OPENAI_API_KEY"}}, {"layerloop-hub": {"HF_TOKEN"}}
-        assert found == {"score_rollouts": judge, "train_stretch": judge | hub}.get(verb, hub)
+        asked = dict.fromkeys(("train_stretch", "evaluate_adapter"), judge | hub) | {"score_rollouts": judge}
+        assert found == asked.get(verb, hub)
 
 
 def test_a_secret_can_be_left_out(tmp_path: Path) -> None:
