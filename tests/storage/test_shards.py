@@ -194,7 +194,7 @@ def test_links_in_a_tar_are_refused(tmp_path: Path) -> None:
         next(read_shard(open_store(tmp_path), shard))
 
 
-@pytest.mark.parametrize("cut", [1024, 1024 + 512, 1024 + 700, 2048, 300, 0])
+@pytest.mark.parametrize("cut", [1024, 1024 + 512, 1024 + 700, 2048, 2048 + 512, 4096, 300, 0])
 def test_a_tar_cut_anywhere_is_refused_even_if_its_hash_is_the_manifests(tmp_path: Path, cut: int) -> None:
     store = open_store(tmp_path)
     shard = put_tar(store, [("a.json", b"1" * 512), ("b.json", b"2" * 512)], cut=cut)
