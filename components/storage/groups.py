@@ -205,7 +205,7 @@ def _require(where: str, members: Mapping[str, bytes], names: Sequence[str]) -> 
 
 
 def _png(members: Mapping[str, bytes], name: str, shape: tuple[int, ...], *, where: str) -> np.ndarray:
-    image = read_png(members, name, where=where, size=shape[:2])
+    image = read_png(members, name, where=where, size=shape[:2], remedy=REMEDY)
     if image.shape != shape:
         _refuse(where, name, image.shape, f"its group's record says {_sizes(shape)}")
     return image

@@ -161,20 +161,25 @@ def decode_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return np.asarray(image)
 
 
-def read_png(members: Mapping[str, bytes], name: str, *, where: str, size: tuple[int, ...] | None = None) -> np.ndarray:
+def read_png(
+    members: Mapping[str, bytes],
+    name: str,
+    *,
+    where: str,
+    size: tuple[int, ...] | None = None,
+    remedy: str = "make the shard again",
+) -> np.ndarray:
     """A member of a sample by `decode_png`; where its size is known, (height, width), nothing of another is decoded.
 
     Raises:
         LayerloopError: as `decode_png`, of another size, or missing, in a line that begins with `where` and names it.
     """
     if name not in members:
-        raise LayerloopError(f"{where} lacks {name}: make the shard again")
+        raise LayerloopError(f"{where} lacks {name}: {remedy}")
     try:
         if size is not None and (found := open_image(members[name]).size[::-1]) != size:
-            raise LayerloopError(
-                f"image is {' x '.join(map(str, found))}, its group's record says {' x '.join(map(str, size))}: "
-                "make the shard again"
-            )
+            sizes = " x ".join(map(str, found)), " x ".join(map(str, size))
+            raise LayerloopError(f"image is {sizes[0]}, its group's record says {sizes[1]}: {remedy}")
         return decode_png(members[name])
     except LayerloopError as error:
         raise LayerloopError(f"{where}.{name}: {error}") from None

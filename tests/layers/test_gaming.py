@@ -25,6 +25,7 @@ from layerloop.components.evaluate_adapter.cases import Case
 from layerloop.components.layers.columns import COLUMNS, DEFINITIONS, gives_verdict, quoted
 from layerloop.components.layers.measure import BLIND, MEASURES
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
+from layerloop.components.storage.images import encode_png
 
 SIDE = 96
 BOX = (slice(22, 62), slice(30, 74))  # of the white card
@@ -293,10 +294,17 @@ SLACK = 0.005  # by which chance gradients of the background may differ
 
 
 @functools.cache
+def case() -> Case:
+    """The design that the crafted stacks decompose."""
+    members = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(truth())}
+    return Case("0" * 16, "designs", 4, 0, source().shape[:2], {"png": encode_png(source()), **members})
+
+
+@functools.cache
 def scores(name: str) -> dict[str, float | None]:
     """Every column of a crafted stack against the truth; signed so that lower is better."""
     stack = truth() if name == "truth" else CRAFTED[name].build()
-    row = assess(Case("0" * 16, "designs", 4, 0, source(), truth()), stack, max_edits=0)
+    row = assess(case(), stack, max_edits=0)
     return {
         column: None if row.get(column) is None else row[column] * (-1 if COLUMNS[column].better == "higher" else 1)
         for column in HONEST

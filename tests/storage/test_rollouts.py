@@ -406,7 +406,7 @@ def used(group: Group) -> None:
 
 NOISE = np.ones((3, 12, 64), np.float32)
 TALL = encode_png(np.zeros((48, 32, 4), np.uint8))
-TOO_TALL = "48 x 32 x 4, its group's record says 32 x 32 x 4"
+TOO_TALL = "image is 48 x 32, its group's record says 32 x 32"
 
 
 @pytest.mark.parametrize(
@@ -416,8 +416,8 @@ TOO_TALL = "48 x 32 x 4, its group's record says 32 x 32 x 4"
         (member(0, "condition.safetensors", None), f"i000001-g000001 lacks condition.safetensors: {REMEDY}"),
         (member(2, "layer1.png", None), f"i000001-g000001-c01 lacks layer1.png: {REMEDY}"),
         (member(2, "trajectory.safetensors", None), f"c01 lacks trajectory.safetensors: {REMEDY}"),
-        (member(0, "source.png", TALL), f"-g000001.source.png is {TOO_TALL}: {REMEDY}"),
-        (member(2, "layer1.png", TALL), f"-c01.layer1.png is {TOO_TALL}: {REMEDY}"),
+        (member(0, "source.png", TALL), f"-g000001.source.png: {TOO_TALL}: {REMEDY}"),
+        (member(2, "layer1.png", TALL), f"-c01.layer1.png: {TOO_TALL}: {REMEDY}"),
         (member(1, "layer0.png", b"pixels"), "c00.layer0.png: image starts with b'pixels', not a known format"),
         (member(1, "trajectory.safetensors", b"latents"), "c00.trajectory.safetensors is not safetensors ("),
         (
