@@ -97,7 +97,7 @@ def test_resident_speedup(tmp_path: Path, record_benchmark: Callable[[str, float
 def trained(folder: Path, *, resident: bool) -> float:
     """Seconds from the start of the first iteration to the end of the last."""
     images, _ = make_pictures(folder)
-    recipe = packaged_recipes()["tiny"]
+    recipe = packaged_recipes()["demo"]
     with reference_judge(folder / "judge.log") as judge_url:
         pipeline = train_pipeline(iterations=ITERATIONS, workers=2, recipe=recipe, evaluate="never", resident=resident)
         arguments = {"campaign": absolute(str(folder / "campaign")), "images": str(images), "judge_url": judge_url}
