@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from layerloop.components.evaluate_adapter.assess import Row
@@ -45,11 +46,16 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
     given = dict(_named(text) for text in systems)
     if len(given) != len(systems):
         raise LayerloopError("two systems have one name: give each its own")
+    if BASE in given:
+        raise LayerloopError(f"system {BASE} is the campaign's base itself: give {given[BASE]} another name")
     if not given and not sources:
         raise LayerloopError("no system is given: name one or more as NAME=URI, or write the pictures with --sources")
+    if output and not Path(output).absolute().parent.is_dir():
+        raise LayerloopError(f"--output is {output}: its folder is not there, make it first")
     cases = read_cases(opened, opened.sources())
     if sources:
-        print(f"{write_sources(cases, Path(sources))} pictures are in {sources}")
+        with _written(sources):
+            print(f"{write_sources(cases, Path(sources))} pictures are in {sources}")
     if not given:
         return
     rows, base = _rows_of(opened, cases, given)
@@ -63,7 +69,17 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
             document = as_html(table, list(rows), shaped, campaign=opened.recipe.name).decode()
         elif not output.endswith(".json"):
             document = text
-        Path(output).write_text(document, encoding="utf-8")
+        with _written(output):
+            Path(output).write_text(document, encoding="utf-8")
+
+
+@contextmanager
+def _written(path: str) -> Iterator[None]:
+    """Raises LayerloopError where what is written within this context cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise LayerloopError(f"{path} cannot be written ({error.strerror}): give another path") from None
 
 
 def _rows_of(

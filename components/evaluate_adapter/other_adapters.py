@@ -11,7 +11,6 @@ from layerloop.components.evaluate_adapter.cases import Cases
 from layerloop.components.evaluate_adapter.measuring import Measuring
 from layerloop.components.runtime.distributed import process_group
 from layerloop.components.runtime.progress import log
-from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.folders import hub_uri, local_folder
@@ -45,8 +44,6 @@ def sample_adapters(campaign: Campaign, cases: Cases, adapters: Mapping[str, str
     from layerloop.components.policy.at import policy_at
     from layerloop.components.policy.lora import replace_adapter, train_adapter
 
-    if BASE in adapters:
-        raise LayerloopError(f"system {BASE} is the campaign's base itself: give {adapters[BASE]} another name")
     folders = {name: _folder(uri) for name, uri in adapters.items()}
     read = {name: read_adapter(folder) for name, folder in folders.items()}  # refused before the base is loaded
     chunks = case_chunks(cases.cases)

@@ -134,16 +134,25 @@ def compare_systems(base: Sequence[Row], systems: Mapping[str, Sequence[Row]], *
 
 def as_markdown(table: Table, systems: Sequence[str]) -> str:
     """The table as Markdown: base and systems, each with its change, and with its share of wins where it has one; bold
-    where the difference is clear."""
+    where the difference is clear. A system of fewer cases than another has the number of its own beside, with the
+    base's on them."""
     lines = [f"| measure | n | base | {' | '.join(systems)} |", "| --- |" + " ---: |" * (len(systems) + 2)]
     for row, cells in table.items():
-        first = next(iter(cells.values())).comparison
+        first = max((cell.comparison for cell in cells.values()), key=lambda comparison: comparison.n)
         arrow = {"lower": " ↓", "higher": " ↑", None: ""}[better_of(column_of_row(row))]
-        numbers = [_text(cells[name]) if name in cells else "–" for name in systems]
-        count = max(cell.comparison.n for cell in cells.values())
-        base = f"{first.base:.{first.decimals}f}" if first.base is not None else "–"
-        lines.append(f"| {title_of_row(row)}{arrow} | {count} | {base} | {' | '.join(numbers)} |")
+        numbers = [_text(cells[name]) + _own_cases(cells[name], first.n) if name in cells else "–" for name in systems]
+        lines.append(f"| {title_of_row(row)}{arrow} | {first.n} | {_base(first)} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
+
+
+def _base(comparison: Comparison) -> str:
+    return f"{comparison.base:.{comparison.decimals}f}" if comparison.base is not None else "–"
+
+
+def _own_cases(cell: Cell, count: int) -> str:
+    """What a system is compared with that has fewer cases than another: the base's number on these."""
+    own = cell.comparison
+    return "" if own.n == count else f" [n {own.n}, base {_base(own)}]"
 
 
 def as_json(table: Table) -> dict[str, Any]:

@@ -333,14 +333,14 @@ def render_elements(
 
 
 def _kind(design: Design, index: int) -> str:
-    return str(design["type"][index]) if "type" in design else "element"
+    return str(design["type"][index]) if design.get("type") is not None else "element"
 
 
 def _is_text(design: Design, index: int) -> bool:
     """Whether an element is a text: by its type, or by having words where types are numbers without names."""
-    if isinstance(kind := design["type"][index] if "type" in design else None, str):
+    if isinstance(kind := design["type"][index] if design.get("type") is not None else None, str):
         return kind.lower() == "textelement"
-    return bool("text" in design and design["text"][index])
+    return bool(design.get("text") is not None and design["text"][index])
 
 
 def _drawn_text(

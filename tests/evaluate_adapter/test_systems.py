@@ -86,6 +86,22 @@ def test_the_table_is_markdown_with_a_column_a_system() -> None:
     assert "wins 100 %" in bad and "wins 50 %" in bad
 
 
+def test_the_base_of_a_table_does_not_depend_on_the_order_of_systems_of_other_cases() -> None:
+    cases = some_cases()
+    base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
+    for names in (["all", "few"], ["few", "all"]):
+        rows = {name: {"all": perfect, "few": perfect[:4]}[name] for name in names}
+        (bad,) = [
+            line
+            for line in as_markdown(compare_systems(base, rows, seed=0), ["all", "few"]).splitlines()
+            if line.startswith("| designs: Bad layers ↓ |")
+        ]
+        _, _, count, mean, complete, few, _ = (cell.strip() for cell in bad.split("|"))
+        values = [row["bad_layers"] for row in base if row["kind"] == "designs"]
+        assert int(count) == len(values) == 10 and float(mean) == pytest.approx(sum(values) / 10, abs=0.01)
+        assert "[n 4, base " in few and "[n" not in complete
+
+
 def test_the_page_has_a_section_for_each_system() -> None:
     cases = some_cases(24)
     base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
@@ -257,6 +273,9 @@ def test_the_command_line_hands_over(evaluated: Evaluated, capfd: pytest.Capture
         (["nameless"], "system 'nameless' is not NAME=URI"),
         (["a=/x", "a=/y"], "two systems have one name"),
         (["a=/nowhere"], "/nowhere has layers of none of the 7 cases"),
+        (["base=/nowhere"], "system base is the campaign's base itself: give /nowhere another name"),
+        (["a=/nowhere", "--output", "/nowhere/x.html"], "--output is /nowhere/x.html: its folder is not there"),
+        (["--sources", "/proc/x"], "/proc/x cannot be written ("),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(

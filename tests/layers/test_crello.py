@@ -191,6 +191,7 @@ def test_a_text_preview_is_stretched_over_its_box_and_keeps_its_own_alpha():
     assert render_design(design)[0, 8, 16].tolist() == [*RED, 255]
     assert render_design(design | {"type": ["ImageElement"]})[0, 8, 16, 3] == 128
     assert render_design(design | {"type": [4], "text": ["words"]})[0, 8, 16, 3] == 255  # types without names
+    assert render_design(design | {"type": None, "text": None})[0, 8, 16, 3] == 128  # of no type: an image
 
 
 @pytest.mark.parametrize(
