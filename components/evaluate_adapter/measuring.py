@@ -111,6 +111,9 @@ def _measured(case: Case, stack: Pixels | None, max_edits: int) -> Row:
     return assess(case, layers, max_edits=max_edits)
 
 
+# Pickles go through pipes to processes that this one has started, and back: none comes from a file or a network.
+
+
 def _send(file: BinaryIO, value: Any) -> None:
     data = pickle.dumps(value, protocol=5)
     file.write(_SIZE.pack(len(data)))

@@ -42,9 +42,12 @@ raise SystemExit(step_main(run))
 
 # A terminal: the run and, without a session of their own, its steps are one process group, which ctrl-C reaches.
 TERMINAL = """
+import signal
 import sys
 from pathlib import Path
 from layerloop.pipelines.local import run_pipeline
+if sys.argv[3] == "lost":
+    signal.signal(signal.SIGINT, lambda *_: None)
 try:
     run_pipeline(Path(sys.argv[1]), {"text": "wait"}, folder=Path(sys.argv[2]))
 except KeyboardInterrupt:
@@ -173,9 +176,11 @@ def test_a_crash_is_a_failure_of_status_one_that_names_its_log_and_stops_the_oth
     assert "Traceback" in log.read_text()
 
 
-def test_an_interrupt_ends_every_step_and_prints_nothing_of_theirs(runner: Runner) -> None:
+@pytest.mark.parametrize("exception", ["raised", "lost"])
+def test_an_interrupt_ends_every_step_and_prints_nothing_of_theirs(runner: Runner, exception: str) -> None:
+    """Also where its exception is lost, as one that is raised while Python removes an object."""
     package = write_pipeline(two_workers, runner.folder / "pipeline.yaml")
-    command = [sys.executable, "-c", TERMINAL, str(package), str(runner.folder / "run")]
+    command = [sys.executable, "-c", TERMINAL, str(package), str(runner.folder / "run"), exception]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as terminal:
