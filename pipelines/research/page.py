@@ -90,10 +90,10 @@ def _setting(study: Study, recipe: Recipe) -> str:
 {rollout.min_layers} to {rollout.max_layers} layers, {rollout.steps} steps, {noise}, learning rate
 {recipe.update.learning_rate:g}. Then it measures base and tuned policy on {measured} from the same noise.
 
-**The base** is the tiny policy that ships with layerloop, trained on with designs of which 60 % are decomposed badly:
-things left in the background, veils, copies of the whole picture (`components/research/faults.py`). The 20 B
-base has such faults from its own training, 1.65 bad layers a decomposition (arXiv 2605.30257); the tiny policy as it
-ships has hardly any, and arm `shipped_base` shows what learning does to it.
+**The base** is the tiny policy that ships with layerloop with its adapter of faults, which was trained on designs of
+which 70 % are decomposed badly: things left in the background, veils, copies of the whole picture
+(`components/research/faults.py`). The 20 B base has such faults from its own training, 1.65 bad layers a decomposition
+(arXiv 2605.30257); the tiny policy as it ships has hardly any, and arm `shipped_base` shows what learning does to it.
 
 **The judge** is `{recipe.judge.model}`: rules over the pixels it is shown, not a vision-language model. It is built
 to be coarse about a candidate alone, nearly always 2 or 3 of 0 to 5, and fine side by side, as vision-language models

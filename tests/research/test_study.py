@@ -16,7 +16,7 @@ from layerloop.pipelines.research.study import study_recipe
 
 def study(folder: Path) -> Study:
     return Study(
-        folder=folder, recipe=study_recipe(), base=folder / "base", iterations=2, images=folder / "i",
+        folder=folder, recipe=study_recipe(), iterations=2, images=folder / "i",
         designs=folder / "d", judge_urls={},
     )  # fmt: skip
 
@@ -27,7 +27,7 @@ def test_every_arm_is_a_valid_recipe_that_changes_what_it_says(arm: str, tmp_pat
     assert changed.seed == 2
     full = parse_recipe(study(tmp_path).recipe_of(Run("full", 2)))
     assert (changed == full) == (arm == "full")
-    assert changed.model.base == ("tiny" if arm == "shipped_base" else str(tmp_path / "base"))
+    assert changed.model.base == ("tiny" if arm == "shipped_base" else "tiny-faulty")
 
 
 def test_the_arms_that_the_results_need_have_three_seeds() -> None:

@@ -34,7 +34,7 @@ BASE_L1 = {2: 0.1, 3: 0.08, 4: 0.06}
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     return Study(
-        folder=tmp_path / "study", recipe=study_recipe(), base=tmp_path / "base", iterations=2, images=tmp_path / "i",
+        folder=tmp_path / "study", recipe=study_recipe(), iterations=2, images=tmp_path / "i",
         designs=tmp_path / "d", judge_urls={},
     )  # fmt: skip
 
