@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, TypeVar
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.storage.owners import ABANDONED
-from layerloop.components.storage.s3_client import ATTEMPTS, client, endpoint
+from layerloop.components.storage.s3_client import ATTEMPTS, checksums, client, endpoint
 from layerloop.components.storage.s3_errors import (
     BUSY,
     cause_of,
@@ -46,12 +46,13 @@ from layerloop.components.storage.store import (
 T = TypeVar("T")
 
 _TOKEN = "layerloop-writer"  # object metadata: who wrote it, so that a retried request can recognise its own success
-PART_BYTES = 32 << 20  # larger objects travel in parts of this size, several at once
+PART_BYTES = 16 << 20  # larger objects travel in parts of this size, several at once
 PATIENCE = 120.0  # seconds in which a store that has answered before is asked again while it fails
 _WORDLESS = ("301", "307", "400", "401", "403")  # codes of refusals that have no body
 _CONFLICTS = 5  # a 409 (another writer is in the middle of the same name) is retried this often
 _MAX_COPY = 5 * 10**9  # bytes that one request copies, by S3's documentation
 _EXISTS = ("PreconditionFailed", "412")  # answers to a create-only put; the number where the body was cut off
+_OTHER_BYTES = ("BadDigest", "XAmzContentChecksumMismatch")  # not those that were sent
 _CONFLICT = ("ConditionalRequestConflict", "409")
 PROBE, BID = ".conditional-write-probe-", ".bid-"  # parts of names of objects that are there for a moment only
 
@@ -100,7 +101,7 @@ class S3Store(Store):
 
     def upload(self, name: str, path: Path) -> None:
         # In parts when large; a multipart object appears when its last request completes.
-        self._put(name, lambda key: self._client.upload_file(str(path), self.bucket, key, Config=_transfer()))
+        self._put(name, functools.partial(self._upload, path))
 
     def download(self, name: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +280,25 @@ class S3Store(Store):
         """Send an object. A 404 answers some servers' race of two first writers in a folder, or the last request of a
         multipart upload that was completed by the one before, whose answer was lost."""
         key = self._key(name)
-        self._ask(name, lambda: put(key), again=("BadDigest", "NoSuchKey", "NoSuchUpload", "404"))
+        self._ask(name, lambda: put(key), again=(*_OTHER_BYTES, "NoSuchKey", "NoSuchUpload", "404"))
+
+    def _upload(self, path: Path, key: str) -> None:
+        """A file, with CRC-32 unless the store refuses it: then it takes the same without."""
+        from botocore.exceptions import ClientError
+
+        known = checksums(endpoint(self._client))
+        if known.compares_crc32 is not False:
+            try:
+                crc32 = {"ChecksumAlgorithm": "CRC32"}
+                self._client.upload_file(str(path), self.bucket, key, ExtraArgs=crc32, Config=_transfer())
+                return
+            except Exception as error:
+                cause = cause_of(error)
+                may_be = isinstance(cause, ClientError) and error_status(cause) in (400, 403, 405, 501)
+                if known.compares_crc32 or not may_be or error_code(cause) in _OTHER_BYTES:
+                    raise
+        self._client.upload_file(str(path), self.bucket, key, Config=_transfer())
+        known.compares_crc32 = False
 
     def _fetch(self, name: str, file: BinaryIO) -> None:
         """The object into a file, in parts, several at once."""
@@ -349,7 +368,7 @@ class S3Store(Store):
 
         for attempt in range(_CONFLICTS):
             try:
-                self._ask(name, put, let=(*_EXISTS, *_CONFLICT), again=("BadDigest",))
+                self._ask(name, put, let=(*_EXISTS, *_CONFLICT), again=_OTHER_BYTES)
                 return True
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] == 412:

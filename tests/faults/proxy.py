@@ -12,6 +12,7 @@ import http.client
 import random
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -70,12 +71,15 @@ class Proxy(BaseHTTPRequestHandler):
         self.cut()
 
     def flipped(self) -> None:
-        """One bit of an object is another, on its way up or down. The server compares what comes up with Content-MD5,
-        as S3 does and moto does not."""
+        """One bit of an object is another, on its way up or down. The server compares what comes up with the hash that
+        came with it, as S3 does and moto does not."""
         if self.command == "PUT" and self.body:
-            sent = self.headers.get("Content-MD5")
             body = _flip(self.body)
-            if sent is not None and base64.b64encode(hashlib.md5(body).digest()).decode() != sent:
+            own = {
+                "Content-MD5": hashlib.md5(body).digest(),
+                "x-amz-checksum-crc32": zlib.crc32(body).to_bytes(4, "big"),
+            }
+            if any(self.headers.get(name) not in (None, base64.b64encode(own[name]).decode()) for name in own):
                 self.answer(400, [], BAD_DIGEST)
             else:
                 self.answer(*self.forward(body))
@@ -94,7 +98,8 @@ class Proxy(BaseHTTPRequestHandler):
         connection = http.client.HTTPConnection(self.server.upstream, timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
         if body is not self.body:
-            headers = {name: value for name, value in headers.items() if name != "Content-MD5"}
+            hashes = ("content-md5", "x-amz-checksum-crc32")
+            headers = {name: value for name, value in headers.items() if name.lower() not in hashes}
         connection.request(self.command, self.path, body=body, headers=headers)
         response = connection.getresponse()
         data = response.read()

@@ -8,6 +8,7 @@ the judge was paid for, and whose reply was stored, is sent again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -30,7 +31,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import RECIPE, Campaign
 from layerloop.components.storage.lease import sweep
-from layerloop.components.storage.stores import LocalStore, Store, open_store
+from layerloop.components.storage.stores import LocalStore, MissingObjectError, Store, open_store
 from layerloop.components.storage.verification import Findings, repair_campaign, unnamed_objects, verify_campaign
 
 from ..campaigns import SIDE, plain_name, save_tiny_base
@@ -264,8 +265,12 @@ def spoil_orphans(uri: str) -> int:
 
 def stored_replies(store: Store) -> set[str]:
     """The requests whose replies a campaign has, by their hash: the judge's id of its reply."""
-    names = [name for name in store.list("iterations/") if "/replies/" in name]
-    return {json.loads(store.read(name))["id"] for name in names}
+    found = set[str]()
+    for name in store.list("iterations/"):
+        if "/replies/" in name:
+            with contextlib.suppress(MissingObjectError):  # the server was still at work on the killed one's deletion
+                found.add(json.loads(store.read(name))["id"])
+    return found
 
 
 @dataclass

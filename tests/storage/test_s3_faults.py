@@ -7,10 +7,12 @@ import hashlib
 import http.client
 import itertools
 import os
+import re
 import socket
 import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,6 +99,7 @@ def faulty(proxy: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> FaultyServer
     monkeypatch.setattr(s3, "_ignores_conditions", {})
     monkeypatch.setattr(s3, "_other_etags", set())
     monkeypatch.setattr(s3, "_answered", set())
+    monkeypatch.setattr(s3_client.checksums(f"http://127.0.0.1:{proxy.server_port}"), "compares_crc32", None)
     return proxy
 
 
@@ -385,35 +388,91 @@ def test_a_store_whose_etags_are_no_md5_is_read_twice_once_only(faulty: FaultySe
     assert len(faulty.seen) - before == 4
 
 
+def compare(request: Proxy) -> bool:
+    """Refuse a body that is not that of its headers, as S3 and rclone do and moto does not."""
+    said = [request.headers[name] for name in ("Content-MD5", "x-amz-checksum-crc32") if name in request.headers]
+    own = (hashlib.md5(request.body).digest(), zlib.crc32(request.body).to_bytes(4, "big"))
+    assert said, "nothing to compare with"
+    if set(said) <= {base64.b64encode(digest).decode() for digest in own}:
+        return False
+    request.answer(400, b"<Error><Code>BadDigest</Code><Message>no</Message></Error>")
+    return True
+
+
 def test_a_bit_that_flips_on_the_way_to_the_store_is_noticed_there(
     faulty: FaultyServer, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The header that comes with every part says so; this server compares, as S3 and rclone do."""
+    """The header that comes with every object and part says so."""
     monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
-    puts = list[str]()
+    flipped = set[str]()
 
-    def compare(request: Proxy) -> bool:
+    def flip(request: Proxy) -> bool:
         if request.command != "PUT" or probe(request):
             return False
-        puts.append(request.path)
-        if len(puts) % 2:
-            request.body = b"!" + request.body[1:]
-        digest = base64.b64encode(hashlib.md5(request.body).digest()).decode()
-        if request.headers["Content-MD5"] == digest:
-            return False
-        request.answer(400, b"<Error><Code>BadDigest</Code><Message>no</Message></Error>")
-        return True
+        if (what := re.sub("uploadId=[^&]*", "", request.path)) not in flipped:
+            flipped.add(what)
+            request.body = bytes([request.body[0] ^ 1]) + request.body[1:]
+        return compare(request)
 
-    faulty.spoil = compare
+    faulty.spoil = flip
     store.write("x", b"content")
-    assert store.read("x") == b"content" and len(puts) == 2
+    assert store.read("x") == b"content" and len(flipped) == 1
     (tmp_path / "small").write_bytes(b"file")
-    store.upload("small", tmp_path / "small")
-    assert store.read("small") == b"file" and len(puts) == 4
-    faulty.spoil = lambda request: request.command == "PUT" and "Content-MD5" not in request.headers
+    (tmp_path / "large").write_bytes(os.urandom(11 << 20))
+    for name in ("small", "large"):
+        store.upload(name, tmp_path / name)
+        assert store.read(name) == (tmp_path / name).read_bytes()
+    assert len(flipped) == 5, "the large one has three parts"
+
+
+def hashes_sent(faulty: FaultyServer, spoil: Spoil) -> list[tuple[bool, bool]]:
+    """Of every upload's request whether it brings Content-MD5 and CRC-32, while `spoil` is at work."""
+    sent: list[tuple[bool, bool]] = []
+
+    def look(request: Proxy) -> bool:
+        if request.command == "PUT" and not probe(request):
+            sent.append(("Content-MD5" in request.headers, "x-amz-checksum-crc32" in request.headers))
+        return spoil(request)
+
+    faulty.spoil = look
+    return sent
+
+
+def without_crc32(request: Proxy) -> bool:
+    """A store that overlooks it."""
+    for name in [name for name in request.headers if "checksum" in name.lower()]:
+        del request.headers[name]
+    return False
+
+
+def refuse_crc32(request: Proxy) -> bool:
+    """A store that refuses it."""
+    if any("checksum" in name.lower() for name in request.headers):
+        request.answer(501, b"<Error><Code>NotImplemented</Code><Message>no such header</Message></Error>")
+        return True
+    return False
+
+
+def test_a_file_goes_with_the_hash_that_its_store_compares(
+    faulty: FaultyServer, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MD5 until the store has shown that it knows CRC-32, and for ever where it overlooks or refuses that."""
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    (tmp_path / "small").write_bytes(b"file")
     (tmp_path / "large").write_bytes(bytes(11 << 20))
+    sent = hashes_sent(faulty, lambda _: False)
+    store.upload("small", tmp_path / "small")
     store.upload("large", tmp_path / "large")
-    assert store.size("large") == 11 << 20
+    store.write("x", b"")
+    assert sent == [(True, True), *[(False, True)] * 3, (True, False)]
+    for spoil, first in ((without_crc32, [(True, True)]), (refuse_crc32, [(True, True), (True, False)])):
+        s3_client.checksums(os.environ["AWS_ENDPOINT_URL"]).compares_crc32 = None
+        sent = hashes_sent(faulty, spoil)
+        store.upload("small", tmp_path / "small")
+        assert sent == first
+        store.upload("large", tmp_path / "large")
+        assert sent[len(first) :] == [(True, False)] * 3
+        assert store.size("large") == 11 << 20
 
 
 def test_an_answer_without_a_length_is_looked_up_in_the_listing(faulty: FaultyServer, store: Store) -> None:
