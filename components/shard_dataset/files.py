@@ -173,9 +173,9 @@ def _bucket_files(uri: str) -> Files:
             }  # consoles make "folder/" objects, too
             return Listing({name: names[name] for name in sorted(names) if name and not name.endswith("/")})
 
-        def read(self, name: str) -> bytes:
+        def read(self, name: str, *, most: int | None = None) -> bytes:
             try:
-                return super().read(name)
+                return super().read(name, most=most)
             except MissingObjectError as error:
                 raise InputError(str(error)) from None
 

@@ -21,7 +21,7 @@ from layerloop.components.runtime.recurring import disable_recurring_run
 from layerloop.components.runtime.refusals import POD
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import RECIPE, Campaign, check_publication_name
-from layerloop.components.storage.stores import Store
+from layerloop.components.storage.stores import LARGEST_RECORD, Store
 
 RUNS = "runs"  # folder of the records of runs that were started
 MODES = ("end", "every-run", "never", "only")
@@ -183,7 +183,7 @@ def _records(store: Store) -> Iterator[dict[str, Any]]:
     """Records of earlier runs; unreadable ones are skipped."""
     for name in store.list(f"{RUNS}/"):
         try:
-            record = json.loads(store.read(name))
+            record = json.loads(store.read(name, most=LARGEST_RECORD))
             yield {"run": str(record["run"]), "started": float(record["started"]), "mark": str(record["mark"])}
         except (ValueError, KeyError, TypeError, LayerloopError):
             continue

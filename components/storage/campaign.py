@@ -16,7 +16,7 @@ from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.manifests import commit, load, verify
 from layerloop.components.storage.rollouts import committed_groups, manifest_name, sampled_groups
 from layerloop.components.storage.runtime import read_runtime
-from layerloop.components.storage.stores import READS, MissingObjectError, Store, open_store
+from layerloop.components.storage.stores import LARGEST_RECORD, READS, MissingObjectError, Store, open_store
 
 RECIPE = "recipe.json"
 FOLDERS = ("sources", "iterations", "evaluations", "publications", "published", "lease", "runs", "refusals")
@@ -293,7 +293,7 @@ def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any], str]:
     where = f"{store.uri}/{RECIPE}"
     for attempt in range(READS):
         try:
-            data = store.read(RECIPE)
+            data = store.read(RECIPE, most=LARGEST_RECORD)
             content = unseal(data, where=where)
             break
         except MissingObjectError:

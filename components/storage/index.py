@@ -22,7 +22,7 @@ from layerloop.components.schema.manifest import Shard
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.removals import removed_files
 from layerloop.components.storage.shards import read_sample, sample_ranges
-from layerloop.components.storage.store import MissingObjectError, Store
+from layerloop.components.storage.store import MissingObjectError, Store, TooLargeError
 
 INDEX = "index.parquet"
 _THREADS = 16
@@ -133,7 +133,7 @@ def _indexed(store: Store, folder: str, key: str) -> list[Row]:
 
     columns = ["shard", "key", "offset", "length"]
     try:
-        data = io.BytesIO(store.read(f"{folder}/{INDEX}"))
+        data = io.BytesIO(store.read(f"{folder}/{INDEX}", most=_MOST_BYTES))
         file = pyarrow.parquet.ParquetFile(data, read_dictionary=["shard", "key"])
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         if file.metadata.num_rows > _MOST_ROWS or sum(group.total_byte_size for group in groups) > _MOST_BYTES:
@@ -144,6 +144,6 @@ def _indexed(store: Store, folder: str, key: str) -> list[Row]:
             position = pyarrow.compute.index(keys.dictionary, key).as_py()
             own = batch.filter(pyarrow.compute.equal(keys.indices, position)).slice(0, _MOST_SHARDS)
             found += zip(*(own.column(number).to_pylist() for number in range(4)), strict=True)
-    except (MissingObjectError, pyarrow.ArrowException, KeyError, AttributeError):
+    except (MissingObjectError, TooLargeError, pyarrow.ArrowException, KeyError, AttributeError):
         return []
     return [row for row in found if isinstance(row[2], int) and isinstance(row[3], int)]

@@ -33,7 +33,7 @@ from typing import Any
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.steps import RUN
 from layerloop.components.storage.owners import identity, remove_abandoned_folders
-from layerloop.components.storage.store import Store
+from layerloop.components.storage.store import LARGEST_RECORD, Store
 
 TRAINING, EVALUATION, PUBLICATION = SCOPES = ("training", "evaluation", "publication")  # held independently
 FOLDER = "lease"
@@ -242,7 +242,7 @@ def _claim_name(scope: str, number: int) -> str:
 def _read(store: Store, name: str) -> dict[str, Any]:
     """A record of ours; empty where it is gone or unreadable."""
     try:
-        value = json.loads(store.read(name))
+        value = json.loads(store.read(name, most=LARGEST_RECORD))
     except (LayerloopError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

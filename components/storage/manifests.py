@@ -14,7 +14,15 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import HASH_DIGITS, File, Manifest, content_name
 from layerloop.components.schema.record import DamagedError
 from layerloop.components.storage.removals import explain_missing, was_removed
-from layerloop.components.storage.store import READS, MissingObjectError, Store, written_before
+from layerloop.components.storage.store import (
+    LARGEST_RECORD,
+    READS,
+    MissingObjectError,
+    Store,
+    TooLargeError,
+    hash_file,
+    written_before,
+)
 
 _PUBLICATION = re.compile(rf"publications/[^/]+/[0-9a-f]{{{HASH_DIGITS}}}/")
 
@@ -60,7 +68,7 @@ def load(store: Store, name: str) -> Manifest | None:
     """
     for attempt in range(READS):
         try:
-            return Manifest.from_json(store.read(name), where=f"{store.uri}/{name}")
+            return Manifest.from_json(store.read(name, most=LARGEST_RECORD), where=f"{store.uri}/{name}")
         except MissingObjectError:
             return None
         except DamagedError:
@@ -120,10 +128,10 @@ def find_file(store: Store, name: str) -> File | None:
     says. One of an earlier version, whose name says none, is read twice."""
     for found, digits in written_before(store, name):
         for _ in range(READS):
-            data = store.read(found)
-            digest = hashlib.sha256(data).hexdigest()
+            with store.open(found) as file:
+                digest, size = hash_file(file)
             if digits and digest.startswith(digits):
-                return File(name=found, bytes=len(data), sha256=digest)
+                return File(name=found, bytes=size, sha256=digest)
             digits = digits or digest
     return None
 
@@ -136,9 +144,14 @@ def read_file(store: Store, file: File) -> bytes:
     """
     for _ in range(READS):
         try:
-            data = store.read(file.name)
+            data = store.read(file.name, most=file.bytes)
         except MissingObjectError as error:
             raise explain_missing(store, file, error) from None
+        except TooLargeError as error:
+            raise DamagedError(
+                f"{store.uri}/{file.name} has {error.size} bytes, its manifest says {file.bytes}: it was changed after "
+                "it was committed, restore it"
+            ) from None
         digest = hashlib.sha256(data).hexdigest()
         if (len(data), digest) == (file.bytes, file.sha256):
             return data

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Removal
 from layerloop.components.schema.record import DamagedError
-from layerloop.components.storage.store import READS, MissingObjectError, Store
+from layerloop.components.storage.store import LARGEST_RECORD, READS, MissingObjectError, Store
 
 RECORD = "removed.json"
 _REMOVABLE = re.compile(r"(iterations/\d{6,}/(?:rollouts|policy))/.+")
@@ -27,7 +27,7 @@ def removed_files(store: Store, folder: str) -> dict[str, File]:
     name = f"{folder}/{RECORD}"
     for attempt in range(READS):
         try:
-            record = Removal.from_json(store.read(name), where=f"{store.uri}/{name}")
+            record = Removal.from_json(store.read(name, most=LARGEST_RECORD), where=f"{store.uri}/{name}")
             break
         except MissingObjectError:
             return {}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from layerloop.components.storage.stores import Store
+from layerloop.components.storage.stores import LARGEST_RECORD, Store
 
 
 class StoredReplies:
@@ -25,7 +25,7 @@ class StoredReplies:
 
     def get(self, key: str) -> bytes:
         """A stored reply."""
-        return self._store.read(f"{self._folder}/{key}.json")
+        return self._store.read(f"{self._folder}/{key}.json", most=LARGEST_RECORD)
 
     def put(self, key: str, data: bytes) -> bytes:
         """Store a reply, never over another; returns the one that counts: another run's, where that was faster.
@@ -38,12 +38,15 @@ class StoredReplies:
         elif created := not self._store.exists(name):
             self._store.write(name, data)
         self._known.add(key)
-        return data if created else self._store.read(name)
+        return data if created else self._store.read(name, most=LARGEST_RECORD)
 
     def entries(self) -> Mapping[str, dict[str, Any]]:
         """Batches in progress, by name."""
         names = self._store.list(f"{self._folder}/batches/")
-        return {name.rpartition("/")[2].removesuffix(".json"): json.loads(self._store.read(name)) for name in names}
+        return {
+            name.rpartition("/")[2].removesuffix(".json"): json.loads(self._store.read(name, most=LARGEST_RECORD))
+            for name in names
+        }
 
     def enter(self, name: str, entry: dict[str, Any]) -> None:
         """Store the state of a batch."""

@@ -10,7 +10,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.runtime import TINY, Runtime, checked_values, merged
 from layerloop.components.schema.yaml_text import load_yaml
-from layerloop.components.storage.stores import read_uri
+from layerloop.components.storage.stores import LARGEST_RECORD, read_uri
 
 VARIABLE: Final = "LAYERLOOP_RUNTIME"
 
@@ -63,7 +63,7 @@ def runtime_values(given: str | Mapping[str, Any], *, where: str = "runtime") ->
         text = given.strip()
         if text and not ("\n" in text or ": " in text or text.startswith("{")):
             try:
-                text = read_uri(os.path.expanduser(text)).decode()
+                text = read_uri(os.path.expanduser(text), most=LARGEST_RECORD).decode()
             except (LayerloopError, UnicodeDecodeError) as error:
                 reason = "it is not text" if isinstance(error, UnicodeDecodeError) else error
                 raise LayerloopError(

@@ -38,6 +38,7 @@ from layerloop.components.storage.store import (
     MissingObjectError,
     Names,
     Store,
+    TooLargeError,
     checked_name,
     folder_prefix,
     is_name,
@@ -108,8 +109,8 @@ class S3Store(Store):
         key = self._key(name)  # boto3 writes a temporary file next to it and renames it
         self._ask(name, lambda: self._client.download_file(self.bucket, key, str(path), Config=_transfer()))
 
-    def read(self, name: str) -> bytes:
-        if (data := self._read_small(name)) is not None:
+    def read(self, name: str, *, most: int | None = None) -> bytes:
+        if (data := self._read_small(name, most)) is not None:
             return data
         buffer = io.BytesIO()
         self._fetch(name, buffer)
@@ -334,11 +335,13 @@ class S3Store(Store):
         from botocore.exceptions import ClientError
 
         refused = isinstance(error, ClientError)
-        if attempt < ATTEMPTS and (error_code(error) in again if refused else is_broken_answer(error)):
+        if refused and attempt < ATTEMPTS and error_code(error) in again:
+            return True
+        if is_broken_answer(error) and attempt < ATTEMPTS and (attempt == 0 or seconds < PATIENCE):
             return True
         return is_passing(error) and self._bucket_uri in _answered and seconds < PATIENCE
 
-    def _read_small(self, name: str) -> bytes | None:
+    def _read_small(self, name: str, most: int | None) -> bytes | None:
         """The object by one request, or None if it is large. One whose bytes are not those of its ETag is read again,
         until two reads agree: an ETag may be something else than their MD5."""
         key = self._key(name)
@@ -346,8 +349,10 @@ class S3Store(Store):
         def read() -> tuple[bytes | None, str]:
             answer = self._client.get_object(Bucket=self.bucket, Key=key)
             with contextlib.closing(answer["Body"]) as body:
-                small = int(answer.get("ContentLength") or 0) <= 2 * PART_BYTES
-                return bytes(body.read()) if small else None, str(answer.get("ETag", "")).strip('"')
+                size = int(answer.get("ContentLength") or 0)
+                if most is not None and size > most:
+                    raise TooLargeError(f"{self.uri}/{name}", size, most)
+                return bytes(body.read()) if size <= 2 * PART_BYTES else None, str(answer.get("ETag", "")).strip('"')
 
         data, etag = self._ask(name, read)
         while data is not None and self._bucket_uri not in _other_etags and _is_md5(etag) and _md5(data) != etag:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.s3_pace import keep_pace
 
 ENCRYPTION: Final = "LAYERLOOP_S3_ENCRYPTION"
 KMS_KEY: Final = "LAYERLOOP_S3_KMS_KEY"
@@ -73,6 +74,7 @@ def _new_client(settings: frozenset[tuple[str, str]]) -> Any:
         made = session.client("s3", config=config, region_name=region)
     except (BotoCoreError, ValueError) as error:
         raise LayerloopError(f"S3 settings are refused ({error}): check the AWS_* variables and profile") from None
+    keep_pace(made)
     ours = checksums(endpoint(made))
     for operation in ("PutObject", "UploadPart"):
         made.meta.events.register(f"before-parameter-build.s3.{operation}", ours.add)

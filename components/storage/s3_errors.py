@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
+
+from layerloop.components.storage.s3_pace import TooSlowError
 
 BUSY = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests", "503", "429")
 _ACTION = re.compile(r"\b(?:s3|kms):[A-Z][A-Za-z]{2,40}\b")  # as AWS names a right that lacks
@@ -100,11 +103,24 @@ def no_answer(error: Exception, where: str) -> str:
     from botocore.parsers import ResponseParserError
 
     kind = type(error).__name__
+    if slow := next((one for one in _causes(error) if isinstance(one, TooSlowError)), None):
+        return f"is too slow at {where} ({slow}): see to the store, the network and what is between, and run it again"
     if isinstance(error, ResponseParserError):
         return f"is no S3 store at {where} ({kind}): correct AWS_ENDPOINT_URL"
     if isinstance(error, SSLError):
         return f"cannot be trusted at {where} ({kind}): set AWS_CA_BUNDLE to its CA's certificate, or correct the URL"
     return f"does not answer at {where} ({kind}): check AWS_ENDPOINT_URL and the network"
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that led to it."""
+    seen: list[BaseException] = []
+    while error not in seen:
+        yield error
+        seen.append(error)
+        wrapped = getattr(error, "kwargs", {}).get("error")  # of botocore's errors, whose context may be another by now
+        inner = wrapped if isinstance(wrapped, BaseException) else error.__cause__ or error.__context__
+        error = inner or error
 
 
 def _rights(error: Any) -> str:

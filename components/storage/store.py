@@ -25,11 +25,22 @@ from layerloop.components.schema.manifest import HASH_DIGITS, content_name
 Names = list[str]  # `list` itself is a method's name inside the class below
 
 
+LARGEST_RECORD = 64 << 20  # bytes of a manifest, a recipe, a reply: records are read into memory
 READS = 3  # of bytes that are not what they should be: a bit may have flipped on their way
 
 
 class MissingObjectError(LayerloopError):
     """A named object is not in the store."""
+
+
+class TooLargeError(LayerloopError):
+    """An object is larger than what is read into memory."""
+
+    def __init__(self, where: str, size: int, most: int) -> None:
+        super().__init__(
+            f"{where} has {size} bytes, at most {most} are expected: it is not what it is named, restore it"
+        )
+        self.size = size
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +62,13 @@ class Store(ABC):
     def creates_once(self) -> bool:
         """Whether `create` succeeds for one writer only, whatever their timing."""
 
-    def read(self, name: str) -> bytes:
-        """The object's bytes. Raises MissingObjectError."""
+    def read(self, name: str, *, most: int | None = None) -> bytes:
+        """The object's bytes. Raises MissingObjectError, and TooLargeError, before they are read, of one of more bytes
+        than `most`."""
         with self.open(name) as file:
+            if most is not None and (size := file.seek(0, io.SEEK_END)) > most:
+                raise TooLargeError(f"{self.uri}/{name}", size, most)
+            file.seek(0)
             return file.read()
 
     def read_range(self, name: str, offset: int, size: int) -> bytes:

@@ -9,9 +9,9 @@ from urllib.parse import unquote, urlsplit
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.local import LocalStore
-from layerloop.components.storage.store import READS, MissingObjectError, Store
+from layerloop.components.storage.store import LARGEST_RECORD, READS, MissingObjectError, Store
 
-__all__ = ["READS", "LocalStore", "MissingObjectError", "Store", "open_store", "read_uri"]
+__all__ = ["LARGEST_RECORD", "READS", "LocalStore", "MissingObjectError", "Store", "open_store", "read_uri"]
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -44,15 +44,15 @@ def open_store(uri: str | Path) -> Store:
             )
 
 
-def read_uri(uri: str | Path) -> bytes:
+def read_uri(uri: str | Path, *, most: int | None = None) -> bytes:
     """The bytes of one file, at a path, `file://` or `s3://bucket/key`.
 
     Raises:
-        LayerloopError: an impossible URI, or nothing there.
+        LayerloopError: an impossible URI, nothing there, or more than `most` bytes.
     """
     if (shown := without_secrets(str(uri))) != str(uri):
         raise LayerloopError(f"{shown} carries a password or a signature: give the URI alone and set AWS_* variables")
     folder, _, name = str(uri).rpartition("/")
     if not name or folder.endswith(":/"):
         raise LayerloopError(f"{without_secrets(str(uri))} is a folder: give a file")
-    return open_store(folder or ("/" if str(uri).startswith("/") else ".")).read(name)
+    return open_store(folder or ("/" if str(uri).startswith("/") else ".")).read(name, most=most)

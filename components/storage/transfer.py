@@ -14,7 +14,7 @@ from layerloop.components.schema.manifest import File
 from layerloop.components.storage.campaign import RECIPE, Campaign
 from layerloop.components.storage.index import write_indices
 from layerloop.components.storage.owners import scratch_folder
-from layerloop.components.storage.store import READS, Store, hash_file
+from layerloop.components.storage.store import LARGEST_RECORD, READS, Store, TooLargeError, hash_file
 from layerloop.components.storage.stores import open_store
 from layerloop.components.storage.verification import README, committed_objects
 
@@ -59,9 +59,9 @@ def copy_campaign(campaign: Campaign, uri: str, *, log: Log) -> Store:
     source, target = campaign.store, open_store(uri)
     if target.uri == source.uri:
         raise LayerloopError(f"{uri} is the campaign itself: give another folder")
-    recipe = source.read(RECIPE)
+    recipe = source.read(RECIPE, most=LARGEST_RECORD)
     there = target.sizes()
-    if RECIPE in there and target.read(RECIPE) != recipe:
+    if RECIPE in there and target.read(RECIPE, most=LARGEST_RECORD) != recipe:
         raise LayerloopError(f"{target.uri} holds another campaign: give an empty folder")
     named, others = committed_objects(campaign)
     strange = sorted(there.keys() - named.keys() - others - {RECIPE, README})
@@ -70,8 +70,9 @@ def copy_campaign(campaign: Campaign, uri: str, *, log: Log) -> Store:
     target.check_writable()
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(lambda file: _copy(source, target, file, there), named.values()))
-        for name in sorted(others - {RECIPE}):  # small; manifests after what they name
-            target.write(name, source.read(name))
+        for last in (False, True):  # manifests after what lies beside them
+            names = [name for name in others - {RECIPE} if name.endswith("manifest.json") == last]
+            list(pool.map(lambda name: _copy_unnamed(source, target, name), sorted(names)))
     target.write(RECIPE, recipe)
     size = sum(file.bytes for file in named.values())
     log(f"{len(named)} objects of {size / 1e6:.1f} MB are at {target.uri}, each with the hash of its manifest")
@@ -95,6 +96,16 @@ def _copy(source: Store, target: Store, file: File, there: Mapping[str, int]) ->
         f"{source.uri}/{file.name} has {size} bytes of sha256 {found[:12]}, its manifest says {file.bytes} and "
         f"{file.sha256[:12]}: see layerloop campaign verify {source.uri}"
     )
+
+
+def _copy_unnamed(source: Store, target: Store, name: str) -> None:
+    """Copy an object that no manifest has a hash of."""
+    try:
+        target.write(name, source.read(name, most=LARGEST_RECORD))
+    except TooLargeError:  # an adapter where people load it
+        with scratch_folder() as folder:
+            source.download(name, folder / "object")
+            target.upload(name, folder / "object")
 
 
 def _hash(store: Store, name: str) -> str:

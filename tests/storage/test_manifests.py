@@ -9,6 +9,8 @@ import pytest
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
+from layerloop.components.storage import campaign, manifests
+from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.manifests import (
     add_file,
     add_folder,
@@ -156,6 +158,23 @@ def test_a_manifest_carries_its_own_hash(store_uri: str) -> None:
     del unsealed["sha256"]
     store.write(NAME, json.dumps(unsealed).encode())  # of an earlier version
     assert load(store, NAME) == manifest
+
+
+def test_a_record_of_impossible_size_is_refused_by_name_before_it_is_read(
+    store_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stray 10 GB under the name of a manifest or a recipe."""
+    for module in (manifests, campaign):
+        monkeypatch.setattr(module, "LARGEST_RECORD", 9999)
+    store = open_store(store_uri)
+    for name in ("sources/manifest.json", "recipe.json"):
+        store.write(name, bytes(10_000))
+        with pytest.raises(LayerloopError, match=rf"{name} has 10000 bytes, at most 9999 are expected: .* restore it$"):
+            load(store, name) if name != "recipe.json" else Campaign.open(store_uri)
+    file = add_file(store, "metrics.json", b"{}")
+    store.write(file.name, bytes(10_000))
+    with pytest.raises(LayerloopError, match=rf"{file.name} has 10000 bytes, its manifest says 2: it was changed"):
+        read_file(store, file)
 
 
 def test_a_manifest_that_lists_an_object_twice_is_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import functools
 import hashlib
 import http.client
 import itertools
@@ -22,7 +24,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
-from layerloop.components.storage import s3, s3_client
+from layerloop.components.storage import s3, s3_client, s3_pace
 from layerloop.components.storage.stores import MissingObjectError, Store, open_store
 
 Spoil = Callable[["Proxy"], bool]  # whether it has answered the request itself
@@ -669,6 +671,86 @@ def test_a_store_that_goes_away_for_good_ends_the_wait(
         again.read("x")
     assert 1.0 < time.monotonic() - began < 20
     s3_client._new_client.cache_clear()
+
+
+def drip(request: Proxy, data: bytes) -> None:
+    """A byte now and then, until the other side has had enough."""
+    with contextlib.suppress(OSError):
+        for byte in itertools.cycle(data):
+            request.connection.sendall(bytes([byte]))
+            time.sleep(0.02)
+
+
+def drip_headers(request: Proxy) -> None:
+    drip(request, b"HTTP/1.1 200 OK\r\nX-Slow: " + b"z" * 1000)
+
+
+def drip_body(request: Proxy) -> None:
+    request.connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 10000\r\nETag: "0"\r\n\r\n')
+    drip(request, b"<ListBucketResult>")
+
+
+@pytest.mark.parametrize("spoil", [drip_headers, drip_body])
+def test_a_store_that_answers_a_byte_at_a_time_is_given_up(
+    faulty: FaultyServer, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Proxy], None]
+) -> None:
+    """An object, a listing, and an object into a file, none of which is ever silent for long."""
+    store.write("x", b"payload")
+    monkeypatch.setattr(s3_pace, "WINDOW", 0.05)
+    monkeypatch.setattr(s3, "PATIENCE", 0.0)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 0)
+    s3_client._new_client.cache_clear()
+    slow = open_store(store.uri)
+
+    def slowly(request: Proxy) -> bool:
+        request.close_connection = True
+        if spoil is drip_body and request.command == "HEAD":
+            return False
+        spoil(request)
+        return True
+
+    faulty.spoil = slowly
+    line = r"is too slow at http://127.0.0.1:\d+ \(\d+ bytes in 0 s\): see to the store, the network"
+    download = functools.partial(slow.download, "x", tmp_path / "x")
+    for ask in (slow.list,) if spoil is drip_headers else (functools.partial(slow.read, "x"), slow.list, download):
+        began = time.monotonic()
+        with pytest.raises(UnavailableError, match=line):
+            ask()
+        assert 0.05 < time.monotonic() - began < 5
+    assert list(tmp_path.iterdir()) == []
+    s3_client._new_client.cache_clear()
+
+
+def test_a_store_that_takes_a_byte_at_a_time_is_given_up(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(16 << 20))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 12)
+
+        def swallow() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    taken, _ = listener.accept()
+                    kept.append(taken)
+                    threading.Thread(target=sip, args=(taken,), daemon=True).start()
+
+        def sip(taken: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while taken.recv(1 << 16):
+                    time.sleep(0.01)
+
+        kept: list[socket.socket] = []
+        threading.Thread(target=swallow, daemon=True).start()
+        monkeypatch.setattr(s3_pace, "WINDOW", 0.2)
+        monkeypatch.setattr(s3_pace, "RATE", 50e6)
+        monkeypatch.setattr(s3_client, "ATTEMPTS", 0)
+        monkeypatch.setattr(s3, "PATIENCE", 0.0)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(UnavailableError, match=r"is too slow at http://127.0.0.1:\d+ \(\d+ bytes in "):
+            open_store(s3_bucket).upload("x", tmp_path / "file")
+        for taken in kept:
+            taken.close()
 
 
 def test_a_web_page_in_place_of_a_store_is_said(

@@ -244,7 +244,7 @@ class Flipping:
     def open(self, name: str) -> Iterator[io.BytesIO]:
         yield io.BytesIO(self.read(name))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, *, most: int | None = None) -> bytes:
         data = bytearray(self._store.read(name))
         if self.flips:
             self.flips -= 1
