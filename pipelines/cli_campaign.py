@@ -135,6 +135,8 @@ def _gc(arguments: argparse.Namespace) -> None:
     given = {name: getattr(arguments, name) for name in RetentionRecipe.model_fields}
     values = campaign.recipe.retention.model_dump() | {name: n for name, n in given.items() if n is not None}
     keep = validate(RetentionRecipe, values, where="retention")
+    if unfinished := len(campaign.store.leftovers()):
+        print(f"{unfinished} unfinished writes and uploads, of processes that were killed or work now")
     found = collect_garbage(campaign, keep, log=log) if arguments.delete else garbage(campaign, keep)
     for expired in found:
         if expired.objects:

@@ -220,7 +220,7 @@ class _Lease:
         """Give signs of life, and say once where another run took over."""
         own, overtaken = int(self._member.split("/")[2]), False
         while not self._ended.wait(self._timing.beat):
-            with contextlib.suppress(LayerloopError):  # the store is away: tried again at the next beat
+            with contextlib.suppress(LayerloopError, OSError):  # the store is away: tried again at the next beat
                 held = holder(self._store, self._scope, expiry=self._timing.expiry)
                 if held is None or held.number <= own:
                     self._beat()

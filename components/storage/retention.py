@@ -80,7 +80,7 @@ def garbage(campaign: Campaign, keep: RetentionRecipe) -> list[Expired]:
 
 
 def collect_garbage(campaign: Campaign, keep: RetentionRecipe, *, log: Log, timing: Timing = USUAL) -> list[Expired]:
-    """Remove the garbage, under all leases; returns what was removed.
+    """Remove the garbage and unfinished writes, under all leases; returns what was removed of objects.
 
     Raises:
         LayerloopError: a run holds the campaign; as `garbage`.
@@ -88,7 +88,9 @@ def collect_garbage(campaign: Campaign, keep: RetentionRecipe, *, log: Log, timi
     with ExitStack() as held:
         for scope in SCOPES:
             held.enter_context(hold(campaign.store, scope, log=log, timing=timing))
-        return [_remove(campaign, expired) for expired in garbage(campaign, keep)]
+        removed = [_remove(campaign, expired) for expired in garbage(campaign, keep)]
+        campaign.store.remove_leftovers()  # a bucket charges for the parts of an upload that was killed
+        return removed
 
 
 def _oldest_first(expired: Iterable[Expired]) -> list[Expired]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -13,10 +15,13 @@ from pathlib import Path
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import Recipe, RetentionRecipe
 from layerloop.components.storage import owners, s3
+from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.lease import hold, sweep
 from layerloop.components.storage.local import TEMPORARY
 from layerloop.components.storage.owners import ABANDONED, is_abandoned, owned_name, scratch_folder
+from layerloop.components.storage.retention import collect_garbage, garbage
 from layerloop.components.storage.stores import open_store
 
 KILLED = """
@@ -102,6 +107,43 @@ def test_where_nothing_may_be_removed_work_goes_on(tmp_path: Path, monkeypatch: 
     store = open_store(tmp_path)
     monkeypatch.setattr(store, "remove_abandoned", refuse)
     sweep(store, log=pytest.fail)
+
+
+PARTS = """
+import sys
+from layerloop.components.storage import s3
+from layerloop.components.storage.shards import write_shard
+from layerloop.components.storage.stores import open_store
+
+s3.PART_BYTES = 5 << 20
+samples = [(f"s{n}", {"png": bytes([n]) * 3_000_000}) for n in range(6)]
+print(write_shard(open_store(sys.argv[1]), "sources/train-000000.tar", samples).sha256)
+"""
+
+
+def test_an_upload_in_parts_that_is_killed_is_no_object_is_made_again_and_its_parts_go(
+    s3_bucket: str, tmp_path: Path
+) -> None:
+    campaign = Campaign.create_or_open(s3_bucket, Recipe(name="parts"))
+    hook = Path(__file__).parents[1] / "faults" / "hook"
+    strike = {"path": s3_bucket.removeprefix("s3:/"), "log": str(tmp_path / "log"), "action": "kill sent"}
+    command = [sys.executable, "-c", PARTS, s3_bucket]
+    path = os.pathsep.join([str(hook), *filter(None, [os.environ.get("PYTHONPATH")])])
+    struck = os.environ | {
+        "LAYERLOOP_FAULTS": json.dumps(strike | {"match": "PUT sources/train-000000-"}),
+        "PYTHONPATH": path,
+    }
+    assert subprocess.run(command, env=struck, timeout=60).returncode == -signal.SIGKILL
+    (left,) = campaign.store.leftovers()
+    assert left.startswith("unfinished upload of sources/train-000000-") and not campaign.store.list("sources/")
+    made = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    plain = subprocess.run([*command[:-1], str(tmp_path)], capture_output=True, text=True, check=True)
+    (name,) = campaign.store.list("sources/")
+    assert hashlib.sha256(campaign.store.read(name)).hexdigest() == made.stdout.strip() == plain.stdout.strip()
+    assert campaign.store.leftovers() == [left]
+    assert garbage(campaign, RetentionRecipe()) == []
+    collect_garbage(campaign, RetentionRecipe(), log=lambda _: None)
+    assert campaign.store.leftovers() == [] and campaign.store.list("sources/") == [name]
 
 
 def test_probes_and_unfinished_uploads_go_from_s3_after_a_day(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
