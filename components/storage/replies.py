@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from layerloop.components.storage.stores import LARGEST_RECORD, Store
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.record import SEAL, DamagedError, canonical_json, parse_json, seal, unseal
+from layerloop.components.storage.stores import LARGEST_RECORD, READS, Store
+
+
+def read_reply(store: Store, name: str) -> bytes:
+    """A stored reply, compared with the hash that it carries; those of earlier versions carry none.
+
+    Raises:
+        LayerloopError: it is not what was stored, however often it is read.
+    """
+    for _ in range(READS):
+        with contextlib.suppress(DamagedError):
+            content = unseal(store.read(name, most=LARGEST_RECORD), where=name)
+            return content if isinstance(content, bytes) else content.encode()
+    raise LayerloopError(
+        f"{store.uri}/{name} is not the reply that was stored: delete it, and the judge is asked again"
+    )
+
+
+def _sealed(data: bytes) -> bytes:
+    """A reply with its hash, in place of such a key of its own: a digit that changes on the disk would be another
+    score. What is no JSON object stays as it is."""
+    try:
+        value = parse_json(data)
+    except (ValueError, RecursionError):
+        return data
+    if not isinstance(value, dict):
+        return data
+    return seal(canonical_json({key: item for key, item in value.items() if key != SEAL}))
 
 
 class StoredReplies:
@@ -24,21 +54,25 @@ class StoredReplies:
         return key in self._known
 
     def get(self, key: str) -> bytes:
-        """A stored reply."""
-        return self._store.read(f"{self._folder}/{key}.json", most=LARGEST_RECORD)
+        """A stored reply.
+
+        Raises:
+            LayerloopError: it is not what was stored.
+        """
+        return read_reply(self._store, f"{self._folder}/{key}.json")
 
     def put(self, key: str, data: bytes) -> bytes:
         """Store a reply, never over another; returns the one that counts: another run's, where that was faster.
 
         A store without conditional writes is asked first: to bid for each reply (s3.py) would take a second.
         """
-        name = f"{self._folder}/{key}.json"
+        name, sealed = f"{self._folder}/{key}.json", _sealed(data)
         if self._store.creates_once:
-            created = self._store.create(name, data)
+            created = self._store.create(name, sealed)
         elif created := not self._store.exists(name):
-            self._store.write(name, data)
+            self._store.write(name, sealed)
         self._known.add(key)
-        return data if created else self._store.read(name, most=LARGEST_RECORD)
+        return data if created else read_reply(self._store, name)
 
     def entries(self) -> Mapping[str, dict[str, Any]]:
         """Batches in progress, by name."""

@@ -23,6 +23,7 @@ from layerloop.components.storage.lease import FOLDER as LEASE
 from layerloop.components.storage.lease import SCOPES, USUAL, Timing, hold
 from layerloop.components.storage.manifests import load, place_files, visible_name
 from layerloop.components.storage.removals import RECORD, removed_files
+from layerloop.components.storage.replies import read_reply
 from layerloop.components.storage.rollouts import read_groups, rollouts_sha256
 from layerloop.components.storage.shards import read_shard
 from layerloop.components.storage.store import Entry, Store, hash_file
@@ -41,6 +42,9 @@ _KEPT = re.compile(
     rf"|iterations/\d{{6,}}/(rollouts|policy)/{re.escape(RECORD)}"
     rf"|(sources|iterations/\d{{6,}}/(rollouts|scores))/{re.escape(INDEX)}|{re.escape(README)}"
 )
+
+
+_REPLY = re.compile(r"(iterations/\d{6,}/scores|evaluations)/replies/[0-9a-f]{64}\.json")
 
 
 @dataclass
@@ -101,11 +105,27 @@ def verify_campaign(campaign: Campaign, *, log: Log) -> Findings:
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
                 log(f"verified {found.objects} of {len(named)} objects, {_size(found.bytes)}")
+    _check_replies(store, entries, found)
     _check_iterations(campaign, found)
     _check_copies(store, found)
     visible = _visible(found)
     found.orphans = _unnamed(entries, {*named, *found.removed, *found.manifests, *visible, *found.faults})
     return found
+
+
+def _check_replies(store: Store, entries: Mapping[str, Entry], found: Findings) -> None:
+    """The judge's replies, which carry their own hashes."""
+
+    def fault_of(name: str) -> str:
+        try:
+            read_reply(store, name)
+        except LayerloopError as error:
+            return _without(store.uri, name, error)
+        return ""
+
+    names = [name for name in entries if _REPLY.fullmatch(name)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        found.faults |= {name: fault for name, fault in zip(names, pool.map(fault_of, names), strict=True) if fault}
 
 
 def unnamed_objects(campaign: Campaign) -> dict[str, int]:
@@ -211,7 +231,8 @@ def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> 
                 store.delete(visible_name(folder, file))
             place_files(store, manifest, folder)
             log(f"{folder}: copied the committed files to where people load them")
-        for name in sorted(_repeatable(campaign, found)):
+        damaged_replies = {name for name in found.faults if _REPLY.fullmatch(name)}
+        for name in sorted(_repeatable(campaign, found) | damaged_replies):
             store.delete(name)
             log(f"{name}: removed, the next run makes it again")
 
