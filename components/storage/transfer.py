@@ -13,6 +13,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File
 from layerloop.components.storage.campaign import RECIPE, Campaign
 from layerloop.components.storage.index import write_indices
+from layerloop.components.storage.lease import sweep
 from layerloop.components.storage.owners import scratch_folder
 from layerloop.components.storage.store import LARGEST_RECORD, READS, Store, TooLargeError, hash_file
 from layerloop.components.storage.stores import open_store
@@ -40,12 +41,12 @@ def import_campaign(folder: str, uri: str, *, log: Log) -> None:
     Raises:
         LayerloopError: the export is not complete; as `copy_campaign`.
     """
-    campaign = Campaign.open(folder)
-    if not campaign.store.exists(README):
+    export = open_store(folder)
+    if not export.exists(README):
         raise LayerloopError(
-            f"{campaign.uri} has no {README}: it is no export, or one that was interrupted, export again"
+            f"{export.uri} has no {README}: it is no export, or one that was interrupted, export again"
         )
-    copy_campaign(campaign, uri, log=log)
+    copy_campaign(Campaign.open(folder), uri, log=log)
 
 
 def copy_campaign(campaign: Campaign, uri: str, *, log: Log) -> Store:
@@ -64,10 +65,11 @@ def copy_campaign(campaign: Campaign, uri: str, *, log: Log) -> Store:
     if RECIPE in there and target.read(RECIPE, most=LARGEST_RECORD) != recipe:
         raise LayerloopError(f"{target.uri} holds another campaign: give an empty folder")
     named, others = committed_objects(campaign)
-    strange = sorted(there.keys() - named.keys() - others - {RECIPE, README})
+    strange = sorted(name for name in there.keys() - named.keys() - others - {RECIPE, README} if name[0] != ".")
     if strange and RECIPE not in there:
         raise LayerloopError(f"{target.uri} holds {strange[0]}, which is not of this campaign: give an empty folder")
     target.check_writable()
+    sweep(target, log=log)  # of a copy that was killed
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(lambda file: _copy(source, target, file, there), named.values()))
         for last in (False, True):  # manifests after what lies beside them

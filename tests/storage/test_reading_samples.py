@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.index import INDEX, extract, write_indices
 from layerloop.components.storage.local import LocalStore
 from layerloop.components.storage.retention import apply_retention
+from layerloop.components.storage.s3 import PROBE
 from layerloop.components.storage.shards import read_shard
 from layerloop.components.storage.stores import open_store
 from layerloop.components.storage.transfer import export_campaign, import_campaign
@@ -130,7 +133,7 @@ def test_a_damaged_object_is_not_exported(tmp_path: Path) -> None:
     lab.store.write(name, bytes(data))
     with pytest.raises(LayerloopError, match="its manifest says"):
         export_campaign(lab.campaign, str(tmp_path / "export"), log=quiet)
-    with pytest.raises(LayerloopError, match=r"has no recipe\.json"):
+    with pytest.raises(LayerloopError, match="it is no export, or one that was interrupted"):
         import_campaign(str(tmp_path / "export"), str(tmp_path / "back"), log=quiet)
 
 
@@ -138,6 +141,29 @@ def test_an_export_that_was_interrupted_is_not_imported(tmp_path: Path) -> None:
     lab = fill(str(tmp_path / "c"), 1)
     with pytest.raises(LayerloopError, match="it is no export, or one that was interrupted"):
         import_campaign(lab.uri, str(tmp_path / "back"), log=quiet)
+
+
+def test_an_export_that_was_killed_at_its_first_request_or_while_it_wrote_goes_on(
+    store_uri: str, tmp_path: Path
+) -> None:
+    campaign = fill(str(tmp_path / "c"), 1).campaign
+    command = [
+        sys.executable,
+        "-c",
+        "from layerloop.components.storage.owners import *; print(owned_name('.tmp-a.tar'))",
+    ]
+    half = subprocess.run(
+        command, capture_output=True, text=True, check=True
+    ).stdout.strip()  # of a process that is gone
+    target = open_store(store_uri)
+    target.write(f"{PROBE}0123", b"")
+    if isinstance(target, LocalStore):
+        (target.root / half).write_bytes(b"half")
+    with pytest.raises(LayerloopError, match="it is no export, or one that was interrupted, export again"):
+        import_campaign(store_uri, str(tmp_path / "back"), log=quiet)
+    export_campaign(campaign, store_uri, log=quiet)
+    found = verify_campaign(Campaign.open(store_uri), log=quiet)
+    assert found.sound and not [name for name in found.leftovers if PROBE not in name]
 
 
 def test_nothing_is_written_over(tmp_path: Path) -> None:
