@@ -26,16 +26,16 @@ def keep_pace(client: Any) -> None:
         AWSHTTPSConnectionPool,
     )
 
-    class Connection(_Paced, AWSHTTPConnection):  # type: ignore[misc]
+    class Connection(_Paced, AWSHTTPConnection):
         pass
 
-    class SecureConnection(_Paced, AWSHTTPSConnection):  # type: ignore[misc]
+    class SecureConnection(_Paced, AWSHTTPSConnection):
         pass
 
-    class Pool(AWSHTTPConnectionPool):  # type: ignore[misc]
+    class Pool(AWSHTTPConnectionPool):
         ConnectionCls = Connection
 
-    class SecurePool(AWSHTTPSConnectionPool):  # type: ignore[misc]
+    class SecurePool(AWSHTTPSConnectionPool):
         ConnectionCls = SecureConnection
 
     # boto3 has no setting for it; a test with a slow server says if this place is another one day.
