@@ -8,6 +8,7 @@ from its head. arms.py says what is run, outcomes.py reads what came out, page.p
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 import json
 import os
 import subprocess
@@ -77,7 +78,7 @@ class Commands:
         Raises:
             LayerloopError: the step failed.
         """
-        words = [word for name, value in arguments.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        words = list(itertools.chain.from_iterable(map(_option, arguments, arguments.values())))
         with open(self.log, "a") as log:
             began = log.tell()
             command = [sys.executable, "-m", f"layerloop.components.{step}", *words]
@@ -89,6 +90,14 @@ class Commands:
                 f"{said[-1].removeprefix('error: ') if said else 'it printed nothing'} (log: {self.log})"
             )
         return dict(json.loads(done.stdout.splitlines()[-1])["metrics"])
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """An argument of a step as its command takes it; True and False are a switch."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option] if value else []
+    return [option, str(value)]
 
 
 def advance(study: Study, run: Run, step: Commands, deadline: float) -> None:
