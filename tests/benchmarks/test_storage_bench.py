@@ -119,6 +119,7 @@ def test_the_store_is_as_fast_as_boto3s_own_transfers(s3_bucket: str, tmp_path: 
             "ours": lambda: store.upload("object", source),
             "theirs": lambda: plain.upload_file(str(source), BUCKET, key),
         },
+        rounds=8,
     )
     record_benchmark("s3_put_ratio", puts["ours"] / puts["theirs"])
     gets = best(
