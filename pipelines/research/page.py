@@ -187,22 +187,21 @@ def _samplers(by_arm: Mapping[str, Sequence[Outcome]]) -> list[str]:
     compared = {arm: some for arm, items in by_arm.items() if (some := [item for item in items if item.samplers])}
     if not compared:
         return []
-    one = next(iter(compared.values()))[0].samplers
-    names = list(next(iter(one.values())).measures)
+    names = list(next(iter(next(iter(compared.values()))[0].samplers.values())).measures)
     lines = [
         "| arm | sampler | seeds | " + " | ".join(_title(name) for name in names) + " | safe |",
         "|---" * (4 + len(names)) + "|",
     ]
     for arm, items in compared.items():
         for how in items[0].samplers:
-            some = [item.samplers[how] for item in items]
+            found = [item.samplers[how] for item in items]
             cells = []
             for name in names:
-                base, tuned = (mean([one.measures[name][side] for one in some]) for side in (0, 1))
-                mark = "**" if all(name in one.clear for one in some) else ""
+                base, tuned = (mean([one.measures[name][side] for one in found]) for side in (0, 1))
+                mark = "**" if all(name in one.clear for one in found) else ""
                 cells.append(f"{base:.4f} → {mark}{tuned:.4f}{mark} ({_relative(base, tuned):+.0%})")
-            safe = sum(one.safe is True for one in some)
-            lines.append(f"| `{arm}` | {how} | {len(some)} | {' | '.join(cells)} | {safe} of {len(some)} |")
+            safe = sum(one.safe is True for one in found)
+            lines.append(f"| `{arm}` | {how} | {len(found)} | {' | '.join(cells)} | {safe} of {len(found)} |")
     return [
         "## By the samplers that people use\n",
         "Base → tuned by each sampler, on at most 24 of the designs: means over seeds, bold where every seed's own\n"
