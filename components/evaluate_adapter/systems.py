@@ -17,6 +17,7 @@ import numpy as np
 
 from layerloop.components.evaluate_adapter.assess import Row, assess
 from layerloop.components.evaluate_adapter.cases import Case, Cases
+from layerloop.components.evaluate_adapter.comparable import Evaluation, identity, parse_metrics
 from layerloop.components.evaluate_adapter.statistics import Comparison, compare, holm
 from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, judged, title_of
 from layerloop.components.layers.stack import Pixels, resize
@@ -27,6 +28,7 @@ from layerloop.components.storage.campaign import MANIFEST
 from layerloop.components.storage.images import decode_image, encode_png
 from layerloop.components.storage.stores import read_uri
 
+BASE = "base"
 _NUMBERED = re.compile(r"(?:(\d+)(?!\d).*|.*?(\d+))", re.DOTALL)
 _MOST_BENT = 0.02  # of another aspect than the case's, what is still scaled to it
 
@@ -43,22 +45,25 @@ class Cell:
 Table = Mapping[str, Mapping[str, Cell]]  # row ("designs.bad_layers", "designs.slot_l1.L3") -> system -> cell
 
 
-def read_evaluation(uri: str) -> tuple[list[Row], list[Row]]:
-    """(rows of the base, rows of the adapter) of a committed evaluation, a campaign's folder `evaluations/NAME`.
+def read_evaluation(uri: str) -> Evaluation:
+    """A committed evaluation, a campaign's folder `evaluations/NAME`.
 
     Raises:
-        LayerloopError: there is none, or it is no table of samples.
+        LayerloopError: there is none, or it is no table of samples, or nothing says how it was measured.
     """
     import pyarrow.parquet as pq
 
-    data = read_uri(_samples_of(uri.rstrip("/")))
+    uri = uri.rstrip("/")
+    data = read_uri(_file_of(uri, "samples.parquet"))
     try:
         rows: list[Row] = pq.read_table(io.BytesIO(data)).to_pylist()
     except (OSError, ValueError) as error:  # Arrow's errors are among these
         raise LayerloopError(f"{uri}/samples.parquet is damaged ({error}): evaluate again") from None
     if not rows or not {"model", "kind", "key", "layers", "seed"} <= rows[0].keys():
         raise LayerloopError(f"{uri}/samples.parquet has no samples: give the folder of an evaluation")
-    return [row for row in rows if row["model"] == "base"], [row for row in rows if row["model"] != "base"]
+    where = _file_of(uri, "metrics.json")
+    base, tuned = ([row for row in rows if (row["model"] == BASE) == wanted] for wanted in (True, False))
+    return Evaluation(base, tuned, *parse_metrics(read_uri(where), where=where))
 
 
 def is_evaluation(uri: str) -> bool:
@@ -66,13 +71,13 @@ def is_evaluation(uri: str) -> bool:
     return "://" in uri or any((Path(uri) / name).is_file() for name in (MANIFEST, "samples.parquet"))
 
 
-def _samples_of(uri: str) -> str:
-    """Where an evaluation's table is: as its manifest names it, which is in the folder, or in the folder itself."""
+def _file_of(uri: str, base_name: str) -> str:
+    """Where an evaluation's file is: as its manifest names it, which is in the folder, or in the folder itself."""
     try:
         manifest = Manifest.from_json(read_uri(f"{uri}/{MANIFEST}"), where=f"{uri}/{MANIFEST}")
-        name = manifest.file("samples.parquet").name
+        name = manifest.file(base_name).name
     except (LayerloopError, KeyError):
-        return f"{uri}/samples.parquet"
+        return f"{uri}/{base_name}"
     return f"{uri}/{name.split('/', 2)[2]}"  # evaluations/<its name>/...
 
 
@@ -113,9 +118,9 @@ def compare_systems(base: Sequence[Row], systems: Mapping[str, Sequence[Row]], *
         LayerloopError: a system has no case in common with the base.
     """
     found: dict[tuple[str, str], Cell] = {}
-    earlier = {_identity(row): row for row in base}
+    earlier = {identity(row): row for row in base}
     for name, rows in systems.items():
-        pairs = [(earlier[key], row) for row in rows if (key := _identity(row)) in earlier]
+        pairs = [(earlier[key], row) for row in rows if (key := identity(row)) in earlier]
         if not pairs:
             raise LayerloopError(
                 f"{name} has no case in common with the base: evaluate it on the same images, layers and seed"
@@ -140,19 +145,30 @@ def as_markdown(table: Table, systems: Sequence[str]) -> str:
     for row, cells in table.items():
         first = max((cell.comparison for cell in cells.values()), key=lambda comparison: comparison.n)
         arrow = {"lower": " ↓", "higher": " ↑", None: ""}[better_of(column_of_row(row))]
-        numbers = [_text(cells[name]) + _own_cases(cells[name], first.n) if name in cells else "–" for name in systems]
+        numbers = [_text(cells[name]) + _own_cases(cells[name], first) if name in cells else "–" for name in systems]
         lines.append(f"| {title_of_row(row)}{arrow} | {first.n} | {_base(first)} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
 
 
 def _base(comparison: Comparison) -> str:
-    return f"{comparison.base:.{comparison.decimals}f}" if comparison.base is not None else "–"
+    """The base's mean, and of how many images it has none."""
+    value = f"{comparison.base:.{comparison.decimals}f}" if comparison.base is not None else "–"
+    return value + undefined_text(comparison.base_undefined)
 
 
-def _own_cases(cell: Cell, count: int) -> str:
-    """What a system is compared with that has fewer cases than another: the base's number on these."""
+def undefined_text(count: int) -> str:
+    """What stands behind a mean of a measure that has no value for some images; "" for none."""
+    return f" [undefined: {count}]" if count else ""
+
+
+def _own_cases(cell: Cell, first: Comparison) -> str:
+    """What a system is compared with that counts on fewer cases than another: the base's number on these, where it is
+    of fewer cases than the column's."""
     own = cell.comparison
-    return "" if own.n == count else f" [n {own.n}, base {_base(own)}]"
+    if own.n == first.n:
+        return ""
+    base = _base(own)
+    return f" [n {own.n}]" if base == _base(first) else f" [n {own.n}, base {base}]"
 
 
 def as_json(table: Table) -> dict[str, Any]:
@@ -182,9 +198,9 @@ def _rows_of(pairs: Sequence[tuple[Row, Row]]) -> list[tuple[str, str, list[tupl
 def _cell(column: str, pairs: Sequence[tuple[Row, Row]], seed: int) -> Cell | None:
     base, tuned = [b.get(column) for b, _ in pairs], [t.get(column) for _, t in pairs]
     comparison = compare(base, tuned, seed=seed)
-    if not comparison.n:
+    if comparison.base is None and comparison.tuned is None:
         return None
-    if not gives_verdict(column):
+    if not gives_verdict(column) or not comparison.n:
         return Cell(comparison, None)
     sign = -1 if better_of(column) == "lower" else 1
     gains = [sign * np.sign(t - b) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None]
@@ -193,9 +209,12 @@ def _cell(column: str, pairs: Sequence[tuple[Row, Row]], seed: int) -> Cell | No
 
 def _text(cell: Cell) -> str:
     c = cell.comparison
-    text = f"{c.tuned:.{c.decimals}f} ({c.difference:+.{c.decimals}f}"
-    text += f", wins {100 * cell.wins:.0f} %)" if cell.wins is not None else ")"
-    return f"**{text}**" if c.clear and cell.wins is not None else text
+    text = "–" if c.tuned is None else f"{c.tuned:.{c.decimals}f}"
+    if c.difference is not None:
+        text += f" ({c.difference:+.{c.decimals}f}"
+        text += f", wins {100 * cell.wins:.0f} %)" if cell.wins is not None else ")"
+    clear = c.clear and cell.wins is not None
+    return (f"**{text}**" if clear else text) + undefined_text(c.tuned_undefined)
 
 
 def column_of_row(row: str) -> str:
@@ -208,10 +227,6 @@ def title_of_row(row: str) -> str:
     kind, column, *count = row.split(".")
     by_count = f", {count[0].removeprefix('L')} layers" if count else ""
     return f"{kind}: {title_of(column)}{by_count}"
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("kind", "key", "layers", "seed"))
 
 
 # --------------------------------------------------------------------------------------------- layers of other programs

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerloop.components.layers.columns import DEFINITIONS, quoted
+from layerloop.components.layers.columns import DEFINITIONS, changed_definitions, quoted
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.manifests import read_file
@@ -90,7 +90,7 @@ def outcome(study: Study, run: Run) -> Outcome:
         if (comparison := metrics.get(f"designs.{name}")) is None:
             raise LayerloopError(f"{run.name} lacks {name}, which the study quotes: {remedy}")
         column = name.partition(".")[0]
-        if metrics["definitions"].get(column) != DEFINITIONS[column]:
+        if changed_definitions(column, metrics["definitions"], DEFINITIONS):
             raise LayerloopError(f"{run.name} was measured by another definition of {column}: {remedy}")
         found[name] = (float(comparison["base"]), float(comparison["tuned"]))
     curve, spreads = [], []
