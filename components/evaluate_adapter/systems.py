@@ -20,7 +20,9 @@ from layerloop.components.evaluate_adapter.cases import Case, Cases
 from layerloop.components.evaluate_adapter.comparable import Evaluation, identity, parse_metrics
 from layerloop.components.evaluate_adapter.statistics import Comparison, compare, holm
 from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, judged, title_of
+from layerloop.components.layers.psd_reading import read_document
 from layerloop.components.layers.stack import Pixels, resize
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.seeds import seed_for
@@ -96,9 +98,10 @@ def measure_folder(folder: Path, cases: Cases, *, max_edits: int) -> list[Row]:
     Raises:
         LayerloopError: no case is there, or one cannot be read.
     """
-    rows = []
+    rows: list[Row] = []
+    hidden: list[str] = []
     for case in cases.cases:
-        layers = _layers_of(folder, case)
+        layers = _layers_of(folder, case, hidden)
         if layers is not None:
             rows.append(assess(case, layers, max_edits=max_edits))
     if not rows:
@@ -107,6 +110,10 @@ def measure_folder(folder: Path, cases: Cases, *, max_edits: int) -> list[Row]:
             f"{folder} has layers of none of the {len(cases.cases)} cases: give a subfolder of numbered PNGs or a PSD "
             f"for each, such as {example}/0.png or {example}.psd"
         )
+    if hidden:
+        log(f"{folder}: {len(hidden)} hidden layers are left out, such as {hidden[0]}")
+    if len(rows) < len(cases.cases):
+        log(f"{folder} has layers of {len(rows)} of the {len(cases.cases)} cases")
     return rows
 
 
@@ -232,12 +239,16 @@ def title_of_row(row: str) -> str:
 # --------------------------------------------------------------------------------------------- layers of other programs
 
 
-def _layers_of(folder: Path, case: Case) -> Pixels | None:
-    """The layers of a case, bottom first, at its size; None where the folder has none of it."""
+def _layers_of(folder: Path, case: Case, hidden: list[str]) -> Pixels | None:
+    """The layers of a case, bottom first, at its size; None where the folder has none of it. `hidden` takes the names
+    of layers that a document hides."""
     size = (case.size[1], case.size[0])
-    document, images = folder / f"{case.name}.psd", folder / case.name
-    if document.is_file():
-        found = _layers_of_psd(document)
+    images = folder / case.name
+    documents = [path for suffix in (".psd", ".psb") if (path := folder / f"{case.name}{suffix}").is_file()]
+    if documents:
+        document = read_document(documents[0])
+        found = list(document.layers)
+        hidden += [f"{name!r} of {documents[0].name}" for name in document.hidden]
     elif images.is_dir():
         found = [_decoded(path) for path in _numbered(images)]
     else:
@@ -275,24 +286,3 @@ def _decoded(path: Path) -> Pixels:
         return np.asarray(decode_image(path.read_bytes()).convert("RGBA"))
     except LayerloopError as error:
         raise LayerloopError(f"layer {path}: {error}") from None
-
-
-def _layers_of_psd(path: Path) -> list[Pixels]:
-    """The visible pixel layers of a Photoshop document on its whole canvas, groups opened, bottom first."""
-    from PIL import Image
-    from psd_tools import PSDImage
-
-    try:
-        document = PSDImage.open(path)
-        layers = []
-        for layer in document.descendants():
-            image = layer.topil() if layer.is_visible() and layer.kind == "pixel" else None
-            if image is not None:
-                canvas = Image.new("RGBA", document.size)
-                pixels = image.convert("RGBA")
-                pixels.putalpha(pixels.getchannel("A").point([round(v * layer.opacity / 255) for v in range(256)]))
-                canvas.paste(pixels, layer.offset)
-                layers.append(np.asarray(canvas))
-    except Exception as error:  # psd-tools raises nearly anything on files that are none
-        raise LayerloopError(f"{path} cannot be read as a PSD ({type(error).__name__}): save it again") from None
-    return layers
