@@ -44,7 +44,7 @@ def _shaped(tables: Sequence[PaperTable]) -> str:
         )
         parts.append(
             f"<h2>{escape(table.title)}</h2>"
-            f'<div class="panel"><table><thead><tr><th>System</th>{heads}</tr></thead>'
+            f'<div class="panel systems"><table><thead><tr><th>System</th>{heads}</tr></thead>'
             f"<tbody>{rows}</tbody></table></div>"
         )
     return "".join(parts)
@@ -99,7 +99,7 @@ def _all(table: Table, systems: Sequence[str]) -> str:
             f'<td class="dim">{first.n}</td><td>{base}</td>{numbers}</tr>'
         )
     return (
-        f'<div class="panel"><table><thead><tr><th>Measure</th><th>n</th><th>base</th>{heads}</tr></thead>'
+        f'<div class="panel systems"><table><thead><tr><th>Measure</th><th>n</th><th>base</th>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 

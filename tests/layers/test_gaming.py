@@ -320,6 +320,7 @@ CRAFTED: dict[str, Crafted] = {
     "strips over a blur": Crafted("tiles", lambda: cut((grid()[0] // 32).astype(np.int64))),
     "strips in any layer over a blur": Crafted("tiles", lambda: cut(shuffled_strips())),
     "squares over a blur": Crafted("tiles", lambda: cut(squares())),
+    "squares over a blur, a corner left to it": Crafted("tiles", lambda: cut(np.where(sum(grid()) < 16, 3, squares()))),
     "soft squares over a blur": Crafted("tiles", lambda: cut(squares(), soft=2.5)),
     "blots over a blur": Crafted("tiles", lambda: cut(blots())),
     "a checkerboard of pixels over a blur": Crafted("tiles", lambda: cut((sum(grid()) % 2).astype(np.int64))),
