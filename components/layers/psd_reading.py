@@ -130,7 +130,8 @@ def _shares(layer: Any, document: Any, path: Path) -> Shares:
     plane = Image.new("L", document.size, mask.background_color)
     if image is not None:
         plane.paste(image.convert("L"), (mask.left, mask.top))
-    return shares * (np.asarray(plane, np.float32) / 255)
+    shares *= np.asarray(plane, np.float32) / 255
+    return shares
 
 
 def _faded(pixels: Pixels, shares: Shares) -> Pixels:

@@ -58,7 +58,7 @@ def test_commands_that_are_written_down_are_accepted(page: str) -> None:
     ("typed", "line"),
     [
         ("comparee x", "layerloop: no command 'comparee', did you mean compare? (see layerloop --help)"),
-        ("evaluate x", "layerloop: no command 'evaluate': that step is python -m layerloop.components.evaluate_adapter"),
+        ("evaluate x", "layerloop: no command 'evaluate': that step is python -m layerloop.components.evaluate_ad"),
         ("campaign shwo x", "layerloop campaign: no command 'shwo', did you mean show?"),
         ("zzz", "layerloop: no command 'zzz' (see layerloop --help)"),
         ("run --campain x", "layerloop run: no option --campain, did you mean --campaign?"),
