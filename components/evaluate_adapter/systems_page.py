@@ -35,7 +35,9 @@ def _shaped(tables: Sequence[PaperTable]) -> str:
         return ""
     parts = [f'<p class="note">{escape(NOTE.replace("Bold", "Coloured"))}</p>']
     for table in tables:
-        heads = "".join(f"<th>{escape(name)}</th>" for name in table.columns)
+        heads = "".join(
+            f"<th>{escape(name).replace(' ↓', '&nbsp;↓').replace(' ↑', '&nbsp;↑')}</th>" for name in table.columns
+        )
         rows = "".join(
             f'<tr><th scope="row">{escape(system)}</th>'
             + "".join(f"<td{' class=good' if good else ''}>{text}</td>" for text, good in cells)
