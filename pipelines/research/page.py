@@ -187,21 +187,22 @@ def _samplers(by_arm: Mapping[str, Sequence[Outcome]]) -> list[str]:
     compared = {arm: some for arm, items in by_arm.items() if (some := [item for item in items if item.samplers])}
     if not compared:
         return []
-    names = list(next(iter(next(iter(compared.values()))[0].samplers.values())).measures)
+    one = next(iter(compared.values()))[0].samplers
+    names = list(next(iter(one.values())).measures)
     lines = [
         "| arm | sampler | seeds | " + " | ".join(_title(name) for name in names) + " | safe |",
         "|---" * (4 + len(names)) + "|",
     ]
     for arm, items in compared.items():
         for how in items[0].samplers:
-            found = [item.samplers[how] for item in items]
+            sampled = [item.samplers[how] for item in items]
             cells = []
             for name in names:
-                base, tuned = (mean([one.measures[name][side] for one in found]) for side in (0, 1))
-                mark = "**" if all(name in one.clear for one in found) else ""
+                base, tuned = (mean([one.measures[name][side] for one in sampled]) for side in (0, 1))
+                mark = "**" if all(name in one.clear for one in sampled) else ""
                 cells.append(f"{base:.4f} → {mark}{tuned:.4f}{mark} ({_relative(base, tuned):+.0%})")
-            safe = sum(one.safe is True for one in found)
-            lines.append(f"| `{arm}` | {how} | {len(found)} | {' | '.join(cells)} | {safe} of {len(found)} |")
+            safe = sum(one.safe is True for one in sampled)
+            lines.append(f"| `{arm}` | {how} | {len(sampled)} | {' | '.join(cells)} | {safe} of {len(sampled)} |")
     return [
         "## By the samplers that people use\n",
         "Base → tuned by each sampler, on at most 24 of the designs: means over seeds, bold where every seed's own\n"
