@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import JsonValue
 
+from layerloop.components.generate_rollouts.observer import Observer
 from layerloop.components.generate_rollouts.plan import GroupPlan, plan_iteration
 from layerloop.components.generate_rollouts.sources import read_images, train_images
 from layerloop.components.policy.at import LoadedPolicy, policy_at
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from layerloop.components.generate_rollouts.candidates import PreparedGroup
     from layerloop.components.generate_rollouts.sharing import Part, Shares
+    from layerloop.components.storage.groups import SampledGroup
 
 _COUNTS = ("groups", "candidates", "layers", "model_calls")  # in the manifest of every group
 
@@ -142,13 +144,13 @@ def sample_iteration(
     *,
     device: torch.device,
     loaded: LoadedPolicy | None = None,
-    watch: Callable[[], None] = lambda: None,
+    observer: Observer | None = None,
 ) -> Sampled:
     """Sample and commit the groups that are not `committed`, with all ranks of the process group.
 
     Args:
         loaded: A policy of this campaign in memory, of whatever iteration: its base is used.
-        watch: Called between batches; an error that it raises ends the sampling on all ranks.
+        observer: Is told what this rank samples, and may end the sampling on all ranks.
     """
     with failing_together():
         sources = campaign.sources()
@@ -168,7 +170,7 @@ def sample_iteration(
     shares = _shares(campaign, todo, images, loaded)
     # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
     with nullcontext() if loaded.policy.sharded else failing_together():
-        written, bad_layers = _sample(campaign, iteration, todo, images, shares, loaded, watch)
+        written, bad_layers = _sample(campaign, iteration, todo, images, shares, loaded, observer or Observer())
     return Sampled(loaded, dict(sorted({**manifests, **_gather(written)}.items())), len(written), bad_layers)
 
 
@@ -242,7 +244,7 @@ def _sample(
     images: Mapping[int, tuple[str, np.ndarray]],
     shares: Shares,
     loaded: LoadedPolicy,
-    watch: Callable[[], None],
+    observer: Observer,
 ) -> tuple[dict[int, Manifest], list[float]]:
     """Sample this rank's batches, and commit the groups that it writes as they become complete."""
     from layerloop.components.generate_rollouts.candidates import prepare_group, sample_candidates
@@ -257,11 +259,13 @@ def _sample(
 
     assembly, mine = Assembly(shares, rank()), shares.batches[rank()]
     try:
-        with Writer(campaign, iteration) as writer:
+        with Writer(campaign, iteration, observer) as writer:
             for batch in progress(mine, what="sampling", unit="batches") if rank() == 0 and mine else mine:
-                watch()
+                observer.check()
                 group, size = prepared(batch.group), campaign.runtime.rollout.batch_size
-                assembly.add(batch, sample_candidates(loaded.policy, recipe, group, batch.candidates, batch_size=size))
+                part = sample_candidates(loaded.policy, recipe, group, batch.candidates, batch_size=size)
+                observer.sampled(iteration, batch.group, batch.candidates, group.image, part.stacks)
+                assembly.add(batch, part)
                 for number, part in assembly.complete():
                     writer.write(prepared(number), part)
             if loaded.policy.sharded:  # before this rank waits for others, whose layers wait for its calls
@@ -280,8 +284,8 @@ def _sample(
 class Writer:
     """Encodes and sends groups while the next are sampled; one at most waits for the store."""
 
-    def __init__(self, campaign: Campaign, iteration: int) -> None:
-        self._campaign, self._folder = campaign, campaign.rollouts_dir(iteration)
+    def __init__(self, campaign: Campaign, iteration: int, observer: Observer) -> None:
+        self._campaign, self._folder, self._observer = campaign, campaign.rollouts_dir(iteration), observer
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._written: dict[int, Future[Manifest]] = {}
         self.bad_layers: list[float] = []
@@ -301,10 +305,15 @@ class Writer:
         self.bad_layers.append(mean_bad_layers(part.stacks, group.image))
         sampled = sampled_group(self._campaign.recipe, group, part)
         calls = _model_calls(group.record)
-        self._written[group.record.group] = self._pool.submit(
-            write_group, self._campaign.store, self._folder, sampled,
-            model_calls=calls, recipe_sha256=self._campaign.recipe_sha256,
-        )  # fmt: skip
+        self._written[group.record.group] = self._pool.submit(self._commit, sampled, calls)
+
+    def _commit(self, group: SampledGroup, model_calls: int) -> Manifest:
+        campaign = self._campaign
+        manifest = write_group(
+            campaign.store, self._folder, group, model_calls=model_calls, recipe_sha256=campaign.recipe_sha256
+        )
+        self._observer.committed()
+        return manifest
 
     @property
     def manifests(self) -> dict[int, Manifest]:
