@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import JsonValue
 
 from layerloop.components.generate_rollouts.observer import Observer
-from layerloop.components.generate_rollouts.plan import GroupPlan, plan_iteration
+from layerloop.components.generate_rollouts.plan import GroupPlan, plan_iteration, share_groups
 from layerloop.components.generate_rollouts.sources import read_images, train_images
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
@@ -69,7 +69,7 @@ def run(
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         iteration: Which iteration to sample; by default the one after the last committed policy.
-        worker: This worker's number, from 0; it takes the groups g with g % workers == worker.
+        worker: This worker's number, from 0; it takes a share of the groups by estimated cost.
         workers: How many workers share the iteration.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
@@ -83,7 +83,7 @@ def run(
     if not 0 <= worker < workers:
         raise LayerloopError(f"worker is {worker} of {workers}: choose workers of at least 1 and a worker below it")
     opened = Campaign.open(campaign, runtime)
-    share = Share(opened.open_iteration(iteration), worker, workers)
+    share = Share.of(opened, opened.open_iteration(iteration), worker, workers)
     if (done := _finished(opened, share, _committed(opened, share))) is not None:
         return _result(done)
     with hold(opened.store, log=log):
@@ -92,8 +92,7 @@ def run(
             return _result(done)
         opened.check_unfinished(share.iteration)
         with process_group() as device:
-            groups = share.groups(opened)
-            sampled = sample_iteration(opened, share.iteration, committed, groups, device=device, loaded=loaded)
+            sampled = sample_iteration(opened, share.iteration, committed, share.groups, device=device, loaded=loaded)
     manifest = worker_manifest(share, sampled.manifests)
     return _result(manifest, seconds=time.monotonic() - started, sampled=sampled.written, bad_layers=sampled.bad_layers)
 
@@ -105,21 +104,26 @@ class Share:
     iteration: int
     worker: int
     workers: int
+    groups: tuple[int, ...]
 
-    def groups(self, campaign: Campaign) -> range:
-        return range(campaign.recipe.rollout.groups)[self.worker :: self.workers]
+    @classmethod
+    def of(cls, campaign: Campaign, iteration: int, worker: int, workers: int) -> Share:
+        """The share of a worker, which follows from the recipe: whatever is committed, and by whom, changes none."""
+        planned = plan_iteration(campaign.recipe, iteration, train_images(campaign.sources()))
+        groups = share_groups(planned, campaign.recipe.rollout, workers)[worker]
+        return cls(iteration, worker, workers, tuple(groups))
 
 
 def _committed(campaign: Campaign, share: Share) -> dict[int, Manifest]:
     """Manifests of the share's groups that are committed, whose shards are there."""
-    committed = campaign.committed_groups(share.iteration, share.groups(campaign))
+    committed = campaign.committed_groups(share.iteration, share.groups)
     verify(campaign.store, worker_manifest(share, committed))
     return committed
 
 
 def _finished(campaign: Campaign, share: Share, committed: Mapping[int, Manifest]) -> Manifest | None:
     """The manifest of the share where all of it is committed; logged."""
-    if len(committed) < len(share.groups(campaign)):
+    if len(committed) < len(share.groups):
         return None
     where = f"{campaign.uri}/{campaign.rollouts_dir(share.iteration)}"
     log(f"{where} of worker {share.worker + 1} of {share.workers} is committed already")

@@ -34,13 +34,13 @@ class Ahead:
 def pixels_sha256(image: Pixels, stack: Pixels) -> str:
     """Hash of a candidate and its image."""
     found = hashlib.sha256(repr((image.shape, stack.shape)).encode())
-    found.update(np.ascontiguousarray(image))
-    found.update(np.ascontiguousarray(stack))
+    found.update(np.ascontiguousarray(image).data)
+    found.update(np.ascontiguousarray(stack).data)
     return found.hexdigest()
 
 
 class Arrivals:
-    """What the sampler tells the judge, from any thread: candidates ahead of their groups, and that a group is there."""
+    """What the sampler tells the judge, from any thread: candidates ahead of their groups, and new groups."""
 
     def __init__(self) -> None:
         self._lock, self._news = threading.Lock(), threading.Event()

@@ -43,7 +43,7 @@ def arriving_groups(campaign: Campaign, iteration: int, arrivals: Arrivals | Non
         yield from read_groups(campaign.store, found, layers=True)
         missing -= found.keys()
         if missing and arrivals is None:
-            raise LayerloopError("groups of the iteration were deleted while it was judged: run generate_rollouts again")
+            raise LayerloopError("groups were deleted while their iteration was judged: run generate_rollouts again")
         if missing and arrivals is not None:
             arrivals.wait()
             if not arrivals.listening:  # the judge has failed
@@ -112,9 +112,7 @@ def _groups_at_once(campaign: Campaign, total: int) -> int:
     return 3 * math.ceil(campaign.runtime.judge.concurrency / campaign.recipe.rollout.group_size) + 4
 
 
-def _into(
-    loop: asyncio.AbstractEventLoop, scorer: Scorer, tasks: asyncio.TaskGroup
-) -> Callable[[Ahead], None]:
+def _into(loop: asyncio.AbstractEventLoop, scorer: Scorer, tasks: asyncio.TaskGroup) -> Callable[[Ahead], None]:
     """Takes candidates from another thread."""
 
     def begin(ahead: Ahead) -> None:

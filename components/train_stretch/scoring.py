@@ -152,8 +152,8 @@ def write_news(pipe: BinaryIO, news: Ahead | None) -> None:
         what = {"iteration": news.iteration, "group": news.group, "first": news.first}
         shapes = {"image": news.image.shape, "stacks": news.stacks.shape}
         pipe.write(json.dumps(what | shapes).encode() + b"\n")
-        pipe.write(np.ascontiguousarray(news.image))
-        pipe.write(np.ascontiguousarray(news.stacks))
+        pipe.write(np.ascontiguousarray(news.image).data)
+        pipe.write(np.ascontiguousarray(news.stacks).data)
     pipe.flush()
 
 
@@ -194,12 +194,17 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
+def _listen(number: int, arrivals: Arrivals) -> None:
+    with open(number, "rb") as pipe:
+        read_news(pipe, arrivals)
+
+
 def main() -> int:
     """The process: arguments are its parent's id, the pipe of its news, campaign, judge's URL and runtime."""
     parent, news, campaign, judge_url, runtime = sys.argv[1:]
     threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     arrivals = Arrivals()
-    threading.Thread(target=read_news, args=(open(int(news), "rb"), arrivals), daemon=True).start()
+    threading.Thread(target=_listen, args=(int(news), arrivals), daemon=True).start()
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # a library that prints must not be read as an answer
         serve(sys.stdin, answers, arrivals, campaign=campaign, judge_url=judge_url, runtime=runtime)

@@ -159,7 +159,13 @@ class Stretch:
                     verify(self.campaign.store, manifest)
             if len(committed) < len(groups):
                 self.loaded = sample_iteration(
-                    self.campaign, iteration, committed, groups, device=device, loaded=self.loaded, observer=self.scoring
+                    self.campaign,
+                    iteration,
+                    committed,
+                    groups,
+                    device=device,
+                    loaded=self.loaded,
+                    observer=self.scoring,
                 ).loaded
 
     def _await_scores(self, iteration: int, device: torch.device) -> Learning:

@@ -17,7 +17,7 @@ from safetensors.torch import load, load_file, save_file
 
 from layerloop.components.generate_rollouts import candidates
 from layerloop.components.generate_rollouts import step as rollout_step
-from layerloop.components.generate_rollouts.plan import initial_seed
+from layerloop.components.generate_rollouts.plan import initial_seed, plan_iteration, share_groups
 from layerloop.components.generate_rollouts.step import run
 from layerloop.components.policy import lora, sampling
 from layerloop.components.policy.at import policy_at
@@ -116,9 +116,10 @@ def test_results_are_byte_for_byte_the_same_for_any_workers_and_batch_size(make_
     run(campaign=one.uri)
     for workers, batch_size in ((2, 3), (3, 1)):
         other, runtime = make_campaign(), f"rollout: {{batch_size: {batch_size}}}"
+        shares = share_groups(plan_iteration(one.recipe, 1, 5), one.recipe.rollout, workers)
         for worker in reversed(range(workers)):
             manifest = run(campaign=other.uri, worker=worker, workers=workers, runtime=runtime).manifests["rollouts"]
-            assert manifest.metadata["groups"] == list(range(worker, 4, workers))
+            assert manifest.metadata["groups"] == shares[worker]
             assert (manifest.metadata["worker"], manifest.metadata["workers"]) == (worker, workers)
         assert files(other) == files(one), "names, shards and manifests"
 
@@ -163,14 +164,14 @@ def test_an_interrupted_run_is_finished_and_not_redone(make_campaign, sampled) -
     complete, campaign = make_campaign(), make_campaign()
     expected = run(campaign=complete.uri).manifests["rollouts"]
     sampled.clear()
-    killed_at(2, sampled, campaign=campaign.uri)
-    assert campaign.committed_groups(1).keys() == {0, 1, 3}, "those of more layers come first"
-    with pytest.raises(LayerloopError, match="lacks groups 2 of 4"):
+    killed_at(3, sampled, campaign=campaign.uri)
+    assert campaign.committed_groups(1).keys() == {0, 1, 2}, "those of fewer layers come first"
+    with pytest.raises(LayerloopError, match="lacks groups 3 of 4"):
         campaign.rollouts(1)
-    third = complete.rollouts(1)[2].shards[0].name
-    campaign.store.write(third, complete.store.read(third)[:5000])  # cut short
+    fourth = complete.rollouts(1)[3].shards[0].name
+    campaign.store.write(fourth, complete.store.read(fourth)[:5000])  # cut short
     assert run(campaign=campaign.uri).manifests["rollouts"] == expected
-    assert sampled == [1, 3, 0, 2, 2] and files(campaign) == files(complete)
+    assert sampled == [0, 2, 1, 3, 3] and files(campaign) == files(complete)
 
 
 def test_a_shard_that_was_written_before_its_manifest_is_reused(make_campaign, sampled) -> None:  # type: ignore[no-untyped-def]
