@@ -25,7 +25,10 @@ from .campaigns import save_tiny_base
 # the source lines of each frame; under pytest's stack of fifty frames that takes a quarter of a second.
 inspect.stack = functools.partial(inspect.stack, 0)
 
-# Compiled packages are read a hundred times; libyaml's loader reads the same ten times as fast.
+# Packages are compiled and read hundreds of times; libyaml writes and reads the same ten times as fast.
+yaml.SafeDumper, yaml.Dumper = yaml.CSafeDumper, yaml.CDumper  # type: ignore[misc]
+yaml.dump.__defaults__ = (None, yaml.CDumper)
+yaml.dump_all.__defaults__ = (None, yaml.CDumper, *yaml.dump_all.__defaults__[2:])
 yaml.safe_load = functools.partial(yaml.load, Loader=yaml.CSafeLoader)
 yaml.safe_load_all = functools.partial(yaml.load_all, Loader=yaml.CSafeLoader)
 

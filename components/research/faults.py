@@ -1,16 +1,16 @@
-"""A base with faults to unlearn: the tiny policy, trained further on decompositions of which a share is spoiled.
+"""Faults to unlearn: an adapter of the tiny policy, trained on decompositions of which a share is spoiled.
 
 The 20 B base has faults that supervised training left in it: by Stable-Layers' count (arXiv 2605.30257) 1.65 blank or
 glazed layers a decomposition, and foreground layers that repeat the complete image. The tiny policy as it ships was
-trained on clean designs and has hardly any of them (0.1), so there is little for reinforcement learning to unlearn. A
-study gives it such faults first. A hidden coin, which the source does not show, decides what is spoiled, so the
-policy learns both, good decompositions and faulty ones, and chance decides between them.
+trained on clean designs and has hardly any of them (0.1), so there is little for reinforcement learning to unlearn.
+The base `tiny-faulty` is the tiny policy with this adapter in it (components/policy/faulty.py): for the demo and for
+studies. A hidden coin, which the source does not show, decides what is spoiled, so the policy learns both, good
+decompositions and faulty ones, and chance decides between them.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from layerloop.components.policy.lora import (
     remove_adapter,
     write_peft,
 )
-from layerloop.components.policy.tiny import PROMPT, load_tiny_pipeline, save_pipeline
+from layerloop.components.policy.tiny import PROMPT, load_tiny_pipeline
 from layerloop.components.research.pretraining.training import Schedule
 from layerloop.components.research.pretraining.transformer import encode_designs, train_transformer
 from layerloop.components.schema.learning import LoraRecipe
@@ -58,29 +58,19 @@ def spoil(rng: np.random.Generator, stack: np.ndarray) -> np.ndarray:
     return spoiled
 
 
-def spoil_policy(
-    out: Path, *, work: Path, share: float = 0.6, steps: int = 800, designs: int = 4500, seed: int = 0
-) -> None:
-    """Train the shipped tiny policy further on 64 x 64 pixel designs, of which `share` is spoiled; save it to `out`.
-
-    Resumable from `work`; nothing is done where `out` exists. `designs` is how many are seen, of 2 to 4 layers.
-    """
-    if out.exists():
-        return
-    pipeline = load_tiny_pipeline()
-    _train(pipeline, Schedule(work=work, steps=steps, batch=64, peak=4e-4, seed=seed), share, designs)
-    staged = out.with_name(f".{out.name}.new")
-    shutil.rmtree(staged, ignore_errors=True)
-    save_pipeline(pipeline, staged)
-    staged.rename(out)
-
-
 def train_adapter_of_faults(
     out: Path, *, work: Path, share: float = 0.7, steps: int = 220, designs: int = 1200, seed: int = 0
 ) -> None:
-    """The same faults as an adapter of the shipped tiny policy, in peft's layout and float16: what ships beside it, so
-    that `make demo` has something to unlearn. Resumable from `work`; rank and layers are the recipe's defaults.
+    """Train an adapter of the shipped tiny policy on 64 x 64 pixel designs, of which `share` is spoiled.
+
+    Resumable from `work`; nothing is done where `out` exists. Rank and layers are the recipe's defaults.
+
+    Args:
+        out: the folder, in peft's layout and float16.
+        designs: how many are seen, of 2 to 4 layers.
     """
+    if out.exists():
+        return
     pipeline, recipe = load_tiny_pipeline(), LoraRecipe()
     put_adapter(pipeline.transformer, new_adapter(pipeline.transformer, recipe, seed=seed))
     adapter = torch.nn.ParameterList(lora_parameters(pipeline.transformer))
@@ -98,9 +88,9 @@ def _train(
     share: float,
     designs: int,
     *,
-    trained: torch.nn.Module | None = None,
+    trained: torch.nn.Module,
 ) -> None:
-    """Train the pipeline's transformer, or only `trained` of it, on designs of which `share` is spoiled."""
+    """Train `trained`, parameters of the pipeline's transformer, on designs of which `share` is spoiled."""
     schedule.work.mkdir(parents=True, exist_ok=True)
     data = []
     for layers in LAYERS:
@@ -122,14 +112,13 @@ def _train(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m layerloop.components.research.faults",
-        description="Train the shipped tiny policy further, on designs of which a share is decomposed badly: a base "
-        "with faults to unlearn. Stop it at any time; the same command continues.",
+        description="Train an adapter of the shipped tiny policy, on designs of which a share is decomposed badly: "
+        "with it the policy has faults to unlearn. Stop it at any time; the same command continues.",
     )
-    parser.add_argument("out", type=Path, help="where the base goes, in diffusers' layout")
+    parser.add_argument("out", type=Path, help="where the adapter goes, in peft's layout")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints")
-    parser.add_argument("--adapter", action="store_true", help="an adapter of the shipped policy instead of a base")
     given = parser.parse_args(arguments)
-    (train_adapter_of_faults if given.adapter else spoil_policy)(given.out, work=given.work)
+    train_adapter_of_faults(given.out, work=given.work)
 
 
 if __name__ == "__main__":

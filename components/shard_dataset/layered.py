@@ -29,14 +29,9 @@ from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.shard_dataset.files import Files, InputError, Passed, printable, suffix_of
-from layerloop.components.shard_dataset.inputs import (
-    IMAGE_SUFFIXES,
-    Inputs,
-    find_inputs,
-    one_line,
-    open_parquet,
-    parquet_rows,
-)
+from layerloop.components.shard_dataset.inputs import Inputs, find_inputs
+from layerloop.components.shard_dataset.items import IMAGE_SUFFIXES, one_line
+from layerloop.components.shard_dataset.tables import open_parquet, parquet_rows
 from layerloop.components.storage.folders import local_folder
 from layerloop.components.storage.images import decode_image
 

@@ -17,7 +17,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.shard_dataset.duplicates import DuplicateIndex, ImageHash, hash_image
 from layerloop.components.shard_dataset.files import InputError, Passed, printable
-from layerloop.components.shard_dataset.inputs import Item, one_line
+from layerloop.components.shard_dataset.items import Item, one_line
 from layerloop.components.shard_dataset.layered import DesignItem
 from layerloop.components.shard_dataset.spool import Spool
 from layerloop.components.storage.images import decode_image, encode_png

@@ -83,8 +83,7 @@ class Study:
     """Where a study lives and what it covers."""
 
     folder: Path
-    recipe: str  # YAML text of the arm `full`, but for its base
-    base: Path  # the faulty base
+    recipe: str  # YAML text of the arm `full`
     iterations: int
     images: Path
     designs: Path
@@ -96,8 +95,7 @@ class Study:
         Raises:
             LayerloopError: the result is not a valid recipe.
         """
-        own = {"seed": run.seed, "model": {"base": str(self.base.resolve())}}
-        text = yaml.safe_dump(merged(merged(yaml.safe_load(self.recipe), own), ARMS[run.arm].changes))
+        text = yaml.safe_dump(merged(yaml.safe_load(self.recipe) | {"seed": run.seed}, ARMS[run.arm].changes))
         parse_recipe(text)
         return text
 

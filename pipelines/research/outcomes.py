@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerloop.components.evaluate_adapter.samplers import read_table
 from layerloop.components.layers.columns import DEFINITIONS, quoted
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.inference import Inference
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.manifests import read_file
 from layerloop.pipelines.research.arms import Run, Study
@@ -34,6 +36,15 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Base and tuned policy by one way of sampling."""
+
+    measures: Mapping[str, tuple[float, float]]  # measure -> (base, tuned)
+    clear: frozenset[str]  # the measures that differ clearly
+    safe: bool | None  # no measure clearly worse than the base's, nor than by the reference sampler
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One finished run, and its rewards by iteration."""
 
@@ -41,6 +52,7 @@ class Outcome:
     metrics: Mapping[str, tuple[float, float]]  # measure, or REWARD_STD -> (base, tuned)
     curve: Sequence[tuple[int, float]]  # (iteration, mean phase-1 reward)
     spreads: Sequence[Spread]  # by iteration
+    samplers: Mapping[str, Sampled]  # name of the setting -> what came of it; empty where they were not compared
 
     @property
     def measures(self) -> list[str]:
@@ -102,7 +114,17 @@ def outcome(study: Study, run: Run) -> Outcome:
         curve.append((iteration, sum(alone) / len(alone)))
         spreads.append(_spread(rows))
     found[REWARD_STD] = (mean([spread.alone for spread in spreads]), mean([spread.used for spread in spreads]))
-    return Outcome(run, found, curve, spreads)
+    return Outcome(run, found, curve, spreads, _sampled(read_table(campaign, study.iterations)))
+
+
+def _sampled(table: Mapping[str, Any] | None) -> dict[str, Sampled]:
+    found = {}
+    for setting in table["settings"] if table else ():
+        how = Inference(setting["steps"], setting["sampler"], setting["guidance"])
+        measures = {name: (float(c["base"]), float(c["tuned"])) for name, c in setting["measures"].items()}
+        clear = frozenset(name for name, c in setting["measures"].items() if c["clear"])
+        found[how.name] = Sampled(measures, clear, setting["safe"])
+    return found
 
 
 def _quoted_in(metrics: Mapping[str, Any]) -> list[str]:

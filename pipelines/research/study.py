@@ -8,6 +8,7 @@ from its head. arms.py says what is run, outcomes.py reads what came out, page.p
 from __future__ import annotations
 
 import importlib.resources
+import itertools
 import json
 import os
 import subprocess
@@ -77,7 +78,7 @@ class Commands:
         Raises:
             LayerloopError: the step failed.
         """
-        words = [word for name, value in arguments.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        words = list(itertools.chain.from_iterable(map(_option, arguments, arguments.values())))
         with open(self.log, "a") as log:
             began = log.tell()
             command = [sys.executable, "-m", f"layerloop.components.{step}", *words]
@@ -89,6 +90,14 @@ class Commands:
                 f"{said[-1].removeprefix('error: ') if said else 'it printed nothing'} (log: {self.log})"
             )
         return dict(json.loads(done.stdout.splitlines()[-1])["metrics"])
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """An argument of a step as its command takes it; True and False are a switch."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option] if value else []
+    return [option, str(value)]
 
 
 def advance(study: Study, run: Run, step: Commands, deadline: float) -> None:
@@ -124,7 +133,7 @@ def advance(study: Study, run: Run, step: Commands, deadline: float) -> None:
 
 
 def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, jobs: int, hours: float) -> int:
-    """Make images and base, serve the reference judge, advance all runs and write the results; 0 if every run is
+    """Make images and designs, serve the reference judge, advance all runs and write the results; 0 if every run is
     done.
 
     Raises:
@@ -136,14 +145,13 @@ def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, job
     runs = plan(arms)
     folder.mkdir(parents=True, exist_ok=True)
     images, designs = make_designs(folder)
-    base = make_base(folder)
     with (
         reference_judge(folder / "judge.log") as judge_url,
         reference_judge(folder / "judge-fine.log", "--fine") as fine_url,
     ):
         this = Study(
-            folder=folder, recipe=study_recipe(), base=base, iterations=iterations, images=images,
-            designs=designs, judge_urls={NAME: judge_url, FINE: fine_url},
+            folder=folder, recipe=study_recipe(), iterations=iterations, images=images, designs=designs,
+            judge_urls={NAME: judge_url, FINE: fine_url},
         )  # fmt: skip
         done = run_study(this, runs, jobs=jobs, hours=hours)
     page = write_results(this, done, runs, docs)
@@ -154,19 +162,6 @@ def study(*, folder: Path, docs: Path, arms: Sequence[str], iterations: int, job
 def study_recipe() -> str:
     """YAML text of the recipe that the arms change."""
     return (importlib.resources.files(__package__) / "study.yaml").read_text()
-
-
-def make_base(folder: Path) -> Path:
-    """The base with faults to unlearn, trained once (components/research/faults.py), in a process of its own.
-
-    Raises:
-        LayerloopError: the training failed; its output is above.
-    """
-    out = folder / "base"
-    command = [sys.executable, "-m", "layerloop.components.research.faults", str(out)]
-    if status := subprocess.run([*command, "--work", str(folder / "base-training")]).returncode:
-        raise LayerloopError(f"training the study's base ended with status {status}: {' '.join(command)}")
-    return out
 
 
 def make_designs(folder: Path) -> tuple[Path, Path]:

@@ -41,7 +41,8 @@ from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.manifest import Shard
 from layerloop.components.schema.recipe import DataRecipe, Recipe, parse_recipe
 from layerloop.components.schema.yaml_text import load_yaml
-from layerloop.components.shard_dataset.inputs import Item, find_inputs, read_items
+from layerloop.components.shard_dataset.inputs import find_inputs, read_items
+from layerloop.components.shard_dataset.items import Item
 from layerloop.components.shard_dataset.samples import Prepared, prepare_image
 from layerloop.components.storage.local import LocalStore
 from layerloop.components.storage.shards import read_sample, read_shard, sample_ranges

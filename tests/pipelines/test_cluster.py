@@ -1,6 +1,8 @@
 """Where steps run: what a cluster file becomes in the compiled platform spec, and what is refused before."""
 
+import functools
 import itertools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +69,28 @@ class Compiled:
         return {variable["name"]: variable["value"] for variable in self.containers[verb].get("env", ())}
 
 
+@functools.cache
+def compiled_for(text: str = "", recipe: str = TINY) -> Compiled:
+    """The pipelines for a cluster file of this text, compiled once; tests only read them."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Compiled(Path(folder), text, recipe)
+
+
 # ------------------------------------------------------------------------------------------------------------- security
 
 
-def test_every_step_runs_as_no_root(tmp_path: Path) -> None:
-    for verb, settings in Compiled(tmp_path).settings.items():
+def test_every_step_runs_as_no_root() -> None:
+    for verb, settings in compiled_for().settings.items():
         assert settings["securityContext"] == {"runAsNonRoot": True, "runAsUser": "65532"}, verb
 
 
-def test_where_the_namespace_gives_users_none_is_named(tmp_path: Path) -> None:
-    for settings in Compiled(tmp_path, "run_as_user: null").settings.values():
+def test_where_the_namespace_gives_users_none_is_named() -> None:
+    for settings in compiled_for("run_as_user: null").settings.values():
         assert settings["securityContext"] == {"runAsNonRoot": True}
 
 
-def test_a_step_gets_only_the_secrets_that_it_uses(tmp_path: Path) -> None:
-    for verb, settings in Compiled(tmp_path).settings.items():
+def test_a_step_gets_only_the_secrets_that_it_uses() -> None:
+    for verb, settings in compiled_for().settings.items():
         found = {s["secretName"]: {k["secretKey"] for k in s["keyToEnv"]} for s in settings["secretAsEnv"]}
         assert all(secret["optional"] for secret in settings["secretAsEnv"])
         store = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
@@ -91,8 +100,8 @@ def test_a_step_gets_only_the_secrets_that_it_uses(tmp_path: Path) -> None:
         assert found == asked.get(verb, hub)
 
 
-def test_a_secret_can_be_left_out(tmp_path: Path) -> None:
-    compiled = Compiled(tmp_path, "secrets: {judge: null, store: null, hub: theirs}")
+def test_a_secret_can_be_left_out() -> None:
+    compiled = compiled_for("secrets: {judge: null, store: null, hub: theirs}")
     assert "secretAsEnv" not in compiled.settings["score_rollouts"]
     assert [s["secretName"] for s in compiled.settings["update_lora"]["secretAsEnv"]] == ["theirs"]
 
@@ -100,8 +109,8 @@ def test_a_secret_can_be_left_out(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ resources
 
 
-def test_sharding_and_scoring_ask_for_little_and_for_no_gpu(tmp_path: Path) -> None:
-    compiled = Compiled(tmp_path)
+def test_sharding_and_scoring_ask_for_little_and_for_no_gpu() -> None:
+    compiled = compiled_for()
     without = {"shard_dataset": 0, "score_rollouts": 0}
     assert (
         compiled.gpus()
@@ -115,8 +124,8 @@ def test_sharding_and_scoring_ask_for_little_and_for_no_gpu(tmp_path: Path) -> N
         assert not compiled.settings[verb].keys() & {"tolerations", "nodeSelector", "emptyDirMounts", "podMetadata"}
 
 
-def test_cpu_and_memory_grow_with_the_gpus(tmp_path: Path) -> None:
-    compiled = Compiled(tmp_path, "gpus: 8\nupdate_gpus: 4\nevaluate_gpus: 2\npolicy: {cpu: 7500m, memory: 90Gi}")
+def test_cpu_and_memory_grow_with_the_gpus() -> None:
+    compiled = compiled_for("gpus: 8\nupdate_gpus: 4\nevaluate_gpus: 2\npolicy: {cpu: 7500m, memory: 90Gi}")
     counts = {"generate_rollouts": 8, "update_lora": 4, "train_stretch": 8, "evaluate_adapter": 2, "publish_adapter": 1}
     assert {verb: count for verb, count in compiled.gpus().items() if count} == counts
     assert compiled.resources("generate_rollouts") == ("60000m", "720Gi")
@@ -125,7 +134,7 @@ def test_cpu_and_memory_grow_with_the_gpus(tmp_path: Path) -> None:
     assert compiled.resources("shard_dataset") == ("4", "24Gi")
 
 
-def test_what_a_verb_says_of_itself_goes_before(tmp_path: Path) -> None:
+def test_what_a_verb_says_of_itself_goes_before() -> None:
     text = """
 gpus: 8
 node_selector: {pool: a100}
@@ -139,7 +148,7 @@ steps:
     node_affinity: [{key: zone, values: [a, b]}, {key: disk, operator: Exists}, {key: spot, values: ["1"], weight: 5}]
     ephemeral_storage: 20Gi
 """
-    compiled = Compiled(tmp_path, text)
+    compiled = compiled_for(text)
     rollouts, scores, update = (compiled.settings[v] for v in ("generate_rollouts", "score_rollouts", "update_lora"))
     assert compiled.gpus()["generate_rollouts"] == 2
     assert compiled.resources("generate_rollouts") == ("3", "64Gi")
@@ -164,8 +173,8 @@ steps:
     assert scores["emptyDirMounts"] == [{"volumeName": "scratch", "mountPath": "/tmp", "sizeLimit": "20Gi"}]
 
 
-def test_gpu_pods_get_shared_memory_tolerations_and_the_queue(tmp_path: Path) -> None:
-    compiled = Compiled(tmp_path)
+def test_gpu_pods_get_shared_memory_tolerations_and_the_queue() -> None:
+    compiled = compiled_for()
     for verb in (name for name, step in STEPS.items() if step.gpus != "none"):
         settings = compiled.settings[verb]
         (shm,) = settings["emptyDirMounts"]
@@ -174,15 +183,15 @@ def test_gpu_pods_get_shared_memory_tolerations_and_the_queue(tmp_path: Path) ->
         assert settings["podMetadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "layerloop"}
 
 
-def test_on_cpus_nothing_asks_for_a_gpu(tmp_path: Path) -> None:
-    compiled = Compiled(tmp_path, "gpus: 0")
+def test_on_cpus_nothing_asks_for_a_gpu() -> None:
+    compiled = compiled_for("gpus: 0")
     assert set(compiled.gpus().values()) == {0}
     assert compiled.resources("update_lora") == ("8", "96Gi")
     assert not any("emptyDirMounts" in settings for settings in compiled.settings.values())
 
 
-def test_without_a_volume_of_weights_the_models_go_where_the_user_may_write(tmp_path: Path) -> None:
-    with_volume, without = Compiled(tmp_path), Compiled(tmp_path, "weights_claim: null")
+def test_without_a_volume_of_weights_the_models_go_where_the_user_may_write() -> None:
+    with_volume, without = compiled_for(), compiled_for("weights_claim: null")
     assert with_volume.variables("update_lora")["HF_HOME"] == "/weights/huggingface"
     assert with_volume.settings["update_lora"]["pvcMount"][0]["constant"] == "layerloop-weights"
     assert without.variables("update_lora")["HF_HOME"] == "/tmp/huggingface"
@@ -190,9 +199,9 @@ def test_without_a_volume_of_weights_the_models_go_where_the_user_may_write(tmp_
     assert "HF_HOME" not in with_volume.variables("score_rollouts")
 
 
-def test_the_base_and_compiled_kernels_are_kept_on_the_nodes_disk(tmp_path: Path) -> None:
-    plain, cached = Compiled(tmp_path), Compiled(tmp_path, "cache_claim: node-disk")
-    bare = Compiled(tmp_path, "weights_claim: null")
+def test_the_base_and_compiled_kernels_are_kept_on_the_nodes_disk() -> None:
+    plain, cached = compiled_for(), compiled_for("cache_claim: node-disk")
+    bare = compiled_for("weights_claim: null")
     for step in ("generate_rollouts", "update_lora", "evaluate_adapter"):
         variables = cached.variables(step)
         assert (variables["LAYERLOOP_CACHE"], variables["TORCHINDUCTOR_CACHE_DIR"]) == ("/cache", "/cache/inductor")
@@ -206,9 +215,9 @@ def test_the_base_and_compiled_kernels_are_kept_on_the_nodes_disk(tmp_path: Path
         assert not {"node-disk"} & {mount["constant"] for mount in cached.settings[step].get("pvcMount", [])}
 
 
-def test_service_urls_go_to_every_step_and_kfps_own_to_the_first(tmp_path: Path) -> None:
+def test_service_urls_go_to_every_step_and_kfps_own_to_the_first() -> None:
     text = "service_urls: {AWS_REGION: eu-1}\nkfp_api: https://kfp.example.com\npipeline_root: s3://bucket/kfp"
-    compiled = Compiled(tmp_path, text)
+    compiled = compiled_for(text)
     for verb in STEPS:
         variables = compiled.variables(verb)
         assert variables["AWS_REGION"] == "eu-1"
@@ -216,8 +225,8 @@ def test_service_urls_go_to_every_step_and_kfps_own_to_the_first(tmp_path: Path)
     assert compiled.spec["defaultPipelineRoot"] == "s3://bucket/kfp"
 
 
-def test_certificates_of_the_cluster_are_trusted_by_every_client(tmp_path: Path) -> None:
-    compiled = Compiled(tmp_path, "ca_bundle: company-ca")
+def test_certificates_of_the_cluster_are_trusted_by_every_client() -> None:
+    compiled = compiled_for("ca_bundle: company-ca")
     for verb in STEPS:
         (mount,) = compiled.settings[verb]["configMapAsVolume"]
         assert (mount["configMapName"], mount["mountPath"]) == ("company-ca", "/etc/layerloop/ca")
@@ -226,8 +235,8 @@ def test_certificates_of_the_cluster_are_trusted_by_every_client(tmp_path: Path)
             assert variables[name] == "/etc/layerloop/ca/ca.crt"
 
 
-def test_images_are_by_verb(tmp_path: Path) -> None:
-    compiled = Compiled(tmp_path)
+def test_images_are_by_verb() -> None:
+    compiled = compiled_for()
     light = {verb for verb, container in compiled.containers.items() if container["image"].startswith("r/light@")}
     assert light == {"score_rollouts"}
 
@@ -247,9 +256,9 @@ def test_images_are_by_verb(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("recipe", [TINY, PAPER], ids=["tiny", "paper"])
-def test_the_budget_of_all_attempts_holds_every_attempt(tmp_path: Path, text: str, recipe: str) -> None:
+def test_the_budget_of_all_attempts_holds_every_attempt(text: str, recipe: str) -> None:
     """Argo's backoff.maxDuration counts from the first attempt's start, so it holds all of them, pauses included."""
-    compiled = Compiled(tmp_path, text, recipe)
+    compiled = compiled_for(text, recipe)
     for verb in STEPS:
         retry = compiled.tasks[verb]["retryPolicy"]
         retries, timeout = retry["maxRetryCount"], int(compiled.settings[verb]["activeDeadlineSeconds"])
@@ -259,8 +268,8 @@ def test_the_budget_of_all_attempts_holds_every_attempt(tmp_path: Path, text: st
         assert budget >= (retries + 1) * timeout + pauses, verb
 
 
-def test_without_retries_nothing_is_said_of_them(tmp_path: Path) -> None:
-    assert not any("retryPolicy" in task for task in Compiled(tmp_path, "retries: 0").tasks.values())
+def test_without_retries_nothing_is_said_of_them() -> None:
+    assert not any("retryPolicy" in task for task in compiled_for("retries: 0").tasks.values())
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluation

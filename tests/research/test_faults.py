@@ -1,4 +1,4 @@
-"""Faults to unlearn: each kind is what its name says, and a base that is trained on them loads as a policy."""
+"""Faults to unlearn: each kind is what its name says, and they are trained into an adapter."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.flags import blank, duplicate, flags_of, glazed
 from layerloop.components.layers.stack import composite
-from layerloop.components.policy.model import LayeredPolicy
+from layerloop.components.policy.adapters import PEFT_WEIGHTS, read_adapter
 from layerloop.components.research import faults
-from layerloop.components.schema.recipe import ModelRecipe
 
 STACKS = [
     stack
@@ -54,11 +53,12 @@ def _changed(stack: np.ndarray, spoiled: np.ndarray) -> int:
     return index - 1
 
 
-def test_a_spoiled_policy_is_another_policy_of_the_same_kind(tmp_path: Path) -> None:
-    out = tmp_path / "base"
-    faults.spoil_policy(out, work=tmp_path / "work", steps=2, designs=6)
-    spoiled = LayeredPolicy.load(ModelRecipe(base=str(out), dtype="float32"))
-    assert spoiled.fingerprint != LayeredPolicy.load(ModelRecipe(base="tiny", dtype="float32")).fingerprint
-    written = (out / "model_index.json").stat().st_mtime_ns
-    faults.spoil_policy(out, work=tmp_path / "work", steps=2, designs=6)
-    assert (out / "model_index.json").stat().st_mtime_ns == written, "what is there is kept"
+def test_its_adapter_is_one_of_the_tiny_policy_and_trained(tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    faults.train_adapter_of_faults(out, work=tmp_path / "work", steps=2, designs=6)
+    trained = read_adapter(out)
+    assert {key.replace(".lora_B.", ".lora_A.") for key in trained.state} <= set(trained.state)
+    assert all(value.any() for value in trained.state.values()), "B starts at zero"
+    written = (out / PEFT_WEIGHTS).stat().st_mtime_ns
+    faults.train_adapter_of_faults(out, work=tmp_path / "work", steps=2, designs=6)
+    assert (out / PEFT_WEIGHTS).stat().st_mtime_ns == written, "what is there is kept"

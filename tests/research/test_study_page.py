@@ -13,8 +13,10 @@ import pytest
 
 from layerloop.components.evaluate_adapter.assess import Row, compare_rows
 from layerloop.components.evaluate_adapter.results import metrics_json
+from layerloop.components.evaluate_adapter.samplers import MODELS, TABLE, sampler_table, samplers_dir
 from layerloop.components.layers.columns import BY_SLOT, better_of, quoted
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.inference import COMPARED
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import MANIFEST, Campaign
@@ -34,7 +36,7 @@ BASE_L1 = {2: 0.1, 3: 0.08, 4: 0.06}
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     return Study(
-        folder=tmp_path / "study", recipe=study_recipe(), base=tmp_path / "base", iterations=2, images=tmp_path / "i",
+        folder=tmp_path / "study", recipe=study_recipe(), iterations=2, images=tmp_path / "i",
         designs=tmp_path / "d", judge_urls={},
     )  # fmt: skip
 
@@ -174,3 +176,28 @@ def test_what_there_is_to_win_back_is_what_the_faults_cost(study: Study, tmp_pat
     page = page_of(study, [*full, shipped], [], tmp_path / "docs")
     assert "The faults are 50%, 50%, 50% of the base's layer L1" in page
     assert "seed 0): unlearning" in page and "`full` wins back 40%, 40%, 40% of that." in page
+
+
+def test_samplers_are_shown_with_what_holds_by_them(study: Study, tmp_path: Path) -> None:
+    done = [finished(study, Run("full", seed), better=0.6, alone=0.02, used=0.1) for seed in range(2)]
+    assert "## By the samplers" not in page_of(study, done, [], tmp_path / "without")
+    campaign = Campaign.open(str(study.campaign(done[0])))
+    rows = {
+        (how, model): [
+            {"kind": "designs", "bad_layers": (0.4 if model == "base" else 0.1) + 0.01 * n}
+            if how not in COMPARED[1:3]
+            else {"kind": "designs", "bad_layers": 0.1 + (-1) ** n * (0.002 if model == "adapter" else 0)}
+            if how == COMPARED[2]
+            else {"kind": "designs", "bad_layers": 0.5 + (0.3 if model == "adapter" else 0) + 0.01 * n}
+            for n in range(12)
+        ]
+        for how in COMPARED
+        for model in MODELS
+    }
+    table = json.dumps(sampler_table(rows, seed=0)).encode()
+    _commit(campaign, samplers_dir(campaign, study.iterations), TABLE, table, kind="evaluation")
+    page = page_of(study, done, [], tmp_path / "docs")
+    assert "| `full` | heun-50 | 1 | 0.4550 → **0.1550** (-66%) | 1 of 1 |" in page
+    assert "| `full` | euler-20 | 1 | 0.5550 → **0.8550** (+54%) | 0 of 1 |" in page
+    assert "| `full` | euler-30 | 1 | 0.1000 → 0.1000 (+0%) |" in page, "not clear, so not bold"
+    assert page.count("| `full` | euler-") == 8

@@ -30,7 +30,8 @@ from layerloop.components.layers.truth import ground_truth
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe, DesignsRecipe, parse_recipe
 from layerloop.components.shard_dataset.files import InputError
-from layerloop.components.shard_dataset.inputs import Item, find_inputs, read_items
+from layerloop.components.shard_dataset.inputs import find_inputs, read_items
+from layerloop.components.shard_dataset.items import Item
 from layerloop.components.shard_dataset.layered import find_designs, layer_order, read_designs
 from layerloop.components.shard_dataset.samples import Prepared, Refused, prepare_image
 from layerloop.components.shard_dataset.step import run

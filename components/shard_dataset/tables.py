@@ -1,0 +1,137 @@
+"""Rows of parquet tables that others wrote: images, and any columns, within bounds of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.shard_dataset.items import Item, broken_item, one_line, sized_item
+
+IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "data")
+
+# Bounds of a row group of parquet, whose few bytes may stand for any number.
+_FREE_BYTES, _MOST_RATIO = 64_000_000, 100
+_FREE_ENTRIES = 1_000_000
+_BATCH_BYTES = 256_000_000  # unpacked at once
+_MOST_TOLD = 10_000  # rows of a group that cannot be read, each in the table of rejects
+
+
+def parquet_items(file: BinaryIO, where: str, *, folder: str, max_bytes: int) -> Iterator[Item]:
+    """The image of every row of a table.
+
+    Args:
+        where: the table's printable name, for origins.
+        folder: where it lies, for errors.
+        max_bytes: an image of more is a problem, and is not read.
+
+    Raises:
+        LayerloopError: no image column, or several without a usual name.
+    """
+    table = open_parquet(file)
+    if isinstance(table, str):
+        yield broken_item(where, table)
+        return
+    column = _image_column(table.schema_arrow, f"{folder}/{where}")
+    for number, row in parquet_rows(table, [column], batch=16):  # a few images in memory, not a row group
+        origin = f"{where}:{number}"
+        if isinstance(row, str):
+            yield broken_item(origin, row)
+            continue
+        cell = row[column]
+        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
+        if data is None:
+            yield broken_item(origin, f"row has no image bytes (path {path!r}): embed them")
+        else:
+            yield sized_item(origin, len(data), max_bytes, lambda data=data: data)  # type: ignore[misc]
+
+
+def open_parquet(file: BinaryIO) -> Any:
+    """The table, or a description of its fault."""
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        table.schema_arrow.names  # noqa: B018 - read here, where it may fail
+    except Exception as error:  # Arrow raises its own kinds, OSError, ValueError and others on hostile bytes
+        return f"parquet is damaged ({one_line(error)}): make it again"
+    return table
+
+
+def parquet_rows(table: Any, columns: list[str] | None, *, batch: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(number, row) of all rows, or instead of a row why it cannot be read: a damaged page spoils its rows only."""
+    first = 0
+    for group in range(table.num_row_groups):
+        count = table.metadata.row_group(group).num_rows
+        done = 0
+        packed, unpacked, entries = _sizes(table.metadata.row_group(group), columns)
+        problem = _bomb(packed, unpacked, max(entries, count)) or "row is missing"
+        batch = max(
+            1, min(batch, _BATCH_BYTES // max(1, unpacked))
+        )  # a dictionary may give every row its largest value
+        for size in (batch, 1) if problem == "row is missing" else ():  # one by one where a batch cannot be read
+            try:
+                start = 0
+                for part in table.iter_batches(batch_size=size, row_groups=[group], columns=columns):
+                    rows = part.to_pylist() if start + part.num_rows > done else []
+                    for row in rows[max(0, done - start) :]:
+                        yield first + done, row
+                        done += 1
+                    start += part.num_rows
+            except Exception as error:  # as in `open_parquet`
+                problem = f"row cannot be read, the parquet is damaged ({one_line(error)}): make it again"
+                continue
+            break
+        if count - done > _MOST_TOLD:
+            yield first + done, f"{count - done} rows: {problem}"
+        else:
+            for number in range(done, count):
+                yield first + number, problem
+        first += count
+
+
+def _sizes(group: Any, columns: list[str] | None) -> tuple[int, int, int]:
+    """(bytes as stored, bytes unpacked, most entries of a column) of a row group's columns, by the file's own words."""
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    read = [c for c in chunks if columns is None or c.path_in_schema.partition(".")[0] in columns]
+    return (
+        sum(chunk.total_compressed_size for chunk in read),
+        sum(chunk.total_uncompressed_size for chunk in read),
+        max((chunk.num_values for chunk in read), default=0),
+    )
+
+
+def _bomb(packed: int, unpacked: int, entries: int) -> str | None:
+    """Why a row group is not unpacked: images and designs do not shrink to a hundredth; zeros do, to a thousandth."""
+    if unpacked > _FREE_BYTES and unpacked > _MOST_RATIO * packed:
+        return f"row group has {packed} bytes and unpacks to {unpacked / 1e6:.0f} MB: write it again from the images"
+    if entries > max(_FREE_ENTRIES, packed):
+        return f"row group has {entries} entries in {packed} bytes: write it again from the images"
+    return None
+
+
+def _image_column(schema: Any, where: str) -> str:
+    """The column with encoded images: binary, or the `datasets` library's struct with `bytes`.
+
+    Raises:
+        LayerloopError: no image column, or several without a usual name.
+    """
+    from pyarrow import types
+
+    def encoded(kind: Any) -> bool:
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    candidates = [
+        field.name
+        for field in schema
+        if encoded(field.type)
+        or (types.is_struct(field.type) and any(sub.name == "bytes" and encoded(sub.type) for sub in field.type))
+    ]
+    usual = [name for name in IMAGE_COLUMNS if name in candidates]
+    if usual:
+        return usual[0]
+    if len(candidates) == 1:
+        return candidates[0]
+    names = ", ".join(candidates or schema.names)
+    state = "several image columns" if candidates else "no image column"
+    raise LayerloopError(f"{where} has {state} among {names}: name the one with encoded images 'image'")
