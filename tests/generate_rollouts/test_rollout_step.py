@@ -191,7 +191,8 @@ def test_an_iteration_is_finished_by_another_number_of_workers(make_campaign, sa
     complete, campaign = make_campaign(rollout={"groups": 6}), make_campaign(rollout={"groups": 6})
     run(campaign=complete.uri)
     run(campaign=campaign.uri, worker=0, workers=before)
-    mine, folder = list(range(6))[::before], campaign.rollouts_dir(1)
+    planned, folder = plan_iteration(campaign.recipe, 1, 5), campaign.rollouts_dir(1)
+    mine = share_groups(planned, campaign.recipe.rollout, before)[0]
     campaign.store.delete(f"{folder}/g{mine[1]:06d}.json")
     sixth = complete.rollouts(1)[5].shards[0].name
     campaign.store.write(sixth, complete.store.read(sixth)[:5000])
