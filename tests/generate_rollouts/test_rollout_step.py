@@ -266,15 +266,15 @@ def test_an_attempt_on_another_kind_of_machine_leaves_a_committed_group_as_it_is
 def test_an_iteration_is_not_finished_with_another_policy(make_campaign, sampled, tmp_path) -> None:  # type: ignore[no-untyped-def]
     campaign = make_campaign()
     commit_policy(campaign, tmp_path / "adapter")
-    killed_at(3, sampled, campaign=campaign.uri)
+    killed_at(2, sampled, campaign=campaign.uri)
     store, folder = campaign.store, campaign.policy_dir(1)
     before = campaign.committed_groups(2).keys()
-    assert {0, 1} <= before < {0, 1, 2, 3}
+    assert {1, 3} <= before < {0, 1, 2, 3}
     for name in store.list(folder):
         store.delete(name)
     commit_policy(campaign, tmp_path / "other", scale=0.06)
     with pytest.raises(
-        LayerloopError, match=r"group 0 of iteration 2 was sampled .* the policy is now base .*: use the"
+        LayerloopError, match=rf"group {min(before)} of iteration 2 was sampled .* the policy is now base .*: use the"
     ):
         run(campaign=campaign.uri)
     assert campaign.committed_groups(2).keys() == before
@@ -452,7 +452,7 @@ def test_two_ranks_that_share_a_sharded_base_commit_what_one_process_commits(mak
 def test_latents_that_are_nan_stop_the_step_and_nothing_is_committed(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]
     campaign = make_campaign()
     commit_policy(campaign, tmp_path / "adapter", scale=1e30)
-    with pytest.raises(LayerloopError, match=r"latents of candidate 0 of group 2, iteration 2, are NaN or infinite"):
+    with pytest.raises(LayerloopError, match=r"latents of candidate 0 of group 1, iteration 2, are NaN or infinite"):
         run(campaign=campaign.uri)
     assert campaign.committed_groups(2) == {}
 
