@@ -6,8 +6,11 @@ PYTHON ?= $(firstword $(shell command -v python3.11) python3)
 VENV := .venv
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
-# A process a core, of one thread each. The tests of a file stay together, since they share what they set up.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+# A process a core and one more, for those that wait, of one thread each. The tests of a file stay together, since they
+# share what they set up.
+PROCESSES := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PROCESSES) --maxprocesses 8 --dist loadfile \
+  --no-loadscope-reorder
 CLUSTER ?= manifests/cluster.example.yaml
 
 help: ## list the targets

@@ -18,6 +18,7 @@ from layerloop.pipelines.cli_campaign import add_campaign_commands
 from layerloop.pipelines.cli_cluster import add_cluster_commands
 from layerloop.pipelines.cli_compare import add_compare_command
 from layerloop.pipelines.cli_decompose import add_decompose_command
+from layerloop.pipelines.cli_parser import Parser
 
 DESCRIPTION = """\
 Fine-tune an image layer decomposition model by reinforcement learning, as a Kubeflow pipeline or on this machine.
@@ -356,9 +357,7 @@ def _study(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; also what the README's commands are tested against."""
-    parser = argparse.ArgumentParser(
-        prog="layerloop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="layerloop", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and those of what it builds on")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 

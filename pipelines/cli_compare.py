@@ -16,8 +16,10 @@ EXAMPLES = """examples:
 A system is NAME=URI, one of
 - the folder of an evaluation, of this campaign or of another one with the same images and seed;
 - an adapter: a folder, a URI or an id of the hub. It is sampled on this campaign's base, on a GPU where there is one;
-- a local folder with the layers that a program made of each picture that --sources wrote: KEY/0.png, KEY/1.png ...
-  bottom first, or KEY.psd.
+- a local folder with the layers that a program made of the pictures that --sources wrote. KEY is the name of such a
+  file without its .png: KEY/0.png, KEY/1.png ... bottom first, or KEY.psd with normal layers, masks and opacities.
+
+All are of one base and one way of sampling, measured by the same definitions: anything else is refused.
 
 The output is one table of all measures, and tables in the shape of the paper's 1, 2 and 4.
 """

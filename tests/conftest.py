@@ -33,7 +33,11 @@ yaml.safe_load = functools.partial(yaml.load, Loader=yaml.CSafeLoader)
 yaml.safe_load_all = functools.partial(yaml.load_all, Loader=yaml.CSafeLoader)
 
 BUCKET = "layerloop-tests"
-FAST = ("judge", "layers", "mutants", "schema", "storage")  # folders whose tests need neither torch nor whole runs
+# The fast half: folders whose tests need neither torch nor whole runs, without what needs an S3 server and two files of
+# many seconds.
+FAST = ("judge", "layers", "schema", "storage")
+SERVERS = {"s3_environment", "rclone"}
+NOT_FAST = ("test_judge_endpoints.py", "test_hostile.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,11 +45,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the fast half, `make fast`, by folder. Whole runs go first: else one process ends alone with them."""
+    """Mark the fast half, `make fast`. Whole runs go first: else one process ends alone with them."""
     items.sort(key=lambda item: "e2e" not in item.path.parts)
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).parts[0] in FAST:
+        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        if folder in FAST and item.path.name not in NOT_FAST and not _needs_a_server(item):
             item.add_marker(pytest.mark.fast)
+
+
+def _needs_a_server(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    of_s3 = call is not None and any(value == "s3" for value in call.params.values() if isinstance(value, str))
+    return of_s3 or bool(SERVERS & set(getattr(item, "fixturenames", ())))
 
 
 @contextlib.contextmanager

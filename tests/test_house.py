@@ -193,7 +193,7 @@ UNCALLED = {
     "pipelines/local.py": {"overhead"},  # for the benchmark of that name
 }
 CALLED_BY_LIBRARIES = {"do_GET", "do_POST", "handle_error", "handle_one_request", "ignore_aliases", "log_message"}
-CALLED_BY_LIBRARIES |= {"readinto", "seekable", "send_error", "setup"}
+CALLED_BY_LIBRARIES |= {"parse_known_args", "readinto", "seekable", "send_error", "setup"}
 
 
 def definitions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:

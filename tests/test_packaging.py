@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -113,12 +114,16 @@ def test_the_study_runs_from_a_checkout(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: arm fulll is not known: choose from full, ")
 
 
-def test_make_pretrain_starts_a_module_that_is_there() -> None:
+def test_make_pretrain_starts_a_module_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = (ROOT / "Makefile").read_text().split("\npretrain:")[1].split("\n\n")[0]
     (module,) = re.findall(r"-m (\S+)$", recipe, re.MULTILINE)
-    result = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"usage: python -m {module}")
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m {module}")
 
 
 # What the wheel with one extra, or with those of an image, is enough for: commands that say what they take.

@@ -141,6 +141,8 @@ def _load_base(choice: Choice, options: DecomposeOptions, device: torch.device) 
     from layerloop.components.policy.model import LayeredPolicy
 
     adapter = None if choice.folder is None else read_adapter(choice.folder)  # refused before the base is loaded
+    if choice.folder is not None and choice.base_fingerprint is None:
+        _check_named_base(choice, _base_of(choice.folder, None))
     recipe, runtime = _most(choice, options)
     remedy = "or lower --resolution, --layers or --batch-size"
     folder = folder_of_base(recipe, runtime, device=device, use="evaluation", remedy=remedy)
@@ -158,6 +160,21 @@ def _load_base(choice: Choice, options: DecomposeOptions, device: torch.device) 
         raise LayerloopError(f"adapter {choice.adapter} is not for the base {choice.base} ({error})") from None
     train_adapter(policy.transformer, False)
     return policy
+
+
+def _check_named_base(choice: Choice, named: str | None) -> None:
+    """Of an adapter that comes without its base's fingerprint, hold the name that it gives against the base in use.
+
+    Two names may be of one model, a hub id and a folder; those of shipped bases are not.
+
+    Raises:
+        LayerloopError: both are shipped bases.
+    """
+    if named is None or named == choice.base:
+        return
+    if named in SHIPPED and choice.base in SHIPPED:
+        raise LayerloopError(f"adapter {choice.adapter} is for the base {named}, not {choice.base}: leave out --base")
+    log(f"adapter {choice.adapter} names {named} as its base, and {choice.base} is used: right if both are one model")
 
 
 def _most(choice: Choice, options: DecomposeOptions) -> tuple[Recipe, Runtime]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from layerloop.components.evaluate_adapter.assess import Row
 from layerloop.components.evaluate_adapter.statistics import Comparison, compare, holm
-from layerloop.components.layers.columns import better_of, quoted, title_of
+from layerloop.components.layers.columns import better_of, changed_definitions, quoted, title_of
 from layerloop.components.layers.measure import MEASURES
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
@@ -136,7 +136,7 @@ def _incomparable(
         return f"{name} was evaluated on other images or from other seeds: they cannot be compared, evaluate it again"
     columns = dict.fromkeys(column for _, column in WATCHED)
     theirs: Mapping[str, Any] = before.get("definitions", {})
-    other = [column for column in columns if theirs.get(column) != now["definitions"].get(column)]
+    other = [column for column in columns if changed_definitions(column, theirs, now["definitions"])]
     if other:
         what = ", ".join(other)
         return f"{name} was measured by another definition of {what}: they cannot be compared, evaluate it again"

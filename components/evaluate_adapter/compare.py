@@ -8,9 +8,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from layerloop.components.evaluate_adapter.assess import Row
 from layerloop.components.evaluate_adapter.cases import Cases, read_cases
+from layerloop.components.evaluate_adapter.comparable import check_comparable, identity
 from layerloop.components.evaluate_adapter.other_adapters import BASE, is_adapter, sample_adapters
 from layerloop.components.evaluate_adapter.paper_tables import paper_tables, tables_markdown
 from layerloop.components.evaluate_adapter.systems import (
@@ -23,6 +25,7 @@ from layerloop.components.evaluate_adapter.systems import (
     write_sources,
 )
 from layerloop.components.evaluate_adapter.systems_page import as_html
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
 
@@ -85,14 +88,23 @@ def _written(path: str) -> Iterator[None]:
 def _rows_of(
     campaign: Campaign, cases: Cases, given: Mapping[str, str]
 ) -> tuple[dict[str, Sequence[Row]], Sequence[Row]]:
-    """The rows of every system, and those of the base."""
+    """The rows of every system, and those of the base. What cannot be compared is refused before anything is measured
+    or sampled."""
     adapters = {name: uri for name, uri in given.items() if is_adapter(uri)}
+    evaluations = {
+        name: read_evaluation(uri) for name, uri in given.items() if name not in adapters and is_evaluation(uri)
+    }
+    measured = len(evaluations) < len(given)
+    expected = _settings(campaign) if adapters else None
+    for note in check_comparable(evaluations, cases, measured_now=measured, sampled=expected):
+        log(note)
     rows: dict[str, Sequence[Row]] = {}
     base: Sequence[Row] = ()
+    wanted = {(case.kind, case.key, case.layers, case.seed) for case in cases.cases}
     for name, uri in given.items():
-        if name not in adapters and is_evaluation(uri):
-            of_base, rows[name] = read_evaluation(uri)
-            base = base or of_base
+        if name in evaluations:
+            rows[name] = [row for row in evaluations[name].tuned if identity(row) in wanted]
+            base = base or [row for row in evaluations[name].base if identity(row) in wanted]
         elif name not in adapters:
             rows[name] = measure_folder(Path(uri), cases, max_edits=campaign.recipe.evaluation.max_edits)
     if adapters:
@@ -104,6 +116,14 @@ def _rows_of(
             "none of the systems is an evaluation or an adapter, with which the base's numbers come: name one of them"
         )
     return {name: rows[name] for name in given}, base
+
+
+def _settings(campaign: Campaign) -> dict[str, Any]:
+    """How the campaign samples, as an evaluation's provenance says it; the base where a policy says which it was."""
+    recipe = campaign.recipe
+    known = {"dtype": recipe.model.dtype, "prompt": recipe.model.prompt, "steps": recipe.evaluation.steps}
+    fingerprint = campaign.policy(campaign.head()).metadata.get("base_fingerprint")
+    return known | ({"base_fingerprint": fingerprint} if fingerprint else {})
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerloop.components.evaluate_adapter.cases import Kind
 from layerloop.components.evaluate_adapter.charts import Line
-from layerloop.components.layers.columns import quoted, title_of
+from layerloop.components.layers.columns import DEFINITIONS, changed_definitions, quoted, title_of
 from layerloop.components.storage.manifests import read_file
 
 if TYPE_CHECKING:
@@ -91,9 +91,12 @@ def earlier_evaluations(campaign: Campaign, iteration: int) -> list[Evaluated]:
 
 
 def _means(document: Mapping[str, Any], whose: str) -> dict[str, float]:
-    means = {}
+    """The headline measures by today's definitions; one that was defined otherwise then is left out."""
+    means, then = {}, document.get("definitions", {})
     for name in headline_names():
         row = document.get(name)
+        if changed_definitions(name.partition(".")[2], then, DEFINITIONS):
+            continue
         if isinstance(row, dict) and row.get(whose) is not None:
             means[name] = float(row[whose])
     return means

@@ -9,6 +9,7 @@ from pathlib import Path
 from layerloop.components.evaluate_adapter.assess import Row
 from layerloop.components.evaluate_adapter.cases import Cases
 from layerloop.components.evaluate_adapter.measuring import Measuring
+from layerloop.components.evaluate_adapter.systems import BASE
 from layerloop.components.runtime.distributed import process_group
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.manifest import Manifest
@@ -17,7 +18,6 @@ from layerloop.components.storage.folders import hub_uri, local_folder
 from layerloop.components.storage.lease import EVALUATION, hold
 from layerloop.components.storage.stores import open_store
 
-BASE = "base"
 _WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # of peft and of diffusers
 
 

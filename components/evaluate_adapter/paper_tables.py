@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from layerloop.components.evaluate_adapter.statistics import Comparison
-from layerloop.components.evaluate_adapter.systems import Table, title_of_row
+from layerloop.components.evaluate_adapter.systems import BASE, Table, title_of_row
 from layerloop.components.layers.columns import better_of, gives_verdict
 
-BASE = "base"
 NOTE = (
     "In the shape of the tables of Stable-Layers (arXiv 2605.30257), by the definitions of layerloop and on this "
     "campaign's images: they do not compare with the paper's numbers, whose formulas are not public. Bold: clearly "

@@ -207,10 +207,12 @@ def _iterations_section(report: Report) -> str:
         cells = "".join(f"<td>{number(item.tuned.get(column))}</td>" for column in columns)
         rows.append(f'<tr><th scope="row">{link}</th>{cells}</tr>')
     base = "".join(f'<td class="dim">{number(now.base.get(column))}</td>' for column in columns)
+    lacking = any(column not in item.tuned for item in report.earlier for column in columns)
+    dash = " –: undefined, or measured by another definition then." if lacking else ""
     figures = "".join(charts.lines(chart, title) for title, chart in held_out_charts([*report.earlier, now]))
     return (
         '<h2>Iterations</h2><p class="note">Adapters of this campaign that were evaluated before, on the same images '
-        "from the same noise.</p>"
+        f"from the same noise.{dash}</p>"
         f'<div class="panel"><table><thead><tr><th>Adapter</th>{heads}</tr></thead><tbody>'
         f'<tr><th scope="row">base</th>{base}</tr>{"".join(rows)}</tbody></table></div>'
         f'<div class="charts">{figures}</div>'

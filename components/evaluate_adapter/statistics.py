@@ -27,7 +27,8 @@ METHOD = (
     "image and averaged. An image for which a measure is undefined is in no mean of that model and in no difference; "
     "how many there are is shown, since they may be those on which a model is worst. The 95 % interval of the mean "
     "difference is the hull of two: Student’s, and Hall’s (1992), which "
-    "corrects Student’s for skewness. The p-value is the largest of three: of both, and of the sign-flip test, exact "
+    "corrects Student’s for skewness (continued in a straight line where its cubic flattens). The p-value is the "
+    "largest of three: of both, and of the sign-flip test, exact "
     f"up to {EXACT} images and from {FLIPS:,} seeded draws above, which holds for measures of few values. By "
     "simulation, where nothing differs, at most 6 in 100 are called clear with 8 images or more, of normal and of "
     "exponentially skewed differences; of skewness 6 it takes about 30 images to get there. On a page many measures "
@@ -138,9 +139,11 @@ def intervals(differences: Floats, level: float) -> tuple[Floats, Floats]:
     """(low, high), each `(K,)`, of the means of K rows of differences `(K, n)`, n of 2 or more: the hull of Student's
     interval and of Hall's.
 
-    Hall's statistic of the studentised mean u is u + k (1 + 2 u^2) / 6 + k^2 u^3 / 27 with k the sample's skewness
-    over sqrt(n): monotone in u, so that it has an inverse (Hall, On the removal of skewness by transformation, J. R.
-    Statist. Soc. B 54, 1992). Quantiles are Student's of n - 1 degrees of freedom.
+    Hall's statistic of the studentised mean u is u + k (1 + 2 u^2) / 6 + k^2 u^3 / 27 = k / 6 + ((1 + k u / 3)^3 - 1) /
+    k with k the sample's skewness over sqrt(n): monotone in u, so that it has an inverse (Hall, On the removal of
+    skewness by transformation, J. R. Statist. Soc. B 54, 1992). It is made for k u near 0 and flat at k u = -3, where
+    the largest of differences would pass for chance; so below k u = -1.25 it goes on in a straight line. Quantiles are
+    Student's of n - 1 degrees of freedom.
     """
     from scipy.stats import t as student
 
@@ -148,7 +151,7 @@ def intervals(differences: Floats, level: float) -> tuple[Floats, Floats]:
     h = student.ppf((1 + level) / 2, differences.shape[1] - 1)
     ends = np.stack([np.full_like(k, -h), np.full_like(k, h)])
     steep = np.where(np.abs(k) < 1e-9, 1.0, k)
-    hall = np.where(np.abs(k) < 1e-9, ends, 3 / steep * (np.cbrt(1 + steep * (ends - steep / 6)) - 1))
+    hall = np.where(np.abs(k) < 1e-9, ends, _uncubed(steep * (ends - steep / 6)) / steep)
     lowest, highest = np.minimum(hall[0], -h), np.maximum(hall[1], h)
     return mean - highest * error, mean - lowest * error
 
@@ -160,11 +163,28 @@ def p_values(differences: Floats, *, seed: int, flips: int = FLIPS) -> Floats:
 
     mean, error, k = _moments(differences)
     u = np.divide(mean, error, out=np.full_like(mean, np.inf), where=error > 0)
-    with np.errstate(invalid="ignore"):
-        hall = np.where(error > 0, u + k * (1 + 2 * u**2) / 6 + k**2 * u**3 / 27, np.inf)
+    steep = np.where((np.abs(k) < 1e-9) | (error <= 0), 1.0, k)
+    finite = np.where(error > 0, u, 0.0)
+    hall = np.where(np.abs(k) < 1e-9, u, _cubed(steep * finite) / steep + steep / 6)
+    hall = np.where(error > 0, hall, np.inf)
     free = differences.shape[1] - 1
     tails = np.maximum(student.sf(np.abs(u), free), student.sf(np.abs(hall), free))
     return np.where(np.any(differences != 0, axis=1), np.maximum(2 * tails, _flipped(differences, flips, seed)), 1.0)
+
+
+_LINE = -1.25  # below it, Hall's cubic of k u is continued by its tangent
+
+
+def _cubed(z: Floats) -> Floats:
+    """(1 + z / 3)^3 - 1, below _LINE its tangent."""
+    slope, at = (1 + _LINE / 3) ** 2, (1 + _LINE / 3) ** 3 - 1
+    return np.where(z >= _LINE, (1 + z / 3) ** 3 - 1, at + slope * (z - _LINE))
+
+
+def _uncubed(y: Floats) -> Floats:
+    """The inverse of `_cubed`."""
+    slope, at = (1 + _LINE / 3) ** 2, (1 + _LINE / 3) ** 3 - 1
+    return np.where(y >= at, 3 * (np.cbrt(1 + y) - 1), _LINE + (y - at) / slope)
 
 
 def _moments(differences: Floats) -> tuple[Floats, Floats, Floats]:

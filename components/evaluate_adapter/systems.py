@@ -17,9 +17,12 @@ import numpy as np
 
 from layerloop.components.evaluate_adapter.assess import Row, assess
 from layerloop.components.evaluate_adapter.cases import Case, Cases
+from layerloop.components.evaluate_adapter.comparable import Evaluation, identity, parse_metrics
 from layerloop.components.evaluate_adapter.statistics import Comparison, compare, holm
 from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, judged, title_of
+from layerloop.components.layers.psd_reading import read_document
 from layerloop.components.layers.stack import Pixels, resize
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.seeds import seed_for
@@ -27,6 +30,7 @@ from layerloop.components.storage.campaign import MANIFEST
 from layerloop.components.storage.images import decode_image, encode_png
 from layerloop.components.storage.stores import read_uri
 
+BASE = "base"
 _NUMBERED = re.compile(r"(?:(\d+)(?!\d).*|.*?(\d+))", re.DOTALL)
 _MOST_BENT = 0.02  # of another aspect than the case's, what is still scaled to it
 
@@ -43,22 +47,25 @@ class Cell:
 Table = Mapping[str, Mapping[str, Cell]]  # row ("designs.bad_layers", "designs.slot_l1.L3") -> system -> cell
 
 
-def read_evaluation(uri: str) -> tuple[list[Row], list[Row]]:
-    """(rows of the base, rows of the adapter) of a committed evaluation, a campaign's folder `evaluations/NAME`.
+def read_evaluation(uri: str) -> Evaluation:
+    """A committed evaluation, a campaign's folder `evaluations/NAME`.
 
     Raises:
-        LayerloopError: there is none, or it is no table of samples.
+        LayerloopError: there is none, or it is no table of samples, or nothing says how it was measured.
     """
     import pyarrow.parquet as pq
 
-    data = read_uri(_samples_of(uri.rstrip("/")))
+    uri = uri.rstrip("/")
+    data = read_uri(_file_of(uri, "samples.parquet"))
     try:
         rows: list[Row] = pq.read_table(io.BytesIO(data)).to_pylist()
     except (OSError, ValueError) as error:  # Arrow's errors are among these
         raise LayerloopError(f"{uri}/samples.parquet is damaged ({error}): evaluate again") from None
     if not rows or not {"model", "kind", "key", "layers", "seed"} <= rows[0].keys():
         raise LayerloopError(f"{uri}/samples.parquet has no samples: give the folder of an evaluation")
-    return [row for row in rows if row["model"] == "base"], [row for row in rows if row["model"] != "base"]
+    where = _file_of(uri, "metrics.json")
+    base, tuned = ([row for row in rows if (row["model"] == BASE) == wanted] for wanted in (True, False))
+    return Evaluation(base, tuned, *parse_metrics(read_uri(where), where=where))
 
 
 def is_evaluation(uri: str) -> bool:
@@ -66,13 +73,13 @@ def is_evaluation(uri: str) -> bool:
     return "://" in uri or any((Path(uri) / name).is_file() for name in (MANIFEST, "samples.parquet"))
 
 
-def _samples_of(uri: str) -> str:
-    """Where an evaluation's table is: as its manifest names it, which is in the folder, or in the folder itself."""
+def _file_of(uri: str, base_name: str) -> str:
+    """Where an evaluation's file is: as its manifest names it, which is in the folder, or in the folder itself."""
     try:
         manifest = Manifest.from_json(read_uri(f"{uri}/{MANIFEST}"), where=f"{uri}/{MANIFEST}")
-        name = manifest.file("samples.parquet").name
+        name = manifest.file(base_name).name
     except (LayerloopError, KeyError):
-        return f"{uri}/samples.parquet"
+        return f"{uri}/{base_name}"
     return f"{uri}/{name.split('/', 2)[2]}"  # evaluations/<its name>/...
 
 
@@ -91,9 +98,10 @@ def measure_folder(folder: Path, cases: Cases, *, max_edits: int) -> list[Row]:
     Raises:
         LayerloopError: no case is there, or one cannot be read.
     """
-    rows = []
+    rows: list[Row] = []
+    hidden: list[str] = []
     for case in cases.cases:
-        layers = _layers_of(folder, case)
+        layers = _layers_of(folder, case, hidden)
         if layers is not None:
             rows.append(assess(case, layers, max_edits=max_edits))
     if not rows:
@@ -102,6 +110,10 @@ def measure_folder(folder: Path, cases: Cases, *, max_edits: int) -> list[Row]:
             f"{folder} has layers of none of the {len(cases.cases)} cases: give a subfolder of numbered PNGs or a PSD "
             f"for each, such as {example}/0.png or {example}.psd"
         )
+    if hidden:
+        log(f"{folder}: {len(hidden)} hidden layers are left out, such as {hidden[0]}")
+    if len(rows) < len(cases.cases):
+        log(f"{folder} has layers of {len(rows)} of the {len(cases.cases)} cases")
     return rows
 
 
@@ -113,9 +125,9 @@ def compare_systems(base: Sequence[Row], systems: Mapping[str, Sequence[Row]], *
         LayerloopError: a system has no case in common with the base.
     """
     found: dict[tuple[str, str], Cell] = {}
-    earlier = {_identity(row): row for row in base}
+    earlier = {identity(row): row for row in base}
     for name, rows in systems.items():
-        pairs = [(earlier[key], row) for row in rows if (key := _identity(row)) in earlier]
+        pairs = [(earlier[key], row) for row in rows if (key := identity(row)) in earlier]
         if not pairs:
             raise LayerloopError(
                 f"{name} has no case in common with the base: evaluate it on the same images, layers and seed"
@@ -140,19 +152,30 @@ def as_markdown(table: Table, systems: Sequence[str]) -> str:
     for row, cells in table.items():
         first = max((cell.comparison for cell in cells.values()), key=lambda comparison: comparison.n)
         arrow = {"lower": " ↓", "higher": " ↑", None: ""}[better_of(column_of_row(row))]
-        numbers = [_text(cells[name]) + _own_cases(cells[name], first.n) if name in cells else "–" for name in systems]
+        numbers = [_text(cells[name]) + _own_cases(cells[name], first) if name in cells else "–" for name in systems]
         lines.append(f"| {title_of_row(row)}{arrow} | {first.n} | {_base(first)} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
 
 
 def _base(comparison: Comparison) -> str:
-    return f"{comparison.base:.{comparison.decimals}f}" if comparison.base is not None else "–"
+    """The base's mean, and of how many images it has none."""
+    value = f"{comparison.base:.{comparison.decimals}f}" if comparison.base is not None else "–"
+    return value + undefined_text(comparison.base_undefined)
 
 
-def _own_cases(cell: Cell, count: int) -> str:
-    """What a system is compared with that has fewer cases than another: the base's number on these."""
+def undefined_text(count: int) -> str:
+    """What stands behind a mean of a measure that has no value for some images; "" for none."""
+    return f" [undefined: {count}]" if count else ""
+
+
+def _own_cases(cell: Cell, first: Comparison) -> str:
+    """What a system is compared with that counts on fewer cases than another: the base's number on these, where it is
+    of fewer cases than the column's."""
     own = cell.comparison
-    return "" if own.n == count else f" [n {own.n}, base {_base(own)}]"
+    if own.n == first.n:
+        return ""
+    base = _base(own)
+    return f" [n {own.n}]" if base == _base(first) else f" [n {own.n}, base {base}]"
 
 
 def as_json(table: Table) -> dict[str, Any]:
@@ -182,9 +205,9 @@ def _rows_of(pairs: Sequence[tuple[Row, Row]]) -> list[tuple[str, str, list[tupl
 def _cell(column: str, pairs: Sequence[tuple[Row, Row]], seed: int) -> Cell | None:
     base, tuned = [b.get(column) for b, _ in pairs], [t.get(column) for _, t in pairs]
     comparison = compare(base, tuned, seed=seed)
-    if not comparison.n:
+    if comparison.base is None and comparison.tuned is None:
         return None
-    if not gives_verdict(column):
+    if not gives_verdict(column) or not comparison.n:
         return Cell(comparison, None)
     sign = -1 if better_of(column) == "lower" else 1
     gains = [sign * np.sign(t - b) for b, t in zip(base, tuned, strict=True) if b is not None and t is not None]
@@ -193,9 +216,12 @@ def _cell(column: str, pairs: Sequence[tuple[Row, Row]], seed: int) -> Cell | No
 
 def _text(cell: Cell) -> str:
     c = cell.comparison
-    text = f"{c.tuned:.{c.decimals}f} ({c.difference:+.{c.decimals}f}"
-    text += f", wins {100 * cell.wins:.0f} %)" if cell.wins is not None else ")"
-    return f"**{text}**" if c.clear and cell.wins is not None else text
+    text = "–" if c.tuned is None else f"{c.tuned:.{c.decimals}f}"
+    if c.difference is not None:
+        text += f" ({c.difference:+.{c.decimals}f}"
+        text += f", wins {100 * cell.wins:.0f} %)" if cell.wins is not None else ")"
+    clear = c.clear and cell.wins is not None
+    return (f"**{text}**" if clear else text) + undefined_text(c.tuned_undefined)
 
 
 def column_of_row(row: str) -> str:
@@ -210,19 +236,19 @@ def title_of_row(row: str) -> str:
     return f"{kind}: {title_of(column)}{by_count}"
 
 
-def _identity(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("kind", "key", "layers", "seed"))
-
-
 # --------------------------------------------------------------------------------------------- layers of other programs
 
 
-def _layers_of(folder: Path, case: Case) -> Pixels | None:
-    """The layers of a case, bottom first, at its size; None where the folder has none of it."""
+def _layers_of(folder: Path, case: Case, hidden: list[str]) -> Pixels | None:
+    """The layers of a case, bottom first, at its size; None where the folder has none of it. `hidden` takes the names
+    of layers that a document hides."""
     size = (case.size[1], case.size[0])
-    document, images = folder / f"{case.name}.psd", folder / case.name
-    if document.is_file():
-        found = _layers_of_psd(document)
+    images = folder / case.name
+    documents = [path for suffix in (".psd", ".psb") if (path := folder / f"{case.name}{suffix}").is_file()]
+    if documents:
+        document = read_document(documents[0])
+        found = list(document.layers)
+        hidden += [f"{name!r} of {documents[0].name}" for name in document.hidden]
     elif images.is_dir():
         found = [_decoded(path) for path in _numbered(images)]
     else:
@@ -260,24 +286,3 @@ def _decoded(path: Path) -> Pixels:
         return np.asarray(decode_image(path.read_bytes()).convert("RGBA"))
     except LayerloopError as error:
         raise LayerloopError(f"layer {path}: {error}") from None
-
-
-def _layers_of_psd(path: Path) -> list[Pixels]:
-    """The visible pixel layers of a Photoshop document on its whole canvas, groups opened, bottom first."""
-    from PIL import Image
-    from psd_tools import PSDImage
-
-    try:
-        document = PSDImage.open(path)
-        layers = []
-        for layer in document.descendants():
-            image = layer.topil() if layer.is_visible() and layer.kind == "pixel" else None
-            if image is not None:
-                canvas = Image.new("RGBA", document.size)
-                pixels = image.convert("RGBA")
-                pixels.putalpha(pixels.getchannel("A").point([round(v * layer.opacity / 255) for v in range(256)]))
-                canvas.paste(pixels, layer.offset)
-                layers.append(np.asarray(canvas))
-    except Exception as error:  # psd-tools raises nearly anything on files that are none
-        raise LayerloopError(f"{path} cannot be read as a PSD ({type(error).__name__}): save it again") from None
-    return layers

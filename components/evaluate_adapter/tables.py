@@ -148,14 +148,14 @@ def _row(column: str, c: Comparison, reference: Mapping[str, float], reach: floa
         f'<td class="{verdict(column, c)}" data-label="difference">{difference_of(c)}</td>'
         f'<td class="dim" data-label="95 % interval">{interval_of(c)}</td>'
         f'<td data-label="±{100 * reach:.0f} %">{charts.whisker(c, verdict(column, c), reach)}</td>'
-        f'<td class="dim count" data-label="images">{_count(c)}</td></tr>'
+        f'<td class="dim count" data-label="images">{count_of(c)}</td></tr>'
     )
 
 
-def _count(c: Comparison) -> str:
+def count_of(c: Comparison, compared: str = "adapter") -> str:
     """How many images were compared, and for how many the measure was undefined."""
     undefined = [
-        f"{count} of {who}" for who, count in (("base", c.base_undefined), ("adapter", c.tuned_undefined)) if count
+        f"{count} of {who}" for who, count in (("base", c.base_undefined), (compared, c.tuned_undefined)) if count
     ]
     return f"{c.n}<br><small>undefined: {', '.join(undefined)}</small>" if undefined else str(c.n)
 

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from layerloop.components.layers.planes import FAINT, LUMA, SOLID, Flags, gradient, gradient_magnitude, laid, widened
-from layerloop.components.layers.stack import Pixels, composite
+from layerloop.components.layers.planes import (
+    FAINT,
+    LUMA,
+    SOLID,
+    Flags,
+    gradient,
+    gradient_magnitude,
+    laid,
+    laid_luma,
+    widened,
+)
+from layerloop.components.layers.stack import Pixels
 
 
 def inpainting_ssim(stack: Pixels, truth: Pixels) -> float | None:
@@ -18,10 +28,11 @@ def inpainting_ssim(stack: Pixels, truth: Pixels) -> float | None:
     if not area.any() or min(area.shape) < 3:
         return None
     window = min(7, *(side if side % 2 else side - 1 for side in area.shape))
+    part = _around(area, window)  # all that the windows of the area's pixels see
     values = []
-    for ours, theirs in zip(*laid(stack[0], truth[0]), strict=True):
+    for ours, theirs in zip(*laid(stack[0][part], truth[0][part]), strict=True):
         _, ssim = structural_similarity(ours, theirs, win_size=window, channel_axis=-1, data_range=255.0, full=True)
-        values.append(ssim[area].mean())
+        values.append(ssim[area[part]].mean())
     return float(np.mean(values))
 
 
@@ -47,7 +58,7 @@ def residue(stack: Pixels, source: Pixels) -> float | None:
     energy = float((wanted**2).sum())
     if energy < 1.0 * zone.sum():  # under a grey level per pixel: nothing that could be left over
         return None
-    found = np.stack([gradient(luma)[:, zone] for luma in laid(stack[0])[0] @ LUMA])
+    found = np.stack([gradient(luma)[:, zone] for luma in laid_luma(stack[0])])
     return float(np.clip((found * wanted).sum(axis=(1, 2)) / energy, 0, 1).mean())
 
 
@@ -71,7 +82,7 @@ def ring_smoothness(stack: Pixels) -> float | None:
     if not ring.any():
         return None
     values = []
-    for luma in laid(stack[0])[0] @ LUMA:
+    for luma in laid_luma(stack[0]):
         magnitude = gradient_magnitude(luma)
         a, b = magnitude[inside].mean(), magnitude[ring].mean()
         values.append((min(a, b) + 1.0) / (max(a, b) + 1.0))
@@ -83,10 +94,18 @@ def covered_area(truth: Pixels, *, faint: float = FAINT) -> Flags:
     return np.asarray((truth[1:, ..., 3] > faint * 255).any(axis=0))
 
 
+def _around(area: Flags, margin: int) -> tuple[slice, slice]:
+    """Rows and columns of the rectangle about an area, with a margin in pixels."""
+    bounds = [np.flatnonzero(area.any(axis=axis)) for axis in (1, 0)]
+    down, across = (slice(max(0, int(at[0]) - margin), int(at[-1]) + margin + 1) for at in bounds)
+    return down, across
+
+
 def _predicted_area(stack: Pixels) -> Flags:
     """Area `(H, W)` bool where the joint alpha of all layers above layer 0 exceeds 0.5; the whole canvas if nowhere."""
     everywhere = np.ones(stack.shape[1:3], bool)
     if len(stack) < 2:
         return everywhere
-    area: Flags = composite(stack[1:])[..., 3] > 127
+    clear = np.prod(1 - stack[1:, ..., 3].astype(np.float32) / 255, axis=0)  # of joint alpha what is lacking
+    area: Flags = clear < 0.5
     return area if area.any() else everywhere

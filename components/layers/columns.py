@@ -36,6 +36,7 @@ GROUPS: Mapping[Group, tuple[str, ...]] = {
     group: tuple(column.name for column in (*MEASURES.values(), *LAYERD.values()) if column.group == group)
     for group in get_args(Group)
 }
+FLAGS = ("blank", "glazed", "duplicate", "idle")  # of layers; terms of DEFINITIONS
 JUDGED = "judge_"  # what columns of a judge's criteria begin with: `judge_alpha_cleanliness`, and `judge_mean` of all
 BY_SLOT = ("layer_l1", "slot_l1")  # compared by layer count as well, and of each slot: `layer_l1_0` and so on
 COLUMNS: Mapping[str, Column] = {
@@ -87,6 +88,14 @@ def judged(names: Iterable[str]) -> list[str]:
 def slots_of(column: str, layers: int) -> list[str]:
     """The columns of `column`, one of BY_SLOT, for decompositions into so many layers: itself and that of each slot."""
     return [column, *(f"{column}_{slot}" for slot in range(layers))]
+
+
+def changed_definitions(name: str, one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether two evaluations' `definitions` differ in what a column rests on: its own text, and of the layers' flags
+    those of the flags."""
+    column = MEASURES.get(name)
+    texts = [name, *FLAGS] if column is not None and column.takes == "flags" else [name]
+    return any(one.get(text) != other.get(text) for text in texts)
 
 
 def better_of(name: str) -> Better:

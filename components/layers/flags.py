@@ -70,10 +70,10 @@ def duplicate(
 
 
 def idle(stack: Pixels, source: Pixels, *, least: float = 0.02) -> Flags:
-    """A foreground layer is idle when the image does without it: taking it away moves the composite by less than 0.02
+    """A layer is idle when the image does without it: taking it away moves the composite by less than 0.02
     farther from the source (mean absolute RGB difference, on black and on white, per alpha of the layer that is not
     hidden), or when 99 % of it is hidden. Layers are tried from the top, and an idle one stays away while those below
-    it are tried. Layer 0 and blank layers are never idle."""
+    it are tried. Layer 0 is idle only when 99 % of it is hidden; blank layers never are."""
     seen, shown = cleared(stack), ~blank(stack)
     wanted = source[..., :3].astype(np.float32)
     below = [_over(None, seen[0])]  # composites of the layers under each one
@@ -93,6 +93,9 @@ def idle(stack: Pixels, source: Pixels, *, least: float = 0.02) -> Flags:
         flags[index] = mass < 0.01 * float(alpha.sum()) or gain < least * mass
         if not flags[index]:
             above = _joined(above, _premultiplied(seen[index]))
+    if shown[0]:
+        alpha = seen[0, ..., 3].astype(np.float32) / 255
+        flags[0] = float((alpha * (1 - above[..., 3])).sum()) < 0.01 * float(alpha.sum())
     return flags
 
 

@@ -126,7 +126,7 @@ def halo(matching: Matching) -> float | None:
 def _alpha_gradient(layer: Pixels) -> Floats:
     from scipy.ndimage import gaussian_filter
 
-    return gradient_magnitude(gaussian_filter(layer[..., 3].astype(np.float64) / 255, 1.4))
+    return np.asarray(gradient_magnitude(gaussian_filter(layer[..., 3].astype(np.float64) / 255, 1.4)), np.float64)
 
 
 def _distances(stack: Pixels, truth: Pixels, backdrop: Backdrop) -> Floats:

@@ -46,17 +46,37 @@ def laid(*images: Pixels) -> list[Floats]:
     return out
 
 
-def gradient(plane: npt.NDArray[Any]) -> Floats:
-    """`(2, ..., H, W)`: derivative of planes down and across. A side of one pixel has none."""
-    values = np.asarray(plane, np.float64)
-    return np.stack(
-        [np.gradient(values, axis=axis) if values.shape[axis] > 1 else np.zeros_like(values) for axis in (-2, -1)]
-    )
+def laid_luma(images: Pixels) -> Floats:
+    """Luma (Rec. 601) of images `(..., H, W, 4)` laid on black and on white: `(2, ..., H, W)` float64, 0..255;
+    `(1, ...)` where all are opaque."""
+    alpha = images[..., 3] / 255
+    black = (images[..., :3] @ LUMA) * alpha
+    return black[None] if int(images[..., 3].min()) == 255 else np.stack([black, black + 255 * (1 - alpha)])
 
 
-def gradient_magnitude(plane: npt.NDArray[Any]) -> Floats:
-    """Magnitude of central differences of planes `(..., H, W)`, per pixel; one-sided at the edges."""
-    return np.asarray(np.hypot(*gradient(plane)))
+def gradient(plane: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    """`(2, ..., H, W)`: derivative of planes down and across, by central differences, at the borders one-sided. A side
+    of one pixel has none."""
+    out = np.zeros((2, *plane.shape), plane.dtype)
+    down, across = out
+    if plane.shape[-2] > 1:
+        np.subtract(plane[..., 2:, :], plane[..., :-2, :], out=down[..., 1:-1, :])
+        down[..., 1:-1, :] /= 2
+        down[..., 0, :], down[..., -1, :] = plane[..., 1, :] - plane[..., 0, :], plane[..., -1, :] - plane[..., -2, :]
+    if plane.shape[-1] > 1:
+        np.subtract(plane[..., 2:], plane[..., :-2], out=across[..., 1:-1])
+        across[..., 1:-1] /= 2
+        across[..., 0], across[..., -1] = plane[..., 1] - plane[..., 0], plane[..., -1] - plane[..., -2]
+    return out
+
+
+def gradient_magnitude(plane: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    """Magnitude of the gradient of planes `(..., H, W)`, per pixel."""
+    down, across = gradient(plane)
+    down *= down
+    across *= across
+    down += across
+    return np.sqrt(down, out=down)
 
 
 def widened(area: Flags, pixels: int) -> Flags:
@@ -67,11 +87,16 @@ def widened(area: Flags, pixels: int) -> Flags:
     return grown
 
 
+def edge_reach(size: tuple[int, ...]) -> int:
+    """Pixels about an edge that count as its own: 1/160 of the longest side, 2 at the least."""
+    return max(2, max(size) // 160)
+
+
 def edge_band(alpha: Pixels) -> Flags:
     """Pixels near the edges of an alpha plane `(H, W)`: where it rises by half or more within 1/160 of the longest side
     (4 pixels at 640, 2 at the least)."""
     from scipy.ndimage import maximum_filter, minimum_filter
 
-    size = 2 * max(2, max(alpha.shape) // 160) + 1
+    size = 2 * edge_reach(alpha.shape) + 1
     band: Flags = maximum_filter(alpha, size=size) - minimum_filter(alpha, size=size) > 127
     return band

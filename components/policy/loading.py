@@ -281,11 +281,25 @@ def load_text(folder: Path, *, dtype: torch.dtype) -> tuple[Any, Any]:
     check_files(folder, TEXT)
     with _loading_errors(folder / "tokenizer"):
         tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    with _loading_errors(folder / "text_encoder"):
+    with _loading_errors(folder / "text_encoder"), _without_bars():
         encoder = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder / "text_encoder", dtype=dtype, local_files_only=True
         )
     return tokenizer, encoder.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers' bar over a model's tensors out of logs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layerloop.components.evaluate_adapter.samplers import read_table
-from layerloop.components.layers.columns import DEFINITIONS, quoted
+from layerloop.components.layers.columns import DEFINITIONS, changed_definitions, quoted
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.inference import Inference
 from layerloop.components.storage.campaign import Campaign
@@ -102,7 +101,7 @@ def outcome(study: Study, run: Run) -> Outcome:
         if (comparison := metrics.get(f"designs.{name}")) is None:
             raise LayerloopError(f"{run.name} lacks {name}, which the study quotes: {remedy}")
         column = name.partition(".")[0]
-        if metrics["definitions"].get(column) != DEFINITIONS[column]:
+        if changed_definitions(column, metrics["definitions"], DEFINITIONS):
             raise LayerloopError(f"{run.name} was measured by another definition of {column}: {remedy}")
         found[name] = (float(comparison["base"]), float(comparison["tuned"]))
     curve, spreads = [], []
@@ -114,7 +113,9 @@ def outcome(study: Study, run: Run) -> Outcome:
         curve.append((iteration, sum(alone) / len(alone)))
         spreads.append(_spread(rows))
     found[REWARD_STD] = (mean([spread.alone for spread in spreads]), mean([spread.used for spread in spreads]))
-    return Outcome(run, found, curve, spreads, _sampled(read_table(campaign, study.iterations)))
+    samplers = campaign.find(campaign.evaluation_dir(f"samplers-{study.iterations:06d}"))
+    compared = json.loads(read_file(campaign.store, samplers.file("samplers.json"))) if samplers else None
+    return Outcome(run, found, curve, spreads, _sampled(compared))
 
 
 def _sampled(table: Mapping[str, Any] | None) -> dict[str, Sampled]:

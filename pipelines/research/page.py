@@ -195,14 +195,14 @@ def _samplers(by_arm: Mapping[str, Sequence[Outcome]]) -> list[str]:
     ]
     for arm, items in compared.items():
         for how in items[0].samplers:
-            some = [item.samplers[how] for item in items]
+            sampled = [item.samplers[how] for item in items]
             cells = []
             for name in names:
-                base, tuned = (mean([one.measures[name][side] for one in some]) for side in (0, 1))
-                mark = "**" if all(name in one.clear for one in some) else ""
+                base, tuned = (mean([one.measures[name][side] for one in sampled]) for side in (0, 1))
+                mark = "**" if all(name in one.clear for one in sampled) else ""
                 cells.append(f"{base:.4f} → {mark}{tuned:.4f}{mark} ({_relative(base, tuned):+.0%})")
-            safe = sum(one.safe is True for one in some)
-            lines.append(f"| `{arm}` | {how} | {len(some)} | {' | '.join(cells)} | {safe} of {len(some)} |")
+            safe = sum(one.safe is True for one in sampled)
+            lines.append(f"| `{arm}` | {how} | {len(sampled)} | {' | '.join(cells)} | {safe} of {len(sampled)} |")
     return [
         "## By the samplers that people use\n",
         "Base → tuned by each sampler, on at most 24 of the designs: means over seeds, bold where every seed's own\n"

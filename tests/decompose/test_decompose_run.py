@@ -231,6 +231,25 @@ def test_an_adapter_of_another_base_is_refused(two: Path, tmp_path: Path, adapte
         decompose([two], tmp_path / "out", options)
 
 
+def test_an_adapter_that_names_another_base_is_refused_or_said(
+    two: Path, tmp_path: Path, adapter: Path, tiny_base: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One that comes without its base's fingerprint, as peft writes it."""
+    named = shutil.copytree(adapter / PEFT, tmp_path / "named")
+    config = json.loads((named / "adapter_config.json").read_bytes())
+    for base, said in (("tiny-faulty", None), ("owner/model", "adapter named names owner/model as its base, and tiny")):
+        (named / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        options = DecomposeOptions(**QUICK, adapter=str(named), base="tiny")
+        if said is None:
+            with pytest.raises(LayerloopError, match="adapter named is for the base tiny-faulty, not tiny: leave out"):
+                decompose([two / "a.png"], tmp_path / "out", options)
+        else:
+            decompose([two / "a.png"], tmp_path / "out", options)
+            log = capfd.readouterr().err
+            assert said in log
+            assert "Loading weights" not in log, "a bar of transformers"
+
+
 def test_a_publication_says_its_base_and_one_for_another_is_refused(two: Path, tmp_path: Path, adapter: Path) -> None:
     published = Path(shutil.copytree(adapter, tmp_path / "published"))
     manifest = Manifest(kind="published", metadata={"base": "tiny", "base_fingerprint": "f" * 64})

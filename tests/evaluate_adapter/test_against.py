@@ -135,6 +135,10 @@ def of_another_seed(document: dict[str, Any]) -> None:
             as_baseline(lambda document: document["definitions"].update(bad_layers="as it was")),
             "was measured by another definition of bad_layers",
         ),
+        (
+            as_baseline(lambda document: document["definitions"].update(idle="as it was")),
+            "was measured by another definition of bad_layers",
+        ),
     ],
 )
 def test_a_baseline_that_cannot_be_compared_with_is_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from layerloop.components.evaluate_adapter.assess import assess
 from layerloop.components.evaluate_adapter.cases import Case, Cases, read_cases
+from layerloop.components.evaluate_adapter.comparable import Evaluation, check_comparable
 from layerloop.components.evaluate_adapter.compare import main
 from layerloop.components.evaluate_adapter.other_adapters import BASE, is_adapter, sample_adapters
 from layerloop.components.evaluate_adapter.paper_tables import paper_tables, tables_markdown
@@ -25,6 +27,7 @@ from layerloop.components.evaluate_adapter.systems import (
     read_evaluation,
 )
 from layerloop.components.evaluate_adapter.systems_page import as_html
+from layerloop.components.layers.columns import DEFINITIONS
 from layerloop.components.layers.export import write_psd
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.errors import LayerloopError
@@ -226,7 +229,8 @@ def test_an_adapter_from_elsewhere_is_sampled_as_the_campaigns_own_are(
 ) -> None:
     """The adapter of iteration 2, as a folder with one subfolder of weights: the numbers of its own evaluation."""
     run(campaign=lab.uri)
-    base, tuned = read_evaluation(f"{lab.uri}/evaluations/iteration-000002")
+    read = read_evaluation(f"{lab.uri}/evaluations/iteration-000002")
+    base, tuned = read.base, read.tuned
     shutil.copytree(policy_folder(lab.campaign, 2), tmp_path / "released" / "model")
     found = sample_adapters(
         lab.campaign, read_cases(lab.campaign, lab.campaign.sources()), {"x": f"{tmp_path}/released"}
@@ -294,3 +298,72 @@ def test_an_evaluation_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "samples.parquet").write_bytes(samples_table({"base": []}))
     with pytest.raises(LayerloopError, match="has no samples"):
         read_evaluation(str(tmp_path))
+    (tmp_path / "samples.parquet").write_bytes(samples_table({"base": rows_of(some_cases(1), blank)}))
+    (tmp_path / "metrics.json").write_text('{"definitions": {}}')
+    with pytest.raises(LayerloopError, match="says nothing of definitions and base: give the folder of a whole"):
+        read_evaluation(str(tmp_path))
+
+
+def an_evaluation(cases: Cases, definitions: dict[str, str] | None = None, **provenance: Any) -> Evaluation:
+    rows = rows_of(cases, blank)
+    known = {"base_fingerprint": "a" * 64, "dtype": "float32", "prompt": "", "sampler": "heun", "steps": 20}
+    return Evaluation(rows, rows, {**DEFINITIONS, **(definitions or {})}, known | provenance)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        (
+            {"base_fingerprint": "b" * 64},
+            "x and y have another base (aaaaaaaaaaaa and bbbbbbbbbbbb): a table is of one",
+        ),
+        ({"steps": 50}, "x and y have another number of steps (20 and 50)"),
+        ({"prompt": "a layered design"}, "x and y have another prompt"),
+        ({"definitions": {"idle": "as it was"}}, "x and y have other definitions of idle: evaluate y again"),
+    ],
+)
+def test_evaluations_that_do_not_belong_into_one_table_are_one_line(changed: dict[str, Any], line: str) -> None:
+    cases = some_cases(2)
+    both = {"x": an_evaluation(cases), "y": an_evaluation(cases, **changed)}
+    with pytest.raises(LayerloopError, match=re.escape(line)):
+        check_comparable(both, cases, measured_now=False, sampled=None)
+    assert check_comparable({"x": both["x"]}, cases, measured_now=True, sampled=None) == []
+
+
+def test_what_is_measured_or_sampled_now_must_fit_too() -> None:
+    cases = some_cases(2)
+    old = {name: an_evaluation(cases, {"halo": "as it was"}) for name in "xy"}
+    (note,) = check_comparable(old, cases, measured_now=False, sampled=None)
+    assert note.startswith("measured by earlier definitions of halo")
+    with pytest.raises(LayerloopError, match="have other definitions of halo: evaluate x again"):
+        check_comparable(old, cases, measured_now=True, sampled=None)
+    with pytest.raises(LayerloopError, match=r"x and the campaign have another base \(aaaaaaaaaaaa and cccc\)"):
+        check_comparable({"x": an_evaluation(cases)}, cases, measured_now=True, sampled={"base_fingerprint": "cccc"})
+
+
+def test_cases_that_an_evaluation_has_not_are_said() -> None:
+    cases = some_cases(4)
+    few, other = Cases(cases.cases[:3], {}), Cases(some_cases(6).cases[4:], {})
+    (note,) = check_comparable({"x": an_evaluation(few)}, cases, measured_now=False, sampled=None)
+    assert note == "x has 3 of the campaign's 4 cases"
+    (note,) = check_comparable({"x": an_evaluation(cases)}, few, measured_now=False, sampled=None)
+    assert note == "x has 3 of the campaign's 3 cases and 1 others"
+    with pytest.raises(LayerloopError, match="x has none of the campaign's 4 cases"):
+        check_comparable({"x": an_evaluation(other)}, cases, measured_now=False, sampled=None)
+
+
+def test_undefined_values_are_counted_in_every_table() -> None:
+    cases = some_cases()
+    base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
+    assert all(row["edge_recomposition"] is None for row in base)  # its foreground is blank
+    base[0]["edge_recomposition"], perfect[1]["edge_recomposition"] = 0.25, None
+    never = [{**row, "edge_recomposition": None} for row in perfect]
+    table = compare_systems(base, {"perfect": perfect, "never": never}, seed=0)
+    lines = as_markdown(table, ["perfect", "never"]).splitlines()
+    (line,) = [line for line in lines if line.startswith("| designs: Recomposition error along edges ↓ |")]
+    _, _, count, mean, one, none, _ = (cell.strip() for cell in line.split("|"))
+    assert (count, mean, none) == ("1", "0.250 [undefined: 9]", "– [undefined: 10] [n 0]")
+    assert one.endswith("[undefined: 1]") and "wins 100 %" in one
+    page = as_html(table, ["perfect", "never"], [], campaign="x").decode()
+    row = page[page.rindex("Recomposition error along edges") :].partition("</tr>")[0]
+    assert "<small>[undefined: 9]</small>" in row and "–<br><small>[n 0] [undefined: 10]</small>" in row

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from layerloop.components.layers.background import holes, inpainting_l1, inpainting_ssim, residue, ring_smoothness
+from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.flags import (
     blank,
     coverage,
@@ -38,6 +39,7 @@ from layerloop.components.layers.measure import (
     measure_layers,
     recomposition_error,
 )
+from layerloop.components.layers.seams import unsupported_edges
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
 
@@ -165,14 +167,24 @@ def test_an_idle_layer_is_one_that_the_image_does_without() -> None:
     assert idle(np.stack([*stack, layer((0, 255, 0), 255, (0, 8, 40, 48))]), source).tolist() == [False] * 3 + [True]
     assert idle(np.stack([*stack, stack[2]]), source).tolist() == [False] * 3 + [True], "of equal ones the upper"
     assert idle(np.stack([*stack, whole]), source).tolist() == [False] * 3 + [True]
-    assert idle(np.stack([stack[0], whole, whole * 0]), source).tolist() == [False] * 3, "the whole picture is of use"
+    assert idle(np.stack([stack[0], whole, whole * 0]), source).tolist() == [True, False, False], "layer 0 is hidden"
 
 
 def test_a_layer_that_is_hidden_is_idle() -> None:
     ramp, red, blue = design()
     cover = layer((40, 90, 40), 255, (0, SIDE, 0, SIDE))
     stack = np.stack([ramp, red, cover, blue])
-    assert idle(stack, source_of(stack)).tolist() == [False, True, False, False]
+    assert idle(stack, source_of(stack)).tolist() == [True, True, False, False], "the ramp too"
+
+
+def test_layer_zero_is_idle_where_layers_of_use_hide_it() -> None:
+    whole = composite(design())
+    left, right = whole.copy(), whole.copy()
+    left[:, 32:], right[:, :32] = 0, 0
+    assert idle(np.stack([design()[0], left, right]), whole).tolist() == [True, False, False]
+    assert idle(np.stack([whole, left, right]), whole).tolist() == [False, True, True]
+    right[:2] = 0  # 1.6 % of the canvas is not hidden
+    assert idle(np.stack([design()[0], left, right]), whole).tolist() == [False] * 3
 
 
 def test_a_faint_element_of_the_true_layers_is_of_use() -> None:
@@ -402,6 +414,47 @@ def test_recomposition_is_judged_along_predicted_edges_where_there_is_no_truth()
     fringed[1, 6:8, 8:40] = (128, 128, 128, 153)
     assert defined(edge_recomposition(fringed, source)) > 2 * recomposition_error(fringed, source)
     assert edge_recomposition(truth[:1], source) is None
+
+
+def test_an_edge_is_unsupported_where_the_source_has_none() -> None:
+    """A card of 32 x 32 on grey, cut out of it with twice its width: two sides of three are seams."""
+    ground, card = layer((120, 120, 120), 255), layer((20, 200, 60), 255, (16, 48, 16, 32))
+    source = source_of(np.stack([ground, card]))
+    assert unsupported_edges(np.stack([ground, card]), source) == 0
+    wide = layer((120, 120, 120), 255, (16, 48, 16, 48))
+    wide[16:48, 16:32] = card[16:48, 16:32]
+    seams = (32 + 2 * 16 - 4) / (4 * 32)  # the right side and half of two others, but for what lies near the card's
+    assert defined(unsupported_edges(np.stack([ground, wide]), source)) == pytest.approx(seams, abs=0.04)
+    behind = np.stack([ground, wide, composite(np.stack([ground, card]))])
+    assert unsupported_edges(behind, source) is None, "what is hidden has no edge to see, and a full layer none at all"
+    assert unsupported_edges(ground[None], source) is None
+
+
+def test_soft_edges_are_supported_as_hard_ones_are() -> None:
+    """A shadow of 40 % whose edge takes 12 pixels, faint noise of alpha, and an object a pixel off."""
+    ground, shadow = layer((180, 180, 180), 255), layer()
+    shadow[..., 3] = (102 * np.clip((40 - np.hypot(*(np.mgrid[:SIDE, :SIDE] - 32))) / 12, 0, 1)).astype(np.uint8)
+    source = source_of(np.stack([ground, shadow]))
+    assert unsupported_edges(np.stack([ground, shadow]), source) == 0
+    assert defined(unsupported_edges(np.stack([ground, shadow]), source_of(ground[None]))) == 1
+    noisy = design()
+    noisy[1:, ..., 3] |= np.random.default_rng(1).integers(0, 8, noisy[1:, ..., 3].shape).astype(np.uint8)
+    assert defined(unsupported_edges(noisy, source_of(design()))) < 0.01
+    off = np.concatenate([design()[:1], np.roll(design()[1:], 1, axis=1)])
+    assert defined(unsupported_edges(off, source_of(design()))) < 0.05
+
+
+@pytest.mark.parametrize("photos", [0.0, 1.0])
+def test_true_layers_have_no_unsupported_edges_and_tiles_have_many(photos: float) -> None:
+    rows, columns = np.mgrid[:SIDE, :SIDE] // 16
+    for seed in range(4):
+        drawn = np.random.default_rng(seed)
+        truth = render_sketches(drawn, count=1, layers=3, size=(SIDE, SIDE), photo_share=photos)[0]
+        source = source_of(truth)
+        merged = np.stack([truth[0], composite(truth[1:])])
+        tiles = np.stack([truth[0], *(composite(truth) * ((rows + columns) % 2 == k)[..., None] for k in (0, 1))])
+        assert max(defined(unsupported_edges(stack, source)) for stack in (truth, merged)) < 0.05
+        assert defined(unsupported_edges(tiles, source)) > 0.2
 
 
 def test_assignment_is_one_to_one_and_the_cheapest_in_total() -> None:

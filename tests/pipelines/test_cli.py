@@ -54,17 +54,33 @@ def test_commands_that_are_written_down_are_accepted(page: str) -> None:
         build_parser().parse_args(command)  # SystemExit where an option is unknown
 
 
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        ("comparee x", "layerloop: no command 'comparee', did you mean compare? (see layerloop --help)"),
+        ("evaluate x", "layerloop: no command 'evaluate': that step is python -m layerloop.components.evaluate_ad"),
+        ("campaign shwo x", "layerloop campaign: no command 'shwo', did you mean show?"),
+        ("zzz", "layerloop: no command 'zzz' (see layerloop --help)"),
+        ("run --campain x", "layerloop run: no option --campain, did you mean --campaign?"),
+        ("compare x --output=y --outptu y", "layerloop compare: no option --outptu, did you mean --output?"),
+        ("demo --frseh", "layerloop demo: no option --frseh, did you mean --fresh?"),
+        ("run", "layerloop run: the following arguments are required: --campaign, --images"),
+        ("campaign compare a b c", "layerloop campaign compare: nothing is expected at c"),
+    ],
+)
+def test_what_is_misspelt_is_one_line_with_what_was_meant(
+    typed: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(typed.split())
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith(f"error: {line}") and said.count("\n") == 1
+
+
 def test_the_installed_command_is_this_one() -> None:
     command = str(Path(sys.executable).with_name("layerloop"))
     text = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
     assert "Fine-tune an image layer decomposition model" in text
-
-
-def test_an_unknown_option_is_status_two(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["demo", "--frseh"])
-    assert end.value.code == 2
-    assert "--frseh" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
