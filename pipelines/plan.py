@@ -22,6 +22,7 @@ from pydantic import Field
 
 from layerloop.components.policy.memory import Use, gpu_bytes
 from layerloop.components.policy.size import TOKEN_PIXELS, AdapterSize, Tokens, TransformerSize
+from layerloop.components.runtime.balance import share
 from layerloop.components.schema.learning import ALGORITHMS
 from layerloop.components.schema.recipe import ModelRecipe, Recipe
 from layerloop.components.schema.record import Record
@@ -40,7 +41,7 @@ class Assumptions(Record):
     judge_latency_seconds: float = Field(default=8.0, ge=0)  # of one request, in a batch
     judge_replicas: int = Field(default=1, ge=1)
     store_seconds: float = Field(default=25.0, ge=0)  # an iteration: shards and adapter that nothing else hides
-    share_candidates: bool = True  # whether a worker's ranks share candidates; False: complete groups, by their number
+    share_candidates: bool = True  # of a worker, its ranks; False: all take complete groups, by number
     sync_seconds: float = Field(default=5.0, ge=0)  # the same in a resident iteration, which writes behind its work
     prompt_tokens: int = Field(default=11, ge=1)
     aspect: float = Field(default=1.0, gt=0, le=1)  # short side over long side of the pictures
@@ -288,8 +289,8 @@ class Iteration:
 def step_by_step(work: Work, gpus: Gpus, judge_seconds: float) -> Iteration:
     """Every step a pod, one after the other:
 
-    3 pods' starts + 2 loads + the busiest rank's sampling + judge + the busiest rank's update + store. Groups go to
-    workers by their number.
+    3 pods' starts + 2 loads + the busiest rank's sampling + judge + the busiest rank's update + store. Workers
+    share groups by their cost.
     """
     given, rate = work.assumed, work.assumed.tflops
     size, per_step = work.recipe.rollout.group_size, work.recipe.update.steps
@@ -298,8 +299,10 @@ def step_by_step(work: Work, gpus: Gpus, judge_seconds: float) -> Iteration:
         costs = [work.candidate(count) / rate for count in layers]
         update = _update_seconds(work, layers, gpus.update, per_step)
         if given.share_candidates:
-            mine = [costs[worker :: gpus.workers] for worker in range(gpus.workers)]
-            sampling = max(longest_first([cost for cost in part for _ in range(size)], gpus.each) for part in mine)
+            sampling = max(
+                longest_first([costs[group] for group in mine for _ in range(size)], gpus.each)
+                for mine in share(costs, gpus.workers)
+            )
         else:
             sampling = dealt_by_index([size * cost for cost in costs], gpus.workers, gpus.each)
         draws.append({"sampling": sampling, "update": update, "computing": _computing(work, layers)})

@@ -22,7 +22,7 @@ def generate_rollouts(
 
     Args:
         campaign: Root URI of the campaign.
-        worker: This worker's number, from 0; it takes the groups g with g % workers == worker.
+        worker: This worker's number, from 0; it takes a share of the groups by estimated cost.
         workers: How many workers share the iteration.
         sources: Manifest of the normalised images.
         policy: Manifest of the policy to sample with; the iteration is one more than its own.

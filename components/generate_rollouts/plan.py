@@ -6,11 +6,14 @@ Nothing here depends on how many workers there are or in which order they run.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
+from layerloop.components.runtime.balance import forward_cost, share
 from layerloop.components.schema.learning import ALGORITHMS
 from layerloop.components.schema.recipe import Recipe, RolloutRecipe
 from layerloop.components.schema.seeds import seed_for
+from layerloop.components.schema.trajectory import model_calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +55,25 @@ def plan_iteration(recipe: Recipe, iteration: int, images: int) -> list[GroupPla
         )
         for group in range(rollout.groups)
     ]
+
+
+def share_groups(plans: Sequence[GroupPlan], rollout: RolloutRecipe, workers: int) -> list[list[int]]:
+    """Numbers of every worker's groups, by the cost of sampling them, as ranks share candidates.
+
+    Images count as of one size, as they nearly are, so that no worker has to read them all to find its own.
+    """
+    costs = []
+    for plan in plans:
+        calls = model_calls(
+            steps=rollout.steps,
+            start=plan.window_start,
+            window=plan.window_size,
+            second_order=(rollout.whole if plan.dynamics == "ode" else rollout.outside) == "heun",
+            share_prefix=rollout.share_prefix and plan.window_size > 0,
+            candidates=rollout.group_size,
+        )
+        costs.append(calls * forward_cost(plan.layers))
+    return [sorted(plans[index].group for index in mine) for mine in share(costs, workers)]
 
 
 def epoch_order(seed: int, epoch: int, images: int) -> list[int]:

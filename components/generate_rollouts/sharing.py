@@ -14,7 +14,7 @@ import numpy as np
 
 from layerloop.components.generate_rollouts.plan import GroupPlan
 from layerloop.components.policy.sampling import Plan, microbatches
-from layerloop.components.runtime.balance import forward_cost, share
+from layerloop.components.runtime.balance import forward_cost, share, two_stage_order
 from layerloop.components.runtime.distributed import Exchange
 from layerloop.components.schema.recipe import RolloutRecipe
 
@@ -45,7 +45,8 @@ def share_batches(
     batch_size: int,
     ranks: int,
 ) -> Shares:
-    """Share the groups' batches among the ranks, longest first.
+    """Share the groups' batches among the ranks, the longest first, each of which samples its own group by group in
+    the order that the judge waits least in.
 
     Args:
         tokens: of a frame, by group.
@@ -61,7 +62,10 @@ def share_batches(
             batches.append(Batch(plan.group, candidates))
             costs.append(sampled.nfe(len(candidates)) * forward)
             calls.append(sampled.nfe(-(-len(candidates) // batch_size)))  # a batch takes one sample's calls
-    owned = share(costs, ranks)
+    sampling = [sum(cost for batch, cost in zip(batches, costs, strict=True) if batch.group == p.group) for p in plans]
+    judging = [plan.layers + 2 for plan in plans]  # images of a candidate's layers, and of what is made of them
+    turns = {plans[index].group: turn for turn, index in enumerate(two_stage_order(sampling, judging))}
+    owned = [sorted(mine, key=lambda index: (turns[batches[index].group], index)) for mine in share(costs, ranks)]
     writers: dict[int, int] = {}
     for index, rank in sorted((index, rank) for rank, mine in enumerate(owned) for index in mine):
         writers.setdefault(batches[index].group, rank)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import JsonValue
 
-from layerloop.components.generate_rollouts.plan import GroupPlan, plan_iteration
+from layerloop.components.generate_rollouts.observer import Observer
+from layerloop.components.generate_rollouts.plan import GroupPlan, plan_iteration, share_groups
 from layerloop.components.generate_rollouts.sources import read_images, train_images
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
     from layerloop.components.generate_rollouts.candidates import PreparedGroup
     from layerloop.components.generate_rollouts.sharing import Part, Shares
+    from layerloop.components.storage.groups import SampledGroup
 
 _COUNTS = ("groups", "candidates", "layers", "model_calls")  # in the manifest of every group
 
@@ -67,7 +69,7 @@ def run(
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         iteration: Which iteration to sample; by default the one after the last committed policy.
-        worker: This worker's number, from 0; it takes the groups g with g % workers == worker.
+        worker: This worker's number, from 0; it takes a share of the groups by estimated cost.
         workers: How many workers share the iteration.
         runtime: Where and how fast to run: YAML or JSON text, or the path or URI of a file; empty for LAYERLOOP_RUNTIME
             and the defaults (`layerloop runtime`). It changes no result.
@@ -81,7 +83,7 @@ def run(
     if not 0 <= worker < workers:
         raise LayerloopError(f"worker is {worker} of {workers}: choose workers of at least 1 and a worker below it")
     opened = Campaign.open(campaign, runtime)
-    share = Share(opened.open_iteration(iteration), worker, workers)
+    share = Share.of(opened, opened.open_iteration(iteration), worker, workers)
     if (done := _finished(opened, share, _committed(opened, share))) is not None:
         return _result(done)
     with hold(opened.store, log=log):
@@ -90,8 +92,7 @@ def run(
             return _result(done)
         opened.check_unfinished(share.iteration)
         with process_group() as device:
-            groups = share.groups(opened)
-            sampled = sample_iteration(opened, share.iteration, committed, groups, device=device, loaded=loaded)
+            sampled = sample_iteration(opened, share.iteration, committed, share.groups, device=device, loaded=loaded)
     manifest = worker_manifest(share, sampled.manifests)
     return _result(manifest, seconds=time.monotonic() - started, sampled=sampled.written, bad_layers=sampled.bad_layers)
 
@@ -103,21 +104,26 @@ class Share:
     iteration: int
     worker: int
     workers: int
+    groups: tuple[int, ...]
 
-    def groups(self, campaign: Campaign) -> range:
-        return range(campaign.recipe.rollout.groups)[self.worker :: self.workers]
+    @classmethod
+    def of(cls, campaign: Campaign, iteration: int, worker: int, workers: int) -> Share:
+        """The share of a worker, which follows from the recipe: whatever is committed, and by whom, changes none."""
+        planned = plan_iteration(campaign.recipe, iteration, train_images(campaign.sources()))
+        groups = share_groups(planned, campaign.recipe.rollout, workers)[worker]
+        return cls(iteration, worker, workers, tuple(groups))
 
 
 def _committed(campaign: Campaign, share: Share) -> dict[int, Manifest]:
     """Manifests of the share's groups that are committed, whose shards are there."""
-    committed = campaign.committed_groups(share.iteration, share.groups(campaign))
+    committed = campaign.committed_groups(share.iteration, share.groups)
     verify(campaign.store, worker_manifest(share, committed))
     return committed
 
 
 def _finished(campaign: Campaign, share: Share, committed: Mapping[int, Manifest]) -> Manifest | None:
     """The manifest of the share where all of it is committed; logged."""
-    if len(committed) < len(share.groups(campaign)):
+    if len(committed) < len(share.groups):
         return None
     where = f"{campaign.uri}/{campaign.rollouts_dir(share.iteration)}"
     log(f"{where} of worker {share.worker + 1} of {share.workers} is committed already")
@@ -142,13 +148,13 @@ def sample_iteration(
     *,
     device: torch.device,
     loaded: LoadedPolicy | None = None,
-    watch: Callable[[], None] = lambda: None,
+    observer: Observer | None = None,
 ) -> Sampled:
     """Sample and commit the groups that are not `committed`, with all ranks of the process group.
 
     Args:
         loaded: A policy of this campaign in memory, of whatever iteration: its base is used.
-        watch: Called between batches; an error that it raises ends the sampling on all ranks.
+        observer: Is told what this rank samples, and may end the sampling on all ranks.
     """
     with failing_together():
         sources = campaign.sources()
@@ -168,7 +174,7 @@ def sample_iteration(
     shares = _shares(campaign, todo, images, loaded)
     # Ranks that share a sharded base wait for each other in its layers, and a fault of one has to end them all.
     with nullcontext() if loaded.policy.sharded else failing_together():
-        written, bad_layers = _sample(campaign, iteration, todo, images, shares, loaded, watch)
+        written, bad_layers = _sample(campaign, iteration, todo, images, shares, loaded, observer or Observer())
     return Sampled(loaded, dict(sorted({**manifests, **_gather(written)}.items())), len(written), bad_layers)
 
 
@@ -242,7 +248,7 @@ def _sample(
     images: Mapping[int, tuple[str, np.ndarray]],
     shares: Shares,
     loaded: LoadedPolicy,
-    watch: Callable[[], None],
+    observer: Observer,
 ) -> tuple[dict[int, Manifest], list[float]]:
     """Sample this rank's batches, and commit the groups that it writes as they become complete."""
     from layerloop.components.generate_rollouts.candidates import prepare_group, sample_candidates
@@ -257,11 +263,13 @@ def _sample(
 
     assembly, mine = Assembly(shares, rank()), shares.batches[rank()]
     try:
-        with Writer(campaign, iteration) as writer:
+        with Writer(campaign, iteration, observer) as writer:
             for batch in progress(mine, what="sampling", unit="batches") if rank() == 0 and mine else mine:
-                watch()
+                observer.check()
                 group, size = prepared(batch.group), campaign.runtime.rollout.batch_size
-                assembly.add(batch, sample_candidates(loaded.policy, recipe, group, batch.candidates, batch_size=size))
+                part = sample_candidates(loaded.policy, recipe, group, batch.candidates, batch_size=size)
+                observer.sampled(iteration, batch.group, batch.candidates, group.image, part.stacks)
+                assembly.add(batch, part)
                 for number, part in assembly.complete():
                     writer.write(prepared(number), part)
             if loaded.policy.sharded:  # before this rank waits for others, whose layers wait for its calls
@@ -280,8 +288,8 @@ def _sample(
 class Writer:
     """Encodes and sends groups while the next are sampled; one at most waits for the store."""
 
-    def __init__(self, campaign: Campaign, iteration: int) -> None:
-        self._campaign, self._folder = campaign, campaign.rollouts_dir(iteration)
+    def __init__(self, campaign: Campaign, iteration: int, observer: Observer) -> None:
+        self._campaign, self._folder, self._observer = campaign, campaign.rollouts_dir(iteration), observer
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._written: dict[int, Future[Manifest]] = {}
         self.bad_layers: list[float] = []
@@ -301,10 +309,15 @@ class Writer:
         self.bad_layers.append(mean_bad_layers(part.stacks, group.image))
         sampled = sampled_group(self._campaign.recipe, group, part)
         calls = _model_calls(group.record)
-        self._written[group.record.group] = self._pool.submit(
-            write_group, self._campaign.store, self._folder, sampled,
-            model_calls=calls, recipe_sha256=self._campaign.recipe_sha256,
-        )  # fmt: skip
+        self._written[group.record.group] = self._pool.submit(self._commit, sampled, calls)
+
+    def _commit(self, group: SampledGroup, model_calls: int) -> Manifest:
+        campaign = self._campaign
+        manifest = write_group(
+            campaign.store, self._folder, group, model_calls=model_calls, recipe_sha256=campaign.recipe_sha256
+        )
+        self._observer.committed()
+        return manifest
 
     @property
     def manifests(self) -> dict[int, Manifest]:

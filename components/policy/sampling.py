@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from layerloop.components.policy.model import Condition, LayeredPolicy
-from layerloop.components.schema.trajectory import GroupRecord
+from layerloop.components.schema.trajectory import GroupRecord, model_calls
 
 Velocity = Callable[[torch.Tensor, float], torch.Tensor]  # (x[B, S, 64], sigma) -> v[B, S, 64]
 StepNoise = Callable[[int, int], torch.Tensor]  # (candidate, window step) -> z[1, S, 64]
@@ -134,12 +134,11 @@ class Plan:
         return range(self.window_start, self.window_start + self.window_size)
 
     def nfe(self, candidates: int) -> int:
-        """Model calls for single samples that `candidates` take: two for a Heun step, one for any other and for the
-        last step; a shared prefix counts once."""
-        second_order = self.outside == "heun"
-        prefix = self.window_start * (1 + second_order)
-        suffix = (self.steps - self.window.stop) * (1 + second_order) - second_order
-        return prefix * (1 if self.share_prefix else candidates) + (self.window_size + suffix) * candidates
+        """Model calls for single samples that `candidates` take."""
+        return model_calls(
+            steps=self.steps, start=self.window_start, window=self.window_size,
+            second_order=self.outside == "heun", share_prefix=self.share_prefix, candidates=candidates,
+        )  # fmt: skip
 
     @classmethod
     def of(cls, record: GroupRecord) -> Plan:

@@ -8,7 +8,7 @@ _SAME = 1e-9  # relative difference of costs that counts as none
 
 
 def share(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Indices of the items of each rank, longest first: the order in which it works on them.
+    """Indices of the items of each rank, longest first.
 
     Longest processing time first (Graham 1969): the items by falling cost, each to the rank that has the least so far.
     Then, as long as it lowers the greatest sum, an item of the busiest rank moves to another, or is exchanged for a
@@ -32,6 +32,22 @@ def share(costs: Sequence[float], ranks: int) -> list[list[int]]:
             load[changed] = sum(costs[i] for i in owned[changed])
             kinds[changed] = _kinds(costs, owned[changed])
     return [sorted(mine, key=lambda i: (-costs[i], i)) for mine in owned]
+
+
+def two_stage_order(first: Sequence[float], second: Sequence[float]) -> list[int]:
+    """Order of the items that a second stage, which takes them as the first has done them, ends soonest in.
+
+    Johnson's rule (1954): those that are shorter in the first stage, by rising time there, then the others by falling
+    time in the second. The stages are taken to be equally long in all, which is when the order matters.
+
+    Args:
+        first: time of each item in the first stage.
+        second: in the second, in a unit of its own.
+    """
+    scale = sum(first) / (sum(second) or 1.0)
+    sooner = [index for index in range(len(first)) if first[index] < second[index] * scale]
+    later = [index for index in range(len(first)) if first[index] >= second[index] * scale]
+    return sorted(sooner, key=lambda i: (first[i], i)) + sorted(later, key=lambda i: (-second[i], i))
 
 
 def _kinds(costs: Sequence[float], mine: Sequence[int]) -> dict[float, int]:

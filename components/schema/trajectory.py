@@ -94,3 +94,16 @@ class CandidateRecord(Record):
     candidate: int = Field(ge=0)
     image_key: str
     seed: int  # of its initial noise
+
+
+def model_calls(*, steps: int, start: int, window: int, second_order: bool, share_prefix: bool, candidates: int) -> int:
+    """Model calls for single samples that sampling `candidates` takes: two for a Heun step, one for any other and for
+    the last step; a shared prefix counts once.
+
+    Args:
+        steps: sampling steps, of which `window` from `start` on are stochastic.
+        second_order: the others are Heun's.
+    """
+    prefix = start * (1 + second_order)
+    suffix = (steps - start - window) * (1 + second_order) - second_order
+    return prefix * (1 if share_prefix else candidates) + (window + suffix) * candidates

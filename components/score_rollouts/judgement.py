@@ -8,7 +8,7 @@ from layerloop.components.judge.images import CandidateImages, candidate_images,
 from layerloop.components.layers.flags import flags_of
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.judging import JudgeRecipe
-from layerloop.components.storage.groups import Candidate, Group
+from layerloop.components.storage.groups import Candidate
 
 Scores = dict[str, float]  # criterion -> [0, 1]
 
@@ -33,19 +33,18 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A decoded candidate: images for phase 1, layers `(L, h, w, 4)` at the size of a grid's cell, penalty."""
+    """A candidate as it is shown: images for phase 1, layers `(L, h, w, 4)` at the size of a grid's cell, penalty."""
 
     images: CandidateImages
     cells: Pixels | None  # None without phase 2
     penalty: float
 
 
-def prepare(candidate: Candidate, group: Group, recipe: JudgeRecipe) -> Prepared:
-    """Decode a candidate once, for both phases and the rule-based penalty."""
-    stack = candidate.stack()
+def prepare(image: Pixels, stack: Pixels, recipe: JudgeRecipe) -> Prepared:
+    """Images of a candidate `stack[L, H, W, 4]` of `image[H, W, 4]`, for both phases, and the rule-based penalty."""
     penalty = 0.0
     if recipe.artifact_penalty:
-        penalty = recipe.artifact_penalty * float(flags_of(stack, group.image()).bad.mean())
+        penalty = recipe.artifact_penalty * float(flags_of(stack, image).bad.mean())
     sized = fitted(stack, recipe.resolution)
     cells = None
     if recipe.phase2.enabled:

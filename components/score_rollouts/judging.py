@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from layerloop.components.judge.canaries import CanaryReport, score_canaries
 from layerloop.components.judge.client import Judge
 from layerloop.components.runtime.progress import progress
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.score_rollouts.ahead import Ahead, Arrivals
 from layerloop.components.score_rollouts.scoring import ScoredGroup, Scorer
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.groups import Group
@@ -25,10 +27,13 @@ class Judged:
     canaries: CanaryReport | None = None
 
 
-def arriving_groups(campaign: Campaign, iteration: int, wait: Callable[[], None]) -> Iterator[Group]:
-    """All groups of an iteration with their layers, as they are committed; `wait` is called while some are missing.
+def arriving_groups(campaign: Campaign, iteration: int, arrivals: Arrivals | None) -> Iterator[Group]:
+    """All groups of an iteration with their layers, as they are committed, as long as `arrivals` is listened to.
 
     In batch mode none is given before all are there, because a phase is one batch.
+
+    Raises:
+        LayerloopError: some are missing, and there are no arrivals to come.
     """
     missing = set(range(campaign.recipe.rollout.groups))
     while missing:
@@ -37,16 +42,26 @@ def arriving_groups(campaign: Campaign, iteration: int, wait: Callable[[], None]
             found = {}
         yield from read_groups(campaign.store, found, layers=True)
         missing -= found.keys()
-        if missing:
-            wait()
+        if missing and arrivals is None:
+            raise LayerloopError("groups were deleted while their iteration was judged: run generate_rollouts again")
+        if missing and arrivals is not None:
+            arrivals.wait()
+            if not arrivals.listening:  # the judge has failed
+                return
 
 
-async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, groups: Iterator[Group]) -> Judged:
+async def judge_all(
+    judge: Judge, scorer: Scorer, campaign: Campaign, iteration: int, arrivals: Arrivals | None
+) -> Judged:
     """Judge all of an iteration's groups; they are read from their shards as slots become free.
+
+    Args:
+        arrivals: Of groups that may be missing, and of candidates ahead of them; without it all have to be there.
 
     Raises:
         LayerloopError: the judge cannot be reached, or is gone; replies until then are stored.
     """
+    groups = arriving_groups(campaign, iteration, arrivals)
     judged = Judged()
     recipe, total = campaign.recipe.judge, campaign.recipe.rollout.groups
     ticks = progress(range(total), what="judging", unit="groups", total=total)
@@ -67,6 +82,8 @@ async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, groups: It
         await judge.check_reachable()
         try:
             async with asyncio.TaskGroup() as tasks:
+                if arrivals is not None:
+                    arrivals.listen(iteration, _into(asyncio.get_running_loop(), scorer, tasks))
                 if recipe.canaries:
                     tasks.create_task(canaries())
                 await slots.acquire()
@@ -78,6 +95,9 @@ async def judge_all(judge: Judge, scorer: Scorer, campaign: Campaign, groups: It
             if refusals is None or defects is not None:
                 raise
             raise _first(refusals) from None
+        finally:
+            if arrivals is not None:
+                arrivals.stop()
     judged.groups.sort(key=lambda group: group.rows[0].group)
     return judged
 
@@ -90,6 +110,19 @@ def _groups_at_once(campaign: Campaign, total: int) -> int:
     if campaign.runtime.judge.batch.enabled:
         return max(1, total)
     return 3 * math.ceil(campaign.runtime.judge.concurrency / campaign.recipe.rollout.group_size) + 4
+
+
+def _into(loop: asyncio.AbstractEventLoop, scorer: Scorer, tasks: asyncio.TaskGroup) -> Callable[[Ahead], None]:
+    """Takes candidates from another thread."""
+
+    def begin(ahead: Ahead) -> None:
+        with contextlib.suppress(RuntimeError):  # the group of tasks is ending
+            scorer.look_ahead(ahead, tasks)
+
+    def take(ahead: Ahead) -> None:
+        loop.call_soon_threadsafe(begin, ahead)
+
+    return take
 
 
 def _next(groups: Iterator[Group]) -> Group | None:

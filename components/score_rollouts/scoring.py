@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from layerloop.components.judge.client import Judge
@@ -14,13 +14,15 @@ from layerloop.components.judge.images import EncodedImage, encode_image, fitted
 from layerloop.components.judge.limiter import Limiter
 from layerloop.components.judge.methods import PHASE1, PHASE2
 from layerloop.components.judge.methods.method import GridScore
-from layerloop.components.judge.replies import UnusableError
+from layerloop.components.judge.replies import Reply, UnusableError
 from layerloop.components.judge.requests import Request
+from layerloop.components.judge.requests import Scores as Answered
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.schema.trajectory import GroupRecord, candidate_key, group_key
+from layerloop.components.score_rollouts.ahead import MOST_BYTES, Ahead, pixels_sha256
 from layerloop.components.score_rollouts.follow_ups import Grid, follow_ups
 from layerloop.components.score_rollouts.judgement import Judgement, prepare
 from layerloop.components.score_rollouts.rewards import enough_valid, reward_of, score_rows
@@ -50,6 +52,16 @@ class _ShownGroup:
     cells: list[Pixels | None]
 
 
+@dataclass(frozen=True)
+class _Phase1:
+    """The answers of phase 1 about a candidate, its penalty, and its cells `(L, h, w, 4)` for phase 2."""
+
+    answers: list[tuple[Answered, Reply] | UnusableError]
+    penalty: float
+    cells: Pixels | None
+    pixels_sha256: str | None = None  # of what was judged, where that was ahead of its group
+
+
 class Scorer:
     """Judges groups by the recipe's methods; `decode_slots` limits how many candidates are held as images at once."""
 
@@ -58,13 +70,31 @@ class Scorer:
         self.phase1, self.phase2 = PHASE1[recipe.method], PHASE2[recipe.phase2.method]
         # A batch is sent when all its requests are there, so none may wait for another to be answered.
         self.decode_slots = Limiter(1 << 30 if judge.runtime.batch.enabled else judge.runtime.concurrency + 4)
+        self._begun: set[int] = set()  # groups
+        self._ahead: dict[tuple[int, int], asyncio.Task[_Phase1]] = {}  # by group and candidate
+        self._sources: dict[int, asyncio.Task[EncodedImage]] = {}  # of the groups whose candidates are ahead
+        self._waiting = 0  # bytes of candidates that are ahead and not judged yet
+
+    def look_ahead(self, ahead: Ahead, tasks: asyncio.TaskGroup) -> None:
+        """Begin phase 1 of candidates whose group is not committed yet, unless too many wait."""
+        late = ahead.group in self._begun or self.judge.runtime.batch.enabled  # a batch is of all candidates
+        if late or self._waiting + ahead.stacks.nbytes > MOST_BYTES:
+            return
+        if ahead.group not in self._sources:
+            self._sources[ahead.group] = tasks.create_task(self._encoded(ahead.image))
+        source = self._sources[ahead.group]
+        for candidate in range(ahead.first, ahead.first + len(ahead.stacks)):
+            self._ahead[ahead.group, candidate] = tasks.create_task(self._ask_ahead(ahead, candidate, source))
 
     async def score(self, group: Group) -> ScoredGroup:
         """Both phases of one group. Failures are masks; LayerloopError only if the judge is gone."""
-        source = await asyncio.to_thread(lambda: encode_image(fitted(group.image(), self.recipe.resolution)))
+        self._begun.add(group.record.group)
+        self._sources.pop(group.record.group, None)
+        image = await asyncio.to_thread(group.image)
+        source = await self._encoded(image)
         judgements = [Judgement(candidate) for candidate in group.candidates]
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self._judge_phase1(group, source, judgement)) for judgement in judgements]
+            running = [tasks.create_task(self._judge_phase1(image, source, judgement)) for judgement in judgements]
         positions: list[tuple[int, float]] = []
         if self.recipe.phase2.enabled and enough_valid(judgements, self.recipe):
             shown = _ShownGroup(group.record, source, [task.result() for task in running])
@@ -74,25 +104,54 @@ class Scorer:
 
     # ---------------------------------------------------------------------------------------------------------- phase 1
 
-    async def _judge_phase1(self, group: Group, source: EncodedImage, judgement: Judgement) -> Pixels | None:
+    async def _judge_phase1(self, image: Pixels, source: EncodedImage, judgement: Judgement) -> Pixels | None:
         """Fill in `penalty`, `samples` and `phase1`, or `reason`. Returns the candidate's cells for phase 2."""
-        record = judgement.candidate.record
-        label = candidate_key(record.iteration, record.group, record.candidate)
-        async with self.decode_slots.slot(LAST):
-            prepared = await asyncio.to_thread(prepare, judgement.candidate, group, self.recipe)
-            judgement.penalty = prepared.penalty
-            request = self.phase1.request(self.rubric, source, prepared.images, self.recipe, label=label)
-            samples = range(self.recipe.samples)
-            answers = await _all(
-                _or_unusable(self.judge.ask(request, sample=sample, priority=LAST, refusals=REFUSALS))
-                for sample in samples
-            )
-        judgement.samples = [answer[0][0] for answer in answers if not isinstance(answer, UnusableError)]
+        candidate = judgement.candidate
+        record = candidate.record
+        found: _Phase1 | None = None
+        if (ahead := self._ahead.pop((record.group, record.candidate), None)) is not None:
+            found = await ahead
+            committed = await asyncio.to_thread(lambda: pixels_sha256(image, candidate.stack()))
+            if found.pixels_sha256 != committed:  # another attempt at the group was faster
+                found = None
+        if found is None:
+            label = candidate_key(record.iteration, record.group, record.candidate)
+            found = await self._ask_phase1(image, candidate.stack, source, label)
+        judgement.penalty = found.penalty
+        judgement.samples = [answer[0][0] for answer in found.answers if not isinstance(answer, UnusableError)]
         if judgement.samples:
             judgement.phase1 = self.phase1.combine(judgement.samples, self.rubric.names)
         else:
-            judgement.reason = f"phase1: {answers[0]}"
-        return prepared.cells
+            judgement.reason = f"phase1: {found.answers[0]}"
+        return found.cells
+
+    async def _ask_phase1(
+        self, image: Pixels, stack: Callable[[], Pixels], source: EncodedImage, label: str
+    ) -> _Phase1:
+        """Phase 1 of a candidate whose layers `stack` reads, in a thread."""
+        async with self.decode_slots.slot(LAST):
+            prepared = await asyncio.to_thread(lambda: prepare(image, stack(), self.recipe))
+            request = self.phase1.request(self.rubric, source, prepared.images, self.recipe, label=label)
+            answers = await _all(
+                _or_unusable(self.judge.ask(request, sample=sample, priority=LAST, refusals=REFUSALS))
+                for sample in range(self.recipe.samples)
+            )
+        return _Phase1(answers, prepared.penalty, prepared.cells)
+
+    async def _ask_ahead(self, ahead: Ahead, candidate: int, source: asyncio.Task[EncodedImage]) -> _Phase1:
+        """Phase 1 of a candidate of a group that is not committed."""
+        stack, label = ahead.stacks[candidate - ahead.first], candidate_key(ahead.iteration, ahead.group, candidate)
+        self._waiting += stack.nbytes
+        try:
+            sha256 = await asyncio.to_thread(pixels_sha256, ahead.image, stack)
+            found = await self._ask_phase1(ahead.image, lambda: stack, await source, label)
+        finally:
+            self._waiting -= stack.nbytes
+        return replace(found, pixels_sha256=sha256)
+
+    async def _encoded(self, image: Pixels) -> EncodedImage:
+        """A source as the judge is shown it."""
+        return await asyncio.to_thread(lambda: encode_image(fitted(image, self.recipe.resolution)))
 
     # ---------------------------------------------------------------------------------------------------------- phase 2
 

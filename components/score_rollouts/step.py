@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pydantic import JsonValue
 
@@ -22,7 +22,8 @@ from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.steps import STEPS
-from layerloop.components.score_rollouts.judging import arriving_groups, judge_all
+from layerloop.components.score_rollouts.ahead import Arrivals
+from layerloop.components.score_rollouts.judging import judge_all
 from layerloop.components.score_rollouts.results import (
     canary_metrics,
     counts_of,
@@ -44,7 +45,7 @@ from layerloop.components.storage.stores import open_store
 
 
 def run(
-    wait: Callable[[], None] | None = None,
+    arrivals: Arrivals | None = None,
     *,
     campaign: str,
     iteration: int | None = None,
@@ -57,7 +58,7 @@ def run(
     group is judged; a failed judgement is a mask with its reason, never a number.
 
     Args:
-        wait: Called while groups of the iteration are missing, which are then awaited; without it they are refused.
+        arrivals: Of groups of the iteration that may be missing, which are then awaited; without it they are refused.
         campaign: Root URI of the campaign.
         iteration: Which iteration to score; by default the one after the last committed policy.
         judge_url: Base URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8788/v1; by default the
@@ -77,17 +78,17 @@ def run(
         return _result(done)
     with hold(opened.store, log=log):
         done = opened.already_committed(folder, log=log)  # by the run that held it until now
-        return _result(done if done is not None else _score(opened, current, judge_url, wait))
+        return _result(done if done is not None else _score(opened, current, judge_url, arrivals))
 
 
-def _score(opened: Campaign, current: int, judge_url: str, wait: Callable[[], None] | None) -> Manifest:
+def _score(opened: Campaign, current: int, judge_url: str, arrivals: Arrivals | None) -> Manifest:
     """Judge an iteration and commit its scores. Raises as `run`."""
     opened.check_unfinished(current)
     recipe, folder = opened.recipe, opened.scores_dir(current)
     url = judge_address(judge_url)
     rubric = rubric_of(recipe.judge)
     replies = StoredReplies(opened.store, f"{folder}/replies")
-    if wait is None:
+    if arrivals is None:
         opened.rollouts(current)
     where = without_secrets(url)
     log(f"judging iteration {current} by {recipe.judge.model} at {where}; {len(replies)} replies are stored already")
@@ -95,8 +96,8 @@ def _score(opened: Campaign, current: int, judge_url: str, wait: Callable[[], No
     start = time.monotonic()
     judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed)
     judge.log = log
-    groups = arriving_groups(opened, current, wait or _refuse_missing)
-    judged = asyncio.run(judge_all(judge, Scorer(judge, recipe.judge, rubric, seed=recipe.seed), opened, groups))
+    scorer = Scorer(judge, recipe.judge, rubric, seed=recipe.seed)
+    judged = asyncio.run(judge_all(judge, scorer, opened, current, arrivals))
     seconds = time.monotonic() - start
 
     version = ", ".join(sorted(judge.statistics.versions)) or "unknown"
@@ -123,10 +124,6 @@ def _score(opened: Campaign, current: int, judge_url: str, wait: Callable[[], No
         "metrics": {name: float(value) for name, value in sorted(metrics.items())},
     }
     return _commit(opened, current, rows, rubric, metadata)
-
-
-def _refuse_missing() -> None:
-    raise LayerloopError("groups of the iteration were deleted while it was judged: run generate_rollouts again")
 
 
 def _provenance(recipe: JudgeRecipe, rubric: Rubric, version: str) -> dict[str, JsonValue]:

@@ -1,8 +1,9 @@
 """The step `train_stretch`: iterations in a row of rollouts, scores and update by ranks that keep the base loaded.
 
-It calls what the three steps call and commits what they commit: a campaign does not show which way it was made. Groups
-go to the judge as soon as they are committed, by a process beside rank 0. An interrupted stretch continues from what is
-committed, with any number of ranks.
+It calls what the three steps call and commits what they commit: a campaign does not show which way it was made. A
+process beside rank 0 judges the iteration meanwhile: rank 0's candidates as soon as they are sampled, those of other
+ranks as soon as their group is committed. An interrupted stretch continues from what is committed, with any number of
+ranks.
 """
 
 from __future__ import annotations
@@ -158,13 +159,14 @@ class Stretch:
                     verify(self.campaign.store, manifest)
             if len(committed) < len(groups):
                 self.loaded = sample_iteration(
-                    self.campaign, iteration, committed, groups, device=device, loaded=self.loaded, watch=self._watch
+                    self.campaign,
+                    iteration,
+                    committed,
+                    groups,
+                    device=device,
+                    loaded=self.loaded,
+                    observer=self.scoring,
                 ).loaded
-
-    def _watch(self) -> None:
-        """Stop sampling where the judge has stopped."""
-        if self.scoring is not None:
-            self.scoring.check()
 
     def _await_scores(self, iteration: int, device: torch.device) -> Learning:
         """Do what an update can do before its scores, then wait for them."""

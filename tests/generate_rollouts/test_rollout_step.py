@@ -17,7 +17,7 @@ from safetensors.torch import load, load_file, save_file
 
 from layerloop.components.generate_rollouts import candidates
 from layerloop.components.generate_rollouts import step as rollout_step
-from layerloop.components.generate_rollouts.plan import initial_seed
+from layerloop.components.generate_rollouts.plan import initial_seed, plan_iteration, share_groups
 from layerloop.components.generate_rollouts.step import run
 from layerloop.components.policy import lora, sampling
 from layerloop.components.policy.at import policy_at
@@ -116,9 +116,10 @@ def test_results_are_byte_for_byte_the_same_for_any_workers_and_batch_size(make_
     run(campaign=one.uri)
     for workers, batch_size in ((2, 3), (3, 1)):
         other, runtime = make_campaign(), f"rollout: {{batch_size: {batch_size}}}"
+        shares = share_groups(plan_iteration(one.recipe, 1, 5), one.recipe.rollout, workers)
         for worker in reversed(range(workers)):
             manifest = run(campaign=other.uri, worker=worker, workers=workers, runtime=runtime).manifests["rollouts"]
-            assert manifest.metadata["groups"] == list(range(worker, 4, workers))
+            assert manifest.metadata["groups"] == shares[worker]
             assert (manifest.metadata["worker"], manifest.metadata["workers"]) == (worker, workers)
         assert files(other) == files(one), "names, shards and manifests"
 
@@ -163,14 +164,14 @@ def test_an_interrupted_run_is_finished_and_not_redone(make_campaign, sampled) -
     complete, campaign = make_campaign(), make_campaign()
     expected = run(campaign=complete.uri).manifests["rollouts"]
     sampled.clear()
-    killed_at(2, sampled, campaign=campaign.uri)
-    assert campaign.committed_groups(1).keys() == {0, 1, 3}, "those of more layers come first"
-    with pytest.raises(LayerloopError, match="lacks groups 2 of 4"):
+    killed_at(3, sampled, campaign=campaign.uri)
+    assert campaign.committed_groups(1).keys() == {0, 1, 2}, "those of fewer layers come first"
+    with pytest.raises(LayerloopError, match="lacks groups 3 of 4"):
         campaign.rollouts(1)
-    third = complete.rollouts(1)[2].shards[0].name
-    campaign.store.write(third, complete.store.read(third)[:5000])  # cut short
+    fourth = complete.rollouts(1)[3].shards[0].name
+    campaign.store.write(fourth, complete.store.read(fourth)[:5000])  # cut short
     assert run(campaign=campaign.uri).manifests["rollouts"] == expected
-    assert sampled == [1, 3, 0, 2, 2] and files(campaign) == files(complete)
+    assert sampled == [0, 2, 1, 3, 3] and files(campaign) == files(complete)
 
 
 def test_a_shard_that_was_written_before_its_manifest_is_reused(make_campaign, sampled) -> None:  # type: ignore[no-untyped-def]
@@ -190,7 +191,8 @@ def test_an_iteration_is_finished_by_another_number_of_workers(make_campaign, sa
     complete, campaign = make_campaign(rollout={"groups": 6}), make_campaign(rollout={"groups": 6})
     run(campaign=complete.uri)
     run(campaign=campaign.uri, worker=0, workers=before)
-    mine, folder = list(range(6))[::before], campaign.rollouts_dir(1)
+    planned, folder = plan_iteration(campaign.recipe, 1, 5), campaign.rollouts_dir(1)
+    mine = share_groups(planned, campaign.recipe.rollout, before)[0]
     campaign.store.delete(f"{folder}/g{mine[1]:06d}.json")
     sixth = complete.rollouts(1)[5].shards[0].name
     campaign.store.write(sixth, complete.store.read(sixth)[:5000])
@@ -264,15 +266,15 @@ def test_an_attempt_on_another_kind_of_machine_leaves_a_committed_group_as_it_is
 def test_an_iteration_is_not_finished_with_another_policy(make_campaign, sampled, tmp_path) -> None:  # type: ignore[no-untyped-def]
     campaign = make_campaign()
     commit_policy(campaign, tmp_path / "adapter")
-    killed_at(3, sampled, campaign=campaign.uri)
+    killed_at(2, sampled, campaign=campaign.uri)
     store, folder = campaign.store, campaign.policy_dir(1)
     before = campaign.committed_groups(2).keys()
-    assert {0, 1} <= before < {0, 1, 2, 3}
+    assert {1, 3} <= before < {0, 1, 2, 3}
     for name in store.list(folder):
         store.delete(name)
     commit_policy(campaign, tmp_path / "other", scale=0.06)
     with pytest.raises(
-        LayerloopError, match=r"group 0 of iteration 2 was sampled .* the policy is now base .*: use the"
+        LayerloopError, match=rf"group {min(before)} of iteration 2 was sampled .* the policy is now base .*: use the"
     ):
         run(campaign=campaign.uri)
     assert campaign.committed_groups(2).keys() == before
@@ -450,7 +452,7 @@ def test_two_ranks_that_share_a_sharded_base_commit_what_one_process_commits(mak
 def test_latents_that_are_nan_stop_the_step_and_nothing_is_committed(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]
     campaign = make_campaign()
     commit_policy(campaign, tmp_path / "adapter", scale=1e30)
-    with pytest.raises(LayerloopError, match=r"latents of candidate 0 of group 2, iteration 2, are NaN or infinite"):
+    with pytest.raises(LayerloopError, match=r"latents of candidate 0 of group 1, iteration 2, are NaN or infinite"):
         run(campaign=campaign.uri)
     assert campaign.committed_groups(2) == {}
 

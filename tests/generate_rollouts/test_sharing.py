@@ -33,9 +33,15 @@ def test_a_group_is_written_by_a_rank_that_samples_of_it() -> None:
     assert set(found.writers) == {0, 1, 2}
 
 
-def test_larger_images_come_first() -> None:
-    (mine,) = shares(1, 1).batches
-    assert [batch.group for batch in mine] == [0] * 5 + [1] * 5 + [2] * 5
+def test_a_rank_samples_group_by_group_and_first_what_keeps_the_judge_busy() -> None:
+    (mine,) = shares(1, 2).batches
+    assert [batch.group for batch in mine] == [2] * 3 + [0] * 3 + [1] * 3, "group 2 is of a small image"
+    for of_rank in shares(2, 1).batches:
+        groups = [batch.group for batch in of_rank]
+        assert groups == sorted(groups, key=[2, 0, 1].index)
+        for group in set(groups):
+            starts = [batch.candidates.start for batch in of_rank if batch.group == group]
+            assert starts == sorted(starts)
 
 
 def test_a_group_that_shares_its_prefix_stays_whole() -> None:

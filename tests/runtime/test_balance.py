@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+from collections.abc import Sequence
+
 import pytest
 
 from layerloop.components.generate_rollouts.plan import plan_iteration
-from layerloop.components.runtime.balance import forward_cost, share
+from layerloop.components.runtime.balance import forward_cost, share, two_stage_order
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.pipelines.inputs import packaged_recipes
 
@@ -52,3 +56,21 @@ def test_costs_are_those_of_torchs_flop_counter() -> None:
     counted = {2: 117, 3: 156, 4: 199, 5: 245}  # TFLOP of a forward of Qwen-Image-Layered at 640 x 640 pixels
     for layers, tera in counted.items():
         assert forward_cost(layers) / forward_cost(2) == pytest.approx(tera / counted[2], rel=0.01)
+
+
+def test_no_other_order_ends_the_second_stage_sooner() -> None:
+    draw = random.Random(0)
+    for _ in range(20):
+        first = [draw.uniform(1, 3) for _ in range(5)]
+        second = [draw.uniform(1, 3) for _ in range(5)]
+        second = [value * sum(first) / sum(second) for value in second]
+
+        def end(order: Sequence[int], first: list[float] = first, second: list[float] = second) -> float:
+            sampled = judged = 0.0
+            for item in order:
+                sampled += first[item]
+                judged = max(sampled, judged) + second[item]
+            return judged
+
+        order = two_stage_order(first, [10 * value for value in second])  # in another unit
+        assert end(order) <= min(map(end, itertools.permutations(range(5)))) + 1e-9

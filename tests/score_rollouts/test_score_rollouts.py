@@ -17,6 +17,7 @@ import pytest
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.runtime import JudgeRuntime
+from layerloop.components.score_rollouts.ahead import Arrivals
 from layerloop.components.score_rollouts.step import run
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.lease import hold
@@ -217,15 +218,16 @@ def test_groups_are_judged_as_they_are_committed(make_campaign: MakeCampaign, ju
     with pytest.raises(LayerloopError, match="lacks groups 1 of 2"):
         run(campaign=campaign.uri, judge_url=judge_url)
 
-    def wait() -> None:
-        waited.append(time.monotonic())
-        first_is_judged = (
-            len(campaign.store.list(f"{campaign.scores_dir(1)}/replies/")) > campaign.recipe.rollout.group_size
-        )
-        if first_is_judged:
-            campaign.store.write(late, manifest)
-        assert waited[-1] - waited[0] < 20
-        time.sleep(0.05)
+    class Looks(Arrivals):
+        def wait(self) -> None:
+            waited.append(time.monotonic())
+            first_is_judged = (
+                len(campaign.store.list(f"{campaign.scores_dir(1)}/replies/")) > campaign.recipe.rollout.group_size
+            )
+            if first_is_judged:
+                campaign.store.write(late, manifest)
+            assert waited[-1] - waited[0] < 20
+            time.sleep(0.05)
 
-    run(wait, campaign=campaign.uri, judge_url=judge_url)
+    run(Looks(), campaign=campaign.uri, judge_url=judge_url)
     assert waited and rows_of(campaign) == expected

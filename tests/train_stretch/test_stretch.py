@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -9,15 +10,19 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from layerloop.components.generate_rollouts.step import run as generate_rollouts
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import SEAL
+from layerloop.components.score_rollouts.ahead import Ahead, Arrivals
 from layerloop.components.score_rollouts.step import run as score_rollouts
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.train_stretch import step
+from layerloop.components.train_stretch import scoring, step
+from layerloop.components.train_stretch.scoring import Teller, read_news, write_news
 from layerloop.components.train_stretch.step import run
 from layerloop.components.update_lora.step import run as update_lora
 
@@ -153,6 +158,34 @@ def test_killed_outright_while_it_samples_it_goes_on_with_other_ranks(
     done = stretch(campaign, judge_url, ranks=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert without_counts_of_replies(content(campaign)) == without_counts_of_replies(expected)
+
+
+def test_the_judge_is_told_what_was_sampled_and_nothing_of_a_sampler_that_was_cut_off() -> None:
+    draw = np.random.default_rng(0)
+    image, stacks = (draw.integers(0, 256, shape, dtype=np.uint8) for shape in ((8, 6, 4), (2, 3, 8, 6, 4)))
+    pipe, arrivals, taken = io.BytesIO(), Arrivals(), list[Ahead]()
+    write_news(pipe, Ahead(7, 3, 4, image, stacks))
+    write_news(pipe, None)
+    write_news(pipe, Ahead(7, 3, 6, image, stacks))
+    arrivals.listen(7, taken.append)
+    read_news(io.BytesIO(pipe.getvalue()[:-1]), arrivals)
+    (ahead,) = taken
+    assert (ahead.iteration, ahead.group, ahead.first) == (7, 3, 4)
+    assert np.array_equal(ahead.image, image) and np.array_equal(ahead.stacks, stacks)
+    assert arrivals._news.is_set()
+
+
+def test_candidates_that_would_fill_the_memory_are_not_told() -> None:
+    """The judge has them with their group; that a group is there is always told."""
+    reading, writing = os.pipe()
+    teller, pixels = Teller(writing), np.zeros((1, 1, 512, 512, 4), np.uint8)
+    with mock.patch.object(scoring, "MOST_BYTES", pixels.nbytes - 1):
+        teller.tell(Ahead(1, 0, 0, pixels[0, 0], pixels))
+    teller.tell(None)
+    assert os.read(reading, 100) == b"{}\n"
+    os.close(reading)
+    teller.tell(Ahead(1, 0, 0, pixels[0, 0], pixels))  # the process has ended
+    teller.close()
 
 
 def test_what_is_committed_is_not_done_again(begin: Begin, judge_url: str, tmp_path: Path) -> None:
