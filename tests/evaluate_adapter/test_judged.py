@@ -43,8 +43,8 @@ def test_a_judge_scores_both_on_the_unlabelled_images_and_is_paid_once(lab: Camp
     with meddling_judge() as judge:
         result = run(campaign=lab.uri, judge_url=judge.url)
         assert judge.asked == 4  # two pictures by two models
-        base, tuned = read_evaluation(f"{lab.uri}/evaluations/iteration-000002")
-        for rows, model in ((base, "base"), (tuned, "iteration-000002")):
+        read = read_evaluation(f"{lab.uri}/evaluations/iteration-000002")
+        for rows, model in ((read.base, "base"), (read.tuned, "iteration-000002")):
             expected = asyncio.run(scores_by_hand(lab, judge.url, model))
             for row in rows:
                 if row["kind"] == "designs":
@@ -72,7 +72,8 @@ def test_what_it_cannot_score_is_undefined(lab: CampaignBuilder) -> None:
     with meddling_judge() as judge:
         judge.change = change
         page = run(campaign=lab.uri, judge_url=judge.url).files["report"].decode()
-    rows = [row for some in read_evaluation(f"{lab.uri}/evaluations/iteration-000002") for row in some]
+    read = read_evaluation(f"{lab.uri}/evaluations/iteration-000002")
+    rows = [*read.base, *read.tuned]
     assert sum(row["judge_mean"] is None for row in rows if row["kind"] == "pictures") == 1
     assert "1 of its answers could not be used." in page
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from layerloop.components.generate_rollouts.step import run as generate_rollouts
@@ -158,7 +159,9 @@ def test_a_removed_iteration_is_still_committed_and_says_what_became_of_it(tmp_p
 
 def test_an_iteration_that_has_its_policy_is_neither_sampled_nor_scored_again(tmp_path: Path) -> None:
     """Not even what is missing of it: the policy was learnt from what was there."""
-    campaign = fill(str(tmp_path / "c"), 2).campaign
+    lab = fill(str(tmp_path / "c"), 2)
+    lab.sources(train=[np.full((64, 64, 3), value, np.uint8) for value in (0, 255)])
+    campaign = lab.campaign
     for name in (manifest_name(campaign.rollouts_dir(1), 0), f"{campaign.scores_dir(1)}/{MANIFEST}"):
         campaign.store.delete(name)
     before = [name for name in campaign.store.list() if not name.startswith("lease/")]
