@@ -29,6 +29,7 @@ from typing import Any, NoReturn
 
 from layerloop.components.runtime.environment import usable_environment
 from layerloop.components.runtime.progress import log
+from layerloop.components.runtime.rank_errors import report
 from layerloop.components.runtime.refusals import Objects, Refusals
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Kind, Manifest
@@ -121,6 +122,8 @@ def step_main(
             else:
                 _write_outputs(result, task.get("outputs", {}))
     except LayerloopError as error:
+        if report(error):
+            return error.status
         print(f"error: {error}", file=sys.stderr, flush=True)
         if refusals is not None:
             refusals.remember(error)
