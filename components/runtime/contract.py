@@ -113,10 +113,12 @@ def step_main(
             status = launch(f"layerloop.components.{name}", sys.argv[1:] if argv is None else argv, arguments)
             if status is not None:
                 return status
-        log(f"started {name} {_seconds_since_process_start():.3f} s after process start")
+        reports = os.environ.get("RANK", "0") == "0"  # under torchrun every rank gets here
+        if reports:
+            log(f"started {name} {_seconds_since_process_start():.3f} s after process start")
         with usable_environment():
             result = run(**arguments)
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank gets here; rank 0 reports
+        if reports:
             if given is None:
                 print(json.dumps({"metrics": result.metrics, "parameters": result.parameters}), flush=True)
             else:
