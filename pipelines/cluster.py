@@ -1,27 +1,43 @@
 """Where steps run on a cluster, said once for both DAGs: images, GPUs, memory, secrets, queues, retries, timeouts.
 
 Nothing here defines a campaign (that is the recipe) and nothing here changes a result. `kfp.local` ignores all of it.
-What Kubernetes would refuse is refused here: in a pod's specification it would come up after the run has started, as a
-driver that panics.
+What Kubernetes would refuse is refused while a file is read, by the types of kubernetes_values.py.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from kfp import dsl, kubernetes
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from layerloop.components.runtime.recurring import VARIABLE as KFP_API
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.schema.yaml_text import load_yaml
+from layerloop.pipelines.kubernetes_values import (
+    CPU,
+    MEMORY,
+    Api,
+    Cpu,
+    Gpu,
+    Gpus,
+    Hours,
+    Label,
+    LabelKey,
+    Labels,
+    Memory,
+    Name,
+    Queue,
+    Root,
+    Variable,
+    bytes_of,
+    times,
+)
 
 DIGEST = re.compile(r"^[^\s@]+@sha256:[0-9a-f]{64}$")
 
@@ -30,81 +46,6 @@ QUEUEING_HOURS = 24.0
 CA_FOLDER = "/etc/layerloop/ca"
 CACHE_FOLDER = "/cache"
 PAUSE = 30  # seconds before the first retry, doubled for each further one
-
-# --------------------------------------------------------------------------------------------------- Kubernetes' values
-
-_CPU = re.compile(r"(?P<number>[0-9]+|[0-9]*\.[0-9]{1,3}(?!m))(?P<unit>m?)")  # in steps of 1m
-_MEMORY = re.compile(r"(?P<number>[0-9]+)(?P<unit>Ki|Mi|Gi|Ti|k|M|G|T|)")
-_BYTES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_PART = r"[a-z0-9](?:[-a-z0-9]*[a-z0-9])?"  # of a domain name
-_NAME = re.compile(rf"(?=.{{1,253}}$){_PART}(?:\.{_PART})*")
-_LABEL_KEY = re.compile(
-    rf"(?:(?=[^/]{{1,253}}/){_PART}(?:\.{_PART})*/)?[A-Za-z0-9](?:[-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?"
-)
-_RESOURCE = re.compile(rf"{_PART}(?:\.{_PART})*/[A-Za-z0-9](?:[-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?")
-_LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
-def _cpu(value: Any) -> Any:
-    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    if isinstance(text, str) and not ((match := _CPU.fullmatch(text)) and float(match["number"]) > 0):
-        raise ValueError(f"{text!r} is no number of CPUs: write 8, 0.5 or 500m")
-    return text
-
-
-def _memory(value: Any) -> Any:
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(text, str):
-        return text
-    match = _MEMORY.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is no quantity of Kubernetes: write a whole number with a unit, such as 96Gi")
-    if int(match["number"]) * _BYTES[match["unit"]] < 16 * 2**20:
-        raise ValueError(f"{text!r} is {int(match['number']) * _BYTES[match['unit']]} bytes: write 96Gi for gibibytes")
-    return text
-
-
-def _matching(pattern: re.Pattern[str], remedy: str) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if isinstance(value, str) and not pattern.fullmatch(value):
-            raise ValueError(f"{value!r} {remedy}")
-        return value
-
-    return check
-
-
-Cpu = Annotated[str, BeforeValidator(_cpu)]
-Memory = Annotated[str, BeforeValidator(_memory)]  # bytes, as kfp takes them: whole numbers
-Name = Annotated[str, BeforeValidator(_matching(_NAME, "names no Kubernetes object: use a-z, 0-9 and -, or null"))]
-Queue = Annotated[Name, AfterValidator(_matching(_LABEL, "is longer than a label's value: 63 characters at most"))]
-LabelKey = Annotated[str, AfterValidator(_matching(_LABEL_KEY, "is no key of a label: write name or domain/name"))]
-Label = Annotated[str, AfterValidator(_matching(_LABEL, "is no value of a label: at most 63 of A-Za-z0-9-_."))]
-Gpu = Annotated[str, AfterValidator(_matching(_RESOURCE, "is no extended resource: write it as nvidia.com/gpu"))]
-Api = Annotated[str, AfterValidator(_matching(re.compile(r"https?://[^\s/]+\S*"), "is no URL: write http://host:8888"))]
-Root = Annotated[
-    str, AfterValidator(_matching(re.compile(r"(s3|minio|gs)://[^\s/]+\S*"), "is no bucket: write s3://bucket/prefix"))
-]
-Variable = Annotated[str, AfterValidator(_matching(_VARIABLE, "is no name of a variable: use A-Z, 0-9 and _"))]
-Hours = Annotated[float, Field(ge=1 / 60, le=8760)]
-Gpus = Annotated[int, Field(ge=0)]
-Labels = dict[LabelKey, Label]
-
-
-def _times(quantity: str, factor: int, pattern: re.Pattern[str]) -> str:
-    """A quantity that many times over: `_times("96Gi", 8, _MEMORY)` is `768Gi`."""
-    match = pattern.fullmatch(quantity)
-    assert match is not None  # validated
-    return f"{Decimal(match['number']) * factor:f}{match['unit']}" if factor > 1 else quantity
-
-
-def _bytes(quantity: str) -> int:
-    match = _MEMORY.fullmatch(quantity)
-    assert match is not None
-    return int(match["number"]) * _BYTES[match["unit"]]
-
-
-# ---------------------------------------------------------------------------------------------------------- the records
 
 
 class Images(Record):
@@ -252,7 +193,7 @@ class Cluster(Record):
             if self.gpus_of(step) > self.node_gpus:
                 raise ValueError(self._too_many_gpus(step))
             needs = self.needs(step)
-            if self.gpus_of(step) and _bytes(self.shared_memory) >= _bytes(needs.memory):
+            if self.gpus_of(step) and bytes_of(self.shared_memory) >= bytes_of(needs.memory):
                 raise ValueError(
                     f"cluster.shared_memory is {self.shared_memory} but {step} has {needs.memory} of memory, out of "
                     "which it is taken: choose less"
@@ -288,8 +229,8 @@ class Cluster(Record):
         own, row, factor = self._own(step), STEPS[step], max(1, self.gpus_of(step))
         kind = self.light if row.image == "light" else self.policy
         return Resources(
-            cpu=own.cpu or row.cpu or _times(kind.cpu, factor, _CPU),
-            memory=own.memory or row.memory or _times(kind.memory, factor, _MEMORY),
+            cpu=own.cpu or row.cpu or times(kind.cpu, factor, CPU),
+            memory=own.memory or row.memory or times(kind.memory, factor, MEMORY),
         )
 
     def hours(self, step: str) -> float:

@@ -23,7 +23,7 @@ from layerloop.components.schema.record import validate
 from layerloop.components.schema.run_recipe import packaged_recipes
 from layerloop.components.schema.runtime import JudgeRuntime, checked_values, flat, merged, runtime_key, split_runtime
 from layerloop.components.storage.runtime import runtime_values
-from layerloop.pipelines.plan import Assumptions
+from layerloop.pipelines.plan_work import Assumptions
 
 
 def runtime_text() -> str:

@@ -16,7 +16,7 @@ from layerloop.components.judge.methods import PHASE1, PHASE2, grid, rubric_of
 from layerloop.components.judge.methods.method import PhaseTwoMethod
 from layerloop.components.judge.requests import Request
 from layerloop.components.schema.runtime import PriceRuntime
-from layerloop.pipelines.plan import Assumptions, Work
+from layerloop.pipelines.plan_work import Assumptions, Work
 
 NOTHING = EncodedImage(b"")
 

@@ -12,19 +12,9 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.runtime import Runtime
 from layerloop.pipelines.cluster import Cluster
-from layerloop.pipelines.plan import (
-    Assumptions,
-    Gpus,
-    Iteration,
-    Work,
-    evaluation_hours,
-    load_seconds,
-    pods,
-    resident,
-    step_by_step,
-    transformer_size,
-)
+from layerloop.pipelines.plan import Gpus, Iteration, evaluation_hours, load_seconds, pods, resident, step_by_step
 from layerloop.pipelines.plan_judge import Asked, asked
+from layerloop.pipelines.plan_work import Assumptions, Work, transformer_size
 
 TARGET = 0.7  # busy share for which the judge's replicas are counted
 MOST_REPLICAS = 64

@@ -145,7 +145,8 @@ class CampaignBuilder:
 
     def policy(self, iteration: int) -> LayeredPolicy:
         """The policy as a sampler has it: the base, with the adapter of an iteration on it if there is one."""
-        from layerloop.components.policy.lora import put_adapter, read_adapter
+        from layerloop.components.policy.adapters import read_adapter
+        from layerloop.components.policy.lora import put_adapter
         from layerloop.components.policy.model import LayeredPolicy
 
         policy = LayeredPolicy.load(self.recipe.model)
@@ -390,7 +391,7 @@ def _first_groups(recipe: bytes) -> list[SampledGroup]:
 @functools.lru_cache(maxsize=64)
 def _adapter_files(recipe: bytes, seed: int, scale: float) -> tuple[dict[str, bytes], str]:
     """A trained adapter's files, its weights first, and the fingerprint of its base."""
-    from layerloop.components.policy.lora import write_peft
+    from layerloop.components.policy.adapter_files import write_peft
     from layerloop.components.policy.model import LayeredPolicy
 
     wanted = Recipe.from_json(recipe, where="recipe")

@@ -261,7 +261,7 @@ def _released_can_run() -> bool:
         return False
     from huggingface_hub import snapshot_download
 
-    from layerloop.components.policy.loading import BASE, TEXT, check_files
+    from layerloop.components.policy.base_files import BASE, TEXT, check_files
 
     try:
         patterns = [f"{part}/*" for part in (*BASE, *TEXT)]

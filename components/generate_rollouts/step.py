@@ -21,7 +21,7 @@ from layerloop.components.generate_rollouts.plan import GroupPlan, plan_iteratio
 from layerloop.components.generate_rollouts.sources import read_images, train_images
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
 from layerloop.components.runtime.distributed import (
     failing_together,
     gather_to_all,
@@ -30,6 +30,7 @@ from layerloop.components.runtime.distributed import (
     shares_base,
     world_size,
 )
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from layerloop.components.judge.canaries import FOOLED, CanaryReport, make_canaries, score_canaries
-from layerloop.components.judge.client import REFUSALS, RETRY_TEMPERATURE, Judge
+from layerloop.components.judge.client import RETRY_TEMPERATURE, Judge
+from layerloop.components.judge.endpoint import REFUSALS
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.images import candidate_images, encode_image, fitted
 from layerloop.components.judge.methods import PHASE1, rubric_of
@@ -124,10 +125,11 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
     given_up: list[str] = []
     runtime = JudgeRuntime(give_up_seconds=5.0, retries=2)
     async with Judge(url, recipe, runtime, api_key=api_key) as judge:
-        judge.log = given_up.append
         models = await judge.connection.models(timeout=20.0)
-        model = model or (models[0] if len(models) == 1 else recipe.model)
-        judge.recipe = recipe = recipe.model_copy(update={"model": model})
+    model = model or (models[0] if len(models) == 1 else recipe.model)
+    recipe = recipe.model_copy(update={"model": model})
+    async with Judge(url, recipe, runtime, api_key=api_key) as judge:
+        judge.log = given_up.append
         await judge.check_reachable(probe=True)
         rubric = rubric_of(recipe)
         probe = _probe(rubric, recipe, layers=3)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import itertools
-import json
 import os
 import random
 import re
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from layerloop.components.judge.batch import Batches, Ledger, LedgerMemory
+from layerloop.components.judge.endpoint import NO_ROUTE, REFUSALS, Endpoint
 from layerloop.components.judge.errors import shown
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.limiter import AdaptiveTimeout, Breaker, Limiter
@@ -37,10 +37,8 @@ from layerloop.components.schema.seeds import seed_for
 
 NO_KEY = "none"  # sent where OPENAI_API_KEY is not set: local servers take any
 RETRY_TEMPERATURE = 0.4  # at least, when an answer was unusable: at 0 the same one would come again
-REFUSALS = frozenset({400, 404, 415, 422, 501})  # statuses that may be about a parameter of the request
 REFUSED = frozenset({"refused", "http_400", "http_403", "http_422", "http_451"})  # reasons that a judge would not
 NEVER = 1e6  # runtime.judge.give_up_seconds from which a judge never counts as gone, and every failure is a mask
-NO_ROUTE = frozenset({404, 405, 410})  # statuses of a URL or model that does not exist
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds between attempts, doubling, times a random 0.5..1
 ABOUT_CONTENT = re.compile(r"image|picture|token|context|length|large|model", re.IGNORECASE)  # of a refused request
 
@@ -57,14 +55,20 @@ class ReplyStore(Protocol):
         """Store a reply; returns the one that counts, which may be one that was stored meanwhile."""
 
 
-class ReplyMemory(dict[str, bytes]):
+class ReplyMemory:
     """A `ReplyStore` that lasts as long as the process."""
 
-    def get(self, key: str) -> bytes:  # type: ignore[override]
-        return self[key]
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.kept
+
+    def get(self, key: str) -> bytes:
+        return self.kept[key]
 
     def put(self, key: str, data: bytes) -> bytes:
-        return self.setdefault(key, data)
+        return self.kept.setdefault(key, data)
 
 
 class Judge:
@@ -113,6 +117,7 @@ class Judge:
 
     async def __aenter__(self) -> Self:
         self.connection = Connection(self._base_url, self._key)
+        self.endpoint = Endpoint(self.connection, self.recipe.model, self.runtime)
         if self.runtime.batch.enabled:
             self.batches = Batches(self.connection, self.runtime.batch, self._ledger)
             await self.batches.open()
@@ -126,82 +131,8 @@ class Judge:
         await self.connection.close()
 
     async def check_reachable(self, *, probe: bool = False) -> list[str]:
-        """Ids of the models that are served; empty where the endpoint does not list them.
-
-        A list that lacks the recipe's model, or that is refused, decides nothing: then a short question to the model
-        does. With `probe` it is always asked.
-
-        Raises:
-            LayerloopError: nothing answers at the URL, it is not that of the API, it refuses the key, or it does not
-                serve the recipe's model.
-        """
-        until = time.monotonic() + self.runtime.start_seconds
-        while True:
-            try:
-                models = await self.connection.models(timeout=min(20.0, self.runtime.timeout_seconds))
-                if models or time.monotonic() >= until:  # a proxy before a judge that starts lists nothing
-                    break
-            except LayerloopError:
-                if time.monotonic() >= until:
-                    raise
-            await asyncio.sleep(min(5.0, self.runtime.start_seconds / 20))
-        listed = any(_same_model(self.recipe.model, model) for model in models)
-        if probe or not listed:
-            answers = await self._probe(models)
-            if models and not listed and not answers:
-                served = ", ".join(sorted(models)[:6])
-                what = f"recipe.judge.model is {self.recipe.model!r}, judge {self.url} serves {served}"
-                raise LayerloopError(f"{what}: choose one of these")
-        return models
-
-    async def _probe(self, models: list[str]) -> bool:
-        """Whether the model answers a short question. What only says that the question was bad, or that the judge is
-        busy, is no answer and no error.
-
-        Raises:
-            LayerloopError: nothing is served at the URL, or the key is refused.
-        """
-        features = EndpointFeatures(response_format="none", seed=False, temperature=False)
-        for _ in range(4):
-            question = {"model": self.recipe.model, "messages": [{"role": "user", "content": "Say yes."}]}
-            if features.limit_name:
-                question[features.limit_name] = 16  # type: ignore[assignment]
-            try:
-                body = await self.connection.post(
-                    json.dumps(question).encode(), timeout=min(60.0, self.runtime.timeout_seconds)
-                )
-            except TransportError as error:
-                if error.status in NO_ROUTE:
-                    if models and "model" in error.text.lower():
-                        return False
-                    raise self._not_served(error) from None
-                simpler = features.without(error.text) if error.status in REFUSALS else None
-                if simpler is None:
-                    return False
-                features = simpler
-                continue
-            try:
-                read_body(body)
-            except UnusableError as error:
-                return error.reason in PAID
-            return True
-        return False
-
-    def _not_served(self, error: TransportError) -> LayerloopError:
-        """The refusal of a URL behind which there is no judge, or not this model."""
-        said = f"HTTP {error.status}{': ' if error.text else ''}{shown(error.text)}"
-        if "model" in error.text.lower():
-            return LayerloopError(
-                f"judge {self.url} does not serve recipe.judge.model {self.recipe.model!r} ({said}): choose another"
-            )
-        base = self.url.rstrip("/")
-        if base.endswith("/chat/completions"):
-            hint = f"leave out /chat/completions: {base.removesuffix('/chat/completions')}"
-        elif not re.search(r"/v\d+(?:beta\d*|alpha\d*)?(?:/|$)", base):
-            hint = f"the base URL of most servers ends in /v1: try {base}/v1"
-        else:
-            hint = "give the base URL of an OpenAI-compatible API, such as http://127.0.0.1:8788/v1"
-        return LayerloopError(f"judge {self.url} has no /chat/completions ({said}): {hint}")
+        """Ids of the models that are served; see `Endpoint.check`."""
+        return await self.endpoint.check(probe=probe)
 
     async def ask(
         self, request: Request, *, sample: int = 0, priority: int = 0, refusals: int = 0
@@ -303,14 +234,16 @@ class Judge:
             if failure.status in REFUSALS and self._downgrade_request(features, failure):
                 continue
             if failure.status in NO_ROUTE and not self.statistics.answered:
-                raise self._not_served(failure)
+                raise self.endpoint.not_served(failure)
             attempts += 1
             now = time.monotonic()
             began, before, since = (now if attempts == 1 else began), now, before
             final = not problem.retry or attempts > self.runtime.retries
             if final and problem.retry and self._waits_out_outages:
                 # Twice, because a success just after the first failure may be the last before an outage.
-                alive = failure.status not in BUSY and (self.breaker.good_since(since) or await self._is_alive())
+                alive = failure.status not in BUSY and (
+                    self.breaker.good_since(since) or await self.endpoint.is_alive()
+                )
                 alone = alone + 1 if alive else 0
                 if not alive and now - max(began, self.breaker.last_good) >= self.runtime.give_up_seconds:
                     raise UnavailableError(
@@ -327,17 +260,6 @@ class Judge:
     @property
     def _waits_out_outages(self) -> bool:
         return self.batches is None and self.runtime.give_up_seconds < NEVER
-
-    async def _is_alive(self) -> bool:
-        """Whether the judge answers a short question, be it by saying that the question is bad."""
-        question = {"model": self.recipe.model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 16}
-        try:
-            read_body(await self.connection.post(json.dumps(question).encode(), timeout=self.runtime.timeout_seconds))
-        except TransportError as error:
-            return error.status is not None and not error.problem.retry
-        except UnusableError as error:
-            return error.reason in PAID
-        return True
 
     def _payload(self, request: Request, features: EndpointFeatures, sample: int, redraw: int) -> bytes:
         seed = seed_for(request.digest, self.seed, sample, redraw) & 0x7FFFFFFF
@@ -361,7 +283,7 @@ class Judge:
             self.breaker.bad("timeout")
             raise TransportError(UnusableError("timeout", f"over {timeout:g} s")) from None
         except ForbiddenError as error:
-            await self._is_alive()  # raises it again where the key is refused, whatever is asked
+            await self.endpoint.is_alive()  # raises it again where the key is refused, whatever is asked
             self.connection.saw_answer()
             problem = UnusableError("http_403", shown(error.text), retry=False)
             raise TransportError(problem, status=403, text=error.text) from None
@@ -438,10 +360,3 @@ def _key(text: str | None) -> str:
     if not all("!" <= char <= "~" for char in key):
         raise LayerloopError("OPENAI_API_KEY has a blank or another character inside that no key has: copy it again")
     return key
-
-
-def _same_model(wanted: str, listed: str) -> bool:
-    """Whether a listed id is the wanted model: Ollama adds `:latest`, Gemini puts `models/` before."""
-    return wanted.removeprefix("models/").removesuffix(":latest") == listed.removeprefix("models/").removesuffix(
-        ":latest"
-    )

@@ -2,8 +2,8 @@
 
 An adapter replaces a linear layer's W x by W x + (alpha / r) B A x with A `[r, in]` and B `[out, r]`. In memory
 (`Adapter`) keys are those of the transformer, `transformer_blocks.0.attn.to_q.lora_A.weight`; peft's files put
-`base_model.model.` before them, diffusers' files `transformer.`. Putting an adapter on a model, and writing one for a
-model, is in `lora.py`.
+`base_model.model.` before them, diffusers' files `transformer.`. Putting an adapter on a model is in `lora.py`, writing
+files in `adapter_files.py`.
 """
 
 from __future__ import annotations

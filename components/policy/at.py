@@ -109,7 +109,7 @@ def folder_of_base(recipe: Recipe, runtime: Runtime, *, device: torch.device | s
         LayerloopError: it cannot be had, or `device` is a GPU with less free memory than the use takes; then with the
             `remedy`, by default that of a campaign's steps.
     """
-    from layerloop.components.policy.loading import base_files, base_folder
+    from layerloop.components.policy.base_files import base_files, base_folder
 
     model = recipe.model
     folder = local_folder(model.base) if "://" in model.base else base_folder(model)
@@ -126,7 +126,7 @@ def _check_gpu(
     """Raises LayerloopError where `device` is a GPU with less free memory than the use takes."""
     import torch
 
-    from layerloop.components.policy.loading import read_json
+    from layerloop.components.policy.base_files import read_json
     from layerloop.components.policy.memory import check_gpu, gpu_bytes
     from layerloop.components.policy.size import TransformerSize
 

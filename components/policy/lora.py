@@ -1,61 +1,28 @@
-"""A low-rank adapter on the transformer: its layers, putting one on and taking it off, writing it in both layouts.
+"""A low-rank adapter on the transformer: its layers, putting one on and taking it off.
 
-The base is of any dtype and frozen; adapter weights are float32. Files and merging are in `adapters.py`.
+The base is of any dtype and frozen; adapter weights are float32. Reading files and merging are in `adapters.py`,
+writing files in `adapter_files.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from layerloop.components.policy.adapters import (
-    DIFFUSERS_BFLOAT16,
-    DIFFUSERS_PREFIX,
-    DIFFUSERS_WEIGHTS,
     NAME,
-    PEFT,
-    PEFT_CONFIG,
-    PEFT_PREFIX,
-    PEFT_WEIGHTS,
     Adapter,
-    folded,
-    merge_adapters,
     read_adapter,
     shape_text,
 )
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import LoraRecipe
 from layerloop.components.schema.seeds import seed_for
-
-__all__ = [
-    "Adapter",
-    "adapter_of",
-    "adapter_state",
-    "dead_modules",
-    "has_adapter",
-    "lora_parameters",
-    "merge_adapters",
-    "new_adapter",
-    "put_adapter",
-    "read_adapter",
-    "remove_adapter",
-    "replace_adapter",
-    "set_adapter_state",
-    "starting_adapter",
-    "target_modules",
-    "train_adapter",
-    "write_diffusers",
-    "write_layouts",
-    "write_peft",
-]
-
 
 # ---- which modules
 
@@ -138,9 +105,9 @@ def put_adapter(transformer: Any, adapter: Adapter, *, where: str = "adapter") -
     fitting = fitted(transformer, adapter, where=where)
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=_alpha(adapter),
+        lora_alpha=config_alpha(adapter),
         init_lora_weights=True,
-        **_module_lists(transformer, fitting.modules),
+        **module_lists(transformer, fitting.modules),
     )
     transformer.add_adapter(config, adapter_name=NAME)
     set_adapter_state(transformer, fitting.state)
@@ -338,7 +305,7 @@ def _lora_linears(transformer: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{path.removesuffix(f'.{NAME}')}.weight", module
 
 
-def _module_lists(transformer: Any, modules: Sequence[str]) -> dict[str, list[str]]:
+def module_lists(transformer: Any, modules: Sequence[str]) -> dict[str, list[str]]:
     """`target_modules` and `exclude_modules` of a peft config that mean exactly `modules`, as short as suffixes
     allow."""
     names, chosen = _shapes(transformer), set(modules)
@@ -350,7 +317,7 @@ def _module_lists(transformer: Any, modules: Sequence[str]) -> dict[str, list[st
     return {"target_modules": sorted(modules), "exclude_modules": []}
 
 
-def _alpha(adapter: Adapter) -> float:
+def config_alpha(adapter: Adapter) -> float:
     """The adapter's alpha, as an int where it is integral, as other programs write it."""
     return int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha
 
@@ -359,102 +326,3 @@ def _suffix(module: str) -> str:
     """`transformer_blocks.3.attn.to_q` -> `attn.to_q`; a layer outside the blocks keeps its full name."""
     parts = module.split(".")
     return ".".join(parts[2:]) if parts[0] == "transformer_blocks" else module
-
-
-# ---- writing
-
-
-def write_peft(adapter: Adapter, folder: Path | str, *, transformer: Any = None, base: str | None = None) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`, as `PeftModel.from_pretrained(transformer, folder)`
-    reads them. `transformer` is the base that the adapter is for, checked against it and named by suffixes; without one
-    every layer is named in full. `base` is its human-readable name.
-
-    Raises:
-        LayerloopError: NaN in the adapter, or weights that do not fit the base; nothing is written then.
-    """
-    _check_finite(adapter)
-    config = json.dumps(_config(adapter, transformer, base), indent=2, sort_keys=True) + "\n"
-    state = {PEFT_PREFIX + key: value.contiguous() for key, value in adapter.state.items()}
-    _replace_files(
-        Path(folder),
-        {
-            PEFT_CONFIG: lambda file: file.write_text(config),
-            PEFT_WEIGHTS: lambda file: save_file(state, file, metadata={"format": "pt"}),
-        },
-    )
-
-
-def write_diffusers(adapter: Adapter, folder: Path | str, *, transformer: Any = None) -> None:
-    """Write `pytorch_lora_weights.safetensors`, as `pipeline.load_lora_weights(folder)` reads it, and a bfloat16 copy.
-
-    The scale is folded into B, since readers that ignore the metadata take a scale of 1 (`folded`). The metadata has
-    the complete config (diffusers fails on a part of one). Layers are named in full: diffusers warns of excluded ones.
-
-    Raises:
-        LayerloopError: NaN in the adapter, or weights that do not fit the base; nothing is written then.
-    """
-    if transformer is not None:
-        fitted(transformer, adapter, where="adapter")
-    adapter = folded(adapter)
-    _check_finite(adapter)
-    config = {DIFFUSERS_PREFIX + key: value for key, value in _config(adapter, None, None).items()}
-    # one key only: safetensors writes several in any order, and equal adapters must give equal bytes
-    metadata = {"lora_adapter_metadata": json.dumps(config, indent=2, sort_keys=True)}
-    state = {DIFFUSERS_PREFIX + key: value.contiguous() for key, value in adapter.state.items()}
-    halves = {key: value.bfloat16() for key, value in state.items()}
-    _replace_files(
-        Path(folder),
-        {
-            DIFFUSERS_BFLOAT16: lambda file: save_file(halves, file, metadata=metadata),
-            DIFFUSERS_WEIGHTS: lambda file: save_file(state, file, metadata=metadata),
-        },
-    )
-
-
-def write_layouts(adapter: Adapter, folder: Path | str, *, transformer: Any = None, base: str | None = None) -> None:
-    """Write a folder that people's programs load as it stands: diffusers' layout at the root, peft's in `peft/`.
-
-    Raises:
-        LayerloopError: NaN in the adapter, or weights that do not fit the base.
-    """
-    write_peft(adapter, Path(folder) / PEFT, transformer=transformer, base=base)
-    write_diffusers(adapter, folder, transformer=transformer)
-
-
-def _config(adapter: Adapter, transformer: Any, base: str | None) -> dict[str, Any]:
-    """peft's own config of this adapter, as JSON values in a fixed order."""
-    from peft import LoraConfig
-
-    lists: dict[str, Any] = {"target_modules": sorted(adapter.modules)}
-    if transformer is not None:
-        fitted(transformer, adapter, where="adapter")
-        lists = _module_lists(transformer, adapter.modules)
-    config = LoraConfig(
-        r=adapter.rank, lora_alpha=_alpha(adapter), base_model_name_or_path=base, inference_mode=True, **lists
-    ).to_dict()
-    return {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
-
-
-def _check_finite(adapter: Adapter) -> None:
-    for key, value in adapter.state.items():
-        if not torch.isfinite(value).all():
-            raise LayerloopError(
-                f"adapter weight {key} has NaN or infinite values: nothing was written, take an earlier adapter"
-            )
-
-
-def _replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write files under other names, and rename them into `folder` once all are complete: in order, the one that makes
-    a folder an adapter last. A reader finds the old adapter, none, or the new one, whenever this ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f".{name}.partial" for name in writers}
-    try:
-        for name, write in writers.items():
-            write(partial[name])
-        for name in reversed(partial):
-            (folder / name).unlink(missing_ok=True)
-        for name, file in partial.items():
-            file.replace(folder / name)
-    finally:
-        for file in partial.values():
-            file.unlink(missing_ok=True)

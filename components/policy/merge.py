@@ -79,7 +79,8 @@ def merge(out: Path, parts: Sequence[tuple[str, float]], *, rank: int | None = N
         LayerloopError: an adapter that cannot be read, adapters of different bases, or an `out` that is not empty or
             cannot be written.
     """
-    from layerloop.components.policy.lora import merge_adapters, write_layouts
+    from layerloop.components.policy.adapter_files import write_layouts
+    from layerloop.components.policy.adapters import merge_adapters
 
     with output_folder(out) as folder:
         adapter = merge_adapters(parts, rank=rank)

@@ -23,7 +23,9 @@ import torch
 
 from layerloop.components.policy import schedule
 from layerloop.components.policy.autoencoder import FrameDecoder
-from layerloop.components.policy.loading import DTYPES, base_folder, fingerprint, load_base
+from layerloop.components.policy.base_files import base_folder
+from layerloop.components.policy.fingerprint import fingerprint
+from layerloop.components.policy.loading import DTYPES, load_base
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe
 from layerloop.components.schema.runtime import ModelRuntime

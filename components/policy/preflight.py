@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from layerloop.components.policy.loading import (
+from layerloop.components.policy.base_files import (
     BASE,
     TEXT,
     base_folder,

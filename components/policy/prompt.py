@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from layerloop.components.policy.loading import DTYPES, TEXT, base_folder, load_text
+from layerloop.components.policy.base_files import TEXT, base_folder
+from layerloop.components.policy.loading import DTYPES, load_text
 from layerloop.components.schema.recipe import ModelRecipe
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from layerloop.components.policy.adapter_files import write_layouts
 from layerloop.components.policy.adapters import (
     DIFFUSERS_BFLOAT16,
     DIFFUSERS_PREFIX,
@@ -43,7 +44,7 @@ from layerloop.components.policy.adapters import (
     folded,
 )
 from layerloop.components.policy.float8 import Float8Linear
-from layerloop.components.policy.lora import put_adapter, remove_adapter, write_layouts
+from layerloop.components.policy.lora import put_adapter, remove_adapter
 from layerloop.components.policy.model import Condition
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.seeds import seed_for

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
 from layerloop.components.runtime.distributed import failing_together, process_group, rank, shares_base
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest

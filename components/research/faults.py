@@ -21,14 +21,8 @@ from diffusers import QwenImageLayeredPipeline
 
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import composite
-from layerloop.components.policy.lora import (
-    adapter_of,
-    lora_parameters,
-    new_adapter,
-    put_adapter,
-    remove_adapter,
-    write_peft,
-)
+from layerloop.components.policy.adapter_files import write_peft
+from layerloop.components.policy.lora import adapter_of, lora_parameters, new_adapter, put_adapter, remove_adapter
 from layerloop.components.policy.tiny import PROMPT, load_tiny_pipeline
 from layerloop.components.research.pretraining.training import Schedule
 from layerloop.components.research.pretraining.transformer import encode_designs, train_transformer

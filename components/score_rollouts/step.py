@@ -14,7 +14,8 @@ from layerloop.components.judge.canaries import FOOLED
 from layerloop.components.judge.client import Judge
 from layerloop.components.judge.methods import prompt_hash, rubric_of
 from layerloop.components.judge.rubric import Rubric
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError

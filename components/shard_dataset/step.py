@@ -11,21 +11,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import JsonValue
 
 from layerloop.components.judge.address import judge_address
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
-from layerloop.components.schema.recipe import Recipe, parse_recipe_runtime
-from layerloop.components.schema.run_recipe import overridden, packaged_recipes
-from layerloop.components.schema.runtime import Runtime, flat, merged
+from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.shard_dataset.base import CheckedBase, base_commit
@@ -33,6 +31,7 @@ from layerloop.components.shard_dataset.duplicates import DuplicateIndex
 from layerloop.components.shard_dataset.files import printable
 from layerloop.components.shard_dataset.inputs import Inputs, absolute_uri, find_inputs, read_items
 from layerloop.components.shard_dataset.layered import find_designs, read_designs
+from layerloop.components.shard_dataset.recipe_choice import check_nothing_lost, choose_recipe
 from layerloop.components.shard_dataset.run_target import RunTarget, refuse_ephemeral_folder
 from layerloop.components.shard_dataset.samples import (
     Gathered,
@@ -50,7 +49,7 @@ from layerloop.components.storage.lease import hold, sweep
 from layerloop.components.storage.manifests import add_file, find_file, read_file
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.shards import existing_shards, write_shard
-from layerloop.components.storage.stores import MissingObjectError, Store, open_store, read_uri
+from layerloop.components.storage.stores import Store, open_store
 
 REJECTS = "rejects.parquet"
 PROMPT = f"{Campaign.sources_dir}/prompt.safetensors"
@@ -212,71 +211,6 @@ def shard_sources(campaign: Campaign, *, images: str, designs: str, benchmark: s
 
 def _origin(what: str, inputs: Inputs | None) -> dict[str, JsonValue]:
     return {what: inputs.uri if inputs else "", f"{what}_sha256": inputs.sha256 if inputs else ""}
-
-
-def choose_recipe(
-    recipe: str, overrides: Mapping[str, Any], *, default: str, store: Store
-) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe that a run asks for (its own, else the pipeline's, else the campaign's) with the run's changes, and
-    the runtime values among them.
-
-    Raises:
-        LayerloopError: no recipe anywhere, no such file, not a recipe, or changes that do not fit it.
-    """
-    if recipe.strip():
-        chosen, moved = read_recipe(recipe)
-    elif default.strip():
-        chosen, moved = parse_recipe_runtime(default)
-    elif store.exists(RECIPE):
-        chosen, moved = Campaign.open(store.uri).recipe, {}
-    else:
-        names = ", ".join(packaged_recipes())
-        raise LayerloopError(f"recipe is empty and {store.uri} has none yet: name one of {names}, or give a file's URI")
-    changed, free = overridden(chosen, overrides)
-    return changed, merged(moved, free)
-
-
-def read_recipe(recipe: str) -> tuple[Recipe, dict[str, Any]]:
-    """A recipe given as a packaged name, as the path or URI of a file, or as text; and the runtime's values in it.
-
-    Raises:
-        LayerloopError: no such name or file, or not a recipe.
-    """
-    text, packaged = recipe.strip(), packaged_recipes()
-    if text in packaged:
-        return parse_recipe_runtime(packaged[text])
-    if "\n" in text or text.startswith(("{", "#")) or ": " in text:
-        try:
-            return parse_recipe_runtime(text)
-        except LayerloopError:
-            if "\n" in text or not (text.startswith("#") or text.count(": ") > 1):
-                raise
-            raise LayerloopError(  # a form field of one line takes the line breaks
-                f"recipe is {text[:40]!r}..., which is not a recipe on one line: give {', '.join(packaged)} or the "
-                "URI of a file, and the changes as overrides"
-            ) from None
-    try:
-        return parse_recipe_runtime(read_uri(text))
-    except MissingObjectError as error:
-        if "/" in text or text.endswith((".yaml", ".yml", ".json")):
-            raise
-        raise LayerloopError(f"recipe is {text}, which is not one of {', '.join(packaged)}, and {error}") from None
-
-
-def check_nothing_lost(moved: Mapping[str, Any], runtime: Runtime) -> None:
-    """Refuse values of the runtime that were given in the recipe, unless the run has them anyway: the recipe reaches
-    this step only, so the steps that need them would not get them.
-
-    Raises:
-        LayerloopError: naming them, and where they belong.
-    """
-    given, used = flat(moved), flat(runtime.model_dump(mode="json"))
-    if lost := {key: value for key, value in given.items() if value != used[key]}:
-        named = ", ".join(f"recipe.{key} is {value!r}" for key, value in lost.items())
-        raise LayerloopError(
-            f"{named}: that says where and how fast to run, which is not kept in a recipe: take it out and give the "
-            f"parameter runtime {json.dumps(moved)}"
-        )
 
 
 def hold_out(keys: Sequence[str], wanted: int, seed: int) -> tuple[list[str], list[str]]:

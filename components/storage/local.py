@@ -19,7 +19,7 @@ from typing import IO, BinaryIO
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.owners import is_abandoned, owned_name
 from layerloop.components.storage.regular_files import open_regular
-from layerloop.components.storage.store import Entry, MissingObjectError, Names, Store, checked_name
+from layerloop.components.storage.store import Entry, MissingObjectError, Names, Store, checked_name, missing_object
 
 TEMPORARY = ".tmp-"  # file name prefix of what is being written to a folder; never listed
 
@@ -71,7 +71,7 @@ class LocalStore(Store):
         try:
             file = open_regular(self._path(name))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise self._missing(name) from None
+            raise missing_object(self.uri, name) from None
         except OSError as error:
             raise LayerloopError(f"{self.uri}/{name} cannot be read ({error.strerror}): allow it") from None
         with file:
@@ -88,11 +88,11 @@ class LocalStore(Store):
         try:
             found = self._path(name).stat()
         except (FileNotFoundError, NotADirectoryError):
-            raise self._missing(name) from None
+            raise missing_object(self.uri, name) from None
         except OSError as error:
             raise LayerloopError(f"{self.uri}/{name} cannot be read ({error.strerror}): allow it") from None
         if not stat.S_ISREG(found.st_mode):
-            raise self._missing(name)
+            raise missing_object(self.uri, name)
         return found.st_size
 
     def entries(self, prefix: str = "") -> dict[str, Entry]:

@@ -64,7 +64,7 @@ class StoredReplies:
     def put(self, key: str, data: bytes) -> bytes:
         """Store a reply, never over another; returns the one that counts: another run's, where that was faster.
 
-        A store without conditional writes is asked first: to bid for each reply (s3.py) would take a second.
+        A store without conditional writes is asked first: to bid for each reply (bids.py) would take a second.
         """
         name, sealed = f"{self._folder}/{key}.json", _sealed(data)
         if self._store.creates_once:

@@ -17,9 +17,9 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
 from layerloop.components.schema.recipe import RetentionRecipe
 from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.inventory import unnamed_objects
 from layerloop.components.storage.lease import EVALUATION, PUBLICATION, SCOPES, USUAL, Timing, hold, holder
 from layerloop.components.storage.removals import record_removal, removed_files
-from layerloop.components.storage.verification import unnamed_objects
 
 Log = Callable[[str], None]
 NEEDED = 2  # policies that the loop may still need: the head's learns next, the one before it may sample (rollout.lag)

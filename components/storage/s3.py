@@ -1,4 +1,5 @@
-"""The store in an S3 bucket, or in any server that speaks S3. Its settings are in s3_client.py."""
+"""The store in an S3 bucket, or in any server that speaks S3. Its settings are in s3_client.py, how requests are made
+again and refused in s3_requests.py."""
 
 from __future__ import annotations
 
@@ -7,9 +8,7 @@ import email.utils
 import functools
 import hashlib
 import io
-import itertools
 import logging
-import random
 import re
 import secrets
 import tempfile
@@ -17,22 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.storage.bids import BID, create_by_bid
 from layerloop.components.storage.owners import ABANDONED
-from layerloop.components.storage.s3_client import ATTEMPTS, checksums, client, endpoint
-from layerloop.components.storage.s3_errors import (
-    BUSY,
-    cause_of,
-    error_code,
-    error_status,
-    explanation,
-    is_broken_answer,
-    is_passing,
-    no_answer,
-)
+from layerloop.components.storage.s3_client import checksums, client, endpoint
+from layerloop.components.storage.s3_errors import cause_of, error_code, error_status
+from layerloop.components.storage.s3_requests import Requests
 from layerloop.components.storage.store import (
     Entry,
     MissingObjectError,
@@ -42,29 +34,21 @@ from layerloop.components.storage.store import (
     checked_name,
     folder_prefix,
     is_name,
+    missing_object,
 )
-
-T = TypeVar("T")
 
 _TOKEN = "layerloop-writer"  # object metadata: who wrote it, so that a retried request can recognise its own success
 PART_BYTES = 16 << 20  # larger objects travel in parts of this size, several at once
-PATIENCE = 120.0  # seconds in which a store that has answered before is asked again while it fails
 _WORDLESS = ("301", "307", "400", "401", "403")  # codes of refusals that have no body
 _CONFLICTS = 5  # a 409 (another writer is in the middle of the same name) is retried this often
 _MAX_COPY = 5 * 10**9  # bytes that one request copies, by S3's documentation
 _EXISTS = ("PreconditionFailed", "412")  # answers to a create-only put; the number where the body was cut off
 _OTHER_BYTES = ("BadDigest", "XAmzContentChecksumMismatch")  # not those that were sent
 _CONFLICT = ("ConditionalRequestConflict", "409")
-PROBE, BID = ".conditional-write-probe-", ".bid-"  # parts of names of objects that are there for a moment only
-
-# Without conditional writes a creator bids, waits, and the lowest bid puts the object. Two can put only where the first
-# takes longer than the wait between looking and putting.
-BID_SECONDS = 1.0
-_BID_EXPIRES = 60.0  # seconds after which a bidder counts as dead
+PROBE = ".conditional-write-probe-"  # part of the names of objects that are there for a moment only
 
 _ignores_conditions: dict[str, bool] = {}  # bucket at endpoint -> whether it was seen to overwrite on If-None-Match: *
 _other_etags: set[str] = set()  # buckets at endpoints whose ETags were seen not to be the MD5 of a small object
-_answered: set[str] = set()  # buckets at endpoints that have answered this process
 
 
 class S3Store(Store):
@@ -74,6 +58,7 @@ class S3Store(Store):
         self.bucket, self.prefix = bucket, prefix
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
         self._client = client
+        self._requests = Requests(endpoint(client), bucket, self.uri)
 
     @classmethod
     def from_uri(cls, uri: str) -> S3Store:
@@ -98,7 +83,7 @@ class S3Store(Store):
         self._put(name, lambda key: self._client.put_object(Bucket=self.bucket, Key=key, Body=data))
 
     def create(self, name: str, data: bytes) -> bool:
-        return self._create_by_bid(name, data) if self._ignores_conditions() else self._create_if_absent(name, data)
+        return create_by_bid(self, name, data) if self._ignores_conditions() else self._create_if_absent(name, data)
 
     def upload(self, name: str, path: Path) -> None:
         # In parts when large; a multipart object appears when its last request completes.
@@ -107,7 +92,7 @@ class S3Store(Store):
     def download(self, name: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         key = self._key(name)  # boto3 writes a temporary file next to it and renames it
-        self._ask(name, lambda: self._client.download_file(self.bucket, key, str(path), Config=_transfer()))
+        self._requests.ask(name, lambda: self._client.download_file(self.bucket, key, str(path), Config=_transfer()))
 
     def read(self, name: str, *, most: int | None = None) -> bytes:
         if (data := self._read_small(name, most)) is not None:
@@ -131,7 +116,7 @@ class S3Store(Store):
                 return bytes(body.read(None if begins else size))
 
         try:
-            return self._ask(name, read, let=("InvalidRange", "416")) if size > 0 else b""
+            return self._requests.ask(name, read, let=("InvalidRange", "416")) if size > 0 else b""
         except ClientError:  # it ends before
             return b""
 
@@ -154,7 +139,7 @@ class S3Store(Store):
         if found is None:  # rclone under load
             entry = self.entries(name).get(name)
             if entry is None:
-                raise self._missing(name)
+                raise missing_object(self.uri, name)
             return entry.size
         return int(found)
 
@@ -170,7 +155,7 @@ class S3Store(Store):
         return {name: found[name] for name in sorted(found) if is_name(name)}  # consoles make "folder/" objects, too
 
     def clock(self) -> float:
-        answer = self._ask("", lambda: self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1))
+        answer = self._requests.ask("", lambda: self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1))
         date = answer["ResponseMetadata"].get("HTTPHeaders", {}).get("date", "")
         try:
             return email.utils.parsedate_to_datetime(date).replace(tzinfo=UTC).timestamp()
@@ -186,14 +171,14 @@ class S3Store(Store):
     def delete(self, name: str) -> None:
         key = self._key(name)
         with contextlib.suppress(MissingObjectError):  # some servers answer 404, S3 204
-            self._ask(name, lambda: self._client.delete_object(Bucket=self.bucket, Key=key))
+            self._requests.ask(name, lambda: self._client.delete_object(Bucket=self.bucket, Key=key))
 
     def copy(self, name: str, target: str) -> None:
         from boto3.s3.transfer import TransferConfig
 
         source, key = {"Bucket": self.bucket, "Key": self._key(name)}, self._key(target)
         config = TransferConfig(multipart_threshold=_MAX_COPY, multipart_chunksize=_MAX_COPY)
-        self._ask(name, lambda: self._client.copy(source, self.bucket, key, Config=config))
+        self._requests.ask(name, lambda: self._client.copy(source, self.bucket, key, Config=config))
 
     def leftovers(self) -> Names:
         uploads = [f"unfinished upload of {name}" for name, *_ in self._uploads()]
@@ -213,7 +198,7 @@ class S3Store(Store):
                 self._client.abort_multipart_upload, Bucket=self.bucket, Key=self._key(name), UploadId=upload
             )
             with contextlib.suppress(MissingObjectError, ClientError):  # it was completed or aborted meanwhile
-                self._ask(name, abort, let=("NoSuchUpload",))
+                self._requests.ask(name, abort, let=("NoSuchUpload",))
 
     def remove_abandoned(self) -> int:
         now, entries = self.clock(), self.entries(PROBE)
@@ -230,16 +215,12 @@ class S3Store(Store):
     def _key(self, name: str) -> str:
         return folder_prefix(self.prefix) + checked_name(name)
 
-    @property
-    def _bucket_uri(self) -> str:
-        return f"{endpoint(self._client)}/{self.bucket}"
-
     def _pages(self, name: str, **arguments: str) -> Iterator[Any]:
         """The pages of a listing, each when it is asked for."""
         more: dict[str, str] = {}
         while True:
             request = functools.partial(self._client.list_objects_v2, Bucket=self.bucket, **arguments, **more)
-            page = self._ask(name, request)
+            page = self._requests.ask(name, request)
             yield page
             if not page.get("IsTruncated"):
                 return
@@ -251,7 +232,7 @@ class S3Store(Store):
         root = folder_prefix(self.prefix)
         paginator = self._client.get_paginator("list_multipart_uploads")
         try:
-            pages = self._ask("", lambda: list(paginator.paginate(Bucket=self.bucket, Prefix=root)))
+            pages = self._requests.ask("", lambda: list(paginator.paginate(Bucket=self.bucket, Prefix=root)))
         except LayerloopError:  # servers without that call, credentials without that right
             return []
         found = [
@@ -273,15 +254,17 @@ class S3Store(Store):
             return answer
 
         try:
-            return self._ask(name, lambda: self._client.head_object(Bucket=self.bucket, Key=key), let=_WORDLESS)
+            return self._requests.ask(
+                name, lambda: self._client.head_object(Bucket=self.bucket, Key=key), let=_WORDLESS
+            )
         except ClientError:
-            return self._ask(name, get)
+            return self._requests.ask(name, get)
 
     def _put(self, name: str, put: Callable[[str], Any]) -> None:
         """Send an object. A 404 answers some servers' race of two first writers in a folder, or the last request of a
         multipart upload that was completed by the one before, whose answer was lost."""
         key = self._key(name)
-        self._ask(name, lambda: put(key), again=(*_OTHER_BYTES, "NoSuchKey", "NoSuchUpload", "404"))
+        self._requests.ask(name, lambda: put(key), again=(*_OTHER_BYTES, "NoSuchKey", "NoSuchUpload", "404"))
 
     def _upload(self, path: Path, key: str) -> None:
         """A file, with CRC-32 unless the store refuses it: then it takes the same without."""
@@ -310,36 +293,7 @@ class S3Store(Store):
             file.truncate()
             self._client.download_fileobj(self.bucket, key, file, Config=_transfer())
 
-        self._ask(name, fetch)
-
-    def _ask(self, name: str, request: Callable[[], T], *, let: tuple[str, ...] = (), again: tuple[str, ...] = ()) -> T:
-        """The answer to a request, which is made again where the connection broke or the error's code is in `again`:
-        boto3 repeats what failed before its answer began, and a broken answer of few calls. It stops early where many
-        requests fail at once, so a store that has answered before is asked for `PATIENCE` seconds."""
-        began = time.monotonic()
-        for attempt in itertools.count():
-            try:
-                answer = request()
-            except Exception as error:
-                cause = cause_of(error)
-                if not self._is_worth_another(cause, attempt, again, time.monotonic() - began):
-                    with self._one_line(name, let=let):
-                        raise cause from None
-            else:
-                _answered.add(self._bucket_uri)
-                return answer
-            time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
-        raise AssertionError("the last attempt returns or raises")
-
-    def _is_worth_another(self, error: Exception, attempt: int, again: tuple[str, ...], seconds: float) -> bool:
-        from botocore.exceptions import ClientError
-
-        refused = isinstance(error, ClientError)
-        if refused and attempt < ATTEMPTS and error_code(error) in again:
-            return True
-        if is_broken_answer(error) and attempt < ATTEMPTS and (attempt == 0 or seconds < PATIENCE):
-            return True
-        return is_passing(error) and self._bucket_uri in _answered and seconds < PATIENCE
+        self._requests.ask(name, fetch)
 
     def _read_small(self, name: str, most: int | None) -> bytes | None:
         """The object by one request, or None if it is large. One whose bytes are not those of its ETag is read again,
@@ -354,11 +308,11 @@ class S3Store(Store):
                     raise TooLargeError(f"{self.uri}/{name}", size, most)
                 return bytes(body.read()) if size <= 2 * PART_BYTES else None, str(answer.get("ETag", "")).strip('"')
 
-        data, etag = self._ask(name, read)
-        while data is not None and self._bucket_uri not in _other_etags and _is_md5(etag) and _md5(data) != etag:
-            once_more, etag = self._ask(name, read)
+        data, etag = self._requests.ask(name, read)
+        while data is not None and self._requests.where not in _other_etags and _is_md5(etag) and _md5(data) != etag:
+            once_more, etag = self._requests.ask(name, read)
             if once_more == data:
-                _other_etags.add(self._bucket_uri)
+                _other_etags.add(self._requests.where)
             data = once_more
         return data
 
@@ -373,7 +327,7 @@ class S3Store(Store):
 
         for attempt in range(_CONFLICTS):
             try:
-                self._ask(name, put, let=(*_EXISTS, *_CONFLICT), again=_OTHER_BYTES)
+                self._requests.ask(name, put, let=(*_EXISTS, *_CONFLICT), again=_OTHER_BYTES)
                 return True
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] == 412:
@@ -381,49 +335,23 @@ class S3Store(Store):
                 time.sleep(0.1 * 2**attempt)
         raise UnavailableError(f"{self.uri}/{name} is written by others all the time: try again")
 
-    def _create_by_bid(self, name: str, data: bytes) -> bool:
-        """Create where the store has no conditional writes: of those who bid at once the lowest bid puts the object.
-
-        A bid that is older than a minute by the store's clock is of a creator that died.
-        """
-        if self.exists(name):
-            return False
-        bid = f"{name}{BID}{secrets.token_hex(8)}"
-        self.write(bid, data)
-        try:
-            while True:
-                time.sleep(BID_SECONDS)
-                bids = self.entries(f"{name}{BID}")
-                if self.exists(name):
-                    return False
-                if bid not in bids:  # removed as a leftover
-                    self.write(bid, data)
-                    continue
-                alive = [n for n, entry in bids.items() if bids[bid].modified - entry.modified < _BID_EXPIRES]
-                if min(alive) == bid:
-                    self.write(name, data)
-                    return self.read(name) == data
-        finally:
-            with contextlib.suppress(LayerloopError):
-                self.delete(bid)
-
     def _ignores_conditions(self) -> bool:
         """Whether this bucket overwrites in spite of `If-None-Match: *`; tried once per process on a probe object."""
-        if self._bucket_uri not in _ignores_conditions:
+        if self._requests.where not in _ignores_conditions:
             name = f"{PROBE}{secrets.token_hex(8)}"
             self.write(name, b"")
             try:
-                _ignores_conditions[self._bucket_uri] = not self._refuses_to_overwrite(name)
+                _ignores_conditions[self._requests.where] = not self._refuses_to_overwrite(name)
             finally:
                 with contextlib.suppress(LayerloopError):  # credentials that may not delete are fine otherwise
                     self.delete(name)
-            if _ignores_conditions[self._bucket_uri]:
+            if _ignores_conditions[self._requests.where]:
                 logging.getLogger(__name__).warning(
                     "s3://%s: no conditional writes here, so create-only writes bid for a second, and a writer that "
                     "stops in the middle may replace a manifest: run one job at a time on a campaign",
                     self.bucket,
                 )
-        return _ignores_conditions[self._bucket_uri]
+        return _ignores_conditions[self._requests.where]
 
     def _refuses_to_overwrite(self, name: str) -> bool:
         """Whether a create-only put of an existing object fails because it exists, not because of the header."""
@@ -431,7 +359,7 @@ class S3Store(Store):
 
         key, no = self._key(name), (*_EXISTS, "NotImplemented", "InvalidArgument", "InvalidRequest")
         try:
-            self._ask(
+            self._requests.ask(
                 name,
                 lambda: self._client.put_object(Bucket=self.bucket, Key=key, Body=b"", IfNoneMatch="*"),
                 let=no,
@@ -439,43 +367,6 @@ class S3Store(Store):
         except ClientError as error:
             return bool(error.response["ResponseMetadata"]["HTTPStatusCode"] == 412)
         return False
-
-    @contextlib.contextmanager
-    def _one_line(self, name: str, *, let: tuple[str, ...] = ()) -> Iterator[None]:
-        """boto3's exceptions as one line each, without anything secret; error codes in `let` pass through."""
-        from boto3.exceptions import Boto3Error
-        from botocore import exceptions as boto
-        from urllib3.exceptions import HTTPError
-
-        try:
-            yield
-        except boto.ClientError as error:
-            code = error_code(error)
-            if code in let:
-                raise
-            if code in ("NoSuchKey", "404"):
-                raise self._missing(name) from None
-            kind = UnavailableError if code in BUSY or error_status(error) >= 500 else LayerloopError
-            raise kind(f"{self.uri}/{name}: {explanation(error, self.bucket)}".replace("/:", ":")) from None
-        except (boto.NoCredentialsError, boto.PartialCredentialsError):
-            raise LayerloopError(
-                f"{self.uri} needs credentials and none were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "a profile or a role"
-            ) from None
-        except (boto.CredentialRetrievalError, boto.MetadataRetrievalError, boto.SSOError) as error:
-            raise LayerloopError(
-                f"{self.uri}: the profile or role gives no credentials ({type(error).__name__}): sign in again, or "
-                "correct it"
-            ) from None
-        except RecursionError:  # boto3 looks for the bucket's region where it is sent elsewhere, and is sent elsewhere
-            raise LayerloopError(
-                f"{self.uri}: {endpoint(self._client)} redirects every request: correct AWS_ENDPOINT_URL (https?), or "
-                "set AWS_REGION to the bucket's"
-            ) from None
-        except boto.ParamValidationError:
-            raise LayerloopError(f"{self.uri} names no bucket that can exist: correct the URI") from None
-        except (boto.BotoCoreError, Boto3Error, HTTPError) as error:
-            raise UnavailableError(f"{self.uri} {no_answer(error, endpoint(self._client))}") from None
 
 
 def _md5(data: bytes) -> str:

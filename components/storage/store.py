@@ -33,6 +33,11 @@ class MissingObjectError(LayerloopError):
     """A named object is not in the store."""
 
 
+def missing_object(uri: str, name: str) -> MissingObjectError:
+    """The error of an object that is not in the store at `uri`."""
+    return MissingObjectError(f"{uri}/{name} does not exist: was it moved or deleted, or is the URI misspelt?")
+
+
 class TooLargeError(LayerloopError):
     """An object is larger than what is read into memory."""
 
@@ -170,9 +175,6 @@ class Store(ABC):
         Raises:
             LayerloopError: why not.
         """
-
-    def _missing(self, name: str) -> MissingObjectError:
-        return MissingObjectError(f"{self.uri}/{name} does not exist: was it moved or deleted, or is the URI misspelt?")
 
 
 def written_before(store: Store, name: str) -> Iterator[tuple[str, str]]:

@@ -13,11 +13,11 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File
 from layerloop.components.storage.campaign import RECIPE, Campaign
 from layerloop.components.storage.index import write_indices
+from layerloop.components.storage.inventory import README, committed_objects
 from layerloop.components.storage.lease import sweep
 from layerloop.components.storage.owners import scratch_folder
 from layerloop.components.storage.store import LARGEST_RECORD, READS, Store, TooLargeError, hash_file
 from layerloop.components.storage.stores import open_store
-from layerloop.components.storage.verification import README, committed_objects
 
 Log = Callable[[str], None]
 _THREADS = 8

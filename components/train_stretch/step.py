@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 from layerloop.components.generate_rollouts.step import sample_iteration
 from layerloop.components.policy.at import LoadedPolicy
 from layerloop.components.runtime import ranks
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
 from layerloop.components.runtime.distributed import failing_together, process_group, rank
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.runtime.progress import log, time_left
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.steps import STEPS

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from layerloop.components.policy.adapter_files import write_peft
 from layerloop.components.policy.adapters import NAME, PEFT_PREFIX, PEFT_WEIGHTS
-from layerloop.components.policy.lora import adapter_of, write_peft
+from layerloop.components.policy.lora import adapter_of
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import ALGORITHMS, LearnerState, UpdateRecipe

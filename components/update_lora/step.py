@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
 from layerloop.components.runtime.distributed import (
     broadcast_json,
     failing_together,
@@ -24,6 +24,7 @@ from layerloop.components.runtime.distributed import (
     shares_base,
     world_size,
 )
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow

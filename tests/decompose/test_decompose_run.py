@@ -18,8 +18,9 @@ from layerloop.components.decompose.counts import Trial, best, choose_count, wit
 from layerloop.components.decompose.output import OutputFolder
 from layerloop.components.decompose.pictures import Picture
 from layerloop.components.policy import memory
+from layerloop.components.policy.adapter_files import write_layouts
 from layerloop.components.policy.adapters import PEFT
-from layerloop.components.policy.lora import new_adapter, write_layouts
+from layerloop.components.policy.lora import new_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import LoraRecipe

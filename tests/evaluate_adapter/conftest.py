@@ -15,7 +15,7 @@ import torch
 from layerloop.components.evaluate_adapter.cases import Case, Kind
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
-from layerloop.components.runtime.contract import StepResult
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.images import encode_png
 

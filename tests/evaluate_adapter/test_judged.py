@@ -15,7 +15,7 @@ from layerloop.components.judge.client import Judge
 from layerloop.components.judge.images import candidate_images, encode_image, fitted
 from layerloop.components.judge.methods import PHASE1, rubric_of
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.storage.verification import unnamed_objects
+from layerloop.components.storage.inventory import unnamed_objects
 
 from ..campaigns import CampaignBuilder
 from ..score_rollouts.judges import meddling_judge

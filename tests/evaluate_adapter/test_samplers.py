@@ -16,8 +16,9 @@ from layerloop.components.evaluate_adapter.decompose import read_decompositions
 from layerloop.components.evaluate_adapter.samplers import chosen_cases, sampler_table
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.layers.measure import measure_all
+from layerloop.components.policy.adapters import read_adapter
 from layerloop.components.policy.inference import sample_layers
-from layerloop.components.policy.lora import put_adapter, read_adapter
+from layerloop.components.policy.lora import put_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.prompt import embed_prompt
 from layerloop.components.schema import inference

@@ -32,7 +32,7 @@ from layerloop.components.layers.export import write_psd
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.images import encode_png
-from layerloop.components.storage.verification import unnamed_objects
+from layerloop.components.storage.inventory import unnamed_objects
 from layerloop.pipelines.cli import main as layerloop
 
 from ..campaigns import CampaignBuilder, policy_folder

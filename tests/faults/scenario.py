@@ -30,9 +30,11 @@ from PIL import Image
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import RECIPE, Campaign
+from layerloop.components.storage.findings import Findings
+from layerloop.components.storage.inventory import unnamed_objects
 from layerloop.components.storage.lease import sweep
 from layerloop.components.storage.stores import LocalStore, MissingObjectError, Store, open_store
-from layerloop.components.storage.verification import Findings, repair_campaign, unnamed_objects, verify_campaign
+from layerloop.components.storage.verification import repair_campaign, verify_campaign
 
 from ..campaigns import SIDE, plain_name, save_tiny_base
 from ..score_rollouts.judges import MeddlingJudge, meddling_judge

@@ -19,7 +19,7 @@ from layerloop.components.generate_rollouts import candidates
 from layerloop.components.generate_rollouts import step as rollout_step
 from layerloop.components.generate_rollouts.plan import initial_seed, plan_iteration, share_groups
 from layerloop.components.generate_rollouts.step import run
-from layerloop.components.policy import lora, sampling
+from layerloop.components.policy import adapters, lora, sampling
 from layerloop.components.policy.at import policy_at
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
@@ -292,7 +292,7 @@ def test_the_policy_of_the_iteration_before_samples(make_campaign, tmp_path) -> 
     assert record.adapter_sha256 == manifest.metadata["adapter_sha256"]
 
     policy = LayeredPolicy.load(campaign.recipe.model)
-    lora.put_adapter(policy.transformer, lora.read_adapter(tmp_path / "adapter"))
+    lora.put_adapter(policy.transformer, adapters.read_adapter(tmp_path / "adapter"))
     found = samples(campaign, 2)
     latents = load(found["i000002-g000000-c00"]["trajectory.safetensors"])["window"]
     prompt = load(campaign.store.read(named(campaign.store, "sources/prompt.safetensors")))["prompt_embeds"]
@@ -350,7 +350,7 @@ def test_the_adapter_that_a_campaign_starts_from_samples_and_is_what_the_learner
     alone = LayeredPolicy.load(campaign.recipe.model)
     assert not torch.equal(replayed(alone, campaign, 1)[1:], window_of(campaign, 1)[1:])
     lora.put_adapter(
-        alone.transformer, lora.read_adapter(tmp_path / "adapter")
+        alone.transformer, adapters.read_adapter(tmp_path / "adapter")
     )  # the adapter itself, not by way of the recipe
     assert torch.equal(replayed(alone, campaign, 1), window_of(campaign, 1))
 

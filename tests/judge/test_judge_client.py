@@ -285,7 +285,7 @@ def test_a_paid_answer_without_scores_is_stored_too(
     for attempt in (1, 2, 3):
         [error] = asyncio.run(ask_all(Judge(scripted.url, *settings(retries=2), replies=replies), [one]))
         assert isinstance(error, UnusableError) and error.reason == reason
-        assert len(scripted.bodies) == len(replies) == attempt * asked
+        assert len(scripted.bodies) == len(replies.kept) == attempt * asked
     assert len({body["seed"] for body in scripted.bodies}) == 3 * asked
 
 
@@ -298,7 +298,7 @@ def test_no_more_replies_are_paid_and_not_stored_yet_than_may_be_in_flight(
     class Slow(ReplyMemory):
         def put(self, key: str, data: bytes) -> bytes:
             time.sleep(0.05)
-            unstored.append(len(scripted.bodies) - len(self))
+            unstored.append(len(scripted.bodies) - len(self.kept))
             return super().put(key, data)
 
     scripted.answer = good
@@ -313,13 +313,13 @@ def test_of_two_runs_that_ask_at_once_both_judge_by_the_reply_that_was_stored_fi
 
     class Overtaken(ReplyMemory):
         def put(self, key: str, data: bytes) -> bytes:
-            self.setdefault(key, theirs)  # of the other run, between our look and now
+            self.kept.setdefault(key, theirs)  # of the other run, between our look and now
             return super().put(key, data)
 
     replies = Overtaken()
     scripted.answer = good
     [(scores, _)] = asyncio.run(ask_all(Judge(scripted.url, *settings(), replies=replies), [one]))
-    assert scores == [dict.fromkeys(one.names, 0.2)] and list(replies.values()) == [theirs]
+    assert scores == [dict.fromkeys(one.names, 0.2)] and list(replies.kept.values()) == [theirs]
 
 
 def test_an_interrupted_round_of_redraws_goes_on_where_it_was(
@@ -329,10 +329,10 @@ def test_an_interrupted_round_of_redraws_goes_on_where_it_was(
     scripted.answer = lambda body, number: say("no idea") if number < 2 else b""
     judge = Judge(scripted.url, *settings(redraws=4, retries=0, give_up_seconds=1e6), replies=replies)
     [error] = asyncio.run(ask_all(judge, [one]))
-    assert isinstance(error, UnusableError) and len(replies) == 2
+    assert isinstance(error, UnusableError) and len(replies.kept) == 2
     scripted.answer = say("no idea")
     asyncio.run(ask_all(Judge(scripted.url, *settings(redraws=4), replies=replies), [one]))
-    assert len(replies) == 5  # as many as an uninterrupted run draws
+    assert len(replies.kept) == 5  # as many as an uninterrupted run draws
 
 
 def test_a_request_that_was_refused_is_sent_again_as_often_as_its_caller_allows(
@@ -363,7 +363,7 @@ def test_another_model_sample_or_seed_is_another_question(scripted: Any, one: Re
     asyncio.run(twice(Judge(scripted.url, *settings(), replies=replies)))
     asyncio.run(twice(Judge(scripted.url, *settings(), replies=replies, seed=1)))
     asyncio.run(twice(Judge(scripted.url, *settings(model="other"), replies=replies)))
-    assert len(replies) == len(scripted.bodies) == 6
+    assert len(replies.kept) == len(scripted.bodies) == 6
 
 
 def test_tokens_latency_and_version_are_counted(scripted: Any, one: Request, good: bytes) -> None:

@@ -23,7 +23,8 @@ from layerloop.pipelines.packages import write_pipeline
 
 MAKE = """
 import time
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 
@@ -55,7 +56,8 @@ except KeyboardInterrupt:
 """
 
 GATHER = """
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.schema.steps import STEPS
 
 def run(*, text: str, iteration: int) -> StepResult:

@@ -18,18 +18,10 @@ from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.components.schema.runtime import Runtime
 from layerloop.pipelines.cli import main
 from layerloop.pipelines.inputs import packaged_recipes, plan_assumptions
-from layerloop.pipelines.plan import (
-    Assumptions,
-    Gpus,
-    Work,
-    dealt_by_index,
-    evaluation_hours,
-    longest_first,
-    resident,
-    step_by_step,
-)
+from layerloop.pipelines.plan import Gpus, dealt_by_index, evaluation_hours, longest_first, resident, step_by_step
 from layerloop.pipelines.plan_judge import asked
 from layerloop.pipelines.plan_text import Plan
+from layerloop.pipelines.plan_work import Assumptions, Work
 
 PAPER = parse_recipe(packaged_recipes()["paper"])
 ONE, EIGHT, THIRTY_TWO = Gpus(1, 1, 1, 1), Gpus(1, 8, 8, 8), Gpus(4, 8, 8, 8)

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from layerloop.components.policy import lora
+from layerloop.components.policy import adapter_files, adapters
 from layerloop.components.policy.adapters import read_adapter, weights_sha256
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
@@ -34,7 +34,7 @@ def adapter_folder(tmp_path: Path) -> Path:
         f"{MODULE}.lora_{side}.weight": torch.randn(shape, generator=generator)
         for side, shape in (("A", (4, 64)), ("B", (64, 4)))
     }
-    lora.write_peft(lora.Adapter(state, 4, 4), tmp_path / "adapter")
+    adapter_files.write_peft(adapters.Adapter(state, 4, 4), tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -165,13 +165,13 @@ def test_quantised_weights_are_refused_by_key_and_dtype(adapter_folder: Path, te
 
 def test_a_publication_is_read_as_it_stands_also_an_old_one(adapter_folder: Path, tmp_path: Path) -> None:
     adapter = read_adapter(adapter_folder)
-    lora.write_layouts(adapter, tmp_path / "new")
-    lora.write_diffusers(adapter, tmp_path / "old" / "diffusers")
+    adapter_files.write_layouts(adapter, tmp_path / "new")
+    adapter_files.write_diffusers(adapter, tmp_path / "old" / "diffusers")
     for folder in (tmp_path / "new", tmp_path / "old"):
         again = read_adapter(folder)
         assert all(torch.equal(again.state[key], value) for key, value in adapter.state.items())
         assert weights_sha256(folder) == weights_sha256(next(folder.rglob("pytorch_lora_weights.safetensors")))
-    lora.write_peft(adapter, tmp_path / "old" / "peft")
+    adapter_files.write_peft(adapter, tmp_path / "old" / "peft")
     assert weights_sha256(tmp_path / "old") == weights_sha256(tmp_path / "old" / "peft")
 
 
@@ -185,9 +185,9 @@ def test_a_path_that_is_no_adapter_says_what_to_give(adapter_folder: Path, tmp_p
     ):
         read_adapter(published)
     adapter = read_adapter(adapter_folder)
-    lora.write_diffusers(adapter, published / "mine")
+    adapter_files.write_diffusers(adapter, published / "mine")
     assert read_adapter(published).modules == adapter.modules  # the one that there is
-    lora.write_peft(adapter, published / "yours")
+    adapter_files.write_peft(adapter, published / "yours")
     with pytest.raises(LayerloopError, match=r"published has several adapters, mine and yours: give one of them"):
         read_adapter(published)
     with pytest.raises(LayerloopError, match=r"x{300} cannot be read \(File name too long\)"):
@@ -204,7 +204,7 @@ def test_a_path_that_is_no_adapter_says_what_to_give(adapter_folder: Path, tmp_p
 def test_an_adapter_that_is_written_over_is_never_a_mixture(adapter_folder: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     """The weights make a folder an adapter: the first of the old files to go, the last of the new to come."""
     adapter = read_adapter(adapter_folder)
-    doubled = lora.Adapter({key: 2 * value for key, value in adapter.state.items()}, 4, 16)
+    doubled = adapters.Adapter({key: 2 * value for key, value in adapter.state.items()}, 4, 16)
     seen = []
     rename = Path.replace
 
@@ -216,7 +216,7 @@ def test_an_adapter_that_is_written_over_is_never_a_mixture(adapter_folder: Path
         return rename(file, target)
 
     monkeypatch.setattr(Path, "replace", watched)
-    lora.write_peft(doubled, adapter_folder)
+    adapter_files.write_peft(doubled, adapter_folder)
     assert seen == ["none", "none"]
     again = read_adapter(adapter_folder)
     assert again.alpha == 16 and all(torch.equal(again.state[key], value) for key, value in doubled.state.items())

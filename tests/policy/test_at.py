@@ -20,7 +20,7 @@ from safetensors.torch import load, load_file, save
 
 from layerloop.components.evaluate_adapter import step as evaluate_adapter
 from layerloop.components.generate_rollouts import step as generate_rollouts
-from layerloop.components.policy import lora
+from layerloop.components.policy import adapters, lora
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.publish_adapter import step as publish_adapter
@@ -115,7 +115,7 @@ def test_an_iteration_is_its_committed_adapter_frozen_or_learning(make_campaign:
     campaign = make_campaign()
     folder = commit_policy(campaign, 1, tmp_path)
     expected = LayeredPolicy.load(campaign.recipe.model)
-    lora.put_adapter(expected.transformer, lora.read_adapter(folder))
+    lora.put_adapter(expected.transformer, adapters.read_adapter(folder))
     for trainable in (False, True):
         loaded = policy_at(campaign, 1, device="cpu", trainable=trainable)
         assert bool(loaded.policy.trainable_parameters()) == trainable
@@ -143,7 +143,7 @@ def test_a_campaign_that_starts_from_an_adapter_has_it_at_iteration_0(
     folder = commit_policy(make_campaign("other"), 1, tmp_path)
     campaign = make_campaign(lora={"rank": 2, "alpha": 16, "start_from": str(folder)})  # another alpha than the file's
     expected = LayeredPolicy.load(campaign.recipe.model)
-    lora.put_adapter(expected.transformer, lora.read_adapter(folder))
+    lora.put_adapter(expected.transformer, adapters.read_adapter(folder))
     for trainable in (False, True):
         loaded = policy_at(campaign, 0, device="cpu", trainable=trainable)
         assert loaded.adapter_sha256 == hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()

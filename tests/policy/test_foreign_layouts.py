@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from layerloop.components.policy import lora, merge
+from layerloop.components.policy import adapter_files, merge
 from layerloop.components.policy.adapters import read_adapter
 from layerloop.components.policy.layouts import BLOCK, OUTER
 from layerloop.components.policy.model import LayeredPolicy
@@ -87,7 +87,7 @@ def test_what_is_no_plain_lora_is_refused_by_name_in_every_layout(
     layout: str, extra: str, kind: str, tmp_path: Path
 ) -> None:
     if layout == "peft":
-        lora.write_peft(read_adapter(written("diffusers", tmp_path / "x.safetensors")), tmp_path / "peft")
+        adapter_files.write_peft(read_adapter(written("diffusers", tmp_path / "x.safetensors")), tmp_path / "peft")
         file = tmp_path / "peft" / "adapter_model.safetensors"
         save_file(load_file(file) | {f"base_model.model.{MODULES[0]}.{extra}": torch.ones(6)}, file)
     else:

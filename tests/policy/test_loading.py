@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageLayeredPipeline, QwenImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from layerloop.components.policy import loading, weights
+from layerloop.components.policy import base_files, fingerprint, loading, weights
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.prompt import embed_prompt
 from layerloop.components.schema.errors import LayerloopError
@@ -164,29 +164,29 @@ def test_a_base_that_is_nowhere_is_refused_in_one_line(monkeypatch: pytest.Monke
 
 
 def test_the_fingerprint_is_of_contents_not_of_places(random_folder: Path, folder: Path) -> None:
-    fingerprint = loading.fingerprint(folder)
-    assert fingerprint == loading.fingerprint(random_folder) == load(folder).fingerprint and len(fingerprint) == 64
+    first = fingerprint.fingerprint(folder)
+    assert first == fingerprint.fingerprint(random_folder) == load(folder).fingerprint and len(first) == 64
     shutil.rmtree(folder / "text_encoder")
     (folder / "README.md").write_text("not part of the model")
-    assert loading.fingerprint(folder) == fingerprint
+    assert fingerprint.fingerprint(folder) == first
     file = folder / "vae/diffusion_pytorch_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert loading.fingerprint(folder) != fingerprint
+    assert fingerprint.fingerprint(folder) != first
 
 
 def test_the_fingerprint_of_a_hub_snapshot_reads_no_weights(folder: Path, tmp_path: Path) -> None:
     """The hub's cache keeps large files as blobs named by their sha256, which is taken from the name."""
-    fingerprint = loading.fingerprint(folder)
-    for file in loading.weight_files(folder, "transformer"):
-        blob = tmp_path / "blobs" / loading._sha256(file)
+    first = fingerprint.fingerprint(folder)
+    for file in base_files.weight_files(folder, "transformer"):
+        blob = tmp_path / "blobs" / fingerprint._sha256(file)
         blob.parent.mkdir(exist_ok=True)
         file.rename(blob)
         file.symlink_to(blob)
         size = blob.stat().st_size
         blob.write_bytes(bytes(size))  # would show, were it read
-    assert loading.fingerprint(folder) == fingerprint
+    assert fingerprint.fingerprint(folder) == first
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -253,52 +253,53 @@ def test_a_gpu_that_is_full_is_no_fault_of_the_files(folder: Path, monkeypatch: 
 @pytest.fixture
 def keeping(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose every file is worth keeping the sha256 of, and has not changed for long."""
-    monkeypatch.setattr(loading, "WORTH_KEEPING", 0)
-    monkeypatch.setattr(loading, "SETTLED", 0.0)
+    monkeypatch.setattr(fingerprint, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(fingerprint, "SETTLED", 0.0)
     return folder
 
 
 def test_a_fingerprint_is_kept_beside_its_files(keeping: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = loading.fingerprint(keeping)
-    assert json.loads((keeping / loading.DIGESTS).read_bytes()).keys() >= {"vae/config.json"}
+    first = fingerprint.fingerprint(keeping)
+    assert json.loads((keeping / fingerprint.DIGESTS).read_bytes()).keys() >= {"vae/config.json"}
     read: list[Path] = []
-    monkeypatch.setattr(loading, "_sha256", lambda file: read.append(file) or "0" * 64)
-    assert loading.fingerprint(keeping) == first and not read
+    monkeypatch.setattr(fingerprint, "_sha256", lambda file: read.append(file) or "0" * 64)
+    assert fingerprint.fingerprint(keeping) == first and not read
     (keeping / "vae/config.json").write_bytes((keeping / "vae/config.json").read_bytes())  # written again: read again
-    loading.fingerprint(keeping)
+    fingerprint.fingerprint(keeping)
     assert read == [keeping / "vae/config.json"]
 
 
 def test_a_kept_fingerprint_never_hides_a_change(keeping: Path) -> None:
-    first = loading.fingerprint(keeping)
+    first = fingerprint.fingerprint(keeping)
     file = keeping / "vae/diffusion_pytorch_model.safetensors"
     times, data = file.stat(), bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # same size, same time of modification
-    assert loading.fingerprint(keeping) != first
+    assert fingerprint.fingerprint(keeping) != first
 
 
 def test_a_fingerprint_that_cannot_be_kept_is_computed(keeping: Path) -> None:
-    first = loading.fingerprint(keeping)
+    first = fingerprint.fingerprint(keeping)
     for damage in (b"{", b"[]", b'{"vae/config.json": 1}', b'{"vae/config.json": {"sha256": "0"}}'):
-        (keeping / loading.DIGESTS).write_bytes(damage)
-        assert loading.fingerprint(keeping) == first
-    (keeping / loading.DIGESTS).unlink()
-    (keeping / loading.DIGESTS).mkdir()  # nothing can be written there, whoever asks
-    assert loading.fingerprint(keeping) == first
+        (keeping / fingerprint.DIGESTS).write_bytes(damage)
+        assert fingerprint.fingerprint(keeping) == first
+    (keeping / fingerprint.DIGESTS).unlink()
+    (keeping / fingerprint.DIGESTS).mkdir()  # nothing can be written there, whoever asks
+    assert fingerprint.fingerprint(keeping) == first
 
 
 def test_what_has_just_changed_or_is_small_is_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loading.fingerprint(folder)
-    assert not (folder / loading.DIGESTS).exists()
-    monkeypatch.setattr(loading, "WORTH_KEEPING", 0)
-    monkeypatch.setattr(loading, "SETTLED", 3600.0)
-    loading.fingerprint(folder)
-    assert not (folder / loading.DIGESTS).exists()
+    monkeypatch.setattr(fingerprint, "SETTLED", 0.0)
+    fingerprint.fingerprint(folder)
+    assert not (folder / fingerprint.DIGESTS).exists()  # all are small
+    monkeypatch.setattr(fingerprint, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(fingerprint, "SETTLED", 3600.0)
+    fingerprint.fingerprint(folder)
+    assert not (folder / fingerprint.DIGESTS).exists()
 
 
 def test_the_commit_of_a_snapshot_is_its_folders_name(tmp_path: Path) -> None:
-    assert loading.commit_of(tmp_path / "snapshots" / ("a1" * 20)) == "a1" * 20
-    assert loading.commit_of(tmp_path / "snapshots" / "main") is None
-    assert loading.commit_of(tmp_path / ("a1" * 20)) is None
+    assert base_files.commit_of(tmp_path / "snapshots" / ("a1" * 20)) == "a1" * 20
+    assert base_files.commit_of(tmp_path / "snapshots" / "main") is None
+    assert base_files.commit_of(tmp_path / ("a1" * 20)) is None

@@ -12,7 +12,7 @@ from diffusers import QwenImageLayeredPipeline, QwenImageTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from layerloop.components.policy import lora, merge
+from layerloop.components.policy import adapter_files, adapters, lora, merge
 from layerloop.components.policy.model import Condition, LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.learning import LoraRecipe
@@ -25,7 +25,7 @@ def output(policy: LayeredPolicy, condition: Condition) -> torch.Tensor:
         return policy.velocity(policy.noise(0, 2, 64, 64), 0.7, condition)
 
 
-def update_of(adapter: lora.Adapter) -> dict[str, torch.Tensor]:
+def update_of(adapter: adapters.Adapter) -> dict[str, torch.Tensor]:
     """What the adapter adds to each weight, float64."""
     return {
         module: adapter.alpha
@@ -142,8 +142,8 @@ def test_both_layouts_load_in_their_own_programs_with_identical_outputs(
 
     expected = output(trained, condition)
     adapter = lora.adapter_of(trained.transformer)
-    lora.write_peft(adapter, tmp_path / "peft", transformer=trained.transformer, base="a base")
-    lora.write_diffusers(adapter, tmp_path / "diffusers", transformer=trained.transformer)
+    adapter_files.write_peft(adapter, tmp_path / "peft", transformer=trained.transformer, base="a base")
+    adapter_files.write_diffusers(adapter, tmp_path / "diffusers", transformer=trained.transformer)
 
     wrapped = LayeredPolicy.load(base_recipe)
     assert not torch.equal(output(wrapped, condition), expected)
@@ -157,7 +157,7 @@ def test_both_layouts_load_in_their_own_programs_with_identical_outputs(
 
     for folder in ("peft", "diffusers"):
         policy = LayeredPolicy.load(base_recipe)
-        lora.put_adapter(policy.transformer, lora.read_adapter(tmp_path / folder))
+        lora.put_adapter(policy.transformer, adapters.read_adapter(tmp_path / folder))
         assert torch.equal(output(policy, condition), expected)
         assert len(policy.trainable_parameters()) == len(adapter.state)
 
@@ -165,10 +165,10 @@ def test_both_layouts_load_in_their_own_programs_with_identical_outputs(
 def test_what_is_written_is_read_back_exactly(trained, tmp_path) -> None:  # type: ignore[no-untyped-def]
     adapter = lora.adapter_of(trained.transformer)
     assert (adapter.rank, adapter.alpha) == (4, 8)
-    lora.write_peft(adapter, tmp_path / "a", transformer=trained.transformer)
-    lora.write_diffusers(adapter, tmp_path / "b", transformer=trained.transformer)
+    adapter_files.write_peft(adapter, tmp_path / "a", transformer=trained.transformer)
+    adapter_files.write_diffusers(adapter, tmp_path / "b", transformer=trained.transformer)
     for folder, alpha, factor in (("a", 8, 1), ("b", 4, 2)):  # diffusers' file has the scale in B
-        again = lora.read_adapter(tmp_path / folder)
+        again = adapters.read_adapter(tmp_path / folder)
         assert (again.rank, again.alpha) == (4, alpha) and list(again.state) == list(adapter.state)
         for key, value in adapter.state.items():
             assert torch.equal(again.state[key], value * factor if "lora_B" in key else value)
@@ -180,8 +180,8 @@ def test_what_is_written_is_read_back_exactly(trained, tmp_path) -> None:  # typ
 def test_writing_twice_gives_the_same_bytes(trained, tmp_path) -> None:  # type: ignore[no-untyped-def]
     adapter = lora.adapter_of(trained.transformer)
     for folder in ("a", "b"):
-        lora.write_peft(adapter, tmp_path / folder, transformer=trained.transformer)
-        lora.write_diffusers(adapter, tmp_path / folder, transformer=trained.transformer)
+        adapter_files.write_peft(adapter, tmp_path / folder, transformer=trained.transformer)
+        adapter_files.write_diffusers(adapter, tmp_path / folder, transformer=trained.transformer)
     for name in (
         "adapter_model.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors",
         "pytorch_lora_weights.bf16.safetensors",
@@ -198,7 +198,7 @@ def test_diffusers_own_writer_is_read(trained, tmp_path) -> None:  # type: ignor
         transformer_lora_layers=get_peft_model_state_dict(trained.transformer),
         **_collate_lora_metadata({"transformer": trained.transformer}),
     )
-    again, adapter = lora.read_adapter(tmp_path), lora.adapter_of(trained.transformer)
+    again, adapter = adapters.read_adapter(tmp_path), lora.adapter_of(trained.transformer)
     assert (again.rank, again.alpha) == (4, 8)
     assert all(torch.equal(again.state[key], value) for key, value in adapter.state.items())
 
@@ -219,7 +219,7 @@ def test_an_adapter_that_peft_saved_with_dead_layers_is_loaded_without_them(base
     expected = output(theirs, condition)
 
     ours = LayeredPolicy.load(base_recipe)
-    lora.put_adapter(ours.transformer, lora.read_adapter(tmp_path))
+    lora.put_adapter(ours.transformer, adapters.read_adapter(tmp_path))
     assert torch.equal(output(ours, condition), expected)
     assert not any(".1.txt_mlp." in name for name in ours.trainable_parameters())
 
@@ -233,7 +233,7 @@ def test_an_adapter_that_peft_saved_with_dead_layers_is_loaded_without_them(base
 def test_a_file_without_a_config_has_alpha_equal_to_its_rank(trained, tmp_path) -> None:  # type: ignore[no-untyped-def]
     adapter = lora.adapter_of(trained.transformer)
     save_file({f"transformer.{key}": value for key, value in adapter.state.items()}, tmp_path / "x.safetensors")
-    assert lora.read_adapter(tmp_path / "x.safetensors").alpha == adapter.rank
+    assert adapters.read_adapter(tmp_path / "x.safetensors").alpha == adapter.rank
 
 
 def test_the_formats_of_other_trainers_are_converted(trained, tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -245,7 +245,7 @@ def test_the_formats_of_other_trainers_are_converted(trained, tmp_path) -> None:
         foreign[f"diffusion_model.{module}.lora_up.weight"] = adapter.state[f"{module}.lora_B.weight"]
         foreign[f"diffusion_model.{module}.alpha"] = torch.tensor(adapter.alpha)
     save_file(foreign, tmp_path / "foreign.safetensors")
-    again = lora.read_adapter(tmp_path / "foreign.safetensors")
+    again = adapters.read_adapter(tmp_path / "foreign.safetensors")
     theirs, ours = update_of(again), update_of(adapter)
     assert theirs.keys() == ours.keys()
     assert all(torch.allclose(theirs[module], ours[module], rtol=1e-6) for module in ours)
@@ -260,12 +260,12 @@ def test_ranks_and_scales_that_differ_by_module_are_made_uniform(policy, trained
     )
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 1}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    adapter = lora.read_adapter(tmp_path)
+    adapter = adapters.read_adapter(tmp_path)
     assert (adapter.rank, adapter.alpha) == (4, 4)
     for module, update in update_of(adapter).items():
         a, b = mixed[f"{module}.lora_A.weight"].double(), mixed[f"{module}.lora_B.weight"].double()
         assert torch.allclose(update, (0.5 if module.endswith("to_q") else 2) * b @ a)
-    lora.put_adapter(policy.transformer, lora.read_adapter(tmp_path))
+    lora.put_adapter(policy.transformer, adapters.read_adapter(tmp_path))
     assert torch.isfinite(output(policy, condition)).all()
 
 
@@ -273,7 +273,7 @@ def test_ranks_and_scales_that_differ_by_module_are_made_uniform(policy, trained
 
 
 def damaged(trained: LayeredPolicy, folder: Path, change: Any) -> Path:
-    lora.write_peft(lora.adapter_of(trained.transformer), folder, transformer=trained.transformer)
+    adapter_files.write_peft(lora.adapter_of(trained.transformer), folder, transformer=trained.transformer)
     file = folder / "adapter_model.safetensors"
     state = load_file(file)
     change(state)
@@ -290,7 +290,7 @@ def test_an_adapter_of_another_base_is_refused_by_its_first_key(trained, policy,
     with pytest.raises(
         LayerloopError, match=rf"{first} has shape 4x3072, the base needs 4x64: .* another base; give one of this"
     ):
-        lora.put_adapter(policy.transformer, lora.read_adapter(damaged(trained, tmp_path, wider)))
+        lora.put_adapter(policy.transformer, adapters.read_adapter(damaged(trained, tmp_path, wider)))
     assert not policy.trainable_parameters()
 
 
@@ -303,7 +303,7 @@ def test_an_adapter_for_layers_that_the_base_lacks_is_refused(trained, policy, t
         LayerloopError,
         match=r"transformer_blocks\.59\.attn\.to_q, which the base does not have: .*; give one of this base, or set",
     ):
-        lora.put_adapter(policy.transformer, lora.read_adapter(damaged(trained, tmp_path, deeper)))
+        lora.put_adapter(policy.transformer, adapters.read_adapter(damaged(trained, tmp_path, deeper)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -314,10 +314,10 @@ def test_nan_is_refused_on_reading_and_on_writing(trained, tmp_path, value) -> N
         state[f"base_model.model.{key}"][0, 0] = value
 
     with pytest.raises(LayerloopError, match=f"{key} has NaN or infinite values"):
-        lora.read_adapter(damaged(trained, tmp_path / "read", broken))
+        adapters.read_adapter(damaged(trained, tmp_path / "read", broken))
     adapter = lora.adapter_of(trained.transformer)
     adapter.state[key][0, 0] = value
-    for write in (lora.write_peft, lora.write_diffusers):
+    for write in (adapter_files.write_peft, adapter_files.write_diffusers):
         with pytest.raises(LayerloopError, match=f"{key} has NaN or infinite values: nothing was written"):
             write(adapter, tmp_path / "written", transformer=trained.transformer)
     assert not (tmp_path / "written").exists()
@@ -325,28 +325,28 @@ def test_nan_is_refused_on_reading_and_on_writing(trained, tmp_path, value) -> N
 
 def test_files_that_are_not_an_adapter_are_named(trained, tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(LayerloopError, match="is not an adapter: it has neither"):
-        lora.read_adapter(tmp_path)
+        adapters.read_adapter(tmp_path)
     folder = damaged(trained, tmp_path / "cut", lambda state: None)
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(LayerloopError, match=r"adapter_model\.safetensors cannot be read"):
-        lora.read_adapter(folder)
+        adapters.read_adapter(folder)
     folder = damaged(trained, tmp_path / "half", lambda state: state.pop(next(k for k in state if "lora_B" in k)))
     with pytest.raises(LayerloopError, match=r"lora_B\.weight is missing: the adapter is incomplete"):
-        lora.read_adapter(folder)
+        adapters.read_adapter(folder)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(LayerloopError, match=r"adapter_config\.json is missing"):
-        lora.read_adapter(folder)
+        adapters.read_adapter(folder)
     for name, value in (("peft_type", "LOHA"), ("use_dora", True), ("modules_to_save", ["proj_out"])):
         folder = damaged(trained, tmp_path / name, lambda state: None)
         config = json.loads((folder / "adapter_config.json").read_text()) | {name: value}
         (folder / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(LayerloopError, match=f"{name} .*only"):
-            lora.read_adapter(folder)
+            adapters.read_adapter(folder)
 
 
 def test_starting_from_an_adapter_of_another_shape_than_the_recipe_says_what_to_set(trained, policy, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    lora.write_peft(lora.adapter_of(trained.transformer), tmp_path, transformer=trained.transformer)
+    adapter_files.write_peft(lora.adapter_of(trained.transformer), tmp_path, transformer=trained.transformer)
     with pytest.raises(LayerloopError, match=r"has rank 4 but recipe\.lora\.rank is 16: set recipe\.lora\.rank to 4"):
         lora.starting_adapter(policy.transformer, LoraRecipe(), tmp_path)
     with pytest.raises(LayerloopError, match=r"has weights for .*add_k_proj, which recipe\.lora\.targets leaves out"):
@@ -387,15 +387,15 @@ def two_adapters(base_recipe, shake, tmp_path):  # type: ignore[no-untyped-def]
         lora.put_adapter(policy.transformer, lora.new_adapter(policy.transformer, recipe, seed=index))
         shake(policy.transformer, seed=index)
         folders.append(tmp_path / f"part{index}")
-        lora.write_peft(lora.adapter_of(policy.transformer), folders[-1], transformer=policy.transformer)
+        adapter_files.write_peft(lora.adapter_of(policy.transformer), folders[-1], transformer=policy.transformer)
     return folders
 
 
 def test_a_merge_is_exactly_the_weighted_sum_of_the_updates(two_adapters, policy, condition) -> None:  # type: ignore[no-untyped-def]
     weights = (0.7, -0.3)
-    merged = lora.merge_adapters(list(zip(two_adapters, weights, strict=True)))
+    merged = adapters.merge_adapters(list(zip(two_adapters, weights, strict=True)))
     assert (merged.rank, merged.alpha) == (6, 6)
-    parts = [update_of(lora.read_adapter(folder)) for folder in two_adapters]
+    parts = [update_of(adapters.read_adapter(folder)) for folder in two_adapters]
     updates = update_of(merged)
     assert updates.keys() == parts[0].keys() | parts[1].keys()
     for module, update in updates.items():
@@ -407,20 +407,20 @@ def test_a_merge_is_exactly_the_weighted_sum_of_the_updates(two_adapters, policy
 
 def test_merging_one_adapter_with_weight_one_changes_no_output(two_adapters, base_recipe, condition) -> None:  # type: ignore[no-untyped-def]
     alone, merged = LayeredPolicy.load(base_recipe), LayeredPolicy.load(base_recipe)
-    lora.put_adapter(alone.transformer, lora.read_adapter(two_adapters[0]))
-    lora.put_adapter(merged.transformer, lora.merge_adapters([(two_adapters[0], 1.0)]))
+    lora.put_adapter(alone.transformer, adapters.read_adapter(two_adapters[0]))
+    lora.put_adapter(merged.transformer, adapters.merge_adapters([(two_adapters[0], 1.0)]))
     assert torch.allclose(output(alone, condition), output(merged, condition), atol=1e-6)
 
 
 def test_a_merge_of_a_given_rank_is_the_best_of_that_rank(two_adapters) -> None:  # type: ignore[no-untyped-def]
     parts = [(folder, 1.0) for folder in two_adapters]
-    exact, truncated = update_of(lora.merge_adapters(parts)), update_of(lora.merge_adapters(parts, rank=3))
+    exact, truncated = update_of(adapters.merge_adapters(parts)), update_of(adapters.merge_adapters(parts, rank=3))
     for module, update in exact.items():
         singular = torch.linalg.svdvals(update)
         assert float((update - truncated[module]).norm()) == pytest.approx(
             float(singular[3:].norm()), rel=1e-4, abs=1e-6
         )
-    same = update_of(lora.merge_adapters(parts, rank=6))
+    same = update_of(adapters.merge_adapters(parts, rank=6))
     assert all(torch.allclose(same[module], exact[module], atol=1e-6) for module in exact)
 
 
@@ -431,14 +431,14 @@ def test_merging_adapters_of_different_bases_is_refused(two_adapters, tmp_path) 
     with pytest.raises(
         LayerloopError, match=r"to_q is 8x8, another adapter's is 64x64: .*; merge adapters of one base"
     ):
-        lora.merge_adapters([(two_adapters[0], 1.0), (tmp_path / "other.safetensors", 1.0)])
+        adapters.merge_adapters([(two_adapters[0], 1.0), (tmp_path / "other.safetensors", 1.0)])
     with pytest.raises(LayerloopError, match="no adapters to merge"):
-        lora.merge_adapters([])
+        adapters.merge_adapters([])
 
 
 def test_a_written_merge_keeps_its_metadata(two_adapters, policy, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    merged = lora.merge_adapters([(folder, 0.5) for folder in two_adapters])
-    lora.write_diffusers(merged, tmp_path, transformer=policy.transformer)
+    merged = adapters.merge_adapters([(folder, 0.5) for folder in two_adapters])
+    adapter_files.write_diffusers(merged, tmp_path, transformer=policy.transformer)
     with safe_open(str(tmp_path / "pytorch_lora_weights.safetensors"), framework="pt") as file:
         config = json.loads(file.metadata()["lora_adapter_metadata"])
     assert config["transformer.r"] == 6 and config["transformer.peft_type"] == "LORA"
@@ -449,8 +449,8 @@ def test_the_merge_command_writes_both_layouts(two_adapters, policy, base_recipe
     assert merge.main([str(out), f"{two_adapters[0]}=0.5", str(two_adapters[1])]) == 0
     assert "rank 6" in capsys.readouterr().out
     other = LayeredPolicy.load(base_recipe)
-    lora.put_adapter(policy.transformer, lora.read_adapter(out / "peft"))
-    lora.put_adapter(other.transformer, lora.read_adapter(out))
+    lora.put_adapter(policy.transformer, adapters.read_adapter(out / "peft"))
+    lora.put_adapter(other.transformer, adapters.read_adapter(out))
     assert torch.equal(output(policy, condition), output(other, condition))
     assert lora.adapter_of(policy.transformer).rank == 6
 
@@ -483,7 +483,7 @@ def test_on_a_bfloat16_base_the_low_rank_product_is_added_before_rounding(base_r
     layer = policy.transformer.transformer_blocks[0].attn.to_q
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     with torch.no_grad():
-        a, b = layer.lora_A[lora.NAME].weight, layer.lora_B[lora.NAME].weight
+        a, b = layer.lora_A[adapters.NAME].weight, layer.lora_B[adapters.NAME].weight
         base = layer.base_layer(x).double()
         exact = base + 2 * x.double() @ a.double().T @ b.double().T
         found = layer(x)

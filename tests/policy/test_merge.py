@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerloop.components.policy import lora, merge
+from layerloop.components.policy import adapter_files, adapters, merge
 
 KEY = "transformer_blocks.0.attn.to_q"
 
@@ -23,7 +23,7 @@ def part(tmp_path: Path) -> Path:
         f"{KEY}.lora_A.weight": torch.randn(16, 512, generator=generator),
         f"{KEY}.lora_B.weight": torch.randn(512, 16, generator=generator),
     }
-    lora.write_peft(lora.Adapter(state, 16, 16), tmp_path / "part")
+    adapter_files.write_peft(adapters.Adapter(state, 16, 16), tmp_path / "part")
     return tmp_path / "part"
 
 
@@ -90,8 +90,8 @@ def test_what_a_killed_merge_left_is_in_nobodys_way(part, tmp_path, capsys) -> N
     assert merge.main([str(out), str(part)]) == 0
     assert files(out) == MERGED
     assert torch.equal(
-        lora.read_adapter(out / "peft").state[f"{KEY}.lora_A.weight"],
-        lora.read_adapter(part).state[f"{KEY}.lora_A.weight"],
+        adapters.read_adapter(out / "peft").state[f"{KEY}.lora_A.weight"],
+        adapters.read_adapter(part).state[f"{KEY}.lora_A.weight"],
     )
 
 
@@ -127,5 +127,5 @@ def test_the_output_of_a_merge_is_merged_again_as_it_stands(part, tmp_path) -> N
     assert merge.main([str(first), str(part)]) == 0
     assert merge.main([str(second), f"{first}=0.5"]) == 0
     assert files(second) == MERGED
-    once, twice = lora.read_adapter(first).state, lora.read_adapter(second / "peft").state
+    once, twice = adapters.read_adapter(first).state, adapters.read_adapter(second / "peft").state
     assert torch.equal(twice[f"{KEY}.lora_B.weight"], 0.5 * once[f"{KEY}.lora_B.weight"])

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from layerloop.components.policy.lora import adapter_of, new_adapter, put_adapter, write_peft
+from layerloop.components.policy.adapter_files import write_peft
+from layerloop.components.policy.lora import adapter_of, new_adapter, put_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.preflight import preflight
 from layerloop.components.schema.errors import LayerloopError

@@ -7,7 +7,7 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerloop.components.policy.loading import read_json
+from layerloop.components.policy.base_files import read_json
 from layerloop.components.policy.lora import new_adapter, put_adapter, target_modules, train_adapter
 from layerloop.components.policy.size import AdapterSize, Tokens, TransformerSize
 from layerloop.components.policy.tiny import tiny_folder

@@ -22,8 +22,9 @@ from layerloop.components.evaluate_adapter.assess import Comparisons
 from layerloop.components.evaluate_adapter.results import metrics_json
 from layerloop.components.evaluate_adapter.statistics import Comparison
 from layerloop.components.layers.columns import COLUMNS, quoted, title_of
+from layerloop.components.policy.adapter_files import write_layouts
 from layerloop.components.policy.adapters import read_adapter
-from layerloop.components.policy.lora import put_adapter, write_layouts
+from layerloop.components.policy.lora import put_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.publish_adapter.names import licence_of
 from layerloop.components.publish_adapter.step import run

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from layerloop.components.runtime.contract import StepResult, artifact_metadata, local_path, step_main
+from layerloop.components.runtime.contract import step_main
+from layerloop.components.runtime.outputs import StepResult, artifact_metadata, local_path
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.steps import STEPS
@@ -193,7 +194,7 @@ def test_the_pods_of_a_run_know_that_they_belong_together(
     """By the URIs of their artifacts, which every attempt at a task has in common."""
     monkeypatch.setenv("LAYERLOOP_RUN", "")  # so that it is removed afterwards
     monkeypatch.delenv("LAYERLOOP_RUN")
-    monkeypatch.setattr("layerloop.components.runtime.contract.local_path", lambda _: tmp_path / "out")
+    monkeypatch.setattr("layerloop.components.runtime.outputs.local_path", lambda _: tmp_path / "out")
     task = {"inputs": {"parameterValues": {"campaign": "c"}}}
     task |= {"outputs": {"artifacts": {"rollouts": {"artifacts": [{"name": "rollouts", "uri": uri}]}}}}
     assert step_main(run, argv=["--executor-input", json.dumps(task)]) == 0
@@ -445,7 +446,8 @@ def test_only_the_first_rank_of_a_torchrun_speaks(tmp_path: Path, monkeypatch: p
 
 
 STEP = """
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
+from layerloop.components.runtime.outputs import StepResult
 
 def run(*, campaign: str) -> StepResult:
     return StepResult()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from layerloop.components.runtime import ranks
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
 
@@ -56,7 +57,8 @@ def test_a_number_that_cannot_be_is_refused(value: str, monkeypatch: pytest.Monk
 
 STEP = """
 import os, signal, time
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.runtime.distributed import failing_together, process_group, rank
 from layerloop.components.schema.errors import UnavailableError
 

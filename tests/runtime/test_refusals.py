@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.contract import step_main
+from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.runtime.refusals import KEPT_SECONDS
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.storage.stores import open_store

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from layerloop.components.judge.client import Judge
+from layerloop.components.judge.endpoint import Endpoint
 from layerloop.components.schema.errors import UnavailableError
 from layerloop.components.score_rollouts import ahead as limits
 from layerloop.components.score_rollouts.ahead import Ahead, Arrivals
@@ -127,10 +127,10 @@ def test_a_judge_that_is_gone_while_groups_are_missing_ends_the_step(
     late = LateGroup(campaign, replies=1000)
     late.sampled(range(SIZE))
 
-    async def gone(judge: Judge) -> bool:
+    async def gone(endpoint: Endpoint) -> bool:
         return False
 
-    monkeypatch.setattr(Judge, "_is_alive", gone)
+    monkeypatch.setattr(Endpoint, "is_alive", gone)
     with meddling_judge() as judge, ThreadPoolExecutor() as pool:
         judge.change = lambda body, number, text: None  # it fails
         judged = pool.submit(run, late, campaign=campaign.uri, judge_url=judge.url)

@@ -9,8 +9,9 @@ import pytest
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe, parse_recipe
+from layerloop.components.shard_dataset.recipe_choice import choose_recipe, read_recipe
 from layerloop.components.shard_dataset.run_target import RunTarget, refuse_ephemeral_folder
-from layerloop.components.shard_dataset.step import choose_recipe, read_recipe, run
+from layerloop.components.shard_dataset.step import run
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.manifests import commit
 from layerloop.components.storage.stores import open_store

@@ -29,7 +29,8 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.schema.record import seal
 from layerloop.components.schema.runtime import merged
-from layerloop.components.shard_dataset.step import hold_out, read_recipe, run
+from layerloop.components.shard_dataset.recipe_choice import read_recipe
+from layerloop.components.shard_dataset.step import hold_out, run
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.images import decode_png
 from layerloop.components.storage.manifests import read_file

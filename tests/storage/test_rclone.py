@@ -96,7 +96,7 @@ def test_a_committer_that_stopped_in_the_middle_replaces_the_manifest_but_destro
 
 
 def test_a_bid_of_a_creator_that_died_does_not_block(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layerloop.components.storage.s3._BID_EXPIRES", 1.0)
+    monkeypatch.setattr("layerloop.components.storage.bids.BID_EXPIRES", 1.0)
     store.write(f"{NAME}.bid-{'0' * 16}", b"dead")
     time.sleep(1.5)
     assert store.create(NAME, b"alive") and store.read(NAME) == b"alive"

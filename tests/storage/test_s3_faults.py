@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
-from layerloop.components.storage import s3, s3_client, s3_pace
+from layerloop.components.storage import s3, s3_client, s3_pace, s3_requests
 from layerloop.components.storage.stores import MissingObjectError, Store, open_store
 
 Spoil = Callable[["Proxy"], bool]  # whether it has answered the request itself
@@ -100,7 +100,7 @@ def faulty(proxy: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> FaultyServer
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
     monkeypatch.setattr(s3, "_ignores_conditions", {})
     monkeypatch.setattr(s3, "_other_etags", set())
-    monkeypatch.setattr(s3, "_answered", set())
+    monkeypatch.setattr(s3_requests, "_answered", set())
     monkeypatch.setattr(s3_client.checksums(f"http://127.0.0.1:{proxy.server_port}"), "compares_crc32", None)
     return proxy
 
@@ -660,7 +660,7 @@ def test_an_outage_that_all_workers_meet_at_once_is_waited_for(faulty: FaultySer
 def test_a_store_that_goes_away_for_good_ends_the_wait(
     faulty: FaultyServer, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "PATIENCE", 1.0)
+    monkeypatch.setattr(s3_requests, "PATIENCE", 1.0)
     monkeypatch.setattr(s3_client, "ATTEMPTS", 1)
     s3_client._new_client.cache_clear()
     again = open_store(store.uri)
@@ -697,7 +697,7 @@ def test_a_store_that_answers_a_byte_at_a_time_is_given_up(
     """An object, a listing, and an object into a file, none of which is ever silent for long."""
     store.write("x", b"payload")
     monkeypatch.setattr(s3_pace, "WINDOW", 0.05)
-    monkeypatch.setattr(s3, "PATIENCE", 0.0)
+    monkeypatch.setattr(s3_requests, "PATIENCE", 0.0)
     monkeypatch.setattr(s3_client, "ATTEMPTS", 0)
     s3_client._new_client.cache_clear()
     slow = open_store(store.uri)
@@ -745,7 +745,7 @@ def test_a_store_that_takes_a_byte_at_a_time_is_given_up(
         monkeypatch.setattr(s3_pace, "WINDOW", 0.2)
         monkeypatch.setattr(s3_pace, "RATE", 50e6)
         monkeypatch.setattr(s3_client, "ATTEMPTS", 0)
-        monkeypatch.setattr(s3, "PATIENCE", 0.0)
+        monkeypatch.setattr(s3_requests, "PATIENCE", 0.0)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         with pytest.raises(UnavailableError, match=r"is too slow at http://127.0.0.1:\d+ \(\d+ bytes in "):
             open_store(s3_bucket).upload("x", tmp_path / "file")

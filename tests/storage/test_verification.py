@@ -13,10 +13,11 @@ import pytest
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import MANIFEST, Campaign
+from layerloop.components.storage.findings import Findings
 from layerloop.components.storage.lease import Timing, hold
 from layerloop.components.storage.manifests import add_file, add_folder, place_files, read_file
 from layerloop.components.storage.rollouts import read_groups, rollouts_sha256
-from layerloop.components.storage.verification import Findings, repair_campaign, verify_campaign
+from layerloop.components.storage.verification import repair_campaign, verify_campaign
 from layerloop.pipelines.cli import main
 
 from ..campaigns import CampaignBuilder, drawn_group
