@@ -188,7 +188,7 @@ class Cluster(Record):
         for field in ("steps", "timeout_hours"):
             for step in getattr(self, field):
                 if step not in STEPS:
-                    raise ValueError(f"cluster.{field}.{step} is no step: choose of {', '.join(STEPS)}")
+                    raise ValueError(f"cluster.{field}.{step} is not a step: choose of {', '.join(STEPS)}")
         for step in STEPS:
             if self.gpus_of(step) > self.node_gpus:
                 raise ValueError(self._too_many_gpus(step))
@@ -342,7 +342,7 @@ def read_cluster(path: str | Path) -> Cluster:
     except OSError as error:
         raise LayerloopError(f"cluster file {path} cannot be read ({error.strerror}): name a YAML file") from None
     if not isinstance(value or {}, dict):
-        raise LayerloopError(f"cluster file {path} is no mapping: start from manifests/cluster.example.yaml")
+        raise LayerloopError(f"cluster file {path} is not a mapping: start from manifests/cluster.example.yaml")
     cluster = validate(Cluster, value or {}, where="cluster")
     for name, image in cluster.images.model_dump().items():
         if not DIGEST.match(image):

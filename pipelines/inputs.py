@@ -86,18 +86,18 @@ def _changed(text: str, changes: Sequence[str]) -> tuple[str, dict[str, Any]]:
         path = re.sub(r"^(recipe|runtime)\.", "", path)  # as messages write it
         keys = path.split(".")
         if not separator or not keys[-1]:
-            raise LayerloopError(f"--set {change!r} is no change: write it as judge.model=name")
+            raise LayerloopError(f"--set {change!r} is not a change: write it as judge.model=name")
         name = runtime_key(*keys[:2]) if len(keys) > 1 else None
         *sections, key = [keys[0], name, *keys[2:]] if name else keys
         section_values: Any = runtime if name else recipe
         for section in sections:
             section_values = section_values.setdefault(section, {})
             if not isinstance(section_values, dict):
-                raise LayerloopError(f"--set {path}: recipe.{section} is no section of the recipe")
+                raise LayerloopError(f"--set {path}: recipe.{section} is not a section of the recipe")
         try:
             section_values[key] = _value_of(keys, value)
         except yaml.YAMLError:
-            raise LayerloopError(f"--set {path}: {value!r} is no YAML value: quote it") from None
+            raise LayerloopError(f"--set {path}: {value!r} is not a YAML value: quote it") from None
     recipe, found = split_runtime(recipe)  # of a change such as judge={...}
     if recipe != yaml.safe_load(text):
         text = yaml.safe_dump(recipe, sort_keys=False)
@@ -115,11 +115,11 @@ def plan_assumptions(changes: Sequence[str]) -> tuple[Assumptions, list[str]]:
     for change in ours:
         key, separator, value = change.removeprefix("plan.").partition("=")
         if not separator:
-            raise LayerloopError(f"--set {change!r} is no change: write it as plan.tflops=600")
+            raise LayerloopError(f"--set {change!r} is not a change: write it as plan.tflops=600")
         try:
             values[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise LayerloopError(f"--set plan.{key}: {value!r} is no YAML value: quote it") from None
+            raise LayerloopError(f"--set plan.{key}: {value!r} is not a YAML value: quote it") from None
     return validate(Assumptions, values, where="plan"), [change for change in changes if change not in ours]
 
 

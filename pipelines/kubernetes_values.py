@@ -29,7 +29,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 def _cpu(value: Any) -> Any:
     text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
     if isinstance(text, str) and not ((match := CPU.fullmatch(text)) and float(match["number"]) > 0):
-        raise ValueError(f"{text!r} is no number of CPUs: write 8, 0.5 or 500m")
+        raise ValueError(f"{text!r} is not a number of CPUs: write 8, 0.5 or 500m")
     return text
 
 
@@ -39,7 +39,7 @@ def _memory(value: Any) -> Any:
         return text
     match = MEMORY.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no quantity of Kubernetes: write a whole number with a unit, such as 96Gi")
+        raise ValueError(f"{text!r} is not a Kubernetes quantity: write a whole number with a unit, such as 96Gi")
     if int(match["number"]) * _BYTES[match["unit"]] < 16 * 2**20:
         raise ValueError(f"{text!r} is {int(match['number']) * _BYTES[match['unit']]} bytes: write 96Gi for gibibytes")
     return text
@@ -56,16 +56,19 @@ def _matching(pattern: re.Pattern[str], remedy: str) -> Callable[[Any], Any]:
 
 Cpu = Annotated[str, BeforeValidator(_cpu)]
 Memory = Annotated[str, BeforeValidator(_memory)]  # bytes, as kfp takes them: whole numbers
-Name = Annotated[str, BeforeValidator(_matching(_NAME, "names no Kubernetes object: use a-z, 0-9 and -, or null"))]
+Name = Annotated[str, BeforeValidator(_matching(_NAME, "is not a Kubernetes name: use a-z, 0-9 and -, or null"))]
 Queue = Annotated[Name, AfterValidator(_matching(_LABEL, "is longer than a label's value: 63 characters at most"))]
-LabelKey = Annotated[str, AfterValidator(_matching(_LABEL_KEY, "is no key of a label: write name or domain/name"))]
-Label = Annotated[str, AfterValidator(_matching(_LABEL, "is no value of a label: at most 63 of A-Za-z0-9-_."))]
-Gpu = Annotated[str, AfterValidator(_matching(_RESOURCE, "is no extended resource: write it as nvidia.com/gpu"))]
-Api = Annotated[str, AfterValidator(_matching(re.compile(r"https?://[^\s/]+\S*"), "is no URL: write http://host:8888"))]
-Root = Annotated[
-    str, AfterValidator(_matching(re.compile(r"(s3|minio|gs)://[^\s/]+\S*"), "is no bucket: write s3://bucket/prefix"))
+LabelKey = Annotated[str, AfterValidator(_matching(_LABEL_KEY, "is not a label key: write name or domain/name"))]
+Label = Annotated[str, AfterValidator(_matching(_LABEL, "is not a label value: at most 63 of A-Za-z0-9-_."))]
+Gpu = Annotated[str, AfterValidator(_matching(_RESOURCE, "is not an extended resource: write it as nvidia.com/gpu"))]
+Api = Annotated[
+    str, AfterValidator(_matching(re.compile(r"https?://[^\s/]+\S*"), "is not a URL: write http://host:8888"))
 ]
-Variable = Annotated[str, AfterValidator(_matching(_VARIABLE, "is no name of a variable: use A-Z, 0-9 and _"))]
+Root = Annotated[
+    str,
+    AfterValidator(_matching(re.compile(r"(s3|minio|gs)://[^\s/]+\S*"), "is not a bucket: write s3://bucket/prefix")),
+]
+Variable = Annotated[str, AfterValidator(_matching(_VARIABLE, "is not a variable name: use A-Z, 0-9 and _"))]
 Hours = Annotated[float, Field(ge=1 / 60, le=8760)]
 Gpus = Annotated[int, Field(ge=0)]
 Labels = dict[LabelKey, Label]

@@ -100,7 +100,7 @@ def run_pipeline(
 
     Raises:
         StepFailed: a step failed; the message carries its own error line and names its log.
-        LayerloopError: the package is no compiled pipeline; a parameter is unknown or missing.
+        LayerloopError: the package is not a compiled pipeline; a parameter is unknown or missing.
     """
     spec = read_spec(package)
     check_parameters(spec, arguments)

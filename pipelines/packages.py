@@ -73,7 +73,7 @@ def read_spec(package: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         spec = None
     if not is_spec(spec):
-        raise LayerloopError(f"{package} is no compiled pipeline: make one with `layerloop compile`")
+        raise LayerloopError(f"{package} is not a compiled pipeline: make one with `layerloop compile`")
     return spec
 
 

@@ -54,7 +54,7 @@ def find_pipeline(api: KfpApi, text: str) -> Pipeline:
             spec = stored.get("pipeline_spec") or stored  # with a platform spec, or alone
             reference = {"pipeline_id": found, "pipeline_version_id": version["pipeline_version_id"]}
             if not is_spec(spec):
-                raise LayerloopError(f"{name}@{known[-1]} is no pipeline of KFP's version 2: name another")
+                raise LayerloopError(f"{name}@{known[-1]} is not a pipeline of KFP's version 2: name another")
             return Pipeline(
                 str(spec["pipelineInfo"]["name"]),
                 spec,

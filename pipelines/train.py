@@ -11,7 +11,7 @@ exactly at its target.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from kfp import dsl
@@ -41,6 +41,7 @@ class Updated(NamedTuple):
 
 
 EVALUATE = ("end", "every-run", "never")
+Apply = Callable[[str, dsl.PipelineTask], dsl.PipelineTask]  # gives a task of a step its image, resources and so on
 
 
 def container_tasks(iterations: int, workers: int, evaluate: str = "end", resident: bool = False) -> int:
@@ -88,89 +89,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         cluster = with_evaluation_deadline(cluster, recipe)
     apply, free = cluster.apply, dict(runtime or {})
 
-    # A sub-pipeline needs at least one parameter: without one, kfp.local 2.17 finds no artifact inputs.
-    @dsl.pipeline(name="iteration")
-    def iteration(
-        campaign: str,
-        judge_url: str,
-        until: int,
-        sources: Input[Dataset],
-        policy: Input[Model],
-        runtime: dict[str, Any],
-    ) -> Updated:
-        with dsl.ParallelFor(items=list(range(workers)), name="workers") as worker:
-            rollouts = generate_rollouts(
-                campaign=campaign,
-                worker=worker,
-                workers=workers,
-                until=until,
-                sources=sources,
-                policy=policy,
-                runtime=runtime,
-            )
-            apply("generate_rollouts", rollouts)
-        scores = score_rollouts(
-            campaign=campaign,
-            judge_url=judge_url,
-            until=until,
-            rollouts=dsl.Collected(rollouts.outputs["rollouts"]),
-            runtime=runtime,
-        )
-        apply("score_rollouts", scores)
-        update = update_lora(
-            campaign=campaign, until=until, scores=scores.outputs["scores"], previous=policy, runtime=runtime
-        )
-        apply("update_lora", update)
-        return Updated(policy=update.outputs["policy"])
-
-    # A sub-pipeline of its own because kfp.local 2.17 finds what a condition compares among a pipeline's parameters
-    # and not among the outputs of its tasks: it would take such a condition for false.
-    @dsl.pipeline(name="remaining-work")
-    def remaining_work(
-        campaign: str,
-        judge_url: str,
-        publish_as: str,
-        until: int,
-        left: str,
-        sources: Input[Dataset],
-        policy: Input[Model],
-        runtime: dict[str, Any],
-    ) -> None:
-        with dsl.If(left != "nothing", name="not at the target"):
-            if resident:
-                stretch = train_stretch(
-                    campaign=campaign,
-                    iterations=iterations,
-                    judge_url=judge_url,
-                    until=until,
-                    sources=sources,
-                    previous=policy,
-                    runtime=runtime,
-                )
-                apply("train_stretch", stretch)
-                policy = stretch.outputs["policy"]
-            for number in () if resident else range(1, iterations + 1):
-                step = iteration(
-                    campaign=campaign,
-                    judge_url=judge_url,
-                    until=until,
-                    sources=sources,
-                    policy=policy,
-                    runtime=runtime,
-                )
-                step.set_display_name(f"iteration {number} of this run")  # the campaign's number is in the artifacts
-                policy = step.outputs["policy"]
-            ends = dsl.If(left == "everything", name="no iteration is left before the target")
-            with ends if evaluate == "end" else contextlib.nullcontext():
-                made = {}
-                if evaluate != "never":
-                    evaluation = evaluate_adapter(campaign=campaign, sources=sources, policy=policy, runtime=runtime)
-                    apply("evaluate_adapter", evaluation)
-                    made = {"evaluation": evaluation.outputs["evaluation"]}
-                publish = publish_adapter(
-                    campaign=campaign, publish_as=publish_as, policy=policy, runtime=runtime, **made
-                )
-                apply("publish_adapter", publish)
+    remaining_work = _remaining_work(iterations, workers, evaluate, resident, apply)
 
     @dsl.pipeline(
         name="layerloop-train",
@@ -238,6 +157,105 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         work.set_display_name("remaining work")
 
     return train
+
+
+def _iteration(workers: int, apply: Apply):  # type: ignore[no-untyped-def]
+    """The sub-pipeline of one iteration by `workers` pods."""
+
+    # A sub-pipeline needs at least one parameter: without one, kfp.local 2.17 finds no artifact inputs.
+    @dsl.pipeline(name="iteration")
+    def iteration(
+        campaign: str,
+        judge_url: str,
+        until: int,
+        sources: Input[Dataset],
+        policy: Input[Model],
+        runtime: dict[str, Any],
+    ) -> Updated:
+        with dsl.ParallelFor(items=list(range(workers)), name="workers") as worker:
+            rollouts = generate_rollouts(
+                campaign=campaign,
+                worker=worker,
+                workers=workers,
+                until=until,
+                sources=sources,
+                policy=policy,
+                runtime=runtime,
+            )
+            apply("generate_rollouts", rollouts)
+        scores = score_rollouts(
+            campaign=campaign,
+            judge_url=judge_url,
+            until=until,
+            rollouts=dsl.Collected(rollouts.outputs["rollouts"]),
+            runtime=runtime,
+        )
+        apply("score_rollouts", scores)
+        update = update_lora(
+            campaign=campaign, until=until, scores=scores.outputs["scores"], previous=policy, runtime=runtime
+        )
+        apply("update_lora", update)
+        return Updated(policy=update.outputs["policy"])
+
+    return iteration
+
+
+def _remaining_work(  # type: ignore[no-untyped-def]
+    iterations: int, workers: int, evaluate: str, resident: bool, apply: Apply
+):
+    """The sub-pipeline of what is left after the sources: iterations, evaluation, publication."""
+    iteration = _iteration(workers, apply)
+
+    # A sub-pipeline of its own because kfp.local 2.17 finds what a condition compares among a pipeline's parameters
+    # and not among the outputs of its tasks: it would take such a condition for false.
+    @dsl.pipeline(name="remaining-work")
+    def remaining_work(
+        campaign: str,
+        judge_url: str,
+        publish_as: str,
+        until: int,
+        left: str,
+        sources: Input[Dataset],
+        policy: Input[Model],
+        runtime: dict[str, Any],
+    ) -> None:
+        with dsl.If(left != "nothing", name="not at the target"):
+            if resident:
+                stretch = train_stretch(
+                    campaign=campaign,
+                    iterations=iterations,
+                    judge_url=judge_url,
+                    until=until,
+                    sources=sources,
+                    previous=policy,
+                    runtime=runtime,
+                )
+                apply("train_stretch", stretch)
+                policy = stretch.outputs["policy"]
+            for number in () if resident else range(1, iterations + 1):
+                step = iteration(
+                    campaign=campaign,
+                    judge_url=judge_url,
+                    until=until,
+                    sources=sources,
+                    policy=policy,
+                    runtime=runtime,
+                )
+                step.set_display_name(f"iteration {number} of this run")  # the campaign's number is in the artifacts
+                policy = step.outputs["policy"]
+            ends = dsl.If(left == "everything", name="no iteration is left before the target")
+            with ends if evaluate == "end" else contextlib.nullcontext():
+                made = {}
+                if evaluate != "never":
+                    evaluation = evaluate_adapter(campaign=campaign, sources=sources, policy=policy, runtime=runtime)
+                    apply("evaluate_adapter", evaluation)
+                    made = {"evaluation": evaluation.outputs["evaluation"]}
+                publish = publish_adapter(
+                    campaign=campaign, publish_as=publish_as, policy=policy, runtime=runtime, **made
+                )
+                apply("publish_adapter", publish)
+
+    return remaining_work
 
 
 def _with_stretch_deadline(cluster: Cluster, iterations: int) -> Cluster:

@@ -135,7 +135,6 @@ KFP = "its parameters are those of the Kubeflow task"
 LARGER = {  # file: {function: why it may exceed}
     **{f"components/{step}/component.py": {step: KFP} for step in STEPS},
     "components/shard_dataset/step.py": {"run": KFP},
-    "components/policy/tiny.py": {"build_tiny_pipeline": "independent sizes of one model, each with a default"},
     "pipelines/cli.py": {"build_parser": "one list of flags"},
     "pipelines/evaluate.py": {
         "evaluate_pipeline": "kfp compiles the function inside it",
@@ -176,6 +175,15 @@ def test_functions_are_short_and_take_few_parameters() -> None:
                 if lines > LINES or parameters > PARAMETERS:
                     found.append(f"{file}:{node.lineno} {node.name}: {lines} lines, {parameters} parameters")
     assert not found, "\n".join(found)
+
+
+def test_what_may_be_larger_is() -> None:
+    """But for declarations of steps, some of which have few parameters."""
+    for file, names in LARGER.items():
+        nodes = ast.walk(ast.parse((ROOT / file).read_text()))
+        found = {n.name: size_of(n) for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)}
+        small = {name for name in names if found[name][0] <= LINES and found[name][1] <= PARAMETERS}
+        assert not small or file.endswith("/component.py"), f"no longer of LARGER: {file} {small}"
 
 
 def test_the_size_of_a_function_is_counted_without_docstring_and_self() -> None:
@@ -272,7 +280,6 @@ BANNED = {
 }
 BANNED_ALLOWED = {  # file: names
     "components/layers/columns.py": {"place"},  # where a measure is quoted
-    **{f"pipelines/{name}.py": {"place"} for name in ("cluster", "evaluate", "inputs", "train")},
 }
 
 

@@ -171,18 +171,17 @@ def test_the_schedules_of_an_overlay_are_what_the_command_takes(overlay: str, tm
 
 
 def test_jobs_that_talk_to_kfp_know_their_namespace_and_have_a_token_that_is_renewed() -> None:
-    for name, template in pods(everything()):
-        for container in template["spec"]["containers"]:
-            if "submit" not in container["image"]:
-                continue
-            environment = {variable["name"]: variable for variable in container["env"]}
-            where = environment["KFP_NAMESPACE"]["valueFrom"]["fieldRef"]["fieldPath"]
-            assert where == "metadata.namespace", name
-            assert container["volumeMounts"][-1]["mountPath"] + "/token" == MOUNTED_TOKEN
-            (token,) = [v for v in template["spec"]["volumes"] if v["name"] == "token"]
-            source = token["projected"]["sources"][0]["serviceAccountToken"]
-            assert (source["path"], source["audience"]) == ("token", "pipelines.kubeflow.org")
-            assert "--namespace" not in str(container["command"])
+    found = [(name, t, c) for name, t in pods(everything()) for c in t["spec"]["containers"] if "submit" in c["image"]]
+    assert {name for name, _, _ in found} == {"CronJob/layerloop-schedules"}
+    for name, template, container in found:
+        environment = {variable["name"]: variable for variable in container["env"]}
+        where = environment["KFP_NAMESPACE"]["valueFrom"]["fieldRef"]["fieldPath"]
+        assert where == "metadata.namespace", name
+        assert container["volumeMounts"][-1]["mountPath"] + "/token" == MOUNTED_TOKEN
+        (token,) = [v for v in template["spec"]["volumes"] if v["name"] == "token"]
+        source = token["projected"]["sources"][0]["serviceAccountToken"]
+        assert (source["path"], source["audience"]) == ("token", "pipelines.kubeflow.org")
+        assert "--namespace" not in str(container["command"])
 
 
 def test_the_step_that_ends_a_chain_can_have_a_token_where_it_looks_for_it() -> None:
@@ -229,10 +228,9 @@ def test_a_judge_is_reached_from_its_namespace_and_from_labelled_ones(name: str)
 
 
 def test_a_judge_that_downloads_its_weights_is_not_given_up_before_its_startup_probe() -> None:
-    for resource in rendered(MANIFESTS / "judge"):
-        if resource["kind"] == "Deployment":
-            probe = resource["spec"]["template"]["spec"]["containers"][0]["startupProbe"]
-            assert resource["spec"]["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
+    (judge,) = [resource for resource in rendered(MANIFESTS / "judge") if resource["kind"] == "Deployment"]
+    probe = judge["spec"]["template"]["spec"]["containers"][0]["startupProbe"]
+    assert judge["spec"]["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
 
 
 def test_pods_run_without_root_and_without_privileges() -> None:

@@ -92,7 +92,7 @@ def explanation(error: Any, bucket: str) -> str:
         case "405" | "501" | "MethodNotAllowed" | "NotImplemented":
             return f"the server does not know this call ({code}): is AWS_ENDPOINT_URL the address of an S3 store?"
         case _ if code.isdigit():
-            return f"the server answered {code}: see its log, or correct AWS_ENDPOINT_URL where it is no S3 store"
+            return f"the server answered {code}: see its log, or correct AWS_ENDPOINT_URL where it is not an S3 store"
         case _:
             return f"the store answered {code or 'an error without a code'}: see its own log"
 
@@ -106,7 +106,7 @@ def no_answer(error: Exception, where: str) -> str:
     if slow := next((one for one in _causes(error) if isinstance(one, TooSlowError)), None):
         return f"is too slow at {where} ({slow}): see to the store, the network and what is between, and run it again"
     if isinstance(error, ResponseParserError):
-        return f"is no S3 store at {where} ({kind}): correct AWS_ENDPOINT_URL"
+        return f"is not an S3 store at {where} ({kind}): correct AWS_ENDPOINT_URL"
     if isinstance(error, SSLError):
         return f"cannot be trusted at {where} ({kind}): set AWS_CA_BUNDLE to its CA's certificate, or correct the URL"
     return f"does not answer at {where} ({kind}): check AWS_ENDPOINT_URL and the network"

@@ -44,7 +44,7 @@ def import_campaign(folder: str, uri: str, *, log: Log) -> None:
     export = open_store(folder)
     if not export.exists(README):
         raise LayerloopError(
-            f"{export.uri} has no {README}: it is no export, or one that was interrupted, export again"
+            f"{export.uri} has no {README}: it is not an export, or one that was interrupted, export again"
         )
     copy_campaign(Campaign.open(folder), uri, log=log)
 

@@ -20,7 +20,8 @@ from layerloop.components.evaluate_adapter.decompose import read_decompositions
 from layerloop.components.evaluate_adapter.report import standalone
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.layers.measure import DEFINITIONS, measure_all
-from layerloop.components.policy.lora import put_adapter, read_adapter
+from layerloop.components.policy.adapters import read_adapter
+from layerloop.components.policy.lora import put_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.policy.sampling import Plan, rollout
 from layerloop.components.schema.errors import LayerloopError
@@ -187,9 +188,10 @@ def test_metrics_explain_themselves(evaluated: Evaluated) -> None:
 
 
 def test_sheets_are_pictures_that_open(evaluated: Evaluated) -> None:
-    for file in evaluated.manifest.files:
-        if "/sheets/" in file.name:
-            assert Image.open(io.BytesIO(read_file(evaluated.lab.store, file))).width > 600
+    sheets = [file for file in evaluated.manifest.files if "/sheets/" in file.name]
+    assert sheets
+    for file in sheets:
+        assert Image.open(io.BytesIO(read_file(evaluated.lab.store, file))).width > 600
 
 
 def test_the_command_on_s3_prints_its_metrics(make_lab: MakeLab, s3_bucket: str) -> None:
@@ -203,7 +205,7 @@ def test_the_command_on_s3_prints_its_metrics(make_lab: MakeLab, s3_bucket: str)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["metrics"]["designs_bad_layers_base"] >= 0
+    assert "designs_bad_layers_base" in json.loads(done.stdout)["metrics"]
     assert lab.store.exists("evaluations/iteration-000001/manifest.json")
 
 

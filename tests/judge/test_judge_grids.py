@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import zlib
 
 import numpy as np
@@ -115,5 +116,7 @@ def test_grids_cover_all_and_are_connected(count: int, rows: int, overlap: int) 
 
 def test_the_pixel_budget_bounds_the_rows() -> None:
     rows = rows_within(1e6, columns=5, height=160, width=160, at_most=12)
-    assert Layout(rows, 5, 160, 160).size[0] * Layout(rows, 5, 160, 160).size[1] <= 1e6
+    used, more = (math.prod(Layout(count, 5, 160, 160).size) for count in (rows, rows + 1))
+    assert used <= 1e6 < more
+    assert rows_within(1e9, columns=5, height=160, width=160, at_most=12) == 12
     assert rows_within(1.0, columns=5, height=160, width=160, at_most=12) == 2

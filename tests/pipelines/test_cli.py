@@ -110,9 +110,9 @@ def test_a_change_of_a_recipe_is_made_and_checked() -> None:
 @pytest.mark.parametrize(
     "change, line",
     [
-        ("judge.model", "is no change: write it as judge.model=name"),
-        ("name.x=1", "recipe.name is no section"),
-        ("rollout.groups=[", "is no YAML value"),
+        ("judge.model", "is not a change: write it as judge.model=name"),
+        ("name.x=1", "recipe.name is not a section"),
+        ("rollout.groups=[", "is not a YAML value"),
         ("rollout.group=3", "recipe.rollout.group is not a known key: did you mean 'groups'"),
     ],
 )

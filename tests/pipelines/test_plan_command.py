@@ -224,7 +224,7 @@ def test_what_is_no_assumption_is_refused_in_one_line(capsys: pytest.CaptureFixt
     assert main(["plan", "paper", "--set", "plan.tflops=0"]) == 2
     assert "plan.tflops is 0" in capsys.readouterr().err
     assert main(["plan", "paper", "--workers", "0"]) == 2
-    with pytest.raises(LayerloopError, match="is no change"):
+    with pytest.raises(LayerloopError, match="is not a change"):
         plan_assumptions(["plan.tflops"])
     assumed, rest = plan_assumptions(["plan.tflops=600", "rollout.steps=8"])
     assert (assumed.tflops, rest) == (600.0, ["rollout.steps=8"])

@@ -40,7 +40,7 @@ def test_wrong_parameters_are_refused_before_anything_is_sent(package: Path, giv
 @pytest.mark.parametrize("text", ["", "a: 1", "- 1", "{", "\x00"])
 def test_another_file_is_no_pipeline(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(LayerloopError, match="x.yaml is no compiled pipeline: make one with `layerloop compile`"):
+    with pytest.raises(LayerloopError, match="x.yaml is not a compiled pipeline: make one with `layerloop compile`"):
         read_package(tmp_path / "x.yaml")
 
 
@@ -96,7 +96,7 @@ def test_a_name_alone_is_the_latest_version_though_it_is_on_another_page(
     [
         ("other", "other is neither a file nor a pipeline that is registered"),
         ("work@none", "pipeline work has no version none: known are work-"),
-        ("missing.yaml", "missing.yaml is no compiled pipeline"),
+        ("missing.yaml", "missing.yaml is not a compiled pipeline"),
     ],
 )
 def test_what_is_not_there_is_one_line(kfp_api: Any, package: Path, name: str, line: str) -> None:
@@ -110,7 +110,7 @@ def test_a_pipeline_of_kfps_version_1_is_one_line(kfp_api: Any, package: Path) -
     api = connect(kfp_api.url)
     upload(api, package)
     kfp_api.versions["version-0"]["pipeline_spec"] = {"kind": "Workflow", "apiVersion": "argoproj.io/v1alpha1"}
-    with pytest.raises(LayerloopError, match=r"work@work-\w+ is no pipeline of KFP's version 2: name another"):
+    with pytest.raises(LayerloopError, match=r"work@work-\w+ is not a pipeline of KFP's version 2: name another"):
         find_pipeline(api, "work")
 
 

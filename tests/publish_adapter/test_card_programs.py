@@ -130,18 +130,21 @@ class Opened:
 
 
 @pytest.mark.parametrize(
-    ("base", "line"),
+    ("base", "name", "known"),
     [
-        ("Qwen/Qwen-Image-Layered", 'base = "Qwen/Qwen-Image-Layered"\n'),
-        ("hf://me/mine", 'base = "me/mine"\n'),
-        ("/hub/models--me--mine/snapshots/abc", 'base = "me/mine"\n'),
-        ("s3://secret-bucket/base", 'base = "Qwen/Qwen-Image-Layered"  # or the folder of the base'),
-        ("/home/me/base", 'base = "Qwen/Qwen-Image-Layered"  # or the folder of the base'),
+        ("Qwen/Qwen-Image-Layered", "Qwen/Qwen-Image-Layered", True),
+        ("hf://me/mine", "me/mine", True),
+        ("/hub/models--me--mine/snapshots/abc", "me/mine", True),
+        ("s3://secret-bucket/base", "Qwen/Qwen-Image-Layered", False),
+        ("/home/me/base", "Qwen/Qwen-Image-Layered", False),
     ],
 )
-def test_a_base_is_named_as_the_hub_names_it(base: str, line: str) -> None:
-    for code in programs(Recipe.model_validate({"name": "r", "model": {"base": base}}), steps=20).values():
-        assert line in code or "ModelRecipe(base=" in code
+def test_a_base_is_named_as_the_hub_names_it(base: str, name: str, known: bool) -> None:
+    codes = programs(Recipe.model_validate({"name": "r", "model": {"base": base}}), steps=20)
+    assert f'ModelRecipe(base="{name}", ' in codes["layerloop"]
+    line = f'base = "{name}"' + ("\n" if known else "  # or the folder of the base")
+    assert line in codes["diffusers"] and line in codes["peft"]
+    for code in codes.values():
         assert "secret-bucket" not in code and "/home" not in code and "/hub" not in code
         compile(code, "card", "exec")
 

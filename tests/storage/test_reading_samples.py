@@ -133,13 +133,13 @@ def test_a_damaged_object_is_not_exported(tmp_path: Path) -> None:
     lab.store.write(name, bytes(data))
     with pytest.raises(LayerloopError, match="its manifest says"):
         export_campaign(lab.campaign, str(tmp_path / "export"), log=quiet)
-    with pytest.raises(LayerloopError, match="it is no export, or one that was interrupted"):
+    with pytest.raises(LayerloopError, match="it is not an export, or one that was interrupted"):
         import_campaign(str(tmp_path / "export"), str(tmp_path / "back"), log=quiet)
 
 
 def test_an_export_that_was_interrupted_is_not_imported(tmp_path: Path) -> None:
     lab = fill(str(tmp_path / "c"), 1)
-    with pytest.raises(LayerloopError, match="it is no export, or one that was interrupted"):
+    with pytest.raises(LayerloopError, match="it is not an export, or one that was interrupted"):
         import_campaign(lab.uri, str(tmp_path / "back"), log=quiet)
 
 
@@ -159,7 +159,7 @@ def test_an_export_that_was_killed_at_its_first_request_or_while_it_wrote_goes_o
     target.write(f"{PROBE}0123", b"")
     if isinstance(target, LocalStore):
         (target.root / half).write_bytes(b"half")
-    with pytest.raises(LayerloopError, match="it is no export, or one that was interrupted, export again"):
+    with pytest.raises(LayerloopError, match="it is not an export, or one that was interrupted, export again"):
         import_campaign(store_uri, str(tmp_path / "back"), log=quiet)
     export_campaign(campaign, store_uri, log=quiet)
     found = verify_campaign(Campaign.open(store_uri), log=quiet)

@@ -247,7 +247,7 @@ def test_a_body_that_breaks_off_is_fetched_again(faulty: FaultyServer, store: St
         (403, "RequestTimeTooSkewed", "this machine's clock is off by 20 minutes (RequestTimeTooSkewed): set it right"),
         (400, "IllegalLocationConstraintException", "bucket layerloop-tests is in another region"),
         (418, "Teapot", "the store answered Teapot: see its own log"),
-        (418, "418", "the server answered 418: see its log, or correct AWS_ENDPOINT_URL where it is no S3 store"),
+        (418, "418", "the server answered 418: see its log, or correct AWS_ENDPOINT_URL where it is not an S3 store"),
     ],
 )
 def test_refusals_are_one_line_without_secrets(
@@ -767,7 +767,9 @@ def test_a_web_page_in_place_of_a_store_is_said(
     s3_client._new_client.cache_clear()
     store = open_store(s3_bucket)
     faulty.spoil = page
-    with pytest.raises(LayerloopError, match=r"the server answered 500: .* correct AWS_ENDPOINT_URL where it is no S3"):
+    with pytest.raises(
+        LayerloopError, match=r"the server answered 500: .* correct AWS_ENDPOINT_URL where it is not an S3"
+    ):
         store.list()
     with pytest.raises(LayerloopError, match=r"\(405\): is AWS_ENDPOINT_URL the address of an S3 store\?"):
         store.write("x", b"")
