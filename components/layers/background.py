@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from layerloop.components.layers.planes import (
     FAINT,
@@ -13,6 +14,7 @@ from layerloop.components.layers.planes import (
     gradient_magnitude,
     laid,
     laid_luma,
+    neighbours_mean,
     widened,
 )
 from layerloop.components.layers.stack import Pixels
@@ -50,16 +52,20 @@ def inpainting_l1(stack: Pixels, truth: Pixels) -> float | None:
 def residue(stack: Pixels, source: Pixels) -> float | None:
     """How much of the source's foreground is left in layer 0, 0..1, where no true background is known. In the area that
     the predicted upper layers cover (joint alpha above 0.5; the whole canvas where they cover nothing), widened by one
-    pixel to take in its outline: the least-squares coefficient of the source's luma gradients in layer 0's (laid on
-    black and on white), clipped to 0..1. 1 when layer 0 still is the source there, 0 when nothing of it shows.
-    Undefined where the source is flat there."""
-    zone = widened(_predicted_area(stack), 1)
-    wanted = gradient(source[..., :3].astype(np.float64) @ LUMA)[:, zone]
-    energy = float((wanted**2).sum())
-    if energy < 1.0 * zone.sum():  # under a grey level per pixel: nothing that could be left over
-        return None
+    pixel to take in its outline: the share of the source's luma gradients that layer 0 has as well (laid on black and
+    on white), both projected on the source's without what of layer 0 shows through the upper layers; clipped to 0..1. 1
+    when layer 0 still is the source there, 0 when nothing of it shows. Undefined where the source has no detail there
+    besides layer 0's."""
+    zone, clear = widened(_predicted_area(stack), 1), _clear_share(stack)
+    seen = neighbours_mean(clear)[:, zone] if (clear < 0.5).any() else 0.0  # by the product rule of differences
     found = np.stack([gradient(luma)[:, zone] for luma in laid_luma(stack[0])])
-    return float(np.clip((found * wanted).sum(axis=(1, 2)) / energy, 0, 1).mean())
+    whole = gradient(source[..., :3].astype(np.float64) @ LUMA)[:, zone]
+    hidden = whole - found * seen
+    if float((hidden**2).sum(axis=(1, 2)).max()) < 1.0 * zone.sum():  # under a grey level per pixel: nothing to be left
+        return None
+    ours, all_of_it = (found * hidden).sum(axis=(1, 2)), (whole * hidden).sum(axis=(1, 2))
+    share = np.divide(ours, all_of_it, out=np.ones_like(ours), where=all_of_it > np.maximum(ours, 0))
+    return float(np.where(ours > 0, share, 0.0).mean())
 
 
 def holes(stack: Pixels, *, solid: float = SOLID) -> float:
@@ -106,6 +112,10 @@ def _predicted_area(stack: Pixels) -> Flags:
     everywhere = np.ones(stack.shape[1:3], bool)
     if len(stack) < 2:
         return everywhere
-    clear = np.prod(1 - stack[1:, ..., 3].astype(np.float32) / 255, axis=0)  # of joint alpha what is lacking
-    area: Flags = clear < 0.5
+    area: Flags = _clear_share(stack) < 0.5
     return area if area.any() else everywhere
+
+
+def _clear_share(stack: Pixels) -> npt.NDArray[np.float32]:
+    """`(H, W)`: the share of layer 0 that the layers above it leave to see, 1 less their joint alpha."""
+    return np.asarray(np.prod(1 - stack[1:, ..., 3].astype(np.float32) / 255, axis=0), np.float32)

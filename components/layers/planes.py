@@ -70,6 +70,12 @@ def gradient(plane: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[An
     return out
 
 
+def neighbours_mean(plane: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    """`(2, H, W)`: mean of the two pixels of a plane `(H, W)` between which `gradient` takes the difference."""
+    down, across = np.pad(plane, ((1, 1), (0, 0)), "edge"), np.pad(plane, ((0, 0), (1, 1)), "edge")
+    return np.stack([(down[2:] + down[:-2]) / 2, (across[:, 2:] + across[:, :-2]) / 2])
+
+
 def gradient_magnitude(plane: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
     """Magnitude of the gradient of planes `(..., H, W)`, per pixel."""
     down, across = gradient(plane)
