@@ -99,6 +99,8 @@ def measure_folder(folder: Path, cases: Cases, *, max_edits: int) -> list[Row]:
     Raises:
         LayerloopError: no case is there, or one cannot be read.
     """
+    if not folder.is_dir():
+        raise LayerloopError(f"{folder} is no folder: give an evaluation, an adapter or a folder of layers")
     rows: list[Row] = []
     hidden: list[str] = []
     for case in cases.cases:

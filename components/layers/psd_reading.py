@@ -8,8 +8,10 @@ read one at a time, so that memory does not grow with their number.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +41,52 @@ def read_layers(path: Path, hidden: list[str]) -> Iterator[Pixels]:
         LayerloopError: it is no document, or a layer of it is more than straight RGBA; the line names the layer.
     """
     from psd_tools import PSDImage
-    from psd_tools.compression import PSDDecompressionWarning
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", PSDDecompressionWarning)  # else a damaged channel is read as black
+        with _strictly(path):
             document = PSDImage.open(path, max_alloc_bytes=_MOST_BYTES)
-            _check_document(document, path)
-            yield from _visible(document, document, path, hidden)
+        _check_document(document, path)
+        yield from _visible(document, document, path, hidden)
     except LayerloopError:
         raise
     except Exception as error:  # psd-tools raises nearly anything on files that are none
         raise LayerloopError(f"{path} cannot be read as a PSD ({type(error).__name__}): save it again") from None
+
+
+class _Lost(logging.Handler):
+    """Hears of what psd-tools could not read and passed over, after which a layer may lack a mask or an effect."""
+
+    _WORDS = ("Invalid signature", "Truncated MaskParameters", "unbalanced", "negative length", "is invalid")
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message about what is lost."""
+        message = " ".join(record.getMessage().split())
+        if any(words in message for words in self._WORDS):
+            self.found.append(message[:_LONGEST_NAME])
+
+
+@contextmanager
+def _strictly(path: Path) -> Iterator[None]:
+    """Raises LayerloopError where psd-tools passes over something within this context; what it says is not printed."""
+    from psd_tools.compression import PSDDecompressionWarning
+
+    logger, lost = logging.getLogger("psd_tools"), _Lost()
+    logger.addHandler(lost)
+    passed_on, logger.propagate = logger.propagate, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", PSDDecompressionWarning)  # else a damaged channel is read as black
+            yield
+    finally:
+        logger.removeHandler(lost)
+        logger.propagate = passed_on
+    if lost.found:
+        raise LayerloopError(f"{path} is damaged ({lost.found[0]}): save it again")
 
 
 def _check_document(document: Any, path: Path) -> None:
@@ -170,7 +205,8 @@ def _pixels(layer: Any, document: Any, path: Path) -> Pixels:
     from psd_tools.constants import Resource
 
     canvas = Image.new("RGBA", document.size)
-    image = None if _is_empty(layer) else layer.topil(apply_icc=False)
+    with _strictly(path):
+        image = None if _is_empty(layer) else layer.topil(apply_icc=False)
     if image is not None:
         image.info["icc_profile"] = document.image_resources.get_data(Resource.ICC_PROFILE)
         canvas.paste(upright_srgb(image).convert("RGBA"), layer.offset)
@@ -192,7 +228,8 @@ def _shares(layer: Any, document: Any, path: Path) -> Shares | None:
         raise _refused(path, f"has {_named(layer)!r} with a vector mask", "rasterise the mask")
     if not masked:
         return None if opacity == 1 else np.full((height, width), opacity, np.float32)
-    image, how = mask.topil(), mask.parameters
+    with _strictly(path):
+        image, how = mask.topil(), mask.parameters
     changes = () if how is None else (how.user_mask_feather, how.vector_mask_feather)
     densities = () if how is None else (how.user_mask_density, how.vector_mask_density)
     changed = any(changes) or any(density not in (None, 255) for density in densities)

@@ -197,6 +197,8 @@ def test_layers_of_other_programs_are_converted_as_pictures_are(tmp_path: Path) 
 def test_layers_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     cases = some_cases(1)
     (case,) = cases.cases
+    with pytest.raises(LayerloopError, match="nowhere is no folder: give an evaluation, an adapter or"):
+        measure_folder(tmp_path / "nowhere", cases, max_edits=0)
     with pytest.raises(LayerloopError, match=rf"has layers of none of the 1 cases: .* {case.name}/0\.png"):
         measure_folder(tmp_path, cases, max_edits=0)
     (tmp_path / case.name).mkdir()

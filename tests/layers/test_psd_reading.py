@@ -316,6 +316,21 @@ def test_a_large_canvas_is_refused_before_anything_is_read(tmp_path: Path) -> No
         read_document(tmp_path / "a.psd")
 
 
+def test_what_is_lost_in_a_damaged_document_is_not_passed_over(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """psd-tools goes on without the blocks behind one that it cannot read: without the opacity, for one."""
+    made = document()
+    layer = made.create_pixel_layer(card(RED), name="n")
+    add_block(layer, b"iOpa", b"\x80\0\0\0")
+    made.save(tmp_path / "a.psd")
+    data = (tmp_path / "a.psd").read_bytes()
+    (tmp_path / "a.psd").write_bytes(data.replace(b"8BIMiOpa", b"8BxMiOpa"))
+    with pytest.raises(LayerloopError, match=r"a\.psd is damaged \(Invalid signature .*\): save it again"):
+        read_document(tmp_path / "a.psd")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_name_of_any_length_is_one_short_line(tmp_path: Path) -> None:
     made = document()
     made.create_pixel_layer(card(RED), name="a\n" * 100).blend_mode = BlendMode.MULTIPLY
