@@ -71,14 +71,15 @@ def residue(stack: Pixels, source: Pixels) -> float | None:
     the predicted upper layers cover (joint alpha above 0.5; the whole canvas where they cover nothing), widened by one
     pixel to take in its outline: the share of the source's luma gradients that layer 0 has as well (laid on black and
     on white), both projected on the source's without what of layer 0 shows through the upper layers; clipped to 0..1. 1
-    when layer 0 still is the source there, 0 when nothing of it shows. Undefined where the source has no detail there
-    besides layer 0's."""
+    when layer 0 still is the source there, 0 when nothing of it shows. Undefined where the source has no detail there,
+    or no other than layer 0's."""
     zone, clear = widened(_predicted_area(stack), 1), _clear_share(stack)
     seen = neighbours_mean(clear)[:, zone] if (clear < 0.5).any() else 0.0  # by the product rule of differences
     found = np.stack([gradient(luma)[:, zone] for luma in laid_luma(stack[0])])
     whole = gradient(source[..., :3].astype(np.float64) @ LUMA)[:, zone]
     hidden = whole - found * seen
-    if float((hidden**2).sum(axis=(1, 2)).max()) < 1.0 * zone.sum():  # under a grey level per pixel: nothing to be left
+    energy = min(float((whole**2).sum()), float((hidden**2).sum(axis=(1, 2)).max()))
+    if energy < 1.0 * zone.sum():  # under a grey level per pixel: nothing that could be left over
         return None
     ours, all_of_it = (found * hidden).sum(axis=(1, 2)), (whole * hidden).sum(axis=(1, 2))
     share = np.divide(ours, all_of_it, out=np.ones_like(ours), where=all_of_it > np.maximum(ours, 0))

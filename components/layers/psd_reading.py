@@ -221,12 +221,12 @@ def _shares(layer: Any, document: Any, path: Path) -> Shares | None:
 
     width, height = document.size
     opacity = layer.opacity / 255 * (1 if layer.is_group() else layer.fill_opacity / 255)
-    mask = layer.mask if layer.has_mask() else None
+    mask: Any = layer.mask if layer.has_mask() else None
     masked = mask is not None and not mask.disabled
     vector = layer.has_vector_mask() and not layer.vector_mask.disabled
     if vector and not (masked and mask.has_real()):
         raise _refused(path, f"has {_named(layer)!r} with a vector mask", "rasterise the mask")
-    if not masked:
+    if mask is None or not masked:
         return None if opacity == 1 else np.full((height, width), opacity, np.float32)
     with _strictly(path):
         image, how = mask.topil(), mask.parameters

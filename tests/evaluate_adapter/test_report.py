@@ -78,7 +78,6 @@ def test_the_summary_begins_with_what_there_is_more_of_and_with_the_headline() -
     assert text.index("halo") < text.index("glazed layers")
 
 
-
 def test_the_summary_admits_when_nothing_is_clear() -> None:
     text = text_of(page_of({"bad_layers": UNCLEAR, "layer_l1": UNCLEAR}))
     assert "does not differ from the base by more than chance in any of 2 measures" in text

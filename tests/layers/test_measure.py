@@ -363,6 +363,9 @@ def test_holes_are_counted_under_the_upper_layers_only() -> None:
 def test_residue_of_a_flat_source_is_undefined() -> None:
     stack = np.stack([layer((90, 90, 90), 255), layer((90, 90, 90), 255, (8, 40, 8, 40))])
     assert residue(stack, source_of(stack)) is None
+    source = source_of(stack)
+    stack[0, ..., :3] = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3))
+    assert residue(stack, source) is None, "noise in layer 0 makes no 0 of it"
 
 
 # ---------------------------------------------------------------------------------------------------------------- slots
