@@ -76,6 +76,11 @@ def fail_when_worse(campaign: Campaign, evaluation: Manifest, baseline: str) -> 
         return
     for column, comparison in comparisons.items():
         log(f"since {name}: {_comparison_text(column, comparison)}")
+    if (most := max(comparison.n for comparison in comparisons.values())) < FEWEST:
+        reason = f"{name} has {most} of the images, and nothing is told from fewer than {FEWEST}: evaluate it on more"
+        if baseline != PREVIOUS:
+            raise LayerloopError(reason)
+        log(reason)
     worse = [_comparison_text(column, item) for column, item in comparisons.items() if _is_worse(column, item)]
     if worse:
         report = f"{campaign.uri}/{campaign.evaluation_dir(f'iteration-{iteration:06d}')}"
@@ -151,8 +156,6 @@ def _incomparable(
     """Why two evaluations cannot be compared, in one line."""
     if not comparisons:
         return f"{name} was evaluated on other images or from other seeds: they cannot be compared, evaluate it again"
-    if (most := max(comparison.n for comparison in comparisons.values())) < FEWEST:
-        return f"{name} has {most} of the images, and nothing is told from fewer than {FEWEST}: evaluate it on more"
     columns = dict.fromkeys(column for _, column in WATCHED)
     theirs: Mapping[str, Any] = before.get("definitions", {})
     other = [column for column in columns if changed_definitions(column, theirs, now["definitions"])]

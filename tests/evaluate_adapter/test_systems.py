@@ -294,7 +294,7 @@ def test_the_command_line_hands_over(evaluated: Evaluated, capfd: pytest.Capture
         ([], "no system is given"),
         (["nameless"], "system 'nameless' is not NAME=URI"),
         (["a=/x", "a=/y"], "two systems have one name"),
-        (["a=/nowhere"], "/nowhere has layers of none of the 7 cases"),
+        (["a=/nowhere"], "/nowhere is no folder: give an evaluation, an adapter or"),
         (["base=/nowhere"], "system base is the campaign's base itself: give /nowhere another name"),
         (["a=/nowhere", "--output", "/nowhere/x.html"], "--output is /nowhere/x.html: its folder is not there"),
         (["--sources", "/proc/x"], "/proc/x cannot be written ("),
