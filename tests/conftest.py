@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import os
 import socket
@@ -21,9 +22,22 @@ from PIL import Image
 
 from .campaigns import save_tiny_base
 
-# Every setting of a KFP task asks for the caller's name with inspect.stack() (kfp 2.17), which by default also looks up
-# the source lines of each frame; under pytest's stack of fifty frames that takes a quarter of a second.
-inspect.stack = functools.partial(inspect.stack, 0)
+
+def _stack(context: int = 0) -> list[inspect.FrameInfo]:
+    """The callers by name, `inspect.stack()` without their sources.
+
+    Every setting of a KFP task asks for its caller's name with it (kfp 2.17). With every library loaded, looking up the
+    source file of one of pytest-xdist's frames reads the names of six thousand modules.
+    """
+    frames, frame = [], sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+        frame = frame.f_back
+    return frames
+
+
+inspect.stack = _stack
 
 # Packages are compiled and read hundreds of times; libyaml writes and reads the same ten times as fast.
 yaml.SafeDumper, yaml.Dumper = yaml.CSafeDumper, yaml.CDumper  # type: ignore[misc]
@@ -42,6 +56,18 @@ NOT_FAST = ("test_judge_endpoints.py", "test_hostile.py")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", action="store_true", help="store the values of tests/invariant anew (make golden)")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Libraries and tests stay until the end: the collector of garbage need not go through them again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
