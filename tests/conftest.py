@@ -7,9 +7,11 @@ import functools
 import gc
 import inspect
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from warm_python import VARIABLE, WarmPython
 
 from .campaigns import save_tiny_base
 
@@ -56,6 +59,15 @@ NOT_FAST = ("test_judge_endpoints.py", "test_hostile.py")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", action="store_true", help="store the values of tests/invariant anew (make golden)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One warm Python for all processes of pytest-xdist."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="warm-")  # a socket's path may have a hundred letters
+        warm = WarmPython(folder)
+        os.environ[VARIABLE] = warm.python
+        config.add_cleanup(lambda: (warm.stop(), shutil.rmtree(folder)))
 
 
 @pytest.hookimpl(wrapper=True)

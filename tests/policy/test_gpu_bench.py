@@ -15,8 +15,11 @@ from benchmarks.gpu.parts import PARTS
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("bench") / "gpu.json"
-    assert script.main(["--tiny", "--out", str(out)]) == 0
+    """With blocks that torch traces and does not compile, which takes a C++ compiler longer than all else."""
+    out, compiled = tmp_path_factory.mktemp("bench") / "gpu.json", torch.nn.Module.compile
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda block, **how: compiled(block, backend="eager", **how))
+        assert script.main(["--tiny", "--out", str(out)]) == 0
     found: dict[str, Any] = json.loads(out.read_text())
     found["out"] = out
     return found
@@ -35,6 +38,13 @@ def test_every_part_is_measured(measured: dict[str, Any]) -> None:
     assert numbers["resident"]["judge_hidden_fraction"] <= 1
     assert numbers["compiled"]["first_seconds"] > 0
     assert numbers["float8"]["update"]["point_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_measured(tmp_path: Path) -> None:
+    assert script.main(["--tiny", "--only", "compiled", "--out", str(tmp_path / "gpu.json")]) == 0
+    part = json.loads((tmp_path / "gpu.json").read_text())["parts"]["compiled"]["numbers"]
+    assert part["first_seconds"] > part["update"]["point_seconds"] > 0
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load, save
+from warm_python import warm
 
 from layerloop.components.policy.lora import new_adapter, put_adapter
 from layerloop.components.policy.model import Condition, LayeredPolicy
@@ -308,7 +308,7 @@ def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
             run(campaign=resumed.uri)
             continue
         subprocess.run(  # in a process that knows nothing of the others
-            [sys.executable, "-m", "layerloop.components.update_lora", "--campaign", resumed.uri],
+            [warm(), "-m", "layerloop.components.update_lora", "--campaign", resumed.uri],
             check=True, capture_output=True, timeout=600,
         )  # fmt: skip
     names = ["adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors", "learner.json"]
