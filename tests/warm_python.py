@@ -182,13 +182,14 @@ def _become(
         if end.code is not None and not isinstance(end.code, int):
             print(end.code, file=sys.stderr)
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    except BaseException:
+    except BaseException as error:
         import traceback
 
         traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            _finish()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
     finally:
         _finish()
         os._exit(status & 0xFF)
