@@ -93,7 +93,7 @@ def _kill(pid: int, number: int) -> None:
 
 def serve(listener: socket.socket) -> None:
     """Fork for each that connects, until standard input ends."""
-    ready = False
+    ready, watching = False, set[int]()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the forks are told by those that wait for them
     while True:
         readable, _, _ = select.select([listener, sys.stdin], [], [])
@@ -101,16 +101,15 @@ def serve(listener: socket.socket) -> None:
             break
         line, _ = listener.accept()
         ready = ready or _load()
-        if os.fork() == 0:
+        if (pid := os.fork()) == 0:
             listener.close()
             _watch(line)
         line.close()
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                pass
-    with contextlib.suppress(ChildProcessError):
-        while os.wait():
-            pass
+        watching.add(pid)
+        watching -= {pid for pid in watching if os.waitpid(pid, os.WNOHANG) != (0, 0)}
+    for pid in watching:
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
 
 
 def _load() -> bool:
@@ -143,6 +142,7 @@ def _watch(line: socket.socket) -> NoReturn:
             for file in (line.detach(), woken, wake):
                 os.close(file)
             _become(files, **asked)
+        signal.signal(signal.SIGTERM, _nobody_waits)
         for file in files:
             os.close(file)
         line.sendall(f"{pid}\n".encode())
@@ -155,8 +155,14 @@ def _watch(line: socket.socket) -> NoReturn:
         for end in (os.killpg, os.kill) if pid else ():  # it leads a session, or is about to
             with contextlib.suppress(ProcessLookupError):
                 end(pid, signal.SIGKILL)
+        if pid:
+            os.waitpid(pid, 0)
     finally:
         os._exit(0)
+
+
+def _nobody_waits(*_: object) -> NoReturn:
+    raise ConnectionError
 
 
 def _become(

@@ -96,9 +96,7 @@ def test_an_empty_folder(refused: Refused, tmp_path: Path) -> None:
     assert str(tmp_path / "empty") in refused.run(tmp_path / "empty")
 
 
-def test_an_image_that_is_text(
-    refused: Refused, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_that_is_text(refused: Refused, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", warm())  # of the step, which has checked the base by then
     (images / "4.png").write_text("not an image")
     line = refused.run(images)
