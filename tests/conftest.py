@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,9 +147,16 @@ def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 
 @pytest.fixture
-def s3_bucket(s3_environment: dict[str, str]) -> str:
-    """An `s3://bucket/prefix` URI that no other test uses."""
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+def s3_bucket(s3_environment: dict[str, str]) -> Iterator[str]:
+    """An `s3://bucket/prefix` URI that no other test uses.
+
+    What the test leaves there goes with it: for a list of a few keys moto looks at every key of the bucket.
+    """
+    yield f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    server = s3_environment["AWS_ENDPOINT_URL"]
+    for method, path in (("POST", "moto-api/reset"), ("PUT", BUCKET)):
+        with urllib.request.urlopen(urllib.request.Request(f"{server}/{path}", method=method)):
+            pass
 
 
 @pytest.fixture(params=["folder", "s3"])
