@@ -126,10 +126,12 @@ def measures_section(kind: Kind, table: Mapping[str, Comparison], reference: Map
     most = max((c.n for c in table.values()), default=0)
     few = f" {too_few(most)[0].upper()}{too_few(most)[1:]}." if most < FEWEST else ""
     scale = f"±{100 * reach:.0f} %"
+    lacking = any(c.base_undefined or c.tuned_undefined for c in table.values())
+    some = " A mean is over all images where it is defined, a difference over the n where both are." if lacking else ""
     return (
         f'<h2>{HEADINGS[kind]}</h2><p class="note">{what}{truth}{few} ↓ lower is better, ↑ higher is better. In the '
         "small chart of each row the middle line is 0, the dot the difference and the bar its 95 % interval, as shares "
-        f"of the larger of the two means; all rows have one scale, {scale}, and an arrow goes on beyond it.</p>"
+        f"of the larger of the two means; all rows have one scale, {scale}, and an arrow goes on beyond it.{some}</p>"
         '<div class="panel measures"><table><thead><tr><th>Measure</th>'
         + ("<th>true layers</th>" if reference else "")
         + f"<th>base</th><th>adapter</th><th>difference</th><th>95 % interval</th><th>{scale}</th><th>n</th></tr>"

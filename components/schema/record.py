@@ -139,7 +139,9 @@ def _one_line(cls: type[Record], item: Any, where: str) -> str:
         if dot and section in known:  # as `--set` writes it
             remedy = f'write it as {{"{section}": {{"{key}": ...}}}}'
         else:
-            remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+            elsewhere = [] if close else _places_of(cls, str(item["loc"][-1])[:80])
+            meant = close[:1] or elsewhere
+            remedy = f"did you mean {' or '.join(map(repr, meant))}?" if meant else f"known keys: {', '.join(sorted(known))}"
         return f"{where}.{path} is not a known key: {remedy}"
     if item["type"] == "missing":
         return f"{where}.{path} is missing: set it"
@@ -172,6 +174,17 @@ def _fields_at(cls: type[Record], loc: tuple[Any, ...]) -> list[str]:
         else:  # what a dictionary's key or a list's index leads to
             current = next(iter(_records_in(current)), None)
     return list(getattr(next(iter(_records_in(current)), None), "model_fields", ()))
+
+
+def _places_of(cls: Any, key: str, section: str = "") -> list[str]:
+    """Where in a record's sections a key of this name is, as `rollout.groups`; up to three places."""
+    found: list[str] = []
+    for name, field in cls.model_fields.items():
+        if name == key and section:
+            found.append(f"{section}{name}")
+        for record in _records_in(field.annotation):
+            found += _places_of(record, key, f"{section}{name}.")
+    return found[:3]
 
 
 def _records_in(annotation: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from layerloop.components.judge.client import Judge
 from layerloop.components.judge.methods import prompt_hash, rubric_of
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.progress import log
+from layerloop.components.runtime.progress import counted, log
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
@@ -91,7 +91,10 @@ def _score(opened: Campaign, current: int, judge_url: str, arrivals: Arrivals | 
     if arrivals is None:
         opened.rollouts(current)
     where = without_secrets(url)
-    log(f"judging iteration {current} by {recipe.judge.model} at {where}; {len(replies)} replies are stored already")
+    if arrivals is None:
+        log(f"judging iteration {current} by {recipe.judge.model} at {where}")
+    if len(replies):
+        log(f"{counted(len(replies), 'replies')} of the judge {'are' if len(replies) > 1 else 'is'} stored already")
 
     start = time.monotonic()
     judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed)
