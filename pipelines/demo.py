@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from layerloop.components.runtime.progress import counted
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
@@ -82,15 +84,24 @@ def outcome_lines(campaign: Campaign, *, shown: Path) -> list[str]:
             ("clearly fewer" if bad["difference"] < 0 else "clearly more") if bad["clear"] else "no clear difference"
         )
         lines.append(
-            f"Changed: bad layers a held-out design {bad['base']:.3f} -> {bad['tuned']:.3f} after {head} iterations, "
-            f"{clear} ({bad['n']} designs; difference {bad['difference']:+.3f}, 95 % {bad['low']:+.3f} to "
-            f"{bad['high']:+.3f})"
+            f"Changed: bad layers a held-out design {bad['base']:.2f} -> {bad['tuned']:.2f} after "
+            f"{counted(head, 'iterations')}, {clear} ({bad['n']} designs; 95 % interval of the difference "
+            f"{bad['low']:+.2f} to {bad['high']:+.2f})"
         )
     if name := published_at(campaign, head):
-        lines.append(
-            f"Try next: layerloop decompose PICTURE --adapter {shown}/{campaign.published_dir(name)} -o layers"
-        )
+        counts = campaign.recipe.rollout
+        layers = f"--layers {counts.max_layers} " if counts.min_layers == counts.max_layers else ""
+        adapter = f"{shown}/{campaign.published_dir(name)}"
+        lines.append(f"Try next: {_typed()} decompose PICTURE {layers}--adapter {adapter} -o layers")
     return lines
+
+
+def _typed() -> str:
+    """How `layerloop` is typed here: by its name where a shell finds this one, else by its path."""
+    ours, found = Path(sys.executable).with_name("layerloop"), shutil.which("layerloop")
+    if not ours.exists() or (found and os.path.samefile(found, ours)):
+        return "layerloop"
+    return os.path.relpath(ours) if ours.is_relative_to(Path.cwd()) else str(ours)
 
 
 def make_pictures(folder: Path) -> tuple[Path, Path]:

@@ -186,8 +186,8 @@ def _gallery_note(report: Report, kept: int) -> str:
         f"{kept} of {total} cases: best, median and worst by difference, then some drawn at random from a fixed seed; "
         f"none was picked by eye. |Difference| is between source and recomposition, times {GAIN}. Small images are "
         "shown pixel by pixel, large ones reduced; where the page lies in its folder, a tile leads to its layer at "
-        "full size, in gallery. Under a layer stand the share of the image that it covers, its mean alpha (α), how much "
-        "of what it covers is semi-transparent, and in red what makes it a bad layer."
+        "full size, in gallery. Under a layer stand the share of the image that it covers, its mean alpha (α), how "
+        "much of what it covers is semi-transparent, and in red what makes it a bad layer."
     )
     if kept < len(report.shown):
         text += f" {len(report.shown) - kept} more are in gallery, left out here to keep the page small."

@@ -99,9 +99,9 @@ def _publish(opened: Campaign, name: str, current: int, loaded: LoadedPolicy | N
             return None
         round_trip = layouts.round_trip
         log(
-            f"{name}: loaded back by peft and by diffusers every layer, scale and weight is the campaign's; velocities "
-            f"differ by {round_trip.peft:.3g} and {round_trip.diffusers:.3g}, by rounding alone {round_trip.noise:.3g} "
-            f"(the adapter changes them by {round_trip.effect:.3g})"
+            f"{name}: loaded back by peft and by diffusers, every layer, scale and weight is the campaign's; "
+            f"velocities differ by {round_trip.peft:.2g} and {round_trip.diffusers:.2g}, where rounding alone makes "
+            f"{round_trip.noise:.2g} and the adapter {round_trip.effect:.2g}"
         )
         return _commit(opened, name, current, loaded, layouts)
 

@@ -18,7 +18,7 @@ def log(message: str) -> None:
 
 
 def progress(iterable: Iterable[T], *, what: str, unit: str, total: int | None = None) -> Iterator[T]:
-    """The items, with a bar on a terminal, else a line every few seconds and one at the end; what is quick says nothing.
+    """The items, with a bar on a terminal, else a line every few seconds and one at the end; none where it is quick.
 
     Args:
         what: what is being done, "sampling".

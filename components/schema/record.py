@@ -141,7 +141,9 @@ def _one_line(cls: type[Record], item: Any, where: str) -> str:
         else:
             elsewhere = [] if close else _places_of(cls, str(item["loc"][-1])[:80])
             meant = close[:1] or elsewhere
-            remedy = f"did you mean {' or '.join(map(repr, meant))}?" if meant else f"known keys: {', '.join(sorted(known))}"
+            remedy = (
+                f"did you mean {' or '.join(map(repr, meant))}?" if meant else f"known keys: {', '.join(sorted(known))}"
+            )
         return f"{where}.{path} is not a known key: {remedy}"
     if item["type"] == "missing":
         return f"{where}.{path} is missing: set it"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import collections
-import math
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -190,7 +190,8 @@ def test_too_many_rejects_fail_the_step_with_its_rejects_and_nothing_committed(
         run(campaign=f"{store_uri}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=str(folder))
     assert str(caught.value) == (
         "8 of 15 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input, or allow as "
-        "many with --set data.max_reject_fraction=0.54; the first is bad-0.png: image starts with b'text', not a known format: give a PNG, JPEG, WebP, HEIC, GIF, "
+        "many with --set data.max_reject_fraction=0.54; the first is bad-0.png: "
+        "image starts with b'text', not a known format: give a PNG, JPEG, WebP, HEIC, GIF, "
         "BMP, TIFF, JPEG 2000 or AVIF"
     )
     assert open_store(store_uri).list() == ["c/sources/rejects.parquet"]
