@@ -1,11 +1,13 @@
-"""The command line's parser: a command that there is none of is one line that names what was meant."""
+"""The command line's parser, and the options that several commands have."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from typing import Any
 
 from layerloop.components.runtime.parser import OneLineParser, meant
+from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.steps import STEPS
 
 
@@ -17,6 +19,63 @@ class Parser(OneLineParser):
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             self.error(f"no command {value!r}{meant(value, action.choices) or _step(value)}")
         super()._check_value(action, value)
+
+
+def command(commands: Any, name: str, handler: Any, summary: str, examples: str = "") -> argparse.ArgumentParser:
+    """Add a command: its handler is called with the parsed arguments, `summary` is its line in lists and its help."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def set_option(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """--set, of values of the recipe and the runtime."""
+    help_ = f"change a value of the recipe or the runtime, such as judge.model=Qwen/Qwen3.5-9B{more} (may be repeated)"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_)
+
+
+def runtime_option(parser: argparse.ArgumentParser) -> None:
+    """--runtime FILE."""
+    help_ = "YAML: where and how fast, as `layerloop runtime` prints it (default: LAYERLOOP_RUNTIME, then its defaults)"
+    parser.add_argument("--runtime", default="", metavar="FILE", help=help_)
+
+
+def counts_options(parser: argparse.ArgumentParser) -> None:
+    """--iterations and --workers."""
+    parser.add_argument(
+        "--iterations", type=at_least_one, default=3, metavar="N", help="iterations of one run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=at_least_one,
+        default=2,
+        metavar="N",
+        help="processes here, pods on a cluster, that share an iteration's rollouts (default: %(default)s)",
+    )
+
+
+def need_kfp(command: str) -> None:
+    """Refuse in one line where kfp is not installed, in an image of the steps for instance.
+
+    Raises:
+        LayerloopError: it is not.
+    """
+    for module in ("kfp", "kfp.kubernetes"):
+        if importlib.util.find_spec("kfp") is None or importlib.util.find_spec(module) is None:
+            raise LayerloopError(f"{command} needs {module}, which is not here: pip install 'layerloop[pipelines]'")
+
+
+def at_least_one(text: str) -> int:
+    """The value of an option that counts: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text}: choose 1 or more")
+    return int(text)
 
 
 def _step(word: str) -> str:

@@ -6,6 +6,7 @@ loaded.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import shutil
@@ -15,7 +16,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from layerloop.components.runtime.parser import OneLineParser
 from layerloop.components.schema.errors import LayerloopError
 
 PARTIAL = ".partial"  # in the output folder while it is written
@@ -88,7 +88,7 @@ def merge(out: Path, parts: Sequence[tuple[str, float]], *, rank: int | None = N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = OneLineParser(prog="python -m layerloop.components.policy.merge", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m layerloop.components.policy.merge", description=__doc__)
     parser.add_argument("out", metavar="OUT", help="folder to make: diffusers' weights, and peft's in peft/")
     parser.add_argument(
         "adapters", nargs="+", metavar="ADAPTER=WEIGHT", help="folder or file in either layout; weight 1 if not given"

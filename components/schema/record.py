@@ -8,6 +8,7 @@ import re
 import reprlib
 import typing
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -139,7 +140,7 @@ def _one_line(cls: type[Record], item: Any, where: str) -> str:
         if dot and section in known:  # as `--set` writes it
             remedy = f'write it as {{"{section}": {{"{key}": ...}}}}'
         else:
-            elsewhere = [] if close else _places_of(cls, str(item["loc"][-1])[:80])
+            elsewhere = [] if close else _places_like(cls, str(item["loc"][-1])[:80])
             meant = close[:1] or elsewhere
             remedy = (
                 f"did you mean {' or '.join(map(repr, meant))}?" if meant else f"known keys: {', '.join(sorted(known))}"
@@ -178,15 +179,20 @@ def _fields_at(cls: type[Record], loc: tuple[Any, ...]) -> list[str]:
     return list(getattr(next(iter(_records_in(current)), None), "model_fields", ()))
 
 
-def _places_of(cls: Any, key: str, section: str = "") -> list[str]:
-    """Where in a record's sections a key of this name is, as `rollout.groups`; up to three places."""
-    found: list[str] = []
+def _places_like(cls: type[Record], key: str) -> list[str]:
+    """Where in a record's sections a key of this name, or of one close to it, is, as `rollout.groups`; three at most."""
+    import difflib
+
+    places = list(_places(cls, ""))
+    close = difflib.get_close_matches(key, [place.rpartition(".")[2] for place in places], n=1)
+    return [place for place in places if "." in place and place.rpartition(".")[2] in close][:3]
+
+
+def _places(cls: Any, section: str) -> Iterator[str]:
     for name, field in cls.model_fields.items():
-        if name == key and section:
-            found.append(f"{section}{name}")
+        yield f"{section}{name}"
         for record in _records_in(field.annotation):
-            found += _places_of(record, key, f"{section}{name}.")
-    return found[:3]
+            yield from _places(record, f"{section}{name}.")
 
 
 def _records_in(annotation: Any) -> list[Any]:

@@ -298,7 +298,7 @@ def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any], str]:
             break
         except MissingObjectError:
             raise LayerloopError(
-                f"campaign {store.uri} has no {RECIPE}: start it with shard_dataset, or correct the URI"
+                f"{store.uri} is no campaign, for it has no {RECIPE}: {_remedy(store)}"
             ) from None
         except DamagedError:
             if attempt == READS - 1:
@@ -322,6 +322,14 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join("-".join(str(n) for n in dict.fromkeys(part)) for part in parts)
+
+
+def _remedy(store: Store) -> str:
+    """What to do where no campaign is: the campaigns right below it, where there are some."""
+    below = [name for name in store.folders()[:50] if store.exists(f"{name}/{RECIPE}")]
+    if below:
+        return f"name one of those in it: {', '.join(below[:5])}{', ...' if len(below) > 5 else ''}"
+    return "begin one with `layerloop run`, or correct the path or URI"
 
 
 def _folder_name(uri: str) -> str:

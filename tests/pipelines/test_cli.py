@@ -46,7 +46,17 @@ def commands_in(page: Path) -> list[list[str]]:
     return [shlex.split(command, comments=True) for command in commands]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md", "pipelines/cli.py", "pipelines/cli_cluster.py"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/cluster.md",
+        "pipelines/cli.py",
+        "pipelines/cli_run.py",
+        "pipelines/cli_compile.py",
+        "pipelines/cli_cluster.py",
+    ],
+)
 def test_commands_that_are_written_down_are_accepted(page: str) -> None:
     commands = commands_in(Path(__file__).parents[2] / page)
     assert len(commands) >= 2
@@ -61,6 +71,9 @@ def test_commands_that_are_written_down_are_accepted(page: str) -> None:
         ("evaluate x", "layerloop: no command 'evaluate': that step is python -m layerloop.components.evaluate_ad"),
         ("campaign shwo x", "layerloop campaign: no command 'shwo', did you mean show?"),
         ("zzz", "layerloop: no command 'zzz' (see layerloop --help)"),
+        ("compile -o x --iterations 0", "layerloop compile: argument --iterations: it is 0: choose 1 or more"),
+        ("run --workers two", "layerloop run: argument --workers: it is two: choose 1 or more"),
+        ("continue x --until -1", "layerloop continue: argument --until: it is -1: choose 1 or more"),
         ("run --campain x", "layerloop run: no option --campain, did you mean --campaign?"),
         ("compare x --output=y --outptu y", "layerloop compare: no option --outptu, did you mean --output?"),
         ("demo --frseh", "layerloop demo: no option --frseh, did you mean --fresh?"),
@@ -275,7 +288,6 @@ def test_an_adapter_that_is_not_on_s3_is_refused_by_its_uri(
     [
         (["-o", "train.txt"], "output is train.txt: name a file that ends in .yaml"),
         (["-o", "/proc/none/train.yaml"], "cannot be written"),
-        (["-o", "x.yaml", "--iterations", "0"], "iterations is 0: choose 1 or more"),
         (["-o", "x.yaml", "--cluster", "none.yaml"], "cluster file none.yaml cannot be read"),
         (["-o", "x.yaml", "--recipe", "none.yaml"], "recipe none.yaml cannot be read"),
     ],

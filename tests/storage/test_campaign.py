@@ -97,7 +97,7 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(store_uri: str) -
 
 
 def test_a_folder_without_a_recipe_is_not_a_campaign(store_uri: str) -> None:
-    with pytest.raises(LayerloopError, match=f"campaign {store_uri} has no recipe.json: start it with shard_dataset"):
+    with pytest.raises(LayerloopError, match=f"^{store_uri} is no campaign, for it has no recipe.json: begin one with"):
         Campaign.open(store_uri)
 
 
