@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -41,6 +42,13 @@ Fine-tune an image layer decomposition model by reinforcement learning, as a Kub
 """
 
 
+# What a file system says of a path that was given to write to or to read from, and the remedy.
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "give another path"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "give one that this user may write"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 1 a failure, 2 bad input (one `error: ...` line), 130 interrupted."""
     parser = build_parser()
@@ -62,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `layerloop ... | head`: nobody reads on, which is no failure of ours
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in _REMEDIES or error.filename is None:
+            raise
+        print(f"error: {error.filename} cannot be used ({error.strerror}): {_REMEDIES[error.errno]}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted: what was done is kept, run the same command to continue", file=sys.stderr)
         return 130

@@ -140,7 +140,7 @@ def _one_line(cls: type[Record], item: Any, where: str) -> str:
         if dot and section in known:  # as `--set` writes it
             remedy = f'write it as {{"{section}": {{"{key}": ...}}}}'
         else:
-            elsewhere = [] if close else _places_like(cls, str(item["loc"][-1])[:80])
+            elsewhere = [] if close else _keys_like(cls, str(item["loc"][-1])[:80])
             meant = close[:1] or elsewhere
             remedy = (
                 f"did you mean {' or '.join(map(repr, meant))}?" if meant else f"known keys: {', '.join(sorted(known))}"
@@ -179,20 +179,20 @@ def _fields_at(cls: type[Record], loc: tuple[Any, ...]) -> list[str]:
     return list(getattr(next(iter(_records_in(current)), None), "model_fields", ()))
 
 
-def _places_like(cls: type[Record], key: str) -> list[str]:
-    """Where in a record's sections a key of this name, or of one close to it, is, as `rollout.groups`; three at most."""
+def _keys_like(cls: type[Record], key: str) -> list[str]:
+    """Keys of a record's sections that are called so, or nearly so, as `rollout.groups`; three at most."""
     import difflib
 
-    places = list(_places(cls, ""))
-    close = difflib.get_close_matches(key, [place.rpartition(".")[2] for place in places], n=1)
-    return [place for place in places if "." in place and place.rpartition(".")[2] in close][:3]
+    dotted = [name for name in _dotted_keys(cls, "") if "." in name]
+    close = difflib.get_close_matches(key, [name.rpartition(".")[2] for name in dotted], n=1)
+    return [name for name in dotted if name.rpartition(".")[2] in close][:3]
 
 
-def _places(cls: Any, section: str) -> Iterator[str]:
+def _dotted_keys(cls: Any, section: str) -> Iterator[str]:
     for name, field in cls.model_fields.items():
         yield f"{section}{name}"
         for record in _records_in(field.annotation):
-            yield from _places(record, f"{section}{name}.")
+            yield from _dotted_keys(record, f"{section}{name}.")
 
 
 def _records_in(annotation: Any) -> list[Any]:

@@ -297,9 +297,7 @@ def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any], str]:
             content = unseal(data, where=where)
             break
         except MissingObjectError:
-            raise LayerloopError(
-                f"{store.uri} is no campaign, for it has no {RECIPE}: {_remedy(store)}"
-            ) from None
+            raise LayerloopError(f"{store.uri} is no campaign, for it has no {RECIPE}: {_remedy(store)}") from None
         except DamagedError:
             if attempt == READS - 1:
                 raise

@@ -1,5 +1,6 @@
 """The command line itself: help, recipes, compiling."""
 
+import errno
 import re
 import shlex
 import subprocess
@@ -357,3 +358,30 @@ def test_a_run_says_first_which_model_it_trains() -> None:
     assert "tiny policy that ships with layerloop, at 64 pixels" in what_is_trained(parse_recipe(recipe_text("tiny")))
     paper = what_is_trained(parse_recipe(recipe_text("paper")))
     assert paper == "recipe stable-layers: trains Qwen/Qwen-Image-Layered at 640 pixels, in bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOENT, "No such file or directory", "/proc/x/runs"), "/proc/x/runs cannot be used (No such"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/ro/x"),
+            "/ro/x cannot be used (Read-only file system): give one",
+        ),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_line(
+    error: OSError, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> str:
+        raise error
+
+    monkeypatch.setattr("layerloop.pipelines.inputs.runtime_text", fail)
+    assert main(["runtime"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {line}")
+
+
+def test_the_demo_where_no_folder_can_be_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--folder", "/proc/x"]) == 2
+    assert capsys.readouterr().err == "error: /proc/x cannot be used (No such file or directory): give another path\n"
