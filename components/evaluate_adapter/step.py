@@ -48,7 +48,7 @@ from layerloop.components.evaluate_adapter.sheets import Choice, choose, contact
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.distributed import failing_together, process_group, rank, shares_base
+from layerloop.components.runtime.distributed import failing_together, log_first, process_group, rank, shares_base
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
@@ -114,14 +114,14 @@ def run(
             f"campaign {opened.uri} has no adapter to evaluate (iteration {current}): train an iteration first"
         )
     folder = opened.evaluation_dir(_evaluation_name(current))
-    done = opened.already_committed(folder, log=log)
+    done = opened.already_committed(folder, log=log_first)
     wanted = samplers and opened.find(samplers_dir(opened, current)) is None
     if done is not None and judge_url:
         log(f"iteration {current} was evaluated before, so no judge is asked: its report stays as it is")
     if done is not None and not wanted:
         return _result(opened, done, baseline)
     with hold(opened.store, EVALUATION, log=log):
-        done = opened.already_committed(folder, log=log)  # by the run that held it until now
+        done = opened.already_committed(folder, log=log_first)  # by the run that held it until now
         wanted = samplers and opened.find(samplers_dir(opened, current)) is None
         if done is None or wanted:
             done = _evaluate(opened, current, loaded, done=done, samplers=wanted, judge_url=judge_url)

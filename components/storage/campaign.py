@@ -153,7 +153,7 @@ class Campaign:
         done = self.find(folder)
         if done is not None:
             verify(self.store, done)
-            log(f"{self.uri}/{folder}/{MANIFEST} is committed already")
+            log(f"{self.uri}/{folder} is complete already")
         return done
 
     def commit(self, folder: str, manifest: Manifest) -> Manifest:

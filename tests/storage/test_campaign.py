@@ -77,7 +77,7 @@ def test_a_step_that_begins_finds_what_is_committed_and_says_so_once_it_has_veri
     file = add_file(store, f"{folder}/scores.parquet", b"1")
     manifest = campaign.commit(folder, Manifest(kind="scores", iteration=1, files=(file,)))
     assert campaign.already_committed(folder, log=said.append) == manifest
-    assert said == [f"{store.uri}/{folder}/{MANIFEST} is committed already"]
+    assert said == [f"{store.uri}/{folder} is complete already"]
     store.delete(file.name)
     with pytest.raises(LayerloopError, match=r"scores-\w+\.parquet is missing but a scores manifest names it"):
         campaign.already_committed(folder, log=said.append)
