@@ -49,7 +49,7 @@ from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import failing_together, log_first, process_group, rank, shares_base
-from layerloop.components.runtime.progress import log
+from layerloop.components.runtime.progress import counted, log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
 from layerloop.components.schema.steps import STEPS
@@ -184,7 +184,8 @@ def _evaluation_name(iteration: int) -> str:
 
 
 def _case_counts(cases: Cases) -> str:
-    return f"{len(cases.of('designs'))} designs and {len(cases.of('pictures'))} unlabelled images"
+    counts = (len(cases.of("designs")), "designs"), (len(cases.of("pictures")), "unlabelled images")
+    return " and ".join(counted(count, what) for count, what in counts if count)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
