@@ -38,7 +38,7 @@ def number(value: float | None, *, signed: bool = False, decimals: int = 3) -> s
 def difference_of(c: Comparison) -> str:
     """A difference to the digits that its interval supports, and as a share of the base's value."""
     text = number(c.difference, signed=True, decimals=c.decimals)
-    if c.relative is None or not 0.0005 <= abs(c.relative) < 10:
+    if c.relative is None or not 0.0005 <= abs(c.relative) < 10 or text == number(0, decimals=c.decimals):
         return text
     share = f"{100 * c.relative:+.{0 if abs(c.relative) >= 0.095 else 1}f}"
     return f"{text} ({share.replace('-', '−')}\u00a0%)"
