@@ -85,11 +85,11 @@ def run(
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         iteration: The iteration whose adapter to evaluate; by default the last committed one.
-        baseline: Fail, with exit status 3, where the adapter is clearly worse than this (against.py): the path or URI
-            of the `metrics.json` of an evaluation on the same images, or `previous`, the evaluation before it; by
-            default nothing. The evaluation is committed all the same.
-        samplers: Compare both by every sampler of samplers.py too, on up to 32 of the images: 1,548 model calls an
-            image. The table is kept apart, in `evaluations/samplers-<iteration>`; a report made later shows it.
+        baseline: Fail, with exit status 3, where the adapter is clearly worse than this: the path or URI of the
+            `metrics.json` of an evaluation on the same images, or `previous`, the evaluation before it; by default
+            nothing. The evaluation is committed all the same.
+        samplers: Compare both by Euler's method with 10, 20, 30 and 50 steps and by Heun's with 25 and 50 too, each
+            without guidance and with 4.0, on up to 32 of the images: 1,548 model calls an image. The table is kept apart, in `evaluations/samplers-<iteration>`; a report made later shows it.
         judge_url: Base URL of an OpenAI-compatible judge, such as http://127.0.0.1:8788/v1, that also scores both on
             the unlabelled images, by the recipe's judge.model and rubric and the environment's OPENAI_API_KEY; by
             default none does.
