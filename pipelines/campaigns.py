@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import size_text
 from layerloop.components.schema.recipe import recipe_differences
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.lease import FOLDER as LEASE
 from layerloop.components.storage.lease import SCOPES, held_by, holder
 from layerloop.components.storage.manifests import read_file
 from layerloop.components.storage.stores import LocalStore, open_store
-from layerloop.pipelines.show import size_text, table_lines
+from layerloop.pipelines.show import table_lines
 
 # What a campaign consists of; anything else in its folder is somebody's own.
 _OWN = re.compile(

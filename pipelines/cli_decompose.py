@@ -39,7 +39,9 @@ def add_decompose_command(commands: Any) -> None:
         "--layers", default="4", metavar="N|auto", help=f"1..{MOST_LAYERS}, or auto (default: %(default)s)"
     )
     parser.add_argument("--sampler", choices=("heun", "euler"), default="heun", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: of the recipe; 50 for Qwen-Image-Layered)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="sampling steps (default: of the recipe; 50 for Qwen-Image-Layered)"
+    )
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance; 1 is none (default: 1)"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.messages import size_text
 from layerloop.components.storage.campaign import Campaign
 
 HEADINGS = ("iteration", "groups", "candidates", "masked", "reward", "spread", "learnt from", "state", "size")
@@ -86,12 +87,3 @@ def table_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
     """A table with right-aligned columns."""
     widths = [max(len(row[n]) for row in (headings, *rows)) for n in range(len(headings))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (headings, *rows)]
-
-
-def size_text(count: float) -> str:
-    """Bytes in words."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

@@ -21,9 +21,10 @@ from layerloop.components.decompose.output import OutputFolder
 from layerloop.components.decompose.pictures import Picture, condition, find_pictures, look_at, working_size
 from layerloop.components.layers.normalise import image_key
 from layerloop.components.layers.restore import restore
-from layerloop.components.runtime.progress import counted, log, progress
+from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.decomposition import DecomposeOptions
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.seeds import seed_for
 
 Pixels = npt.NDArray[np.uint8]

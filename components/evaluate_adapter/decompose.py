@@ -19,9 +19,10 @@ from layerloop.components.layers.stack import Pixels
 from layerloop.components.policy.inference import Inference, sample_layers
 from layerloop.components.policy.sharding import dummy_forwards
 from layerloop.components.runtime.distributed import broadcast_json, failing_together, gather_to_first, rank, world_size
-from layerloop.components.runtime.progress import counted, log, progress
+from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard
+from layerloop.components.schema.messages import counted
 from layerloop.components.storage.images import decode_png, encode_png
 from layerloop.components.storage.shards import Sample, existing_shards, read_shard, write_shard
 

@@ -49,9 +49,10 @@ from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import failing_together, log_first, process_group, rank, shares_base
-from layerloop.components.runtime.progress import counted, log
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.images import encode_png
@@ -89,7 +90,8 @@ def run(
             `metrics.json` of an evaluation on the same images, or `previous`, the evaluation before it; by default
             nothing. The evaluation is committed all the same.
         samplers: Compare both by Euler's method with 10, 20, 30 and 50 steps and by Heun's with 25 and 50 too, each
-            without guidance and with 4.0, on up to 32 of the images: 1,548 model calls an image. The table is kept apart, in `evaluations/samplers-<iteration>`; a report made later shows it.
+            without guidance and with 4.0, on up to 32 of the images: 1,548 model calls an image. The
+            table is kept apart, in `evaluations/samplers-<iteration>`; a report made later shows it.
         judge_url: Base URL of an OpenAI-compatible judge, such as http://127.0.0.1:8788/v1, that also scores both on
             the unlabelled images, by the recipe's judge.model and rubric and the environment's OPENAI_API_KEY; by
             default none does.

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from layerloop.components.policy.adapters import PEFT_CONFIG, PEFT_WEIGHTS, Adapter, read_adapter
 from layerloop.components.policy.tiny import tiny_folder
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import reason_of
 from layerloop.components.storage.folders import cache_folder
 from layerloop.components.storage.owners import scratch_folder
 
@@ -52,7 +53,7 @@ def faulty_folder() -> Path:
     except OSError as error:
         raise LayerloopError(
             f"recipe.model.base is 'tiny-faulty', which is made in {folder.parent}, and that cannot be written to "
-            f"({error.strerror}): set LAYERLOOP_CACHE to a folder that can"
+            f"({reason_of(error)}): set LAYERLOOP_CACHE to a folder that can"
         ) from None
     return folder
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import reason_of
 
 PARTIAL = ".partial"  # in the output folder while it is written
 
@@ -62,7 +63,7 @@ def output_folder(out: Path) -> Iterator[Path]:
         for path in sorted(partial.iterdir()):
             path.rename(out / path.name)
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = reason_of(error) if isinstance(error, OSError) else error
         raise LayerloopError(f"{out} cannot be written ({reason}): give another folder, one with room") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from layerloop.components.runtime.environment import usable_environment
 from layerloop.components.runtime.parser import OneLineParser
 from layerloop.components.runtime.progress import log
+from layerloop.components.runtime.rank_errors import report
 from layerloop.components.runtime.refusals import Objects, Refusals
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Kind, Manifest
@@ -113,15 +114,19 @@ def step_main(
             status = launch(f"layerloop.components.{name}", sys.argv[1:] if argv is None else argv, arguments)
             if status is not None:
                 return status
-        log(f"started {name} {_seconds_since_process_start():.3f} s after process start")
+        reports = os.environ.get("RANK", "0") == "0"  # under torchrun every rank gets here
+        if reports:
+            log(f"started {name} {_seconds_since_process_start():.3f} s after process start")
         with usable_environment():
             result = run(**arguments)
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every rank gets here; rank 0 reports
+        if reports:
             if given is None:
                 print(json.dumps({"metrics": result.metrics, "parameters": result.parameters}), flush=True)
             else:
                 _write_outputs(result, task.get("outputs", {}))
     except LayerloopError as error:
+        if report(error):
+            return error.status
         print(f"error: {error}", file=sys.stderr, flush=True)
         if refusals is not None:
             refusals.remember(error)

@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from layerloop.components.runtime.progress import log
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -225,7 +225,8 @@ class Exchange:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """Raise on every rank the LayerloopError that any rank raised inside, the lowest rank's first.
+    """Raise on every rank the LayerloopError that any rank raised inside, the lowest rank's first, as what it was: an
+    UnavailableError stays one.
 
     Without this the ranks that have no fault would wait in the next collective for one that has already left.
     """
@@ -239,14 +240,16 @@ def failing_together() -> Iterator[None]:
         import torch.distributed as dist
 
         text = str(error).encode()[:2000] if error else b""
-        mine = torch.zeros(2000, dtype=torch.uint8)
+        mine = torch.zeros(2001, dtype=torch.uint8)
+        mine[0] = isinstance(error, UnavailableError)
         if text:
-            mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            mine[1 : len(text) + 1] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         every = [torch.zeros_like(mine) for _ in range(world_size())]
         dist.all_gather(every, mine)
-        messages = [bytes(one.numpy().tobytes()).rstrip(b"\0").decode(errors="replace") for one in every]
-        first = next((message for message in messages if message), None)
-        if first is not None and (error is None or str(error) != first):
-            raise LayerloopError(first)
+        first = next((one.tolist() for one in every if one[1]), None)
+        if first is not None:
+            message = bytes(first[1:]).rstrip(b"\0").decode(errors="replace")
+            if error is None or str(error) != message:
+                raise (UnavailableError if first[0] else LayerloopError)(message)
     if error is not None:
         raise error

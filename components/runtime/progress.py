@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
+from layerloop.components.schema.messages import counted
+
 T = TypeVar("T")
 
 LINE_SECONDS = 5.0  # between progress lines where there is no terminal; once a minute in a job of hours
@@ -43,16 +45,6 @@ def progress(iterable: Iterable[T], *, what: str, unit: str, total: int | None =
             log(progress_line(what, unit, count, total, now - start))
     if (seconds := time.monotonic() - start) >= LINE_SECONDS:
         log(f"{what}: {counted(count, unit)} in {_duration(seconds)}")
-
-
-def counted(count: int, plural: str) -> str:
-    """`1 image`, `2 images`, `1 batch`, `1 reply`."""
-    if count != 1:
-        return f"{count} {plural}"
-    for ending, singular in (("ies", "y"), ("ches", "ch"), ("sses", "ss"), ("s", "")):
-        if plural.endswith(ending):
-            return f"1 {plural.removesuffix(ending)}{singular}"
-    return f"1 {plural}"
 
 
 def progress_line(what: str, unit: str, count: int, total: int | None, seconds: float) -> str:

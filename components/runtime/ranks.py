@@ -6,12 +6,15 @@ torchrun itself (RANK is set) nothing is started: that is the way to several nod
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
 
 from layerloop.components.runtime.progress import log
+from layerloop.components.runtime.rank_errors import LAUNCHED, raise_reported
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.steps import RUN
 
@@ -63,6 +66,9 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
     """Run `python -m module arguments` in `processes` ranks on this machine; returns the first failure's status, or 0.
 
     A rank that fails ends the others. Their output goes where this process prints.
+
+    Raises:
+        LayerloopError: what the ranks were refused, once for all of them.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -70,14 +76,28 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
 
     os.environ.setdefault(RUN, f"ranks-{uuid.uuid4()}")  # they share the campaign's lease
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ[LAUNCHED] = "1"
+    for name in ("multiprocessing.api", "agent.server.api"):  # "Sending process ... closing signal", and the like
+        logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=0, start_method="spawn",
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)
-    except ChildFailedError as error:  # the rank has reported why; elastic's own report would bury it
-        return max(1, error.get_first_failure()[1].exitcode)
+    except ChildFailedError as error:
+        for _, failure in sorted(error.failures.items()):  # others may have crashed for want of the refused one
+            raise_reported(failure.message, failure.exitcode)
+        number, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            log(f"rank {number} of {processes} {ended_by(-failure.exitcode)}")
+        return max(1, failure.exitcode)  # its traceback is above
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def ended_by(number: int) -> str:
+    """What a signal has done to a process, in words."""
+    name = signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+    return f"was ended by {name}" + (", most often because memory ran out" if number == signal.SIGKILL else "")

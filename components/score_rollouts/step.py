@@ -15,11 +15,12 @@ from layerloop.components.judge.client import Judge
 from layerloop.components.judge.methods import prompt_hash, rubric_of
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.progress import counted, log
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.score_rollouts.ahead import Arrivals

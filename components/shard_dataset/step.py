@@ -19,10 +19,11 @@ from pydantic import JsonValue
 
 from layerloop.components.judge.address import judge_address
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.progress import counted, log, progress
+from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.recipe import Recipe, parse_recipe_runtime
 from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 from layerloop.components.schema.runtime import Runtime, flat, merged

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import reason_of, size_text
+from layerloop.components.storage.store import Store
 from layerloop.components.storage.stores import LocalStore, open_store
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:/[\w./-]+)?")  # owner/name, or a folder in it
@@ -39,7 +41,7 @@ def local_folder(uri: str, *, cache: Path | None = None) -> Path:
         cache: where copies are kept, by default `cache_folder()`; those of the hub lie in its own cache.
 
     Raises:
-        LayerloopError: nothing is there.
+        LayerloopError: nothing is there; the cache cannot be written to, or is full.
     """
     if uri.startswith("hf://"):
         return _from_hub(uri)
@@ -54,29 +56,43 @@ def local_folder(uri: str, *, cache: Path | None = None) -> Path:
         raise LayerloopError(f"{store.uri} has no objects: correct the URI, or upload the files first")
     text = "\n".join([store.uri, *(f"{name} {entry.size} {entry.etag}" for name, entry in entries.items())])
     base = (cache or cache_folder()) / "folders"
-    base.mkdir(parents=True, exist_ok=True)
     final = base / hashlib.sha256(text.encode()).hexdigest()[:32]
-    partial = final.with_suffix(".partial")
-    with final.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if final.is_dir():
-            return final
-        free = shutil.disk_usage(base).free
-        if free < sum(sizes.values()):
-            raise LayerloopError(
-                f"{store.uri} has {sum(sizes.values()) / 1e9:.1f} GB but {base} has {free / 1e9:.1f} GB left: "
-                "set LAYERLOOP_CACHE to a larger disk"
-            )
-        for name, size in sizes.items():
-            path = partial / name
-            if not path.is_file() or path.stat().st_size != size:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                store.download(name, path)
-        for path in [path for path in partial.rglob("*") if path.is_file()]:
-            if path.relative_to(partial).as_posix() not in sizes:  # of a download that was killed
-                path.unlink()
-        partial.rename(final)
+    if final.is_dir():  # it has its name only once it is whole; the cache may be read-only by now
+        return final
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        with final.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not final.is_dir():
+                _download(store, sizes, final)
+    except OSError as error:
+        raise LayerloopError(
+            f"{store.uri} cannot be copied to {base} ({reason_of(error)}): set LAYERLOOP_CACHE to a folder that can be "
+            "written to, or give its volume more space"
+        ) from None
     return final
+
+
+def _download(store: Store, sizes: Mapping[str, int], final: Path) -> None:
+    partial = final.with_suffix(".partial")
+    todo = {name: size for name, size in sizes.items() if not _has(partial / name, size)}
+    needed, free = sum(todo.values()), shutil.disk_usage(final.parent).free
+    if free < needed:
+        raise LayerloopError(
+            f"{store.uri} has {size_text(needed)} to copy but {final.parent} has {size_text(free)} left: set "
+            "LAYERLOOP_CACHE to a larger disk"
+        )
+    for name in todo:
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        store.download(name, partial / name)
+    for path in [path for path in partial.rglob("*") if path.is_file()]:
+        if path.relative_to(partial).as_posix() not in sizes:  # of a download that was killed
+            path.unlink()
+    partial.rename(final)
+
+
+def _has(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 # ---- a copy on the node, of files on a slow claim
@@ -105,14 +121,16 @@ def node_copy(folder: Path, files: Sequence[Path]) -> Path:
         states = {file.relative_to(folder).as_posix(): file.stat() for file in files}
         text = "\n".join([str(folder.resolve()), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in states.items())])
         final = base / hashlib.sha256(text.encode()).hexdigest()[:32]
+        if final.is_dir():  # it has its name only once it is whole; the volume may be read-only by now
+            return final
         with final.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not final.is_dir():
                 _fill_copy(folder, states, final)
     except OSError as error:
         raise LayerloopError(
-            f"LAYERLOOP_CACHE is {cache_folder()}, where {folder} cannot be copied ({error.strerror}): make the volume "
-            "writable, give it more space, or leave the variable out"
+            f"LAYERLOOP_CACHE is {cache_folder()}, where {folder} cannot be copied ({reason_of(error)}): make the "
+            "volume writable, give it more space, or leave the variable out"
         ) from None
     return final
 
@@ -123,8 +141,8 @@ def _fill_copy(folder: Path, states: Mapping[str, os.stat_result], final: Path) 
     needed, free = sum(state.st_size for state in todo.values()), shutil.disk_usage(final.parent).free
     if free < needed:
         raise LayerloopError(
-            f"LAYERLOOP_CACHE is {cache_folder()}, which has {free / 1e9:.1f} GB left where {folder} takes "
-            f"{needed / 1e9:.1f} GB: give the volume more space, remove old copies from its bases/, or leave the "
+            f"LAYERLOOP_CACHE is {cache_folder()}, which has {size_text(free)} left where {folder} takes "
+            f"{size_text(needed)}: give the volume more space, remove old copies from its bases/, or leave the "
             "variable out"
         )
     for name in todo:

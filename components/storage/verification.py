@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import HASH_DIGITS, File, Manifest, Shard
+from layerloop.components.schema.messages import size_text
 from layerloop.components.schema.trajectory import candidate_key
 from layerloop.components.storage.campaign import FOLDERS, MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.index import INDEX
@@ -66,14 +67,14 @@ class Findings:
         yield from (f"{folder}: files that people load are not those of its manifest" for folder in self.copies)
         size = sum(self.orphans.values())
         if self.orphans:
-            yield f"{len(self.orphans)} objects of {_size(size)} are named by no manifest (--repair removes them)"
+            yield f"{len(self.orphans)} objects of {size_text(size)} are named by no manifest (--repair removes them)"
         if self.leftovers:
             yield f"{len(self.leftovers)} unfinished writes are left over (--repair removes them)"
         if self.removed:
             gone = sum(file.bytes for file in self.removed.values())
-            yield f"{len(self.removed)} objects of past iterations, {_size(gone)}, were removed by retention"
+            yield f"{len(self.removed)} objects of past iterations, {size_text(gone)}, were removed by retention"
         verdict = "all is what was committed" if self.sound else f"{len(self.faults) + len(self.copies)} faults"
-        yield f"{self.objects} objects of {len(self.manifests)} manifests, {_size(self.bytes)} read: {verdict}"
+        yield f"{self.objects} objects of {len(self.manifests)} manifests, {size_text(self.bytes)} read: {verdict}"
 
     @property
     def sound(self) -> bool:
@@ -104,7 +105,7 @@ def verify_campaign(campaign: Campaign, *, log: Log) -> Findings:
                 found.faults.setdefault(file.name, fault)
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
-                log(f"verified {found.objects} of {len(named)} objects, {_size(found.bytes)}")
+                log(f"verified {found.objects} of {len(named)} objects, {size_text(found.bytes)}")
     _check_replies(store, entries, found)
     _check_iterations(campaign, found)
     _check_copies(store, found)
@@ -221,7 +222,9 @@ def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> 
         for name in found.orphans:
             store.delete(name)
         if found.orphans:
-            log(f"removed {len(found.orphans)} objects that no manifest names, {_size(sum(found.orphans.values()))}")
+            log(
+                f"removed {len(found.orphans)} objects that no manifest names, {size_text(sum(found.orphans.values()))}"
+            )
         if found.leftovers:
             store.remove_leftovers()
             log(f"removed {len(found.leftovers)} unfinished writes")
@@ -427,11 +430,3 @@ def _check_copies(store: Store, found: Findings) -> None:
 def _without(uri: str, name: str, error: LayerloopError) -> str:
     """An error's words without the URI and name that its line begins with anyway."""
     return str(error).replace(f"{uri}/", "").removeprefix(name).lstrip(": ")
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

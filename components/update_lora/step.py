@@ -24,10 +24,11 @@ from layerloop.components.runtime.distributed import (
     shares_base,
     world_size,
 )
-from layerloop.components.runtime.progress import counted, log
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.groups import Group

@@ -30,6 +30,7 @@ from .test_judge_bench import server
 
 PAPER = parse_recipe(packaged_recipes()["paper"])
 ITERATIONS = 3
+ROUNDS = 3
 TOKENS = 1600  # of a frame of 640 x 640 pixels
 CANDIDATE_BYTES = 15e6  # of a candidate of 4 layers at 640 pixels, nearly proportional to its frames
 
@@ -113,9 +114,10 @@ def duration(run: LocalRun) -> float:
 
 @pytest.mark.timeout(3600)
 def test_the_judge_is_hidden_behind_the_sampler(tmp_path: Path, record_benchmark: Callable[[str, float], None]) -> None:
-    """Share of the judge's service time that adds nothing to a resident iteration's wall time.
+    """Share of the judge's service time that adds nothing to a resident iteration's wall time, the median of ROUNDS.
 
-    The judge sleeps, eight requests at a time, for as long in all as sampling takes with a judge that answers at once.
+    In each round the judge first answers at once, then sleeps, eight requests at a time, for as long in all as sampling
+    took before.
     """
     begun = tmp_path / "begun"
     recipe = parse_recipe(packaged_recipes()["tiny"]).model_dump(mode="json")
@@ -130,11 +132,16 @@ def test_the_judge_is_hidden_behind_the_sampler(tmp_path: Path, record_benchmark
         return metrics, len(list((campaign / "iterations/000001/scores/replies").glob("*.json")))
 
     iteration("warm-up", 0.0)
-    quick, requests = iteration("quick", 0.0)
-    service = 8 * quick["sampling_seconds"] / requests
-    slow, _ = iteration("slow", service)
-    added = slow["seconds"] - quick["seconds"]
-    hidden = 1 - max(0.0, added) / quick["sampling_seconds"]
-    print({"sampling": quick["sampling_seconds"], "waiting": slow["waiting_seconds"], "added": added})
-    record_benchmark("judge_hidden_fraction", hidden)
-    assert hidden >= 0.75
+    hidden = []
+    for number in range(ROUNDS):
+        quick, requests = iteration(f"quick-{number}", 0.0)
+        slow, _ = iteration(f"slow-{number}", 8 * quick["sampling_seconds"] / requests)
+        added = slow["seconds"] - quick["seconds"]
+        hidden.append(1 - max(0.0, added) / quick["sampling_seconds"])
+        print(
+            f"{requests} requests, {quick['sampling_seconds']:.1f} and {slow['sampling_seconds']:.1f} s of sampling, ",
+            end="",
+        )
+        print(f"{slow['waiting_seconds']:.1f} s of waiting, {added:.1f} s more in all")
+    record_benchmark("judge_hidden_fraction", statistics.median(hidden))
+    assert statistics.median(hidden) >= 0.75

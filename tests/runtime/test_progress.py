@@ -11,27 +11,12 @@ from collections.abc import Iterator
 import pytest
 
 from layerloop.components.runtime import progress as module
-from layerloop.components.runtime.progress import counted, log, progress, progress_line, time_left
+from layerloop.components.runtime.progress import log, progress, progress_line, time_left
 
 
 def test_what_is_quick_passes_through_without_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(progress(range(4), what="sampling", unit="groups")) == [0, 1, 2, 3]
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(
-    ("count", "plural", "words"),
-    [
-        (0, "images", "0 images"),
-        (1, "images", "1 image"),
-        (2, "images", "2 images"),
-        (1, "batches", "1 batch"),
-        (1, "passes", "1 pass"),
-        (1, "replies", "1 reply"),
-    ],
-)
-def test_what_is_counted_is_in_the_singular_where_there_is_one(count: int, plural: str, words: str) -> None:
-    assert counted(count, plural) == words
 
 
 def test_items_pass_through_and_the_end_is_one_line(

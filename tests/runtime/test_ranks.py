@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 from layerloop.components.runtime import ranks
+from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import log_first
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +63,68 @@ def test_what_all_ranks_find_is_said_by_the_first(
         monkeypatch.setenv("WORLD_SIZE", "2")
         log_first(f"found by {number}")
     assert capsys.readouterr().err == "found by 0\n"
+
+
+STEP = """
+import os, signal, time
+from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.distributed import failing_together, process_group, rank
+from layerloop.components.schema.errors import UnavailableError
+
+def run(*, what: str) -> StepResult:
+    if what == "killed":
+        if rank() == 0:
+            time.sleep(60)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with process_group(), failing_together():
+        if rank() == 1:
+            raise UnavailableError("s3://bucket is " + what)
+    return StepResult()
+
+if __name__ == "__main__":
+    raise SystemExit(step_main(run))
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "ranked.py").write_text(STEP)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    for name in ("OMP_NUM_THREADS", "LAYERLOOP_RUN", "LAYERLOOP_LAUNCHED"):
+        monkeypatch.setenv(name, "1")  # what `launch` sets goes with the test
+    return "ranked"
+
+
+def test_a_refusal_of_one_rank_is_said_once_and_stays_what_it_is(
+    module: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(LayerloopError, match=r"^s3://bucket is busy$") as refused:
+        ranks.launch(module, ["--what", "busy"], processes=2)
+    assert type(refused.value) is UnavailableError
+    assert refused.value.status == 2
+    printed = "".join(capfd.readouterr())
+    assert "error" not in printed
+    assert "elastic" not in printed
+
+
+def test_the_rank_that_a_signal_ended_is_named(module: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert ranks.launch(module, ["--what", "killed"], processes=2) == 1
+    *_, last = capfd.readouterr().err.splitlines()
+    assert last == "rank 1 of 2 was ended by SIGKILL, most often because memory ran out"
+
+
+def test_a_rank_of_another_launcher_says_its_refusal_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run(*, campaign: str) -> StepResult:
+        raise LayerloopError(f"{campaign} is not here")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.delenv("LAYERLOOP_LAUNCHED", raising=False)
+    assert step_main(run, argv=["--campaign", "/c"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "error: /c is not here"
+    monkeypatch.setenv("LAYERLOOP_LAUNCHED", "1")
+    assert step_main(run, argv=["--campaign", "/c"]) == 2
+    assert "error" not in capfd.readouterr().err
+    assert json.loads((tmp_path / "error.json").read_text())["message"]["message"] == "/c is not here"

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -119,3 +122,37 @@ def test_what_the_hub_does_not_have_is_one_line(hub: Path, uri: str, words: str)
     with pytest.raises(LayerloopError, match=words) as caught:
         local_folder(uri)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"), [(errno.EROFS, "Read-only file system"), (errno.ENOSPC, "No space left on device")]
+)
+def test_a_cache_that_cannot_hold_a_copy_is_one_line(
+    fault: int, says: str, remote: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(fault, os.strerror(fault), str(tmp_path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    line = rf"^{remote.uri} cannot be copied to {tmp_path}/folders \({says}\): set LAYERLOOP_CACHE to a folder"
+    with pytest.raises(LayerloopError, match=line):
+        local_folder(remote.uri, cache=tmp_path)
+
+
+def test_a_copy_in_a_cache_that_has_become_read_only_is_used(
+    remote: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = local_folder(remote.uri, cache=tmp_path)
+    first.with_suffix(".lock").unlink()  # a read-only volume refuses to open it for writing
+    first.with_suffix(".lock").mkdir()
+    assert local_folder(remote.uri, cache=tmp_path) == first
+
+
+def test_a_cache_without_room_is_refused_before_the_first_byte(
+    remote: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 999, 999))
+    line = r"has 1\.0 kB to copy but .*/folders has 999 B left: set LAYERLOOP_CACHE to a larger disk"
+    with pytest.raises(LayerloopError, match=line):
+        local_folder(remote.uri, cache=tmp_path)
+    assert contents(tmp_path / "folders") == dict.fromkeys(contents(tmp_path / "folders"), b"")

@@ -226,7 +226,7 @@ def test_a_judge_that_does_not_answer_ends_the_stretch_with_its_line(begin: Begi
     campaign = begin(tmp_path)
     done = stretch(campaign, "http://127.0.0.1:9/v1", ranks=ranks)
     assert done.returncode == 2, done.stderr[-3000:]
-    lines = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "http://127.0.0.1:9/v1 does not answer" in lines.pop()
     assert "Traceback" not in done.stderr
     assert campaign.head() == 0

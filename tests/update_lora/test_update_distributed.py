@@ -89,8 +89,6 @@ def test_a_fault_that_one_rank_meets_stops_both_with_one_clear_line(make_lab: Ma
     completed = own_ranks(lab)
     assert completed.returncode == 2
     lines = [line for line in completed.stderr.splitlines() if line.startswith("error: ")]
-    # Neither waits for the other: the run ends, and the second rank may be ended before it has said its line.
-    assert len(lines) in (1, 2) and len(set(lines)) == 1, "the ranks say the same line"
-    assert "window has NaN or infinite latents" in lines[0]
+    assert len(lines) == 1 and "window has NaN or infinite latents" in lines[0]
     assert "Traceback" not in completed.stderr
     assert not lab.committed(1)
