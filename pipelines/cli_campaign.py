@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from layerloop.components.schema.messages import counted
 from layerloop.pipelines.cli_parser import command
 
 GC_EXAMPLES = """examples:
@@ -147,7 +148,7 @@ def _gc(arguments: argparse.Namespace) -> None:
     found = collect_garbage(campaign, keep, log=log) if arguments.delete else garbage(campaign, keep)
     for expired in found:
         if expired.objects:
-            print(f"{expired.folder}: {len(expired.objects)} objects, {expired.bytes / 1e6:.1f} MB")
+            print(f"{expired.folder}: {counted(len(expired.objects), 'objects')}, {expired.bytes / 1e6:.1f} MB")
     total = f"{sum(len(e.objects) for e in found)} objects, {sum(e.bytes for e in found) / 1e6:.1f} MB"
     print(f"removed {total}" if arguments.delete else f"{total} could go: nothing was removed, --delete does")
 
@@ -157,7 +158,7 @@ def _index(arguments: argparse.Namespace) -> None:
     from layerloop.components.storage.index import write_indices
 
     for name, samples in write_indices(Campaign.open(arguments.uri)):
-        print(f"{name}: {samples} samples")
+        print(f"{name}: {counted(samples, 'samples')}")
 
 
 def _extract(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from layerloop.components.layers.columns import (
     slots_of,
     title_of,
 )
+from layerloop.components.schema.messages import counted
 
 HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabelled images"}
 
@@ -228,7 +229,7 @@ def _slots_table(slots: Mapping[int, Mapping[str, Comparison]], column: str) -> 
                 else ""
             )
             cells.append(f'<td class="{verdict(name, c) if c else ""}">{arrow}</td>')
-        count = f'<th scope="row">{layers} layers</th><td class="dim">{table[column].n}</td>'
+        count = f'<th scope="row">{counted(layers, "layers")}</th><td class="dim">{table[column].n}</td>'
         rows.append(f"<tr>{count}{''.join(cells)}</tr>")
     return (
         '<div class="panel"><table><thead><tr><th>Designs of</th><th>n</th><th class="first">mean, base</th>'

@@ -20,6 +20,7 @@ from layerloop.components.publish_adapter.usage import (
 from layerloop.components.reference_judge.identity import NAME as REFERENCE_JUDGE
 from layerloop.components.schema.learning import ALGORITHMS, Algorithm
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.storage.final_weights import final_weights
 
@@ -148,7 +149,7 @@ def _training(p: Publication) -> str:
         f"{window.position} window of {window.size} steps from step {window.start}, {rollout.outside} outside it",
     }
     rows = {
-        "Iterations": f"{p.iteration}, each of {rollout.groups} images with {rollout.group_size} candidates",
+        "Iterations": f"{p.iteration}, each of {counted(rollout.groups, 'images')}, {rollout.group_size} candidates each",
         "Algorithm": f"{algorithm.title}, {algorithm.settings(update)}",
         "Sampling": sampling[algorithm.samples_from],
         "Optimizer": f"AdamW, learning rate {update.learning_rate:g}, {update.steps} steps per iteration",
