@@ -149,7 +149,7 @@ def _training(p: Publication) -> str:
         f"{window.position} window of {window.size} steps from step {window.start}, {rollout.outside} outside it",
     }
     rows = {
-        "Iterations": f"{p.iteration}, each of {counted(rollout.groups, 'images')}, {rollout.group_size} candidates each",
+        "Iterations": f"{p.iteration}, of {counted(rollout.groups, 'images')} with {rollout.group_size} candidates each",
         "Algorithm": f"{algorithm.title}, {algorithm.settings(update)}",
         "Sampling": sampling[algorithm.samples_from],
         "Optimizer": f"AdamW, learning rate {update.learning_rate:g}, {update.steps} steps per iteration",

@@ -82,7 +82,7 @@ def test_files_that_are_not_the_campaigns_are_kept(tmp_path: Path) -> None:
     said: list[str] = []
     delete_campaign(builder.uri, yes=True, log=said.append)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "thesis"]
-    assert "2 files that are not the campaign's were kept" in said[0]
+    assert "kept 2 files that are not the campaign's" in said[0]
 
 
 def test_what_is_no_campaign_is_not_deleted(tmp_path: Path) -> None:
