@@ -148,8 +148,9 @@ def _training(p: Publication) -> str:
         "window": f"{rollout.steps} steps, {rollout.noise.dynamics} with eta {rollout.noise.eta:g} in a "
         f"{window.position} window of {window.size} steps from step {window.start}, {rollout.outside} outside it",
     }
+    images = counted(rollout.groups, "images")
     rows = {
-        "Iterations": f"{p.iteration}, of {counted(rollout.groups, 'images')} with {rollout.group_size} candidates each",
+        "Iterations": f"{p.iteration}, each of {images} with {rollout.group_size} candidates",
         "Algorithm": f"{algorithm.title}, {algorithm.settings(update)}",
         "Sampling": sampling[algorithm.samples_from],
         "Optimizer": f"AdamW, learning rate {update.learning_rate:g}, {update.steps} steps per iteration",
