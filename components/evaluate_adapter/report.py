@@ -244,7 +244,7 @@ def _training_section(report: Report) -> str:
         return ""
     return (
         '<h2>Training</h2><p class="note">Mean reward of the candidates of each iteration; the band spans the middle '
-        "80 % of them. A judge that holds the candidates of an image against each other gives much the same mean "
+        "80 % of them. A judge that holds the candidates of an image against each other may give much the same mean "
         "however good they all are, so a level line is no sign of standing still: whether decompositions became better "
         "is above. Every iteration draws other images, so small changes may also be due to the images.</p>"
         f'{rewards}<div class="charts">{figures}</div>'
