@@ -134,9 +134,11 @@ def _continue(arguments: argparse.Namespace) -> None:
 
 def _run_with_judge(job: Any, arguments: argparse.Namespace) -> None:
     from layerloop.components.schema.recipe import parse_recipe
+    from layerloop.components.storage.campaign import Campaign
     from layerloop.components.storage.runtime import read_runtime
-    from layerloop.pipelines.inputs import check_judge, what_is_trained
+    from layerloop.pipelines.inputs import absolute, check_judge, what_is_trained
     from layerloop.pipelines.job import run_job, say_what_was_made
+    from layerloop.pipelines.outcome import outcome_lines
 
     judge_url = arguments.judge_url or os.environ.get("OPENAI_BASE_URL", "")
     if not judge_url:
@@ -146,6 +148,7 @@ def _run_with_judge(job: Any, arguments: argparse.Namespace) -> None:
     check_judge(judge_url, judge, read_runtime(job.runtime, recipe).judge)
     print(f"{what_is_trained(recipe)}\njudge {judge.model} at {without_secrets(judge_url)}", flush=True)
     say_what_was_made(run_job(job, runs=Path(arguments.runs)), job)
+    print("\n".join(outcome_lines(Campaign.open(absolute(job.campaign)), shown=job.campaign)), flush=True)
 
 
 def _job(arguments: argparse.Namespace, *, campaign: str) -> Any:

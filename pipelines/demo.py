@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.resources
-import os
 import re
 import shutil
 import subprocess
@@ -20,13 +19,12 @@ from pathlib import Path
 
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.messages import counted
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.runtime import read_runtime
-from layerloop.pipelines.campaigns import BAD_LAYERS, evaluated
 from layerloop.pipelines.inputs import absolute, check_judge, what_is_trained
-from layerloop.pipelines.job import Job, published_at, run_job, say_what_was_made
+from layerloop.pipelines.job import Job, run_job, say_what_was_made
+from layerloop.pipelines.outcome import outcome_lines
 
 PHOTOGRAPHS = {
     "skimage.data": ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
@@ -69,39 +67,7 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
     if judge.model in SCORE_RANGE:
         print(f"The judge was {judge.model}: rules over pixels that stand in for a vision-language model.")
     print("Again: `make demo` continues this campaign from its head; `make demo FRESH=1` starts again.")
-    print("\n".join(outcome_lines(Campaign.open(absolute(job.campaign)), shown=Path(job.campaign))))
-
-
-def outcome_lines(campaign: Campaign, *, shown: Path) -> list[str]:
-    """What the adapter of the head changed on held-out designs, as the report calls it, and what to try next.
-
-    Args:
-        shown: The campaign's folder as the user would type it.
-    """
-    head, lines = campaign.head(), []
-    if bad := evaluated(campaign).get(BAD_LAYERS):
-        clear = (
-            ("clearly fewer" if bad["difference"] < 0 else "clearly more") if bad["clear"] else "no clear difference"
-        )
-        lines.append(
-            f"Changed: bad layers a held-out design {bad['base']:.2f} -> {bad['tuned']:.2f} after "
-            f"{counted(head, 'iterations')}, {clear} ({bad['n']} designs; 95 % interval of the difference "
-            f"{bad['low']:+.2f} to {bad['high']:+.2f})"
-        )
-    if name := published_at(campaign, head):
-        counts = campaign.recipe.rollout
-        layers = f"--layers {counts.max_layers} " if counts.min_layers == counts.max_layers else ""
-        adapter = f"{shown}/{campaign.published_dir(name)}"
-        lines.append(f"Try next: {_typed()} decompose PICTURE {layers}--adapter {adapter} -o layers")
-    return lines
-
-
-def _typed() -> str:
-    """How `layerloop` is typed here: by its name where a shell finds this one, else by its path."""
-    ours, found = Path(sys.executable).with_name("layerloop"), shutil.which("layerloop")
-    if not ours.exists() or (found and os.path.samefile(found, ours)):
-        return "layerloop"
-    return os.path.relpath(ours) if ours.is_relative_to(Path.cwd()) else str(ours)
+    print("\n".join(outcome_lines(Campaign.open(absolute(job.campaign)), shown=job.campaign)))
 
 
 def make_pictures(folder: Path) -> tuple[Path, Path]:

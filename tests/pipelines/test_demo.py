@@ -11,7 +11,7 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.recipe import Recipe, RolloutRecipe
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.manifests import add_file
-from layerloop.pipelines.demo import outcome_lines
+from layerloop.pipelines.outcome import outcome_lines
 
 BAD = {"base": 0.5, "tuned": 0.2, "difference": -0.3, "low": -0.4, "high": -0.2, "n": 24, "clear": True}
 
@@ -45,8 +45,18 @@ def commit(campaign: Campaign, folder: str, kind: str, files: dict[str, bytes]) 
 def test_it_says_what_changed_as_the_report_calls_it(campaign: Campaign, change: dict[str, object], said: str) -> None:
     metrics = json.dumps({"designs.bad_layers": BAD | change, "method": "text"}).encode()
     commit(campaign, campaign.evaluation_dir("iteration-000001"), "evaluation", {"metrics.json": metrics})
-    (line,) = outcome_lines(campaign, shown=Path("demo/campaign"))
+    (line,) = outcome_lines(campaign, shown="demo/campaign")
     assert line.startswith("Changed: bad layers a held-out design ") and said in line
+
+
+def test_one_picture_is_told_without_an_interval_and_none_not_at_all(campaign: Campaign) -> None:
+    one = BAD | {"n": 1, "low": None, "high": None, "clear": False}
+    none = dict.fromkeys(BAD) | {"n": 0, "clear": False}
+    metrics = json.dumps({"designs.bad_layers": none, "pictures.bad_layers": one}).encode()
+    commit(campaign, campaign.evaluation_dir("iteration-000001"), "evaluation", {"metrics.json": metrics})
+    assert outcome_lines(campaign, shown="x") == [
+        "Changed: bad layers a held-out picture 0.50 -> 0.20 after 1 iteration, no clear difference (1 picture)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +74,7 @@ def test_it_says_what_to_try_next_as_it_can_be_typed(
     monkeypatch.setattr("sys.executable", str(tmp_path / "venv/bin/python"))
     monkeypatch.setenv("PATH", "" if on_path is None else str(tmp_path / ("venv/bin" if on_path else "other/bin")))
     commit(campaign, campaign.published_dir("demo-000001"), "published", {"README.md": b"card"})
-    (line,) = outcome_lines(campaign, shown=Path("demo/campaign"))
+    (line,) = outcome_lines(campaign, shown="my demo/campaign/")
     assert line == (
-        f"Try next: {typed} decompose PICTURE --layers 2 --adapter demo/campaign/published/demo-000001 -o layers"
+        f"Try next: {typed} decompose PICTURE --layers 2 --adapter 'my demo/campaign/published/demo-000001' -o layers"
     )
