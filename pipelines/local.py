@@ -314,12 +314,12 @@ class _Run:
                     with self.lock:
                         if held:
                             self._say(f"        {label}{held}")
-                        held = line.rstrip() if line.startswith("error: ") else ""  # the run's own last line, if it is
+                        held = line.rstrip() if line.startswith("error: ") else ""
                         if not held:
                             self._say(f"        {label}{line.rstrip()}")
         exit_status = process.wait()
         with self.lock:
-            if held and exit_status != 2:
+            if held and exit_status != 2 and self.failure is None:  # else the run's own last line says it
                 self._say(f"        {label}{held}")
             del self.live[number]
         return exit_status, last, start

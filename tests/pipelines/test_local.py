@@ -165,7 +165,7 @@ def test_bad_input_ends_the_run_with_the_steps_own_line_without_retries(runner: 
     assert caught.value.status == 2
     said = runner.console.getvalue()
     assert "gather step" not in said
-    assert "text is bad" not in said, "the error says it, once"
+    assert "error: text is bad" not in said, "the run's own last line says it"
 
 
 def test_a_crash_is_a_failure_of_status_one_that_names_its_log_and_stops_the_other_worker(runner: Runner) -> None:
