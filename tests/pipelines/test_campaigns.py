@@ -177,11 +177,3 @@ def test_only_a_campaign_with_sources_can_be_continued(tmp_path: Path, capsys: p
     Campaign.create_or_open(str(tmp_path / "new"), Recipe(name="test"))
     assert main(["continue", str(tmp_path / "new"), "--judge-url", "http://127.0.0.1:9/v1"]) == 2
     assert "has no sources yet" in capsys.readouterr().err
-
-
-def test_a_target_below_one_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", "--campaign", str(tmp_path), "--images", "x", "--until", "0", "--judge-url", "http://x/v1"]
-    assert main(arguments) == 2
-    assert (
-        "error: --until is 0: give the iteration at which the campaign is to be, 1 or more" in capsys.readouterr().err
-    )
