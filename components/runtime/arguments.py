@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layerloop.components.runtime.outputs import StepResult
+from layerloop.components.runtime.parser import OneLineParser
 from layerloop.components.schema.errors import LayerloopError
 
 
@@ -20,7 +21,7 @@ def parser_of(run: Callable[..., StepResult], name: str) -> argparse.ArgumentPar
     """A flag for each keyword-only argument of `run`, with its help from the docstring's `Args:`."""
     document = inspect.getdoc(run) or ""
     helps = _argument_helps(document)
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"python -m layerloop.components.{name}",
         description=re.split(r"\n\s*\n\s*(?:Args|Returns|Raises):", document)[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -31,6 +31,12 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of one collective: ranks may load a 40 GB model at different speeds
 
 
+def log_first(message: str) -> None:
+    """`log`, on the first rank alone: for what all of them find."""
+    if rank() == 0:
+        log(message)
+
+
 def rank() -> int:
     """This process's number among all processes of all nodes; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))

@@ -13,6 +13,7 @@ from warm_python import warm
 
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import step_main
+from layerloop.components.runtime.distributed import log_first
 from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
@@ -55,6 +56,16 @@ def test_a_number_that_cannot_be_is_refused(value: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("LAYERLOOP_PROCESSES", value)
     with pytest.raises(LayerloopError, match=rf"LAYERLOOP_PROCESSES is '{value}': give an integer from 1 to 8"):
         ranks.num_processes()
+
+
+def test_what_all_ranks_find_is_said_by_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        log_first(f"found by {number}")
+    assert capsys.readouterr().err == "found by 0\n"
 
 
 STEP = """
