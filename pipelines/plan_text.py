@@ -165,9 +165,7 @@ def _work_lines(plan: Plan) -> list[str]:
     hours = evaluation_hours(work, 1)
     return [
         f"recipe {recipe.name}: COMPUTED, not measured"
-        + (
-            "; of a toy that takes minutes on two CPU cores, and that leaves a GPU idle" if recipe.model.shipped else ""
-        ),
+        + ("; a toy: minutes on two CPU cores, and it leaves a GPU idle" if recipe.model.shipped else ""),
         f"  base        {parameters} parameters ({transformer_size(recipe.model)[1]}), "
         f"{dtype}, {_size(base)}; adapter {work.adapter.parameters / 1e6:.4g} M",
         f"  a forward   TFLOP at {width} x {height} pixels by layers: {forwards}",
