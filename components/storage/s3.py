@@ -38,6 +38,7 @@ from layerloop.components.storage.store import (
     MissingObjectError,
     Names,
     Store,
+    StoreError,
     TooLargeError,
     checked_name,
     folder_prefix,
@@ -455,15 +456,15 @@ class S3Store(Store):
                 raise
             if code in ("NoSuchKey", "404"):
                 raise self._missing(name) from None
-            kind = UnavailableError if code in BUSY or error_status(error) >= 500 else LayerloopError
+            kind = UnavailableError if code in BUSY or error_status(error) >= 500 else StoreError
             raise kind(f"{self.uri}/{name}: {explanation(error, self.bucket)}".replace("/:", ":")) from None
         except (boto.NoCredentialsError, boto.PartialCredentialsError):
-            raise LayerloopError(
+            raise StoreError(
                 f"{self.uri} needs credentials and none were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "a profile or a role"
             ) from None
         except (boto.CredentialRetrievalError, boto.MetadataRetrievalError, boto.SSOError) as error:
-            raise LayerloopError(
+            raise StoreError(
                 f"{self.uri}: the profile or role gives no credentials ({type(error).__name__}): sign in again, or "
                 "correct it"
             ) from None

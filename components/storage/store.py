@@ -33,6 +33,10 @@ class MissingObjectError(LayerloopError):
     """A named object is not in the store."""
 
 
+class StoreError(LayerloopError):
+    """The store refuses, which says nothing of the object: credentials, a right that lacks, a clock."""
+
+
 class TooLargeError(LayerloopError):
     """An object is larger than what is read into memory."""
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import HASH_DIGITS, File, Manifest, Shard
 from layerloop.components.schema.messages import size_text
@@ -27,12 +27,13 @@ from layerloop.components.storage.removals import RECORD, removed_files
 from layerloop.components.storage.replies import read_reply
 from layerloop.components.storage.rollouts import read_groups, rollouts_sha256
 from layerloop.components.storage.shards import read_shard
-from layerloop.components.storage.store import Entry, Store, hash_file
+from layerloop.components.storage.store import Entry, Store, StoreError, hash_file
 
 README = "README.md"  # of an export (transfer.py)
 Log = Callable[[str], None]
 THREADS = 8
 SAY_SECONDS = 5.0
+OF_THE_STORE = (UnavailableError, StoreError)  # what ends a verification: an object that was not read has no fault
 _OPEN = re.compile(r"iterations/(\d{6})/(rollouts|scores)/")
 _MANIFEST = re.compile(rf"manifest(-[0-9a-f]{{{HASH_DIGITS}}})?\.json|(g\d{{6,}}|w\d+of\d+)(-[0-9a-f]{{16}})?\.json")
 # Names that no manifest lists and that are right all the same: the recipe, the lease, records of runs and refusals, the
@@ -55,6 +56,7 @@ class Findings:
     objects: int = 0
     bytes: int = 0
     faults: dict[str, str] = field(default_factory=dict)  # object, or folder -> what is wrong with it
+    unread: set[str] = field(default_factory=set)  # manifests among them: what they name is not known
     orphans: dict[str, int] = field(default_factory=dict)  # object that no manifest names -> bytes
     leftovers: list[str] = field(default_factory=list)  # of killed writers, by names for people
     copies: list[str] = field(default_factory=list)  # publications whose visible files are not copies
@@ -67,7 +69,8 @@ class Findings:
         yield from (f"{folder}: files that people load are not those of its manifest" for folder in self.copies)
         size = sum(self.orphans.values())
         if self.orphans:
-            yield f"{len(self.orphans)} objects of {size_text(size)} are named by no manifest (--repair removes them)"
+            what = "--repair leaves them, while a manifest is damaged" if self.unread else "--repair removes them"
+            yield f"{len(self.orphans)} objects of {size_text(size)} are named by no manifest ({what})"
         if self.leftovers:
             yield f"{len(self.leftovers)} unfinished writes are left over (--repair removes them)"
         if self.removed:
@@ -87,6 +90,9 @@ def verify_campaign(campaign: Campaign, *, log: Log) -> Findings:
 
     Args:
         log: is told every few seconds how far it is.
+
+    Raises:
+        LayerloopError: the store does not answer, or refuses: then nothing is known.
     """
     store = campaign.store
     entries = store.entries()
@@ -120,6 +126,8 @@ def _check_replies(store: Store, entries: Mapping[str, Entry], found: Findings) 
     def fault_of(name: str) -> str:
         try:
             read_reply(store, name)
+        except OF_THE_STORE:
+            raise
         except LayerloopError as error:
             return _without(store.uri, name, error)
         return ""
@@ -194,6 +202,8 @@ def _check_removed(campaign: Campaign, found: Findings, named: Mapping[str, tupl
             where = f"{folder}/{RECORD}"
             try:
                 removed = removed_files(campaign.store, folder)
+            except OF_THE_STORE:
+                raise
             except LayerloopError as error:
                 found.faults[where] = _without(campaign.uri, where, error)
                 continue
@@ -211,17 +221,19 @@ def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> 
     """Remove what no manifest names, copy publications' visible files again, and have made again what the next run can
     make: rollouts and scores of the iteration in progress, evaluations. What cannot be made again stays.
 
+    Where a manifest is damaged, nothing counts as what no manifest names.
+
     Raises:
-        LayerloopError: a run holds the campaign.
+        LayerloopError: a run holds the campaign, or the store fails; what was found by then is left.
     """
     store = campaign.store
     with ExitStack() as held:
         for scope in SCOPES:
             held.enter_context(hold(store, scope, log=log, timing=timing))
         found = verify_campaign(campaign, log=log)  # nobody writes from here on
-        for name in found.orphans:
-            store.delete(name)
-        if found.orphans:
+        if found.orphans and not found.unread:
+            for name in found.orphans:
+                store.delete(name)
             log(
                 f"removed {len(found.orphans)} objects that no manifest names, {size_text(sum(found.orphans.values()))}"
             )
@@ -243,7 +255,11 @@ def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> 
 def _repeatable(campaign: Campaign, found: Findings) -> set[str]:
     """Manifests with a fault whose output the next run makes again as it was meant to be."""
     following = campaign.head() + 1
-    names = set()
+    names = {
+        where
+        for where in found.unread
+        if where.startswith("evaluations/") or ((match := _OPEN.match(where)) and int(match[1]) == following)
+    }
     for where, manifest in found.manifests.items():
         match = _OPEN.match(where)
         in_progress = match is not None and int(match[1]) == following
@@ -259,8 +275,11 @@ def _load(campaign: Campaign, name: str, found: Findings) -> None:
         if manifest is not None:
             campaign.check_origin(name, manifest)
             found.manifests[name] = manifest
+    except OF_THE_STORE:
+        raise
     except LayerloopError as error:
         found.faults[name] = _without(campaign.uri, name, error)
+        found.unread.add(name)
 
 
 def _fault_of(store: Store, file: File) -> str:
@@ -272,6 +291,8 @@ def _fault_of(store: Store, file: File) -> str:
             return ""
         with store.open(file.name) as opened:
             digest, size = hash_file(opened)
+    except OF_THE_STORE:
+        raise
     except LayerloopError as error:
         return _without(store.uri, file.name, error)
     if (size, digest) != (file.bytes, file.sha256):
@@ -291,6 +312,8 @@ def _check_iterations(campaign: Campaign, found: Findings) -> None:
         scores = found.manifests.get(f"{campaign.scores_dir(iteration)}/{MANIFEST}")
         try:
             groups = campaign.committed_groups(iteration)
+        except OF_THE_STORE:
+            raise
         except LayerloopError as error:
             found.faults.setdefault(campaign.rollouts_dir(iteration), _without(campaign.uri, "", error))
             groups = {}
@@ -350,6 +373,8 @@ def _check_scores(
             for group in read_groups(campaign.store, sound)
             for candidate in group.candidates
         }
+    except OF_THE_STORE:
+        raise
     except LayerloopError as error:
         found.faults.setdefault(name, _without(campaign.uri, "", error))
         return
