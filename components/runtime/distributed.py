@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # of one collective: ranks may load a 40 GB model at different speeds
+TIMEOUT = timedelta(minutes=30)  # of ranks that come up, and of the GPUs' collectives
+
+# Of a rank that waits for what another does: a judge's batch takes a day, a slow judge hours, an upload from home one.
+# A rank that died is noticed at once, by its connection and by the launcher; one that hangs, by the step's deadline.
+PATIENCE = timedelta(days=7)
+_patient: list[torch.distributed.ProcessGroup] = []  # the group in which ranks tell each other what is on the CPU
 
 
 def rank() -> int:
@@ -79,10 +84,17 @@ def process_group() -> Iterator[torch.device]:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _patient.append(dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield here
     finally:
+        _patient.clear()
         dist.destroy_process_group()
+
+
+def _host() -> torch.distributed.ProcessGroup | None:
+    """The group of `process_group`, None for that of a program around."""
+    return _patient[0] if _patient else None
 
 
 def all_reduce_sum(tensors: Sequence[torch.Tensor]) -> None:
@@ -113,11 +125,11 @@ def broadcast_json(value: object) -> object:
 
     data = json.dumps(value).encode() if rank() == 0 else b""
     size = torch.tensor([len(data)])
-    dist.broadcast(size, src=0)
+    dist.broadcast(size, src=0, group=_host())
     buffer = torch.zeros(int(size), dtype=torch.uint8)
     if rank() == 0:
         buffer[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    dist.broadcast(buffer, src=0)
+    dist.broadcast(buffer, src=0, group=_host())
     return json.loads(bytes(buffer.numpy().tobytes()))
 
 
@@ -128,7 +140,7 @@ def gather_to_first(value: T) -> list[T]:
     import torch.distributed as dist
 
     gathered: list[T] | None = [value] * world_size() if rank() == 0 else None
-    dist.gather_object(value, gathered)
+    dist.gather_object(value, gathered, group=_host())
     return gathered or []
 
 
@@ -139,7 +151,7 @@ def gather_to_all(value: T) -> list[T]:
     import torch.distributed as dist
 
     gathered = [value] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_host())
     return gathered
 
 
@@ -191,7 +203,7 @@ class Exchange:
     def _post(self, to: int, tag: int, data: torch.Tensor) -> None:
         import torch.distributed as dist
 
-        self._sending.append((dist.isend(data, to, tag=tag), data))  # the tensor lives until it is sent
+        self._sending.append((dist.isend(data, to, group=_host(), tag=tag), data))  # the tensor lives until it is sent
 
     def _listen(self, source: int, tags: Sequence[int]) -> None:
         import numpy as np
@@ -200,7 +212,7 @@ class Exchange:
 
         def get(size: int, tag: int) -> np.ndarray:
             buffer = torch.empty(size, dtype=torch.uint8)
-            work = dist.irecv(buffer, source, tag=tag)
+            work = dist.irecv(buffer, source, group=_host(), tag=tag)
             assert work is not None
             work.wait()
             return buffer.numpy()
@@ -239,7 +251,7 @@ def failing_together() -> Iterator[None]:
         if text:
             mine[1 : len(text) + 1] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         every = [torch.zeros_like(mine) for _ in range(world_size())]
-        dist.all_gather(every, mine)
+        dist.all_gather(every, mine, group=_host())
         first = next((one.tolist() for one in every if one[1]), None)
         if first is not None:
             message = bytes(first[1:]).rstrip(b"\0").decode(errors="replace")

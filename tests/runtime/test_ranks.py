@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
+from layerloop.components.runtime.distributed import PATIENCE
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.schema.runtime import BatchRuntime
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +59,8 @@ def test_a_number_that_cannot_be_is_refused(value: str, monkeypatch: pytest.Monk
 
 STEP = """
 import os, signal, time
+from datetime import timedelta
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import failing_together, process_group, rank
 from layerloop.components.schema.errors import UnavailableError
@@ -65,9 +70,12 @@ def run(*, what: str) -> StepResult:
         if rank() == 0:
             time.sleep(60)
         os.kill(os.getpid(), signal.SIGKILL)
-    with process_group(), failing_together():
-        if rank() == 1:
-            raise UnavailableError("s3://bucket is " + what)
+    with process_group():
+        _set_pg_timeout(timedelta(seconds=0.5))  # of the group that GPUs work in
+        with failing_together():
+            if rank() == 1:
+                time.sleep(2)  # as for a judge
+                raise UnavailableError("s3://bucket is " + what)
     return StepResult()
 
 if __name__ == "__main__":
@@ -87,6 +95,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_refusal_of_one_rank_is_said_once_and_stays_what_it_is(
     module: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """However long the others have waited for it."""
     with pytest.raises(LayerloopError, match=r"^s3://bucket is busy$") as refused:
         ranks.launch(module, ["--what", "busy"], processes=2)
     assert type(refused.value) is UnavailableError
@@ -94,6 +103,10 @@ def test_a_refusal_of_one_rank_is_said_once_and_stays_what_it_is(
     printed = "".join(capfd.readouterr())
     assert "error" not in printed
     assert "elastic" not in printed
+
+
+def test_a_rank_waits_for_another_as_long_as_a_judges_batch_may_take() -> None:
+    assert timedelta(hours=BatchRuntime().max_hours) < PATIENCE
 
 
 def test_the_rank_that_a_signal_ended_is_named(module: str, capfd: pytest.CaptureFixture[str]) -> None:
