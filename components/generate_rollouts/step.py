@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import JsonValue
 
@@ -23,6 +23,7 @@ from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import (
+    broadcast_json,
     failing_together,
     gather_to_all,
     process_group,
@@ -153,9 +154,11 @@ def sample_iteration(
     """Sample and commit the groups that are not `committed`, with all ranks of the process group.
 
     Args:
+        committed: As the first rank found them: between two ranks' looks another pod may have committed one.
         loaded: A policy of this campaign in memory, of whatever iteration: its base is used.
         observer: Is told what this rank samples, and may end the sampling on all ranks.
     """
+    committed = _of_first_rank(committed)
     with failing_together():
         sources = campaign.sources()
         planned = plan_iteration(campaign.recipe, iteration, train_images(sources))
@@ -176,6 +179,14 @@ def sample_iteration(
     with nullcontext() if loaded.policy.sharded else failing_together():
         written, bad_layers = _sample(campaign, iteration, todo, images, shares, loaded, observer or Observer())
     return Sampled(loaded, dict(sorted({**manifests, **_gather(written)}.items())), len(written), bad_layers)
+
+
+def _of_first_rank(committed: Mapping[int, Manifest]) -> Mapping[int, Manifest]:
+    """The first rank's manifests, by group; the ranks would share out different groups else."""
+    if world_size() == 1:
+        return committed
+    said: Any = broadcast_json({group: one.model_dump(mode="json") for group, one in committed.items()})
+    return {int(group): Manifest.model_validate(one) for group, one in said.items()}
 
 
 def _images(campaign: Campaign, sources: Manifest, todo: Sequence[GroupPlan]) -> dict[int, tuple[str, np.ndarray]]:
