@@ -70,6 +70,7 @@ def run(*, what: str) -> StepResult:
         if rank() == 0:
             time.sleep(60)
         os.kill(os.getpid(), signal.SIGKILL)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
     with process_group():
         _set_pg_timeout(timedelta(seconds=0.5))  # of the group that GPUs work in
         with failing_together():
