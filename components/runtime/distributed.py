@@ -15,9 +15,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from layerloop.components.runtime.progress import log
+from layerloop.components.runtime.refusals import POD
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from layerloop.components.schema.runtime import ModelRuntime
 
 T = TypeVar("T")
+
+DEVICES = Path("/dev")  # where a container's GPUs are
 
 TIMEOUT = timedelta(minutes=30)  # of ranks that come up, and of the GPUs' collectives
 
@@ -47,11 +51,21 @@ def world_size() -> int:
 
 
 def device() -> torch.device:
-    """`cuda:<local rank>` where there is a GPU, else the CPU."""
+    """`cuda:<local rank>` where there is a GPU, else the CPU.
+
+    Raises:
+        UnavailableError: a pod was given GPUs and torch cannot use them; on the CPU it would work for weeks.
+    """
     import torch
 
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and any(DEVICES.glob("nvidia[0-9]*"))
+    if POD in os.environ and torch.version.cuda and given:
+        raise UnavailableError(
+            f"this pod has a GPU that torch {torch.__version__} cannot use: its CUDA {torch.version.cuda} needs a "
+            "newer driver on the node, or the node is faulty; set CUDA_VISIBLE_DEVICES to -1 to work on the CPU"
+        )
     return torch.device("cpu")
 
 

@@ -19,8 +19,8 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.steps import RUN
 
 VARIABLE = "LAYERLOOP_PROCESSES"
-LOOPBACK = "127.0.0.1"  # where the ranks meet: a machine's own name may not resolve, as in a VPN or without a network
 CPU_VARIABLE = "LAYERLOOP_CPU_PROCESSES"  # the same for machines without GPUs; set by local runs
+LOOPBACK = "127.0.0.1"  # where the ranks meet: a machine's own name may not resolve, as in a VPN or without a network
 
 
 def launch_per_gpu(module: str, argv: Sequence[str], arguments: Mapping[str, object]) -> int | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerloop.components.runtime import ranks
+from layerloop.components.runtime import distributed, ranks
 from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import PATIENCE
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
@@ -55,6 +55,29 @@ def test_a_number_that_cannot_be_is_refused(value: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("LAYERLOOP_PROCESSES", value)
     with pytest.raises(LayerloopError, match=rf"LAYERLOOP_PROCESSES is '{value}': give an integer from 1 to 8"):
         ranks.num_processes()
+
+
+def test_a_pod_whose_gpus_torch_cannot_use_does_not_work_on_its_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that is too old for torch's CUDA: torch says so in a warning, and that there is no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(distributed, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("KFP_POD_NAME", "pod")
+    (tmp_path / "nvidiactl").touch()
+    assert distributed.device().type == "cpu"  # a pod without GPUs
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(
+        UnavailableError, match=r"its CUDA 13\.0 needs a newer driver on the node, or the node is faulty"
+    ):
+        distributed.device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert distributed.device().type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv("KFP_POD_NAME")
+    assert distributed.device().type == "cpu"  # a workstation, whose tiny policy needs no GPU
 
 
 STEP = """
