@@ -171,6 +171,8 @@ def sample_iteration(
                  for plan in plans[rank() :: world_size()] if plan.group not in committed}  # fmt: skip
     manifests = {**committed, **_gather({group: done for group, done in found.items() if done})}
     todo = [plan for plan in plans if plan.group not in manifests]
+    if any(others != [plan.group for plan in todo] for others in gather_to_all([plan.group for plan in todo])):
+        raise RuntimeError("the ranks have different groups to sample, and would wait for each other without end")
     if not todo:
         return Sampled(loaded, manifests, 0, [])
     images = _images(campaign, sources, todo)
