@@ -279,12 +279,17 @@ def test_a_paid_answer_without_scores_is_stored_too(
     scripted: Any, one: Request, say: Say, message: dict[str, Any], reason: str, asked: int
 ) -> None:
     """It is stored, since it was paid, and not recalled for ever: the next attempt of the step asks again, as often as
-    the first and under other keys, for what is wrong with a judge passes."""
+    the first and under other keys, for what is wrong with a judge passes. This attempt does not."""
     replies = ReplyMemory()
     scripted.answer = say("", **message)
+
+    async def twice(judge: Judge) -> list[Any]:
+        async with judge:
+            return [await asyncio.gather(judge.ask(one), return_exceptions=True) for _ in range(2)]
+
     for attempt in (1, 2, 3):
-        [error] = asyncio.run(ask_all(Judge(scripted.url, *settings(retries=2), replies=replies), [one]))
-        assert isinstance(error, UnusableError) and error.reason == reason
+        for [error] in asyncio.run(twice(Judge(scripted.url, *settings(retries=2), replies=replies))):
+            assert isinstance(error, UnusableError) and error.reason == reason
         assert len(scripted.bodies) == len(replies) == attempt * asked
     assert len({body["seed"] for body in scripted.bodies}) == 3 * asked
 
