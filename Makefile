@@ -7,9 +7,10 @@ VENV := .venv
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
 # A process a core and one more, for those that wait, of one thread each. The tests of a file stay together, since they
-# share what they set up.
+# share what they set up. Python keeps what it compiled, wherever a shell says that it must not: the asserts of all tests
+# are compiled again in each process otherwise.
 PROCESSES := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 1 )))
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(PROCESSES) --maxprocesses 8 --dist loadfile \
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n $(PROCESSES) --maxprocesses 8 --dist loadfile \
   --no-loadscope-reorder
 CLUSTER ?= manifests/cluster.example.yaml
 

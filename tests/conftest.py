@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +22,26 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from warm_python import VARIABLE, WarmPython
 
 from .campaigns import save_tiny_base
 
-# Every setting of a KFP task asks for the caller's name with inspect.stack() (kfp 2.17), which by default also looks up
-# the source lines of each frame; under pytest's stack of fifty frames that takes a quarter of a second.
-inspect.stack = functools.partial(inspect.stack, 0)
+
+def _stack(context: int = 0) -> list[inspect.FrameInfo]:
+    """The callers by name, `inspect.stack()` without their sources.
+
+    Every setting of a KFP task asks for its caller's name with it (kfp 2.17). With every library loaded, looking up the
+    source file of one of pytest-xdist's frames reads the names of six thousand modules.
+    """
+    frames, frame = [], sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        frames.append(inspect.FrameInfo(frame, code.co_filename, frame.f_lineno, code.co_name, None, None))
+        frame = frame.f_back
+    return frames
+
+
+inspect.stack = _stack
 
 # Packages are compiled and read hundreds of times; libyaml writes and reads the same ten times as fast.
 yaml.SafeDumper, yaml.Dumper = yaml.CSafeDumper, yaml.CDumper  # type: ignore[misc]
@@ -42,6 +60,27 @@ NOT_FAST = ("test_judge_endpoints.py", "test_hostile.py")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", action="store_true", help="store the values of tests/invariant anew (make golden)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One warm Python for all processes of pytest-xdist."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="warm-")  # a socket's path may have a hundred letters
+        warm = WarmPython(folder)
+        os.environ[VARIABLE] = warm.python
+        config.add_cleanup(lambda: (warm.stop(), shutil.rmtree(folder)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Libraries and tests stay until the end: the collector of garbage need not go through them again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -108,9 +147,16 @@ def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
 
 
 @pytest.fixture
-def s3_bucket(s3_environment: dict[str, str]) -> str:
-    """An `s3://bucket/prefix` URI that no other test uses."""
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+def s3_bucket(s3_environment: dict[str, str]) -> Iterator[str]:
+    """An `s3://bucket/prefix` URI that no other test uses.
+
+    What the test leaves there goes with it: for a list of a few keys moto looks at every key of the bucket.
+    """
+    yield f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    server = s3_environment["AWS_ENDPOINT_URL"]
+    for method, path in (("POST", "moto-api/reset"), ("PUT", BUCKET)):
+        with urllib.request.urlopen(urllib.request.Request(f"{server}/{path}", method=method)):
+            pass
 
 
 @pytest.fixture(params=["folder", "s3"])

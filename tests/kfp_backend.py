@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from warm_pods import WarmPods
 
 KINDS: dict[str, type | tuple[type, ...]] = {
     "STRING": str, "NUMBER_INTEGER": (int, float), "NUMBER_DOUBLE": (int, float), "BOOLEAN": bool, "STRUCT": dict,
@@ -66,7 +65,7 @@ class Backend:
     folder: Path  # pipeline root and logs
     environment: dict[str, str] = field(default_factory=dict)  # of every pod, on top of this process's
     pods_have_names: bool = True  # KFP_POD_NAME, by which a step knows that it is in a cluster
-    warm: WarmPods | None = None  # starts the pods that load torch
+    python: str = sys.executable  # what the pods run in; `warm()` has loaded the libraries
     run_id: str = field(default_factory=lambda: str(uuid.uuid4()))
     pods: list[Pod] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -234,11 +233,9 @@ class Backend:
     def _process(self, command: list[str], environment: dict[str, str], output: Path) -> tuple[int, str]:
         """Exit status of a pod's command, and what it printed."""
         output.unlink(missing_ok=True)
-        if self.warm is not None and self.warm.takes(command):
-            return self.warm.run(command, environment, str(output)), output.read_text()
         with output.open("w") as file:
             done = subprocess.run(
-                [sys.executable, *command], env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+                [self.python, *command], env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
             )
         return done.returncode, output.read_text()
 

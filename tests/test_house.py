@@ -192,7 +192,15 @@ UNCALLED = {
     "components/layers/psd.py": {"save_psd"},
     "pipelines/local.py": {"overhead"},  # for the benchmark of that name
 }
-CALLED_BY_LIBRARIES = {"do_GET", "do_POST", "handle_error", "handle_one_request", "ignore_aliases", "log_message"}
+CALLED_BY_LIBRARIES = {
+    "do_GET",
+    "do_POST",
+    "emit",
+    "handle_error",
+    "handle_one_request",
+    "ignore_aliases",
+    "log_message",
+}
 CALLED_BY_LIBRARIES |= {"makefile", "parse_known_args", "readinto", "seekable", "send_error", "sendall", "setup"}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from layerloop.components.evaluate_adapter.assess import Row
-from layerloop.components.evaluate_adapter.statistics import Comparison, compare, holm
+from layerloop.components.evaluate_adapter.statistics import FEWEST, Comparison, compare, holm
 from layerloop.components.layers.columns import better_of, changed_definitions, quoted, title_of
 from layerloop.components.layers.measure import MEASURES
 from layerloop.components.runtime.progress import log
@@ -56,7 +56,8 @@ def fail_when_worse(campaign: Campaign, evaluation: Manifest, baseline: str) -> 
 
     Raises:
         WorseError: a watched measure is clearly worse; the line names each of them.
-        LayerloopError: `baseline` is no such file, has no image in common, or other definitions of the measures.
+        LayerloopError: `baseline` is no such file, has fewer than `FEWEST` images in common, or other definitions of
+            the measures.
     """
     now = json.loads(read_file(campaign.store, evaluation.file("metrics.json")))
     iteration = evaluation.iteration or 0
@@ -75,6 +76,11 @@ def fail_when_worse(campaign: Campaign, evaluation: Manifest, baseline: str) -> 
         return
     for column, comparison in comparisons.items():
         log(f"since {name}: {_comparison_text(column, comparison)}")
+    if (most := max(comparison.n for comparison in comparisons.values())) < FEWEST:
+        reason = f"{name} has {most} of the images, and nothing is told from fewer than {FEWEST}: evaluate it on more"
+        if baseline != PREVIOUS:
+            raise LayerloopError(reason)
+        log(reason)
     worse = [_comparison_text(column, item) for column, item in comparisons.items() if _is_worse(column, item)]
     if worse:
         report = f"{campaign.uri}/{campaign.evaluation_dir(f'iteration-{iteration:06d}')}"
@@ -89,15 +95,31 @@ def read_baseline(uri: str) -> dict[str, Any]:
     """
     remedy = "give the metrics.json of an evaluation"
     try:
-        document: Any = json.loads(read_uri(uri))
+        document: Any = json.loads(read_uri(uri), parse_constant=_no_number)
     except ValueError:
         raise LayerloopError(f"baseline {uri} is not JSON: {remedy}") from None
     rows = document.get("watched") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not isinstance(document.get("definitions"), dict):
         raise LayerloopError(f"baseline {uri} has no numbers by image: {remedy}, of this version of layerloop")
-    if not all(isinstance(row, dict) and set(_IDENTITY) <= row.keys() for row in rows):
+    if not all(
+        isinstance(row, dict) and all(isinstance(row.get(name), int | str) for name in _IDENTITY) for row in rows
+    ):
         raise LayerloopError(f"baseline {uri} has a row without its image and seed: {remedy}")
+    for kind, column in WATCHED:
+        values = [row.get(column, _LACKING) for row in rows if row["kind"] == kind]
+        if _LACKING in values:
+            raise LayerloopError(f"baseline {uri} lacks {column} of {kind}: {remedy}, of this version of layerloop")
+        if odd := [value for value in values if value is not None and not isinstance(value, int | float)]:
+            raise LayerloopError(f"baseline {uri} has {str(odd[0])[:40]!r} as {column}: {remedy}")
     return document
+
+
+_LACKING: Final = "lacking"
+
+
+def _no_number(name: str) -> float:
+    """Refuse what JSON has no words for, such as NaN, which would be worse than nothing."""
+    raise ValueError(name)
 
 
 def compare_evaluations(before: Sequence[Row], now: Sequence[Row], *, seed: int) -> dict[str, Comparison]:

@@ -19,13 +19,13 @@ from layerloop.components.layers.stack import Pixels, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.storage.images import decode_png, open_image
-from layerloop.components.storage.shards import Sample, read_shard
-from layerloop.components.storage.spool import Spool, Spooled
 
 if TYPE_CHECKING:
     from layerloop.components.schema.manifest import Manifest
     from layerloop.components.schema.recipe import EvaluationRecipe
     from layerloop.components.storage.campaign import Campaign
+    from layerloop.components.storage.shards import Sample
+    from layerloop.components.storage.spool import Spool, Spooled
 
 Kind = Literal["designs", "pictures"]
 UNLABELLED_LAYERS = 4  # of unlabelled images, as the released model is used
@@ -107,6 +107,9 @@ def read_cases(campaign: Campaign, sources: Manifest) -> Cases:
     Raises:
         LayerloopError: nothing is held out, or a shard is damaged.
     """
+    from layerloop.components.storage.shards import read_shard  # not of the processes that measure
+    from layerloop.components.storage.spool import Spool
+
     recipe, seed = campaign.recipe.evaluation, campaign.recipe.seed
     spool = Spool()
 

@@ -7,7 +7,7 @@ their number. As many shards are made at a time as there are ranks; a killed att
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -195,10 +195,12 @@ def decompose(
         yield case, stack
 
 
-def read_decompositions(store: Store, shard: Shard) -> dict[str, Pixels]:
-    """Layers `(L, H, W, 4)` by case name."""
+def read_decompositions(store: Store, shard: Shard, *, only: Set[str] | None = None) -> dict[str, Pixels]:
+    """Layers `(L, H, W, 4)` by case name, of the cases in `only` where it is given."""
     found = {}
     for name, members in read_shard(store, shard, required=("json", "layer0.png")):
+        if only is not None and name not in only:
+            continue
         layers = json.loads(members["json"])["layers"]
         found[name] = np.stack([decode_png(members[f"layer{index}.png"]) for index in range(layers)])
     return found

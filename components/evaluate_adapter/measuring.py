@@ -24,9 +24,9 @@ from layerloop.components.evaluate_adapter.cases import Case
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.runtime.progress import progress
 from layerloop.components.schema.errors import UnavailableError
-from layerloop.components.schema.manifest import Shard
 
 if TYPE_CHECKING:
+    from layerloop.components.schema.manifest import Shard
     from layerloop.components.storage.store import Store
 
 MOST = 16  # processes

@@ -30,6 +30,7 @@ from layerloop.components.evaluate_adapter.sheets import GAIN
 from layerloop.components.evaluate_adapter.statistics import FEWEST, METHOD
 from layerloop.components.evaluate_adapter.tables import (
     cards,
+    headline,
     layerd_section,
     measures_section,
     number,
@@ -141,7 +142,8 @@ def summary(report: Report) -> str:
     ]
     kind: Kind = "designs" if "designs" in report.comparisons.by_kind else "pictures"
     table = report.comparisons.by_kind[kind]
-    columns = [column for group in GROUPS.values() for column in group if column in table]
+    first = headline(report.comparisons)[1]  # parts of these, such as blank layers, are not the news
+    columns = [*first, *(name for group in GROUPS.values() for name in group if name in table and name not in first)]
     by_verdict: dict[str, list[str]] = {"good": [], "bad": [], "": []}
     for column in columns:
         if gives_verdict(column):
@@ -159,12 +161,11 @@ def summary(report: Report) -> str:
 
     text = f"The adapter and its base, {escape(report.model)}, decomposed {' and '.join(counts)} from the same noise."
     on = f"On the {'designs' if kind == 'designs' else 'images'}, the adapter"
-    if by_verdict["good"]:
-        text += f" {on} is clearly better in {listed(by_verdict['good'])}."
-        on = "It"
-    if by_verdict["bad"]:
-        text += f" {on} is clearly worse in {listed(by_verdict['bad'])}."
-        on = "It"
+    words = {"good": "better", "bad": "worse"}
+    for which in sorted(words, key=lambda name: -len(by_verdict[name])):  # what there is more of leads
+        if by_verdict[which]:
+            text += f" {on} is clearly {words[which]} in {listed(by_verdict[which])}."
+            on = "It"
     rest = len(by_verdict[""])
     most = max((c.n for c in table.values()), default=0)
     if most < FEWEST:

@@ -332,9 +332,8 @@ def _cases_to_show(campaign: Campaign, cases: Cases, sampled: Sampled, measured:
     for model, shards in (("Base", sampled.base), ("Adapter", sampled.tuned)):
         for chunk, shard in zip(sampled.chunks, shards, strict=True):
             if wanted & {case.name for case in chunk}:
-                found = read_decompositions(campaign.store, shard)
-                for name in wanted & found.keys():
-                    stacks[name][model] = found[name]
+                for name, stack in read_decompositions(campaign.store, shard, only=wanted).items():
+                    stacks[name][model] = stack
     return [ShownCase(choice, tuple(strips_of(choice, stacks[choice.case.name]))) for choice in choices]
 
 

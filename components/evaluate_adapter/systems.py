@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from layerloop.components.evaluate_adapter.cases import Case, Cases
 from layerloop.components.evaluate_adapter.comparable import Evaluation, identity, parse_metrics
 from layerloop.components.evaluate_adapter.statistics import Comparison, compare, holm
 from layerloop.components.layers.columns import BY_SLOT, COLUMNS, better_of, gives_verdict, judged, title_of
-from layerloop.components.layers.psd_reading import read_document
+from layerloop.components.layers.normalise import upright_srgb
+from layerloop.components.layers.psd_reading import read_layers
 from layerloop.components.layers.stack import Pixels, resize
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
@@ -98,6 +99,8 @@ def measure_folder(folder: Path, cases: Cases, *, max_edits: int) -> list[Row]:
     Raises:
         LayerloopError: no case is there, or one cannot be read.
     """
+    if not folder.is_dir():
+        raise LayerloopError(f"{folder} is no folder: give an evaluation, an adapter or a folder of layers")
     rows: list[Row] = []
     hidden: list[str] = []
     for case in cases.cases:
@@ -245,16 +248,14 @@ def _layers_of(folder: Path, case: Case, hidden: list[str]) -> Pixels | None:
     size = (case.size[1], case.size[0])
     images = folder / case.name
     documents = [path for suffix in (".psd", ".psb") if (path := folder / f"{case.name}{suffix}").is_file()]
+    unseen: list[str] = []
+    found: Iterable[Pixels]
     if documents:
-        document = read_document(documents[0])
-        found = list(document.layers)
-        hidden += [f"{name!r} of {documents[0].name}" for name in document.hidden]
+        found = read_layers(documents[0], unseen)
     elif images.is_dir():
-        found = [_decoded(path) for path in _numbered(images)]
+        found = map(_decoded, _numbered(images))
     else:
         return None
-    if not found:
-        raise LayerloopError(f"{folder}/{case.name} has no layers: give numbered PNGs or a PSD with pixel layers")
     scaled = []
     for layer in found:
         height, width = layer.shape[:2]
@@ -264,6 +265,9 @@ def _layers_of(folder: Path, case: Case, hidden: list[str]) -> Pixels | None:
                 "layers of the picture's shape"
             )
         scaled.append(resize(layer, size))
+    if not scaled:
+        raise LayerloopError(f"{folder}/{case.name} has no layers: give numbered PNGs or a PSD with pixel layers")
+    hidden += [f"{name!r} of {documents[0].name}" for name in unseen]
     return np.stack(scaled)
 
 
@@ -283,6 +287,6 @@ def _numbered(folder: Path) -> list[Path]:
 
 def _decoded(path: Path) -> Pixels:
     try:
-        return np.asarray(decode_image(path.read_bytes()).convert("RGBA"))
+        return np.asarray(upright_srgb(decode_image(path.read_bytes())).convert("RGBA"))
     except LayerloopError as error:
         raise LayerloopError(f"layer {path}: {error}") from None

@@ -22,12 +22,12 @@ LAYERD: Mapping[str, Column] = {
     "rgb_l1": Column(
         name="layerd_rgb_l1_0", title="LayerD RGB L1", better="lower", group="Against the true layers",
         quoted={"kubeflow": 0, "card": 9},
-        blind=("untouched", "veils", "alpha noise", "junk"),
+        blind=("untouched", "veils", "split", "fringes", "alpha noise", "junk"),
     ),
     "alpha_iou": Column(
         name="layerd_alpha_iou_0", title="LayerD alpha IoU", better="higher", group="Against the true layers",
         quoted={"designs headline": 2, "kubeflow": 0, "card": 10},
-        blind=("background", "colour noise"),
+        blind=("background", "filled", "colour noise"),
     ),
 }  # fmt: skip
 

@@ -322,7 +322,10 @@ def render_elements(
             raise LayerloopError(
                 f"element {index} ({_kind(design, index)}) of design {design['id']} has no image: it cannot be rendered"
             )
-        image, box = drawn or (decode(encoded or b""), box)
+        try:
+            image, box = drawn or (decode(encoded or b""), box)
+        except LayerloopError as error:
+            raise LayerloopError(f"element {index} ({_kind(design, index)}): {error}") from None
         layer = np.zeros((size[1], size[0], 4), np.uint8)
         if box[2] > 0 and box[3] > 0:
             layer = _place_element(image, box, float(design["angle"][index]), canvas, size)

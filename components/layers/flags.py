@@ -6,6 +6,7 @@ parameters; their defaults are the definitions that reports repeat.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +38,12 @@ def semi_transparent(stack: Pixels, *, faint: float = FAINT, solid: float = SOLI
 
 def blank(stack: Pixels, *, least: float = 0.005) -> Flags:
     """A layer is blank when its mean alpha is under 0.005, alpha of 2/255 and less taken for 0."""
-    return mean_alpha(cleared(stack)) < least
+    return _blank(cleared(stack), least)
+
+
+def _blank(seen: Pixels, least: float = 0.005) -> Flags:
+    """As `blank`, of a stack without faint alpha."""
+    return mean_alpha(seen) < least
 
 
 def glazed(stack: Pixels, *, extent: float = 0.25, share: float = 0.8, weak: float = 0.15) -> Flags:
@@ -45,9 +51,10 @@ def glazed(stack: Pixels, *, extent: float = 0.25, share: float = 0.8, weak: flo
     0.9, and it covers more than a quarter of the canvas or has a mean alpha under 0.15 where it covers: a veil over the
     image in place of an object."""
     seen = cleared(stack)
-    covered = coverage(seen)
-    faint = mean_alpha(seen) < weak * covered
-    return ~blank(stack) & ((covered > extent) | faint) & (semi_transparent(stack) > share)
+    covered, mean = coverage(seen), mean_alpha(seen)
+    candidates: Flags = ~_blank(seen) & ((covered > extent) | (mean < weak * covered))
+    candidates[candidates] = semi_transparent(stack[candidates]) > share
+    return candidates
 
 
 def duplicate(
@@ -57,11 +64,12 @@ def duplicate(
     canvas, RGB L1 to the source there under 0.03), or a layer below it (IoU of both alphas 0.9 or more, RGB L1 under
     0.03 where both cover). Of equal layers the lowest is none, and neither is layer 0."""
     opaque = stack[..., 3] >= solid * 255
-    gap = np.abs(stack[..., :3].astype(np.int16) - source[..., :3]).mean(axis=-1) / 255
-    area = opaque.sum(axis=(-2, -1))
-    l1 = (gap * opaque).sum(axis=(-2, -1)) / np.maximum(area, 1)
-    flags: Flags = (opaque.mean(axis=(-2, -1)) > extent) & (l1 < distance)
-    seen, shown = cleared(stack), ~blank(stack)
+    flags: Flags = opaque.mean(axis=(-2, -1)) > extent
+    for index in np.flatnonzero(flags):
+        gap = np.abs(stack[index, ..., :3].astype(np.int16) - source[..., :3]).mean(axis=-1) / 255
+        flags[index] = (gap * opaque[index]).sum() / opaque[index].sum() < distance
+    seen = cleared(stack)
+    shown = ~_blank(seen)
     for upper in range(1, len(stack)):
         others = [seen[lower] for lower in range(upper) if shown[lower]] if shown[upper] else []
         flags[upper] |= any(_alike(seen[upper], other, share=extent, distance=distance) for other in others)
@@ -74,27 +82,27 @@ def idle(stack: Pixels, source: Pixels, *, least: float = 0.02) -> Flags:
     farther from the source (mean absolute RGB difference, on black and on white, per alpha of the layer that is not
     hidden), or when 99 % of it is hidden. Layers are tried from the top, and an idle one stays away while those below
     it are tried. Layer 0 is idle only when 99 % of it is hidden; blank layers never are."""
-    seen, shown = cleared(stack), ~blank(stack)
+    seen = cleared(stack)
+    shown = ~_blank(seen)
     wanted = source[..., :3].astype(np.float32)
-    below = [_over(None, seen[0])]  # composites of the layers under each one
-    for layer in seen[1:-1]:
-        below.append(_over(below[-1], layer))
+    layers = [_premultiplied(layer) for layer in seen]
+    below = list(itertools.accumulate(layers[:-1], lambda lower, upper: _joined(upper, lower)))  # under each one
     above: Float32 = np.zeros((*wanted.shape[:2], 4), np.float32)  # the layers above that are of use
     flags: Flags = np.zeros(len(stack), bool)
     for index in range(len(stack) - 1, 0, -1):
         if not shown[index]:
             continue
-        alpha = seen[index, ..., 3].astype(np.float32) / 255
+        alpha = layers[index][..., 3]
         visible = alpha * (1 - above[..., 3])
         mass, at = float(visible.sum()), visible > 0
-        without = _joined(above, below[index - 1])[at]
-        present = _joined(above, _over(below[index - 1], seen[index]))[at]
-        gain = float((_distance(without, wanted[at]) - _distance(present, wanted[at])).sum())
+        top, lower, goal = above[at], below[index - 1][at], wanted[at]
+        without, present = _joined(top, lower), _joined(top, _joined(layers[index][at], lower))
+        gain = float((_distance(without, goal) - _distance(present, goal)).sum())
         flags[index] = mass < 0.01 * float(alpha.sum()) or gain < least * mass
         if not flags[index]:
-            above = _joined(above, _premultiplied(seen[index]))
+            above = _joined(above, layers[index])
     if shown[0]:
-        alpha = seen[0, ..., 3].astype(np.float32) / 255
+        alpha = layers[0][..., 3]
         flags[0] = float((alpha * (1 - above[..., 3])).sum()) < 0.01 * float(alpha.sum())
     return flags
 
@@ -141,12 +149,6 @@ def _joined(upper: Float32, lower: Float32) -> Float32:
     """`upper` over `lower`, both premultiplied."""
     joined: Float32 = upper + lower * (1 - upper[..., 3:])
     return joined
-
-
-def _over(lower: Float32 | None, layer: Pixels) -> Float32:
-    """`layer` over a premultiplied composite, or alone."""
-    upper = _premultiplied(layer)
-    return upper if lower is None else _joined(upper, lower)
 
 
 def _distance(pixels: Float32, wanted: Float32) -> Float32:

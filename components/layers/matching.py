@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layerloop.components.layers.planes import Floats, edge_band, gradient_magnitude, laid
+from layerloop.components.layers.planes import Floats, byte_sum, edge_band, gradient_magnitude, laid
 from layerloop.components.layers.stack import Backdrop, Pixels, on_backdrop
 
 
@@ -136,7 +136,7 @@ def _distances(stack: Pixels, truth: Pixels, backdrop: Backdrop) -> Floats:
     for i, layer in enumerate(ours):
         for j, other in enumerate(theirs):
             gap = np.maximum(layer, other) - np.minimum(layer, other)
-            costs[i, j] = gap.sum(axis=(1, 2), dtype=np.uint32).sum(dtype=np.int64) / gap.size / 255
+            costs[i, j] = byte_sum(gap) / gap.size / 255
     return costs
 
 

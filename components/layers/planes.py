@@ -17,6 +17,14 @@ SOLID = 0.9  # alpha from this on counts as opaque
 LUMA = np.array([0.299, 0.587, 0.114])  # Rec. 601
 
 
+def byte_sum(values: Pixels) -> int:
+    """Exact sum of bytes `(H, ...)`, in 32 bits, which is several times as fast as in 64: all at once as long as that
+    cannot overflow, else row by row."""
+    if values.size <= 2**24:
+        return int(values.sum(dtype=np.uint32))
+    return int(values.reshape(len(values), -1).sum(axis=1, dtype=np.uint32).sum(dtype=np.int64))
+
+
 def cleared(stack: Pixels, *, faint: float = FAINT) -> Pixels:
     """The stack with every alpha of 2/255 or less set to 0: what nobody sees, such as a decoder's noise, is no layer.
 
@@ -68,6 +76,12 @@ def gradient(plane: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[An
         across[..., 1:-1] /= 2
         across[..., 0], across[..., -1] = plane[..., 1] - plane[..., 0], plane[..., -1] - plane[..., -2]
     return out
+
+
+def neighbours_mean(plane: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    """`(2, H, W)`: mean of the two pixels of a plane `(H, W)` between which `gradient` takes the difference."""
+    down, across = np.pad(plane, ((1, 1), (0, 0)), "edge"), np.pad(plane, ((0, 0), (1, 1)), "edge")
+    return np.stack([(down[2:] + down[:-2]) / 2, (across[:, 2:] + across[:, :-2]) / 2])
 
 
 def gradient_magnitude(plane: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:

@@ -20,7 +20,7 @@ def unsupported_edges(stack: Pixels, source: Pixels, *, contrast: float = 0.1, l
     Objects of nearly the colour behind them have such edges too, so a little is no fault; texture of a photograph
     hides seams in part. Undefined where no foreground layer has an edge."""
     reach = edge_reach(stack.shape[1:3])
-    found = np.max([_variation(source[..., channel], reach) for channel in range(3)], axis=0)
+    found = _variation(np.moveaxis(source, -1, 0), reach).max(axis=0)
     left = np.ones(stack.shape[1:3], np.float32)  # what the layers above leave to see
     length = seams = 0.0
     for layer in stack[:0:-1]:
@@ -37,11 +37,11 @@ def unsupported_edges(stack: Pixels, source: Pixels, *, contrast: float = 0.1, l
 
 
 def _variation(plane: Pixels, reach: int) -> Float32:
-    """Largest less smallest value of a plane `(H, W)` within `reach` pixels, 0..255."""
+    """Largest less smallest value of planes `(..., H, W)` within `reach` pixels, 0..255."""
     from scipy.ndimage import maximum_filter, minimum_filter
 
-    size = 2 * reach + 1
-    return np.asarray(maximum_filter(plane, size=size) - minimum_filter(plane, size=size), np.float32)
+    size, axes = 2 * reach + 1, (-2, -1)
+    return np.asarray(maximum_filter(plane, size, axes=axes) - minimum_filter(plane, size, axes=axes), np.float32)
 
 
 def _steps(plane: Pixels) -> Float32:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from warm_python import warm
 
 from layerloop.components.decompose import DecomposeOptions, decompose, model, run
 from layerloop.components.decompose.counts import Trial, best, choose_count, without_blank
@@ -299,8 +301,9 @@ def cli(*arguments: object) -> int:
 
 
 def test_the_command_goes_on_after_a_bad_picture_and_its_status_says_so(
-    two: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    two: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "executable", warm())
     (two / "broken.png").write_bytes(b"no")
     quick = ("--layers", 2, "--steps", 1, "--sampler", "euler", "--guidance", 2, "--formats", "png")
     assert cli(two, "-o", tmp_path / "out", *quick) == 1

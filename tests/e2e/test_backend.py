@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from kfp_backend import Backend, TaskFailed
 from PIL import Image
-from warm_pods import WarmPods
+from warm_python import warm
 
 from layerloop.components.storage.campaign import Campaign
 from layerloop.pipelines.cluster import Cluster
@@ -38,12 +38,6 @@ ITERATION_OF_TWO = ["generate-rollouts", "generate-rollouts", "score-rollouts", 
 def judge_url() -> Iterator[str]:
     with start_in_thread() as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def warm() -> Iterator[WarmPods]:
-    with WarmPods() as pods:
-        yield pods
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +108,10 @@ def kfp_server() -> Iterator[KfpServer]:
 
 
 def test_two_iterations_of_two_workers_stop_at_a_target_of_one_and_deliver_it(
-    tmp_path: Path, images: str, judge_url: str, warm: WarmPods
+    tmp_path: Path, images: str, judge_url: str
 ) -> None:
     campaign = str(tmp_path / "campaign")
-    backend = train(tmp_path, iterations=2, workers=2, pods_have_names=False, warm=warm)
+    backend = train(tmp_path, iterations=2, workers=2, pods_have_names=False, python=warm())
     backend.run(campaign=campaign, images=images, judge_url=judge_url, until=1, overrides={"seed": 11.0})
     ends = ["evaluate-adapter", "publish-adapter"]
     assert backend.steps() == ["shard-dataset", *ITERATION_OF_TWO, *ITERATION_OF_TWO, *ends]
@@ -130,28 +124,28 @@ def test_two_iterations_of_two_workers_stop_at_a_target_of_one_and_deliver_it(
 
 
 def test_on_s3_a_campaign_ends_at_its_target_and_switches_its_recurring_run_off(
-    s3_bucket: str, tmp_path: Path, images: str, judge_url: str, kfp_server: KfpServer, warm: WarmPods
+    s3_bucket: str, tmp_path: Path, images: str, judge_url: str, kfp_server: KfpServer
 ) -> None:
     api = {"LAYERLOOP_KFP_API": f"http://127.0.0.1:{kfp_server.server_address[1]}"}
-    nightly = evaluation(tmp_path, environment=api, warm=warm)
+    nightly = evaluation(tmp_path, environment=api, python=warm())
     with pytest.raises(TaskFailed, match=r"has no recipe.json: start it with shard_dataset, or correct the URI"):
         nightly.run(campaign=s3_bucket)
 
     job = {"campaign": s3_bucket, "images": images, "judge_url": judge_url, "until": 1, "max_failures": 2}
-    first = train(tmp_path, environment=api, warm=warm)
+    first = train(tmp_path, environment=api, python=warm())
     first.run(**job)
     assert first.steps()[-2:] == ["evaluate-adapter", "publish-adapter"]
     assert Campaign.open(s3_bucket).head() == 1
     assert kfp_server.disabled == []
 
-    second = train(tmp_path, environment=api, warm=warm)
+    second = train(tmp_path, environment=api, python=warm())
     second.run(**job)
     assert second.steps() == ["shard-dataset"]
     assert "has reached its target: iteration 1 of 1" in second.pods[0].output
     assert "recurring run chain-7 is switched off" in second.pods[0].output
     assert kfp_server.disabled == ["/apis/v2beta1/recurringruns/chain-7:disable"]
 
-    nightly = evaluation(tmp_path, environment=api, warm=warm)
+    nightly = evaluation(tmp_path, environment=api, python=warm())
     nightly.run(campaign=s3_bucket)
     assert nightly.steps() == ["shard-dataset", "evaluate-adapter"]
 
@@ -187,14 +181,14 @@ def test_a_folder_as_campaign_is_refused_in_a_pod(tmp_path: Path, images: str) -
 
 
 def test_a_resident_run_ends_at_its_target_and_the_next_has_nothing_to_do(
-    tmp_path: Path, s3_bucket: str, images: str, judge_url: str, warm: WarmPods
+    tmp_path: Path, s3_bucket: str, images: str, judge_url: str
 ) -> None:
     given = {"campaign": s3_bucket, "images": images, "judge_url": judge_url, "until": 2}
-    first = train(tmp_path, iterations=3, resident=True, warm=warm)
+    first = train(tmp_path, iterations=3, resident=True, python=warm())
     first.run(**given)
     assert first.steps() == ["shard-dataset", "train-stretch", "evaluate-adapter", "publish-adapter"]
     assert Campaign.open(s3_bucket).iterations() == [1, 2]
-    second = train(tmp_path, iterations=3, resident=True, warm=warm)
+    second = train(tmp_path, iterations=3, resident=True, python=warm())
     second.run(**given)
     assert second.steps() == ["shard-dataset"]
 

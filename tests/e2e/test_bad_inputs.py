@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from warm_python import warm
 
 from layerloop.pipelines import cli
 from layerloop.pipelines.inputs import packaged_recipes
@@ -85,7 +86,7 @@ def refused(
 
 
 def test_a_missing_folder(refused: Refused, tmp_path: Path) -> None:
-    line = refused.run(tmp_path / "nowhere")
+    line = refused.run(tmp_path / "nowhere", own_process=True)
     assert line.startswith("error: shard dataset: images ")
     assert str(tmp_path / "nowhere") in line
 
@@ -95,9 +96,10 @@ def test_an_empty_folder(refused: Refused, tmp_path: Path) -> None:
     assert str(tmp_path / "empty") in refused.run(tmp_path / "empty")
 
 
-def test_an_image_that_is_text(refused: Refused, tmp_path: Path, images: Path) -> None:
+def test_an_image_that_is_text(refused: Refused, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", warm())  # of the step, which has checked the base by then
     (images / "4.png").write_text("not an image")
-    line = refused.run(images, own_process=True)
+    line = refused.run(images)
     assert "1 of 5" in line
     assert "max_reject_fraction" in line
     assert (tmp_path / "campaign" / "sources" / "rejects.parquet").exists()

@@ -130,6 +130,17 @@ def of_another_seed(document: dict[str, Any]) -> None:
         (b"[]", "has no numbers by image"),
         (as_baseline(lambda document: document.pop("watched")), "has no numbers by image"),
         (as_baseline(lambda document: document["watched"][0].pop("seed")), "has a row without its image and seed"),
+        (
+            as_baseline(lambda document: document["watched"][0].update(key=["k0"])),
+            "has a row without its image and seed",
+        ),
+        (as_baseline(lambda document: document["watched"][0].pop("layer_l1")), "lacks layer_l1 of designs: give the"),
+        (as_baseline(lambda document: document["watched"][0].update(bad_layers="two")), "has 'two' as bad_layers"),
+        (as_baseline(lambda document: document["watched"][0].update(bad_layers=float("nan"))), "is not JSON"),
+        (
+            as_baseline(lambda document: document["watched"].__delitem__(slice(5, 44))),
+            "has 5 of the images, and nothing",
+        ),
         (as_baseline(of_another_seed), "was evaluated on other images or from other seeds"),
         (
             as_baseline(lambda document: document["definitions"].update(bad_layers="as it was")),

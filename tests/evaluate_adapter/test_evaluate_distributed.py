@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from warm_python import warm
 
 from layerloop.components.evaluate_adapter import decompose
 from layerloop.components.evaluate_adapter.cases import Case
@@ -27,7 +28,7 @@ def own_ranks(lab: CampaignBuilder, fsdp: bool, **environ: str) -> subprocess.Co
     """The step's plain command, run in two processes (on GPUs: one each, by itself)."""
     runtime = json.dumps({"model": {"fsdp": fsdp}})
     module = "layerloop.components.evaluate_adapter"
-    command = [sys.executable, "-m", module, "--campaign", lab.uri, "--runtime", runtime]
+    command = [warm(), "-m", module, "--campaign", lab.uri, "--runtime", runtime]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"} | environ
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=360)
 

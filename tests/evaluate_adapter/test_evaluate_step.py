@@ -7,13 +7,13 @@ import json
 import posixpath
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.torch import load, save
+from warm_python import warm
 
 from layerloop.components.evaluate_adapter.cases import read_cases
 from layerloop.components.evaluate_adapter.decompose import read_decompositions
@@ -197,7 +197,7 @@ def test_the_command_on_s3_prints_its_metrics(make_lab: MakeLab, s3_bucket: str)
     hold_out(lab, [drawn_design(1, 2), drawn_design(2, 3)], [source_of(drawn_design(3, 2))])
     lab.adapter(1)
     done = subprocess.run(
-        [sys.executable, "-m", "layerloop.components.evaluate_adapter", "--campaign", lab.uri],
+        [warm(), "-m", "layerloop.components.evaluate_adapter", "--campaign", lab.uri],
         capture_output=True,
         text=True,
         check=False,

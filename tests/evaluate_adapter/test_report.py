@@ -70,6 +70,14 @@ def test_the_summary_names_what_is_clearly_better_and_clearly_worse() -> None:
     assert "The one other measure shows no clear difference." in text
 
 
+def test_the_summary_begins_with_what_there_is_more_of_and_with_the_headline() -> None:
+    """An adapter that broke leaves fewer layers blank too, which is a part of its bad layers and not the news."""
+    table = {"blank_layers": BETTER, "idle_layers": BETTER, "halo": WORSE, "glazed_layers": WORSE, "bad_layers": WORSE}
+    text = page_of(table).split("</p>")[1]
+    assert text.index("clearly worse in bad layers") < text.index("clearly better in blank layers")
+    assert text.index("halo") < text.index("glazed layers")
+
+
 def test_the_summary_admits_when_nothing_is_clear() -> None:
     text = text_of(page_of({"bad_layers": UNCLEAR, "layer_l1": UNCLEAR}))
     assert "does not differ from the base by more than chance in any of 2 measures" in text

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from layerloop.components.evaluate_adapter.assess import assess
 from layerloop.components.evaluate_adapter.cases import Case, Cases, read_cases
@@ -178,9 +179,26 @@ def test_another_number_of_layers_at_another_size_is_measured(tmp_path: Path) ->
     assert (row["layers"], row["height"]) == (2, case.source.shape[0]) and row["bad_layers"] is not None
 
 
+def test_layers_of_other_programs_are_converted_as_pictures_are(tmp_path: Path) -> None:
+    """16-bit grey and palettes are what they show, not clipped and not indices."""
+    cases = some_cases(1)
+    (case,) = cases.cases
+    height, width = case.source.shape[:2]
+    ramp = np.linspace(0, 255, width).astype(np.uint8)[None].repeat(height, 0)
+    kinds = {"deep": Image.fromarray(ramp.astype(np.uint16) * 257), "flat": Image.fromarray(ramp)}
+    kinds["palette"] = kinds["flat"].convert("P")
+    for kind, image in kinds.items():
+        (tmp_path / kind / case.name).mkdir(parents=True)
+        image.save(tmp_path / kind / case.name / "0.png")
+    deep, flat, palette = (measure_folder(tmp_path / kind, cases, max_edits=0) for kind in kinds)
+    assert deep == flat == palette and flat[0]["recomposition_error"] is not None
+
+
 def test_layers_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     cases = some_cases(1)
     (case,) = cases.cases
+    with pytest.raises(LayerloopError, match="nowhere is no folder: give an evaluation, an adapter or"):
+        measure_folder(tmp_path / "nowhere", cases, max_edits=0)
     with pytest.raises(LayerloopError, match=rf"has layers of none of the 1 cases: .* {case.name}/0\.png"):
         measure_folder(tmp_path, cases, max_edits=0)
     (tmp_path / case.name).mkdir()
@@ -276,7 +294,7 @@ def test_the_command_line_hands_over(evaluated: Evaluated, capfd: pytest.Capture
         ([], "no system is given"),
         (["nameless"], "system 'nameless' is not NAME=URI"),
         (["a=/x", "a=/y"], "two systems have one name"),
-        (["a=/nowhere"], "/nowhere has layers of none of the 7 cases"),
+        (["a=/nowhere"], "/nowhere is no folder: give an evaluation, an adapter or"),
         (["base=/nowhere"], "system base is the campaign's base itself: give /nowhere another name"),
         (["a=/nowhere", "--output", "/nowhere/x.html"], "--output is /nowhere/x.html: its folder is not there"),
         (["--sources", "/proc/x"], "/proc/x cannot be written ("),

@@ -94,12 +94,12 @@ class Attempt:
 class Nursery:
     """Forks of a process with everything imported (nursery.py)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, python: str = sys.executable) -> None:
         self._folder, self._count = folder, itertools.count()
         pipe = subprocess.PIPE
         # One thread a process, since threads would not survive a fork.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, str(HERE / "nursery.py")]
+        command = [python, str(HERE / "nursery.py")]
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
         self._ready = False
 
@@ -195,7 +195,7 @@ def counted(uri: str) -> str:
 
 
 @contextmanager
-def scenario(folder: Path, *, without: Collection[str] = ()) -> Iterator[Scenario]:
+def scenario(folder: Path, *, without: Collection[str] = (), python: str = sys.executable) -> Iterator[Scenario]:
     """The scenario, made in `folder`, but for stages that nobody wants."""
     images, logs, recipe = folder / "images", folder / "logs", folder / "recipe.json"
     for path in (images, logs):
@@ -205,7 +205,7 @@ def scenario(folder: Path, *, without: Collection[str] = ()) -> Iterator[Scenari
     for number in range(6):
         Image.fromarray(draw.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(images / f"{number}.png")
     recipe.write_text(json.dumps(RECIPE_OF_ALL | {"model": {"base": str(base), "dtype": "float32"}}))
-    with meddling_judge() as judge, Nursery(logs) as nursery:
+    with meddling_judge() as judge, Nursery(logs, python) as nursery:
         judge.change = opinionated
         judge.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that was killed
         stretch = Stage("stretch", "train_stretch", ("--iteration", "1", "--iterations", "2", "--judge-url", judge.url))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from warm_python import warm
 
 from .places import Place
 from .points import Point, strike
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
-    with scenario(tmp_path_factory.mktemp("faults"), without=("evaluate",)) as one:
+    with scenario(tmp_path_factory.mktemp("faults"), without=("evaluate",), python=warm()) as one:
         yield one
 
 

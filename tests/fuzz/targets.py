@@ -25,6 +25,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
+from psd_tools.constants import Tag
 
 from layerloop.components.judge.errors import read_error, shown
 from layerloop.components.judge.features import EndpointFeatures
@@ -35,6 +36,8 @@ from layerloop.components.judge.replies import Reply, UnusableError, Usage, read
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.judge.serving import thought_in
+from layerloop.components.layers.export import write_psd
+from layerloop.components.layers.psd_reading import read_layers
 from layerloop.components.policy.adapters import read_adapter
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
@@ -604,7 +607,53 @@ def _holds_recipe(text: str) -> None:
                 assert Recipe.from_json(value.to_json(), where="again") == value
 
 
+# ------------------------------------------------------------------------------------------------------------ documents
+
+CANVAS = (12, 9)  # width, height
+
+
+def _documents() -> list[bytes]:
+    """Small documents of every kind that is read, and of some that are refused."""
+    from psd_tools import PSDImage
+
+    card = Image.new("RGBA", (6, 5), (200, 30, 40, 255))
+    out = []
+    for mode, depth in (("RGBA", 8), ("RGBA", 16), ("LA", 8)):
+        made = PSDImage.new(mode, CANVAS, depth=depth)  # type: ignore[arg-type]
+        made.create_pixel_layer(card, name="card", top=1, left=2, opacity=200)
+        masked = made.create_pixel_layer(card, name="masked")
+        masked.create_mask(Image.linear_gradient("L").resize((6, 5)), top=0, left=0)
+        masked.tagged_blocks.set_data(Tag.BLEND_FILL_OPACITY, 128)
+        made.create_group([made.create_pixel_layer(card, name="inner", left=7)], name="group").opacity = 128
+        made.create_pixel_layer(card, name="off").visible = False
+        buffer = io.BytesIO()
+        made.save(buffer)
+        out.append(buffer.getvalue())
+    stack = np.zeros((2, CANVAS[1], CANVAS[0], 4), np.uint8)
+    stack[0], stack[1, 2:6, 3:9] = (10, 200, 90, 255), (90, 10, 200, 128)
+    return [*out, write_psd(stack, ["a", "b"], groups=[None, "g"])]
+
+
+def _holds_document(data: bytes) -> None:
+    hidden: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="layerloop-fuzz-") as folder:
+        Path(folder, "a.psd").write_bytes(data)
+        try:
+            layers = list(read_layers(Path(folder, "a.psd"), hidden))
+        except LayerloopError as error:
+            one_line(str(error))
+            assert "a.psd" in str(error)
+            return
+    for name in hidden:
+        assert len(name) <= 60
+    height, width = int.from_bytes(data[14:18], "big"), int.from_bytes(data[18:22], "big")
+    for layer in layers:
+        assert layer.shape == (height, width, 4) and layer.dtype == np.uint8
+        assert not layer[layer[..., 3] == 0].any(), "colour under alpha 0"
+
+
 TARGETS: dict[str, Target] = {
+    "documents": Target(mutated(_documents()), _holds_document),
     "exif": Target(st.tuples(mutated(_exif()), st.sampled_from(["JPEG", "PNG"])), _holds_image),
     "replies": Target(_REPLY, _holds_reply),
     "error_bodies": Target(_ERROR_BODY, _holds_error_body),

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from .targets import TARGETS
 
 EXAMPLES = {
+    "documents": 80,
     "exif": 60,
     "replies": 150,
     "error_bodies": 60,

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
+from warm_python import warm
 
 from layerloop.components.generate_rollouts import candidates
 from layerloop.components.generate_rollouts import step as rollout_step
@@ -235,7 +235,7 @@ def test_attempts_that_race_commit_every_group_once(make_campaign) -> None:  # t
     """Two commands at once, of different numbers of workers, both of which sample groups 1 and 3."""
     complete, campaign = make_campaign(), make_campaign()
     run(campaign=complete.uri)
-    command = [sys.executable, "-m", "layerloop.components.generate_rollouts", "--campaign", campaign.uri]
+    command = [warm(), "-m", "layerloop.components.generate_rollouts", "--campaign", campaign.uri]
     layouts = (("0", "1"), ("1", "2"))
     running = [
         subprocess.Popen(
@@ -423,7 +423,7 @@ def test_two_ranks_commit_what_one_process_commits(make_campaign, tmp_path) -> N
     expected = run(campaign=one.uri).manifests["rollouts"]
     for name in [name for name in one.store.list() if "/g000000" in name]:
         two.store.write(name, one.store.read(name))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [warm(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "layerloop.components.generate_rollouts", "--campaign", two.uri]
     late = rank_1_sees(tmp_path, "Campaign.committed_groups = lambda *_: {}")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(late)}
@@ -439,7 +439,7 @@ def test_two_ranks_that_share_a_sharded_base_commit_what_one_process_commits(mak
     one = make_campaign(rollout=rollout)
     two = make_campaign(rollout=rollout)
     run(campaign=one.uri)
-    command = [sys.executable, "-m", "layerloop.components.generate_rollouts", "--campaign", two.uri]
+    command = [warm(), "-m", "layerloop.components.generate_rollouts", "--campaign", two.uri]
     command += ["--runtime", '{"model": {"fsdp": true}}']
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -490,7 +490,7 @@ def test_a_worker_that_is_not_one_of_the_workers_is_refused(make_campaign, worke
 
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    command = [sys.executable, "-m", "layerloop.components.generate_rollouts", "--campaign", str(tmp_path / "none")]
+    command = [warm(), "-m", "layerloop.components.generate_rollouts", "--campaign", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]

@@ -22,6 +22,7 @@ from layerloop.components.layers.designs import draw_sketch
 from layerloop.components.layers.paint import render_sketch
 from layerloop.components.layers.stack import flatten
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.images import decode_image
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -160,6 +161,16 @@ def test_an_element_without_an_image_is_named():
     }
     with pytest.raises(LayerloopError, match=r"element 1 \(TextElement\) of design a has no image"):
         render_design(design)
+
+
+def test_an_element_whose_image_is_damaged_is_named():
+    design = row((8, 8), (0, 0, 8, 8, 0, 1, solid(RED)), (0, 0, 8, 8, 0, 1, b"none"))
+
+    def decode(encoded):
+        return decode_image(encoded).convert("RGBA")
+
+    with pytest.raises(LayerloopError, match=r"element 1 \(\w+\): image starts with b'none', not a known format"):
+        list(render_elements(design, size=(8, 8), decode=decode))
 
 
 @pytest.mark.parametrize("seed", range(6))

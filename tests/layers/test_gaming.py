@@ -23,6 +23,7 @@ import pytest
 from layerloop.components.evaluate_adapter.assess import assess
 from layerloop.components.evaluate_adapter.cases import Case
 from layerloop.components.layers.columns import COLUMNS, DEFINITIONS, gives_verdict, quoted
+from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.measure import BLIND, MEASURES
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 from layerloop.components.storage.images import encode_png
@@ -130,6 +131,18 @@ def fringe(width: int) -> Callable[[Pixels], Pixels]:
         return layer
 
     return rim
+
+
+def background_rim(layer: Pixels) -> Pixels:
+    """Two pixels of the true background around what there is."""
+    from scipy.ndimage import maximum_filter
+
+    wide = maximum_filter(layer[..., 3], 5)
+    return with_alpha(np.where(layer[..., 3:] > 0, layer, truth()[0]), wide.astype(np.int64)[..., None])
+
+
+def squared(layer: Pixels) -> npt.NDArray[np.int64]:
+    return np.rint(layer[..., 3:].astype(float) ** 2 / 255).astype(np.int64)
 
 
 def speckled(layer: Pixels) -> Pixels:
@@ -249,6 +262,40 @@ def strip_veil() -> Pixels:
     return with_alpha(picture(), alpha)
 
 
+def filled(pixels: Pixels) -> Pixels:
+    """The true layers, with these pixels in the background where the objects hide it."""
+    hidden = composite(truth()[1:])[..., 3:] == 255
+    return changed(0, np.where(hidden, pixels, truth()[0]))
+
+
+def plain(red: int, green: int, blue: int) -> Pixels:
+    return np.full((SIDE, SIDE, 4), (red, green, blue, 255), np.uint8)
+
+
+def inverse() -> Pixels:
+    return with_alpha(255 - picture()[..., :3], 255)
+
+
+def correcting(alpha: int) -> Pixels:
+    """Noise in all layers but the top one, which brings the picture back through its alpha."""
+    below = np.random.default_rng(12).integers(0, 256, (3, SIDE, SIDE, 4)).astype(np.uint8)
+    below[0, ..., 3] = 255
+    wanted = (picture()[..., :3] - composite(below)[..., :3] * (1 - alpha / 255)) / (alpha / 255)
+    return layers(below, with_alpha(np.rint(wanted.clip(0, 255)).astype(np.uint8), alpha))
+
+
+def in_shares(layer: Pixels, count: int) -> Pixels:
+    """A layer as so many copies of itself which laid over each other are it again."""
+    alpha = 1 - (1 - np.minimum(layer[..., 3], 254) / 255) ** (1 / count)
+    return np.repeat(with_alpha(layer, np.rint(255 * alpha)[..., None].astype(np.int64))[None], count, axis=0)
+
+
+def texture() -> npt.NDArray[np.int64]:
+    """Alpha of 0 to 40, in waves."""
+    rows, columns = grid()
+    return np.rint(20 + 10 * np.sin(rows / 2) + 10 * np.cos(columns / 3)).astype(np.int64)[..., None]
+
+
 LEFT = composite(truth()[[0, 2]])  # the card is still in the background
 GHOST = mixed(truth()[0], picture(), 0.5)
 
@@ -269,6 +316,25 @@ CRAFTED: dict[str, Crafted] = {
     ),
     "picture, half veils above": Crafted("untouched", lambda: layers(picture(), *[with_alpha(picture(), 128)] * 3)),
     "picture, half veils with an opaque strip": Crafted("untouched", lambda: layers(picture(), *[strip_veil()] * 3)),
+    "picture, textured veils above": Crafted(
+        "untouched", lambda: layers(picture(), *[with_alpha(picture(), texture())] * 3)
+    ),
+    "picture, dithered over itself": Crafted(
+        "untouched",
+        lambda: layers(
+            picture(),
+            *(with_alpha(picture(), (255 * (sum(grid()) % 3 == k)).astype(np.int64)[..., None]) for k in range(3)),
+        ),
+    ),
+    "picture, boxes of itself around its objects": Crafted(
+        "untouched",
+        lambda: layers(
+            picture(),
+            *(picture() * (a.any(1)[:, None] & a.any(0))[..., None] for a in (truth()[1:, ..., 3] > 0)),
+        ),
+    ),
+    "noise under the picture": Crafted("untouched", lambda: correcting(255)),
+    "noise under a picture of 80 %": Crafted("untouched", lambda: correcting(204)),
     "picture, junk patches above": Crafted(
         "untouched", lambda: layers(picture(), patch(2, 2), patch(80, 80), patch(2, 80))
     ),
@@ -294,6 +360,13 @@ CRAFTED: dict[str, Crafted] = {
         "holes", lambda: changed(0, truth()[0] * (composite(truth()[1:])[..., 3:] < 128))
     ),
     "no background": Crafted("holes", lambda: changed(0, blank()[0])),
+    "one colour where objects were": Crafted(
+        "filled", lambda: filled(plain(*truth()[0, ..., :3].mean((0, 1)).astype(int)))
+    ),
+    "black where objects were": Crafted("filled", lambda: filled(plain(0, 0, 0))),
+    "noise where objects were": Crafted("filled", lambda: filled(with_alpha(random_layers()[0], 255))),
+    "objects inverted in the background": Crafted("filled", lambda: filled(inverse())),
+    "a blur of the picture where objects were": Crafted("background", lambda: filled(blurred_picture(2))),
     # Sound layers with something on top of them.
     "colour under alpha 0": Crafted("", lambda: upper(hidden_colour)),
     "veils of one level": Crafted("", lambda: upper(floor(1, (0, 0, 0)))),
@@ -311,6 +384,10 @@ CRAFTED: dict[str, Crafted] = {
     "the disc nowhere": Crafted("missing", lambda: changed(1, blank()[0])),
     "the white card nowhere": Crafted("white", lambda: changed(2, blank()[0])),
     "objects cut in halves": Crafted("split", lambda: halves(grid()[1] < 40)),
+    "an object in three shares of its alpha": Crafted(
+        "split", lambda: layers(truth()[0], in_shares(truth()[1], 3), truth()[2:])
+    ),
+    "objects in strips of four pixels": Crafted("split", lambda: halves(grid()[1] % 8 < 4)),
     "objects in salt and pepper": Crafted("split", lambda: halves(noise(3, SIDE, SIDE) > 0)),
     "all objects in one layer": Crafted("joined", lambda: layers(truth()[0], composite(truth()[1:]))),
     "two objects in one layer": Crafted("joined", lambda: layers(truth()[0], truth()[1], composite(truth()[2:]))),
@@ -322,6 +399,9 @@ CRAFTED: dict[str, Crafted] = {
     "squares over a blur": Crafted("tiles", lambda: cut(squares())),
     "squares over a blur, a corner left to it": Crafted("tiles", lambda: cut(np.where(sum(grid()) < 16, 3, squares()))),
     "soft squares over a blur": Crafted("tiles", lambda: cut(squares(), soft=2.5)),
+    "strips over the picture inverted": Crafted(
+        "tiles", lambda: layers(inverse(), cut((grid()[0] // 32).astype(np.int64))[1:])
+    ),
     "blots over a blur": Crafted("tiles", lambda: cut(blots())),
     "a checkerboard of pixels over a blur": Crafted("tiles", lambda: cut((sum(grid()) % 2).astype(np.int64))),
     "dithered alpha over a blur": Crafted("tiles", lambda: cut(np.random.default_rng(11).integers(0, 3, (SIDE, SIDE)))),
@@ -337,6 +417,8 @@ CRAFTED: dict[str, Crafted] = {
     # Edges, noise, colour.
     "fringes of one pixel": Crafted("fringes", lambda: upper(fringe(1))),
     "fringes of three pixels": Crafted("fringes", lambda: upper(fringe(3))),
+    "rims of the background around objects": Crafted("fringes", lambda: upper(background_rim)),
+    "alpha twice": Crafted("alpha noise", lambda: upper(lambda layer: with_alpha(layer, squared(layer)))),
     "noise in alpha": Crafted("alpha noise", lambda: upper(speckled)),
     "alpha blurred": Crafted("alpha noise", lambda: upper(blurred)),
     "noise in colour": Crafted("colour noise", lambda: upper(grainy)),
@@ -344,6 +426,7 @@ CRAFTED: dict[str, Crafted] = {
     "random layers": Crafted("colour noise", random_layers),
     "shifted by one pixel": Crafted("shifted", lambda: upper(shifted(1))),
     "shifted by four pixels": Crafted("shifted", lambda: upper(shifted(4))),
+    "each object mirrored": Crafted("shifted", lambda: upper(lambda layer: layer[:, ::-1])),
 }
 
 # Better first: no honest measure puts a later one before an earlier one.
@@ -363,6 +446,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 HONEST = [name for name, column in COLUMNS.items() if gives_verdict(name) and column.quoted]
 INDIRECT = {"evenness_gap"}  # about all layers at once: what one gains in detail another loses
 SAME = 0.001  # a difference under this is none; counts of layers differ by 1
+CHANCE = 0.04  # of an object's gradients agreeing with a photograph's behind it
 SLACK = 0.005  # by which chance gradients of the background may differ
 
 
@@ -446,3 +530,43 @@ def test_colour_under_alpha_zero_changes_no_number() -> None:
 def test_every_kind_has_its_crafted_stacks() -> None:
     assert {crafted.kind for crafted in CRAFTED.values()} == {*BLIND, ""}
     assert len(CRAFTED) >= 30 and len(HONEST) >= 15
+
+
+PHOTOGRAPHS = ("untouched", "mirrored", "black", "noise", "inverted", "one colour")
+
+
+@functools.cache
+def photographs() -> list[Case]:
+    """Designs over photographs, one of them with an object that lets the background through."""
+    cases = []
+    for seed, count in ((101, 3), (105, 3), (109, 3)):
+        stack = render_sketches(np.random.default_rng(seed), count=1, layers=count, size=(SIDE, SIDE), photo_share=1.0)[
+            0
+        ]
+        stack[-1, ..., 3] = np.rint(stack[-1, ..., 3] * (0.75 if seed == 101 else 1))
+        members = {f"layer{index}.png": encode_png(layer) for index, layer in enumerate(stack)}
+        image = on_backdrop(composite(stack), "white")
+        cases.append(Case(f"{seed:016d}", "designs", count, 0, image.shape[:2], {"png": encode_png(image), **members}))
+    return cases
+
+
+@pytest.mark.parametrize("fault", PHOTOGRAPHS)
+def test_nothing_beats_the_true_layers_over_photographs(fault: str) -> None:
+    """Texture of a background goes on under objects, and through those that are not opaque: no fault of its own."""
+    for one in photographs():
+        true = one.truth
+        assert true is not None
+        layer = {
+            "untouched": composite(true), "mirrored": true[0, :, ::-1], "black": plain(0, 0, 0),
+            "noise": with_alpha(random_layers()[0], 255), "inverted": with_alpha(255 - true[0, ..., :3], 255),
+            "one colour": plain(*true[0, ..., :3].mean((0, 1)).astype(int)),
+        }[fault]  # fmt: skip
+        wrong = np.concatenate([layer[None], true[1:]])
+        best, found = (assess(one, stack, max_edits=0) for stack in (true, wrong))
+        sign = {column: -1 if COLUMNS[column].better == "higher" else 1 for column in HONEST}
+        better = {
+            column: (found[column], best[column])
+            for column in HONEST
+            if found[column] is not None and sign[column] * (found[column] - best[column]) < -CHANCE
+        }
+        assert not better

@@ -7,7 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from layerloop.components.layers.background import holes, inpainting_l1, inpainting_ssim, residue, ring_smoothness
+from layerloop.components.layers.background import (
+    holes,
+    inpainting_l1,
+    inpainting_ssim,
+    residue,
+    ring_smoothness,
+    structural_similarity,
+)
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.flags import (
     blank,
@@ -284,6 +291,18 @@ def test_a_hole_does_not_pass_for_an_inpainted_background() -> None:
     assert defined(inpainting_ssim(stack, truth)) < 0.6
 
 
+def test_ssim_is_that_of_scikit_image() -> None:
+    from skimage.metrics import structural_similarity as reference
+
+    one, other = np.random.default_rng(3).uniform(0, 255, (2, 2, 17, 23, 3))
+    other = (one + other) / 2
+    for window in (3, 7):
+        found = structural_similarity(one, other, window)
+        for image, beside, values in zip(one, other, found, strict=True):
+            _, wanted = reference(image, beside, win_size=window, channel_axis=-1, data_range=255.0, full=True)
+            assert np.array_equal(values, wanted)
+
+
 def test_inpainting_is_undefined_where_nothing_was_covered() -> None:
     truth = np.stack([design()[0], layer()])
     assert inpainting_l1(truth, truth) is None
@@ -344,6 +363,9 @@ def test_holes_are_counted_under_the_upper_layers_only() -> None:
 def test_residue_of_a_flat_source_is_undefined() -> None:
     stack = np.stack([layer((90, 90, 90), 255), layer((90, 90, 90), 255, (8, 40, 8, 40))])
     assert residue(stack, source_of(stack)) is None
+    source = source_of(stack)
+    stack[0, ..., :3] = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3))
+    assert residue(stack, source) is None, "noise in layer 0 makes no 0 of it"
 
 
 # ---------------------------------------------------------------------------------------------------------------- slots

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 from psd_tools import PSDImage
-from psd_tools.constants import BlendMode
+from psd_tools.constants import BlendMode, ChannelID, Compression, Tag
+from psd_tools.psd.layer_and_mask import ChannelInfo, MaskFlags
+from psd_tools.psd.tagged_blocks import TaggedBlock
 
 from layerloop.components.layers.export import write_psd
-from layerloop.components.layers.psd_reading import read_document
+from layerloop.components.layers.psd import write_document
+from layerloop.components.layers.psd_reading import read_layers
 from layerloop.components.layers.stack import Pixels, composite
 from layerloop.components.schema.errors import LayerloopError
+
+from .test_normalise import swapped_profile
 
 SIDE = 12
 RED, GREEN = (200, 30, 40, 255), (20, 180, 60, 255)
@@ -33,11 +39,21 @@ def drawn(colour: tuple[int, ...], rows: slice, columns: slice) -> Pixels:
     return out
 
 
-def document() -> Any:
-    return PSDImage.new("RGBA", (SIDE, SIDE))
+class Document(NamedTuple):
+    layers: list[Pixels]
+    hidden: list[str]
 
 
-def read(made: Any, tmp_path: Path) -> Any:
+def document(mode: str = "RGBA", depth: Any = 8) -> Any:
+    return PSDImage.new(mode, (SIDE, SIDE), depth=depth)
+
+
+def read_document(path: Path) -> Document:
+    hidden: list[str] = []
+    return Document(list(read_layers(path, hidden)), hidden)
+
+
+def read(made: Any, tmp_path: Path) -> Document:
     path = tmp_path / "a.psd"
     made.save(path)
     return read_document(path)
@@ -108,6 +124,16 @@ def clipped(made: Any) -> None:
     made.create_pixel_layer(card(GREEN), name="light").clipping = True
 
 
+def artboard(made: Any) -> None:
+    group = made.create_group([made.create_pixel_layer(card(RED), name="a")], name="page 1")
+    add_block(group, b"artb", descriptor())
+
+
+def blended_if(made: Any) -> None:
+    layer = made.create_pixel_layer(card(RED), name="sky")
+    layer._record.blending_ranges.composite_ranges = [(0, 65535), (0x6464, 65535)]  # not over what is dark
+
+
 def group_blended(made: Any) -> None:
     made.create_group([made.create_pixel_layer(card(RED), name="a")], name="glow").blend_mode = BlendMode.SCREEN
 
@@ -115,10 +141,12 @@ def group_blended(made: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (overlapping, "the group 'pair' of 2 layers that overlap, with an opacity or a mask"),
+        (overlapping, "the group 'pair' of layers that overlap, with an opacity or a mask"),
         (blended, "the layer 'shade' in blend mode multiply"),
         (clipped, "the layer 'light' clipped to the one below"),
         (group_blended, "the group 'glow' in blend mode screen"),
+        (artboard, "the artboard 'page 1'"),
+        (blended_if, "the layer 'sky' with advanced blending (blend if, knockout or channels)"),
     ],
 )
 def test_what_no_stack_of_layers_can_say_is_refused_by_name(
@@ -130,34 +158,185 @@ def test_what_no_stack_of_layers_can_say_is_refused_by_name(
         read(made, tmp_path)
 
 
-def with_block(key: bytes, data: bytes) -> bytes:
-    """The bytes of a document of ours whose upper layer has one block more, in place of the end of its name."""
-    plain = write_psd(np.stack([drawn(RED, slice(0, 8), slice(0, 8))]), ["x" * 200])
-    start = plain.index(b"8BIMluni")
-    length = 12 + int.from_bytes(plain[start + 8 : start + 12], "big")
-    name = b"8BIMluni" + (8).to_bytes(4, "big") + (1).to_bytes(4, "big") + "n".encode("utf-16-be") + bytes(2)
-    block = b"8BIM" + key + len(data).to_bytes(4, "big") + data
-    rest = length - len(name) - len(block) - 12
-    return plain[:start] + name + block + b"8BIMlyid" + rest.to_bytes(4, "big") + bytes(rest) + plain[start + length :]
+# ------------------------------------------------------------------- blocks of real documents, byte for byte (Adobe's
+# Photoshop File Formats Specification, "Additional Layer Information")
+
+
+def add_block(layer: Any, key: bytes, data: bytes) -> None:
+    layer._record.tagged_blocks[Tag(key)] = TaggedBlock(key=key, data=data)
+
+
+def word(value: int) -> bytes:
+    return struct.pack(">I", value)
+
+
+def named(key: str) -> bytes:
+    return (word(0) if len(key) == 4 else word(len(key))) + key.encode()
+
+
+def descriptor(kind: str = "null", items: Mapping[str, bytes] | None = None) -> bytes:
+    """A descriptor block: the version, an empty name, a class, and items with their types."""
+    return word(16) + object_of(kind, items or {})
+
+
+def object_of(kind: str, items: Mapping[str, bytes]) -> bytes:
+    return word(0) + named(kind) + word(len(items)) + b"".join(named(key) + value for key, value in items.items())
+
+
+def flag(value: bool) -> bytes:
+    return b"bool" + bytes([value])
+
+
+def shadow(**flags: bool) -> bytes:
+    return b"Objc" + object_of("DrSh", {key: flag(value) for key, value in flags.items()})
+
+
+def effects(on: bool, effect: bytes) -> bytes:
+    return word(0) + descriptor(items={"masterFXSwitch": flag(on), "DrSh": effect})
+
+
+OLD_FILL = word(2) + b"8BIMnorm" + bytes(10) + b"\xff\x01" + bytes(10)  # a colour overlay of Photoshop 5, on
+PATH = struct.pack(">H24x", 6)  # "path fill rule" alone: nothing is outlined
+EFFECTS, BLENDING = "the layer 'n' with layer effects", "the layer 'n' with advanced blending"
+VECTOR = "'n' with a vector mask"
 
 
 @pytest.mark.parametrize(
     ("key", "data", "line"),
     [
         (b"nvrt", b"", "the layer 'n', a invert without pixels of its own"),
-        (b"iOpa", b"\x80\0\0\0", ""),
+        (b"SoCo", descriptor(), "the layer 'n', a solidcolorfill without pixels of its own"),
+        (b"lfx2", effects(True, shadow(enab=True, present=True)), EFFECTS),
+        (b"lfx2", effects(True, shadow(enab=True)), EFFECTS),  # before 2015 nothing said `present`
+        (b"lfx2", effects(True, b"VlLs" + word(1) + shadow(enab=True, present=True)), EFFECTS),
+        (b"lmfx", effects(True, shadow(enab=True, present=True)), EFFECTS),
+        (b"lfx2", b"\0\0\0\1??", EFFECTS),  # of which nothing can be said
+        (b"lrFX", struct.pack(">HH", 0, 1) + b"8BIMsofi" + word(len(OLD_FILL)) + OLD_FILL, EFFECTS),
+        (b"vmsk", struct.pack(">II", 3, 0) + PATH, VECTOR),
+        (b"vsms", struct.pack(">II", 3, 0) + PATH, VECTOR),
+        (b"knko", b"\x01\0\0\0", BLENDING),
+        (b"brst", word(1), BLENDING),
     ],
 )
-def test_blocks_of_real_documents(tmp_path: Path, key: bytes, data: bytes, line: str) -> None:
-    """An adjustment layer, and the opacity that Photoshop calls Fill."""
-    (tmp_path / "a.psd").write_bytes(with_block(key, data))
-    if line:
-        with pytest.raises(LayerloopError, match=re.escape(line)):
-            read_document(tmp_path / "a.psd")
-    else:
-        assert np.array_equal(
-            read_document(tmp_path / "a.psd").layers[0], drawn((*RED[:3], 128), slice(0, 8), slice(0, 8))
-        )
+def test_what_a_block_adds_to_a_layer_is_refused_by_name(tmp_path: Path, key: bytes, data: bytes, line: str) -> None:
+    """Adjustments, fills, effects, vector masks, and blending that goes beyond the blend mode."""
+    made = document()
+    add_block(made.create_pixel_layer(card(RED), name="n"), key, data)
+    with pytest.raises(LayerloopError, match=re.escape(line)):
+        read(made, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "data"),
+    [
+        (b"lfx2", effects(False, shadow(enab=True, present=True))),
+        (b"lfx2", effects(True, shadow(enab=False, present=True))),
+        (b"lfx2", effects(True, shadow(enab=True, present=False))),
+        (b"vmsk", struct.pack(">II", 3, 4) + PATH),  # disabled
+        (b"knko", bytes(4)),
+        (b"brst", b""),
+        (b"SoLd", b"soLD" + word(4) + descriptor()),  # a smart object, with the pixels that it shows
+        (b"iOpa", b"\xff\0\0\0"),
+    ],
+)
+def test_what_a_block_does_not_change_is_read(tmp_path: Path, key: bytes, data: bytes) -> None:
+    made = document()
+    add_block(made.create_pixel_layer(card(RED), name="n"), key, data)
+    assert np.array_equal(read(made, tmp_path).layers[0], drawn(RED, slice(0, 6), slice(0, 6)))
+
+
+def test_fill_opacity_and_opacity_multiply(tmp_path: Path) -> None:
+    made = document()
+    add_block(made.create_pixel_layer(card(RED), name="n", opacity=128), b"iOpa", b"\x80\0\0\0")
+    assert np.array_equal(read(made, tmp_path).layers[0], drawn((*RED[:3], 64), slice(0, 6), slice(0, 6)))
+
+
+def test_a_vector_mask_counts_by_the_pixels_that_both_masks_are_stored_with(tmp_path: Path) -> None:
+    """Channel -3 is a pixel mask and a vector mask together; where the pixel mask is off, only the path says."""
+    made = document()
+    layer = made.create_pixel_layer(card(RED), name="n")
+    layer.create_mask(Image.new("L", (6, 6), 255), top=0, left=0)
+    add_block(layer, b"vmsk", struct.pack(">II", 3, 0) + PATH)
+    both, _, _ = layer._make_mask_channel_data(Image.new("L", (6, 3), 255), Compression.RAW)
+    layer._record.channel_info.append(ChannelInfo(id=ChannelID.REAL_USER_LAYER_MASK, length=len(both.data) + 2))
+    layer._channels.append(both)
+    data = layer._record.mask_data
+    data.real_flags, data.real_background_color = MaskFlags(parameters_applied=True), 0
+    data.real_top, data.real_left, data.real_bottom, data.real_right = 0, 0, 3, 6
+    assert np.array_equal(read(made, tmp_path).layers[0], drawn(RED, slice(0, 3), slice(0, 6)))
+    layer.mask.disabled = True
+    with pytest.raises(LayerloopError, match=re.escape(VECTOR)):
+        read(made, tmp_path)
+
+
+def test_grey_and_sixteen_bits_are_eight_bits_of_colour(tmp_path: Path) -> None:
+    grey, deep, light = document("LA"), document(depth=16), document(depth=32)
+    grey.create_pixel_layer(Image.new("LA", (6, 6), (77, 128)), name="g")
+    for made in (deep, light):
+        made.create_pixel_layer(card(RED), name="d")
+    assert np.array_equal(read(grey, tmp_path).layers[0], drawn((77, 77, 77, 128), slice(0, 6), slice(0, 6)))
+    assert np.array_equal(read(deep, tmp_path).layers[0], drawn(RED, slice(0, 6), slice(0, 6)))
+    with pytest.raises(LayerloopError, match="a.psd has 32 bits a channel"):  # linear light
+        read(light, tmp_path)
+
+
+@pytest.mark.parametrize(("profile", "red_and_green"), [(swapped_profile(), (30, 200)), (b"rubbish", (200, 30))])
+def test_a_profile_is_converted_and_a_damaged_one_ignored(
+    tmp_path: Path, profile: bytes, red_and_green: tuple[int, int]
+) -> None:
+    """As those of pictures are."""
+    with (tmp_path / "a.psd").open("wb") as file:
+        write_document(file, np.stack([drawn(RED, slice(0, 8), slice(0, 8))]), profile=profile)
+    (found,) = read_document(tmp_path / "a.psd").layers
+    assert np.abs(found[0, 0].astype(int) - (*red_and_green, *RED[2:])).max() < 10
+
+
+def test_a_group_with_a_sharp_mask_may_overlap(tmp_path: Path) -> None:
+    """Where a mask is 0 or 1 and nothing between, masking each layer is masking the group."""
+    made = document()
+    both = [made.create_pixel_layer(card(RED), name="a"), made.create_pixel_layer(card(GREEN), name="b")]
+    made.create_group(both, name="pair")
+    made.save(tmp_path / "a.psd")
+    made = PSDImage.open(tmp_path / "a.psd")
+    made[0].create_mask(Image.new("L", (SIDE, 3), 255), top=0, left=0)
+    found = read(made, tmp_path).layers
+    assert [np.flatnonzero(layer[..., 3].any(1)).tolist() for layer in found] == [[0, 1, 2]] * 2
+
+
+def test_documents_without_layers_and_empty_layers_have_none(tmp_path: Path) -> None:
+    assert read(document(), tmp_path) == ([], [])
+    made = document()
+    made.create_pixel_layer(Image.new("RGBA", (0, 0)), name="e")
+    assert not read(made, tmp_path).layers[0].any()
+
+
+def test_a_large_canvas_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.psd").write_bytes(struct.pack(">4sH6xHIIHH", b"8BPS", 1, 4, 30_000, 30_000, 8, 3) + bytes(14))
+    with pytest.raises(LayerloopError, match="a.psd is 30000 x 30000, of 100 megapixels at most: make it smaller"):
+        read_document(tmp_path / "a.psd")
+
+
+def test_what_is_lost_in_a_damaged_document_is_not_passed_over(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """psd-tools goes on without the blocks behind one that it cannot read: without the opacity, for one."""
+    made = document()
+    layer = made.create_pixel_layer(card(RED), name="n")
+    add_block(layer, b"iOpa", b"\x80\0\0\0")
+    made.save(tmp_path / "a.psd")
+    data = (tmp_path / "a.psd").read_bytes()
+    (tmp_path / "a.psd").write_bytes(data.replace(b"8BIMiOpa", b"8BxMiOpa"))
+    with pytest.raises(LayerloopError, match=r"a\.psd is damaged \(Invalid signature .*\): save it again"):
+        read_document(tmp_path / "a.psd")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_name_of_any_length_is_one_short_line(tmp_path: Path) -> None:
+    made = document()
+    made.create_pixel_layer(card(RED), name="a\n" * 100).blend_mode = BlendMode.MULTIPLY
+    with pytest.raises(LayerloopError) as refused:
+        read(made, tmp_path)
+    assert "\n" not in str(refused.value) and len(str(refused.value).replace(str(tmp_path), "")) < 250
 
 
 def test_another_colour_mode_and_no_document_are_one_line(tmp_path: Path) -> None:

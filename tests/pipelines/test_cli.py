@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import load_file, save
+from warm_python import warm
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe, parse_recipe_runtime
@@ -249,6 +250,7 @@ def test_an_adapter_on_s3_is_fetched_to_be_merged(
     s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "executable", warm())
     a, b = np.ones((2, 8), np.float32), np.full((8, 2), 3, np.float32)
     weights = save({"transformer.proj.lora_A.weight": a, "transformer.proj.lora_B.weight": b})
     open_store(s3_bucket).write("mine/pytorch_lora_weights.safetensors", weights)

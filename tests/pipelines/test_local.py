@@ -17,8 +17,9 @@ import pytest
 from kfp import components, dsl, local
 from kfp.dsl import Dataset, Input, Metrics, Output
 
+from layerloop.components.runtime.ranks import CPU_VARIABLE
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.pipelines.local import LocalRun, StepFailed, StepRun, run_pipeline
+from layerloop.pipelines.local import LocalRun, StepFailed, StepRun, _shares, run_pipeline
 from layerloop.pipelines.packages import write_pipeline
 
 MAKE = """
@@ -203,6 +204,22 @@ def test_a_missing_and_an_unknown_parameter_are_named_before_anything_runs(runne
     with pytest.raises(LayerloopError, match="^txet is not a parameter of two-workers: known are text$"):
         runner(two_workers, text="x", txet="y")
     assert runner.console.getvalue() == ""
+
+
+def test_cores_are_shared_among_the_ranks_of_a_step_and_among_workers_side_by_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+    def shares(step: str, processes: int, **values: int) -> dict[str, str]:
+        given = json.dumps({"inputs": {"parameterValues": values}})
+        return _shares(["python3", "-m", f"layerloop.components.{step}", "--executor-input", given], processes)
+
+    assert shares("train_stretch", 2) == {CPU_VARIABLE: "2"}
+    assert shares("evaluate_adapter", 9) == {CPU_VARIABLE: "4"}
+    assert shares("generate_rollouts", 2, worker=0, workers=2) == {"OMP_NUM_THREADS": "2"}
+    assert shares("score_rollouts", 2) == shares("publish_adapter", 2) == {}
 
 
 def test_overhead_is_the_time_in_which_no_step_works() -> None:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load, load_file, save
+from warm_python import warm
 
 from layerloop.components.evaluate_adapter import step as evaluate_adapter
 from layerloop.components.generate_rollouts import step as generate_rollouts
@@ -229,7 +229,7 @@ def test_ranks_that_share_the_base_move_as_one_process_does(make_campaign: MakeC
     for iteration, rank in ((1, 2), (2, 2), (3, 5)):
         for one in (campaign, alone):
             commit_policy(one, iteration, tmp_path / "files" / Path(one.uri).name, rank=rank, ema=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [warm(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(Path(__file__).with_name("sharded_moves.py")), campaign.uri, str(tmp_path), json.dumps(MOVES)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)

@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered as module
 from PIL import Image, ImageOps
+from warm_python import warm
 
 from layerloop.components.layers.normalise import normalise
 from layerloop.components.publish_adapter.step import run
@@ -63,7 +63,7 @@ def run_programs(codes: dict[str, str], folder: Path, places: Path) -> dict[str,
         shutil.copytree(folder, places / name)
         (places / name / "program.py").write_text(code)
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER, *(str(places / name) for name in codes)],
+        [warm(), "-c", RUNNER, *(str(places / name) for name in codes)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -32,19 +33,23 @@ Bare = Callable[..., tuple[LayeredPolicy, Adapter]]
 
 @pytest.fixture(scope="module")
 def bare(tiny_base: Path) -> Bare:
-    """`bare(dtype, rank=4, alpha=8.0, scale=0.05)`: a bare base, which is kept, and an adapter for it."""
-    bases: dict[str, LayeredPolicy] = {}
+    """`bare(dtype, rank=4, alpha=8.0, scale=0.05)`: a bare base and an adapter for it, both of which are kept."""
 
+    @functools.cache
+    def base(dtype: str, fp8_base: bool) -> LayeredPolicy:
+        return LayeredPolicy.load(recipe_of(dtype, fp8_base).model)
+
+    def recipe_of(dtype: str, fp8_base: bool, **lora: float) -> Recipe:
+        model = {"base": str(tiny_base), "dtype": dtype, "fp8_base": fp8_base}
+        return Recipe.model_validate({"name": "shop", "model": model, "lora": lora})
+
+    @functools.cache
     def make(
         dtype: str, *, rank: int = 4, alpha: float = 8.0, scale: float = 0.05, fp8_base: bool = False
     ) -> tuple[LayeredPolicy, Adapter]:
-        model = {"base": str(tiny_base), "dtype": dtype, "fp8_base": fp8_base}
-        recipe = Recipe.model_validate({"name": "shop", "model": model, "lora": {"rank": rank, "alpha": alpha}})
+        recipe = recipe_of(dtype, fp8_base, rank=rank, alpha=alpha)
         adapter = trained_adapter(LayeredPolicy.load(recipe.model), recipe, seed=1, scale=scale)
-        key = f"{dtype}{fp8_base}"
-        if key not in bases:
-            bases[key] = LayeredPolicy.load(recipe.model)
-        return bases[key], adapter
+        return base(dtype, fp8_base), adapter
 
     return make
 

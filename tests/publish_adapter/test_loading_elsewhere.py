@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm_python import warm
 
 from layerloop.components.policy.adapters import read_adapter
 from layerloop.components.policy.lora import put_adapter
@@ -66,7 +67,7 @@ def campaign(make_campaign: MakeCampaign) -> Campaign:
 
 
 def their_velocities(
-    campaign: Campaign, place: str, ways: Sequence[str], folder: Path, **environment: str
+    campaign: Campaign, place: str, ways: Sequence[str], folder: Path, *, python: str, **environment: str
 ) -> list[torch.Tensor]:
     """The velocity of `conftest.velocity` by a new process that loads the adapter from `place`, in one way after the
     other, into a new pipeline each."""
@@ -80,7 +81,7 @@ def their_velocities(
     output = folder / "output.safetensors"
     files = [str(folder / "inputs.safetensors"), str(output)]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, campaign.recipe.model.base, place, *files, *ways],
+        [python, "-c", PROGRAM, campaign.recipe.model.base, place, *files, *ways],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         cwd=folder,
         capture_output=True,
@@ -103,7 +104,9 @@ def ours(campaign: Campaign) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_published_folder_is_loaded_as_it_stands(campaign: Campaign, tmp_path: Path) -> None:
     base, tuned = ours(campaign)
-    found = their_velocities(campaign, f"{campaign.uri}/published/adapter", list(LOADING.values()), tmp_path)
+    found = their_velocities(
+        campaign, f"{campaign.uri}/published/adapter", list(LOADING.values()), tmp_path, python=warm()
+    )
     effect = (tuned - base).square().mean().sqrt()
     assert effect > 0.01
     for library, theirs in zip(LOADING, found, strict=True):
@@ -162,5 +165,7 @@ def test_a_repository_of_the_hub_is_loaded_by_its_name(campaign: Campaign, tmp_p
             "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1",
             "HF_HUB_DISABLE_XET": "1",
         }  # fmt: skip
-        (found,) = their_velocities(campaign, "owner/name", [LOADING[library]], tmp_path, **environment)
+        (found,) = their_velocities(
+            campaign, "owner/name", [LOADING[library]], tmp_path, python=sys.executable, **environment
+        )
     assert (found - tuned).abs().max() < 1e-5

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from warm_python import warm
 
 from layerloop.components.runtime import distributed, ranks
 from layerloop.components.runtime.contract import StepResult, step_main
@@ -111,6 +113,7 @@ if __name__ == "__main__":
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "ranked.py").write_text(STEP)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sys, "executable", warm())
     for name in ("OMP_NUM_THREADS", "LAYERLOOP_RUN", "LAYERLOOP_LAUNCHED"):
         monkeypatch.setenv(name, "1")  # what `launch` sets goes with the test
     return "ranked"

@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from warm_python import warm
 
 from layerloop.components.generate_rollouts.step import run as generate_rollouts
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
@@ -76,7 +77,7 @@ def expected(begin: Begin, judge_url: str, tmp_path_factory: pytest.TempPathFact
 def stretch(campaign: Campaign, judge_url: str, *, ranks: int = 1, **options: Any) -> subprocess.CompletedProcess[str]:
     """The step's own command."""
     flags = {"campaign": campaign.uri, "judge-url": judge_url, "iterations": ITERATIONS, **options}
-    command = [sys.executable, "-m", "layerloop.components.train_stretch"]
+    command = [warm(), "-m", "layerloop.components.train_stretch"]
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     environment = os.environ | {"LAYERLOOP_PROCESSES": str(ranks)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load
+from warm_python import warm
 
 from layerloop.components.update_lora.step import run
 
@@ -19,7 +19,7 @@ from .conftest import MakeLab, nan_in_the_last_group
 
 def torchrun(lab: CampaignBuilder, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+        warm(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
         "-m", "layerloop.components.update_lora", "--campaign", lab.uri,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -28,7 +28,7 @@ def torchrun(lab: CampaignBuilder, ranks: int = 2) -> subprocess.CompletedProces
 
 def own_ranks(lab: CampaignBuilder, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """The step's plain command, with the number of processes (on GPUs: one each, by itself)."""
-    command = [sys.executable, "-m", "layerloop.components.update_lora", "--campaign", lab.uri, *arguments]
+    command = [warm(), "-m", "layerloop.components.update_lora", "--campaign", lab.uri, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": str(ranks)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 

@@ -6,7 +6,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load, save
+from warm_python import warm
 
 from layerloop.components.policy.lora import new_adapter, put_adapter
 from layerloop.components.policy.model import Condition, LayeredPolicy
@@ -243,9 +243,10 @@ def test_kl_to_the_base_is_zero_before_the_first_update_and_positive_after_it(ma
 
 
 @pytest.mark.parametrize("wish", [1, -1], ids=["higher", "lower"])
-@pytest.mark.parametrize("update", [{}, {"algorithm": "nft"}], ids=["grpo", "nft"])
-def test_it_learns_what_is_rewarded(make_lab: MakeLab, update: dict[str, Any], wish: int) -> None:
-    """Reward: the mean of some channels of the final latents, or its negative. The deterministic policy follows."""
+@pytest.mark.parametrize(("update", "least"), [({}, 0.02), ({"algorithm": "nft"}, 0.004)], ids=["grpo", "nft"])
+def test_it_learns_what_is_rewarded(make_lab: MakeLab, update: dict[str, Any], least: float, wish: int) -> None:
+    """Reward: the mean of some channels of the final latents, or its negative. The deterministic policy follows: by
+    0.04 and 0.008 in three iterations."""
     rewards: dict[tuple[int, int, int], float] = {}
 
     def judge(samples: list[Sample]) -> list[Sample]:
@@ -267,11 +268,11 @@ def test_it_learns_what_is_rewarded(make_lab: MakeLab, update: dict[str, Any], w
         plan = Plan(sigmas=policy.sigmas(10, SIDE, SIDE), outside="euler")
         return float(rollout(policy, condition, noise, plan).final[..., :16].mean())
 
-    for iteration in range(1, 7):
+    for iteration in range(1, 4):
         lab.rollouts(iteration, change=judge)
         lab.scores(iteration, lambda *who: rewards[who])
         run(campaign=lab.uri)
-    assert wish * (value(6) - value(0)) > 0.01
+    assert wish * (value(3) - value(0)) > least
 
 
 # ---- files and resuming
@@ -308,7 +309,7 @@ def test_two_and_two_iterations_give_the_adapter_of_four_byte_for_byte(
             run(campaign=resumed.uri)
             continue
         subprocess.run(  # in a process that knows nothing of the others
-            [sys.executable, "-m", "layerloop.components.update_lora", "--campaign", resumed.uri],
+            [warm(), "-m", "layerloop.components.update_lora", "--campaign", resumed.uri],
             check=True, capture_output=True, timeout=600,
         )  # fmt: skip
     names = ["adapter_model.safetensors", "optimizer.safetensors", "ema.safetensors", "learner.json"]
