@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.messages import size_text
+from layerloop.components.schema.messages import counted, size_text
 from layerloop.components.schema.recipe import recipe_differences
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.lease import FOLDER as LEASE
@@ -90,7 +90,7 @@ def delete_campaign(uri: str, *, yes: bool, log: Callable[[str], None]) -> None:
             raise LayerloopError(f"{held_by(held, scope, store.uri)}: stop that run first; nothing was deleted")
     sizes = store.sizes()
     own = [name for name in sizes if _OWN.fullmatch(name)]
-    what = f"{len(own)} objects, {size_text(sum(sizes[name] for name in own))}"
+    what = f"{counted(len(own), 'objects')}, {size_text(sum(sizes[name] for name in own))}"
     if not yes:
         raise LayerloopError(f"campaign {store.uri} would be deleted for good ({what}): say --yes if it is to be")
     store.remove_leftovers()
@@ -98,7 +98,9 @@ def delete_campaign(uri: str, *, yes: bool, log: Callable[[str], None]) -> None:
         store.delete(name)
     if isinstance(store, LocalStore):
         _remove_empty_folders(store)
-    kept = f"; {len(sizes) - len(own)} files that are not the campaign's were kept" if len(own) < len(sizes) else ""
+    kept = (
+        f"; kept {counted(len(sizes) - len(own), 'files')} that are not the campaign's" if len(own) < len(sizes) else ""
+    )
     log(f"campaign {store.uri} is deleted: {what}{kept}")
 
 

@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from layerloop.components.schema.messages import counted
+from layerloop.pipelines.cli_parser import command
+
 GC_EXAMPLES = """examples:
   layerloop campaign gc campaigns/mine                          what the recipe's retention would remove
   layerloop campaign gc campaigns/mine --trajectories 2 --policies 10 --delete
@@ -15,9 +18,18 @@ nothing; so do the last two policies, and those that were evaluated or published
 """
 
 
-def add_campaign_commands(campaign: Any, command: Any) -> None:
-    """Add them to the command line; `campaign` is the parser of what comes behind `layerloop campaign`."""
+def add_campaign_commands(commands: Any) -> Any:
+    """Add them to the command line; the subparsers of `layerloop campaign`, for more of its commands."""
+    what = "look into campaigns, compare, verify, thin out, copy, delete"
+    campaign = commands.add_parser("campaign", help=what).add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
     show = command(campaign, "show", _show, "head, iterations, rewards and sizes as a table")
+    list_ = command(campaign, "list", _list, "the campaigns in a folder, a row each")
+    list_.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix that holds campaigns")
+    compare = command(campaign, "compare", _compare_campaigns, "two campaigns: recipes, iterations, evaluations")
+    compare.add_argument("one", metavar="A", help="a campaign")
+    compare.add_argument("other", metavar="B", help="another")
     verify = command(
         campaign,
         "verify",
@@ -29,21 +41,17 @@ def add_campaign_commands(campaign: Any, command: Any) -> None:
         action="store_true",
         help="remove what no manifest names, and let the next run make again what it can; paid replies are kept",
     )
+    _add_removing_and_reading(campaign)
     lease = command(campaign, "lease", _lease, "who writes the campaign now, and since when")
     lease.add_argument("--take-over", action="store_true", help="free it: its holder will not come back")
-    list_ = command(campaign, "list", _list, "the campaigns in a folder, a row each")
-    list_.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix that holds campaigns")
-    compare = command(campaign, "compare", _compare_campaigns, "two campaigns: recipes, iterations, evaluations")
-    compare.add_argument("one", metavar="A", help="a campaign")
-    compare.add_argument("other", metavar="B", help="another")
     delete = command(campaign, "delete", _delete, "delete a campaign, for good; other files in its folder are kept")
     delete.add_argument("--yes", action="store_true", help="delete it: without this nothing is")
     for parser in (show, verify, lease, delete):
         parser.add_argument("uri", metavar="URI", help="folder or s3://bucket/prefix")
-    _add_removing_and_reading(campaign, command)
+    return campaign
 
 
-def _add_removing_and_reading(campaign: Any, command: Any) -> None:
+def _add_removing_and_reading(campaign: Any) -> None:
     gc = command(
         campaign, "gc", _gc, "remove what past iterations no longer need; says what, without --delete", GC_EXAMPLES
     )
@@ -140,7 +148,7 @@ def _gc(arguments: argparse.Namespace) -> None:
     found = collect_garbage(campaign, keep, log=log) if arguments.delete else garbage(campaign, keep)
     for expired in found:
         if expired.objects:
-            print(f"{expired.folder}: {len(expired.objects)} objects, {expired.bytes / 1e6:.1f} MB")
+            print(f"{expired.folder}: {counted(len(expired.objects), 'objects')}, {expired.bytes / 1e6:.1f} MB")
     total = f"{sum(len(e.objects) for e in found)} objects, {sum(e.bytes for e in found) / 1e6:.1f} MB"
     print(f"removed {total}" if arguments.delete else f"{total} could go: nothing was removed, --delete does")
 
@@ -150,7 +158,7 @@ def _index(arguments: argparse.Namespace) -> None:
     from layerloop.components.storage.index import write_indices
 
     for name, samples in write_indices(Campaign.open(arguments.uri)):
-        print(f"{name}: {samples} samples")
+        print(f"{name}: {counted(samples, 'samples')}")
 
 
 def _extract(arguments: argparse.Namespace) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.pipelines.cli_parser import command
 from layerloop.pipelines.settings import ENVIRONMENT
-
-Command = Callable[..., argparse.ArgumentParser]  # cli._command
 
 SUBMIT_EXAMPLES = """\
 examples:
@@ -54,16 +53,14 @@ It returns at once: KFP keeps a recurring run, one run at a time, and nothing of
 """
 
 
-def add_cluster_commands(commands: Any, campaign: Any, command: Command) -> None:
+def add_cluster_commands(commands: Any, campaign: Any) -> None:
     """Add them to the parsers of `layerloop` and of `layerloop campaign`.
 
     Args:
         commands: Subparsers of `layerloop`.
         campaign: Subparsers of `layerloop campaign`.
-        command: Makes a parser of subparsers, a name, a handler, a summary and examples.
     """
-    command = _with_its_packages(command)
-    submit = command(commands, "submit", _submit, "start a run on a cluster, and wait for it", _with(SUBMIT_EXAMPLES))
+    submit = _command(commands, "submit", _submit, "start a run on a cluster, and wait for it", _with(SUBMIT_EXAMPLES))
     submit.add_argument("pipeline", nargs="?", metavar="PIPELINE", help=_PIPELINE)
     _run_options(submit)
     _client_options(submit)
@@ -77,35 +74,37 @@ def add_cluster_commands(commands: Any, campaign: Any, command: Command) -> None
     patience = "while waiting, how long KFP may be away (default: 2 hours)"
     submit.add_argument("--patience", type=float, default=7200.0, metavar="SECONDS", help=patience)
 
-    schedule = commands.add_parser("schedule", help="recurring runs on a cluster").add_subparsers(required=True)
-    apply = command(schedule, "apply", _apply, "create or replace recurring runs", _with(SCHEDULE_EXAMPLES))
+    schedule = commands.add_parser("schedule", help="recurring runs on a cluster").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    apply = _command(schedule, "apply", _apply, "create or replace recurring runs", _with(SCHEDULE_EXAMPLES))
     apply.add_argument("pipeline", nargs="?", metavar="PIPELINE", help=_PIPELINE)
     apply.add_argument("-f", "--file", default=None, metavar="FILE", help="YAML with any number of schedules")
     apply.add_argument("--name", default=None, help="name of the recurring run")
     apply.add_argument("--cron", default=None, help="six fields, seconds first: '0 0 2 * * *'")
     _run_options(apply)
     _client_options(apply)
-    listing = command(schedule, "list", _list, "list the experiment's recurring runs", _with(SCHEDULE_EXAMPLES))
+    listing = _command(schedule, "list", _list, "list the experiment's recurring runs", _with(""))
     _client_options(listing)
     for what, summary in (
         ("delete", "delete recurring runs; an active run of theirs is stopped with them"),
         ("pause", "start no further runs; an active one continues"),
         ("resume", "start runs again"),
     ):
-        change = command(schedule, what, _change, summary, _with(SCHEDULE_EXAMPLES))
+        change = _command(schedule, what, _change, summary, _with(""))
         change.set_defaults(what=what)
         change.add_argument("names", nargs="+", metavar="NAME")
         _client_options(change)
 
     pipeline = commands.add_parser("pipeline", help="pipelines that are registered with KFP").add_subparsers(
-        required=True
+        title="commands", metavar="COMMAND", required=True
     )
-    upload = command(pipeline, "upload", _upload, "register compiled pipelines with KFP", _with(UPLOAD_EXAMPLES))
+    upload = _command(pipeline, "upload", _upload, "register compiled pipelines with KFP", _with(UPLOAD_EXAMPLES))
     upload.add_argument("files", nargs="+", metavar="FILE", help="a pipeline that `layerloop compile` wrote")
     upload.add_argument("--name", default=None, help="name in the UI, with one FILE (default: the pipeline's own)")
     _client_options(upload)
 
-    chain = command(
+    chain = _command(
         campaign, "run-until", _run_until, "let KFP run a campaign to its target iteration", _with(UNTIL_EXAMPLES)
     )
     chain.add_argument("campaign", metavar="URI", help="s3://bucket/prefix")
@@ -123,27 +122,24 @@ def add_cluster_commands(commands: Any, campaign: Any, command: Command) -> None
 _PIPELINE = "a compiled pipeline (.yaml), or NAME or NAME@VERSION that is registered with KFP"
 
 
-def _with_its_packages(command: Command) -> Command:
-    """`command`, whose handlers say in one line that the extra is not installed, as in the images of the steps."""
+def _command(commands: Any, name: str, handler: Any, *rest: str) -> argparse.ArgumentParser:
+    """`command`, whose handler says in one line that the extra is not installed, as in the images of the steps."""
 
-    def make(commands: Any, name: str, handler: Any, *rest: Any) -> argparse.ArgumentParser:
-        def handle(arguments: argparse.Namespace) -> Any:
-            try:
-                return handler(arguments)
-            except ModuleNotFoundError as error:
-                if (error.name or "").partition(".")[0] not in ("kfp", "requests"):
-                    raise
-                raise LayerloopError(
-                    f"layerloop {name} needs {error.name}, which is not here: pip install 'layerloop[pipelines]'"
-                ) from None
+    def handle(arguments: argparse.Namespace) -> Any:
+        try:
+            return handler(arguments)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("kfp", "requests"):
+                raise
+            raise LayerloopError(
+                f"layerloop {name} needs {error.name}, which is not here: pip install 'layerloop[pipelines]'"
+            ) from None
 
-        return command(commands, name, handle, *rest)
-
-    return make
+    return command(commands, name, handle, *rest)
 
 
 def _with(examples: str) -> str:
-    return f"{examples}\n{ENVIRONMENT}"
+    return f"{examples}\n{ENVIRONMENT}" if examples else ENVIRONMENT
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
+from layerloop.pipelines.cli_parser import command
+
 EXAMPLES = """examples:
   layerloop compare campaigns/mine --sources pictures
   layerloop compare campaigns/mine head=campaigns/mine/evaluations/iteration-000025 \\
@@ -25,9 +27,9 @@ The output is one table of all measures, and tables in the shape of the paper's 
 """
 
 
-def add_compare_command(commands: Any, command: Any) -> None:
+def add_compare_command(commands: Any) -> None:
     """Add `compare` to the command line."""
-    summary = "adapters and other programs' layers side by side: one table, with wins and what is clear"
+    summary = "adapters and other programs' layers side by side, in one table"
     parser = command(commands, "compare", compare_command, summary, EXAMPLES)
     parser.add_argument("campaign", metavar="CAMPAIGN", help="whose held-out designs and pictures are the cases")
     parser.add_argument("systems", nargs="*", metavar="NAME=URI", help="an evaluation, an adapter, or layers")
@@ -42,6 +44,6 @@ def add_compare_command(commands: Any, command: Any) -> None:
 
 def compare_command(arguments: argparse.Namespace) -> int:
     """Run it, in a process of the step's: the command line knows a step only by its declaration."""
-    command = [sys.executable, "-m", "layerloop.components.evaluate_adapter.compare"]
+    line = [sys.executable, "-m", "layerloop.components.evaluate_adapter.compare"]
     options = [f"--{name}={getattr(arguments, name)}" for name in ("sources", "output", "runtime")]
-    return subprocess.run([*command, *options, arguments.campaign, *arguments.systems], check=False).returncode
+    return subprocess.run([*line, *options, arguments.campaign, *arguments.systems], check=False).returncode

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from typing import Any, Protocol
+from typing import Any
+
+from layerloop.pipelines.cli_parser import command
 
 EXAMPLES = """\
 examples:
@@ -18,13 +20,7 @@ Run the same command again to continue; what is made is kept. Status 1: some pic
 """
 
 
-class _Command(Protocol):
-    def __call__(self, commands: Any, name: str, handler: Any, summary: str, examples: str) -> argparse.ArgumentParser:
-        """As `cli._command`."""
-        ...
-
-
-def add_decompose_command(commands: Any, command: _Command) -> None:
+def add_decompose_command(commands: Any) -> None:
     """Add `decompose` to the command line."""
     from layerloop.components.schema.decomposition import FORMATS, MOST_LAYERS
 
@@ -43,7 +39,9 @@ def add_decompose_command(commands: Any, command: _Command) -> None:
         "--layers", default="4", metavar="N|auto", help=f"1..{MOST_LAYERS}, or auto (default: %(default)s)"
     )
     parser.add_argument("--sampler", choices=("heun", "euler"), default="heun", help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (default: of the recipe, 50)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="sampling steps (default: of the recipe; 50 for Qwen-Image-Layered)"
+    )
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance; 1 is none (default: 1)"
     )
@@ -82,5 +80,5 @@ def _decompose(arguments: argparse.Namespace) -> int:
         recipe=recipe_text(arguments.recipe) if arguments.recipe else None,
         formats=tuple(dict.fromkeys(arguments.formats.split(","))),
     )
-    command = [sys.executable, "-m", "layerloop.components.decompose", arguments.output, options.model_dump_json()]
-    return subprocess.run([*command, *arguments.pictures], check=False).returncode
+    line = [sys.executable, "-m", "layerloop.components.decompose", arguments.output, options.model_dump_json()]
+    return subprocess.run([*line, *arguments.pictures], check=False).returncode

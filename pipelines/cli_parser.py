@@ -1,50 +1,81 @@
-"""The command line's parser: what it cannot read is one line that names the word and what it may have meant."""
+"""The command line's parser, and the options that several commands have."""
 
 from __future__ import annotations
 
 import argparse
-import difflib
-import sys
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
-from typing import Any, NoReturn
+import importlib.util
+from typing import Any
 
+from layerloop.components.runtime.parser import OneLineParser, meant
+from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.steps import STEPS
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with status 2 and the line."""
-        print(f"error: {self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(2)
-
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's. An option that a command has not is refused before anything that it lacks."""
-        given = sys.argv[1:] if args is None else list(args)
-        if self._subparsers is None:
-            for word in takewhile(lambda word: word != "--", given):
-                name = word.partition("=")[0]
-                if name.startswith("--") and not any(known.startswith(name) for known in self._option_string_actions):
-                    self.error(f"no option {name}{_meant(name, self._option_string_actions)}")
-        found, left = super().parse_known_args(given, namespace)
-        if left and self._subparsers is None:
-            self.error(f"nothing is expected at {' '.join(left)}")
-        return found, left
+class Parser(OneLineParser):
+    """The parser of `layerloop` and of its commands."""
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """As argparse's; a command that there is none of is refused with the one that is close."""
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            self.error(f"no command {value!r}{_meant(value, action.choices) or _step(value)}")
+            self.error(f"no command {value!r}{meant(value, action.choices) or _step(value)}")
         super()._check_value(action, value)
 
 
-def _meant(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {close[0]}?" if close else ""
+def command(commands: Any, name: str, handler: Any, summary: str, examples: str = "") -> argparse.ArgumentParser:
+    """Add a command: its handler is called with the parsed arguments, `summary` is its line in lists and its help."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def set_option(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """--set, of values of the recipe and the runtime."""
+    help_ = f"change a value of the recipe or the runtime, such as judge.model=Qwen/Qwen3.5-9B{more} (may be repeated)"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help_)
+
+
+def runtime_option(parser: argparse.ArgumentParser) -> None:
+    """--runtime FILE."""
+    help_ = "YAML: where and how fast, as `layerloop runtime` prints it (default: LAYERLOOP_RUNTIME, then its defaults)"
+    parser.add_argument("--runtime", default="", metavar="FILE", help=help_)
+
+
+def counts_options(parser: argparse.ArgumentParser) -> None:
+    """--iterations and --workers."""
+    parser.add_argument(
+        "--iterations", type=at_least_one, default=3, metavar="N", help="iterations of one run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=at_least_one,
+        default=2,
+        metavar="N",
+        help="processes here, pods on a cluster, that share an iteration's rollouts (default: %(default)s)",
+    )
+
+
+def need_kfp(command: str) -> None:
+    """Refuse in one line where kfp is not installed, in an image of the steps for instance.
+
+    Raises:
+        LayerloopError: it is not.
+    """
+    for module in ("kfp", "kfp.kubernetes"):
+        if importlib.util.find_spec("kfp") is None or importlib.util.find_spec(module) is None:
+            raise LayerloopError(f"{command} needs {module}, which is not here: pip install 'layerloop[pipelines]'")
+
+
+def at_least_one(text: str) -> int:
+    """The value of an option that counts: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text}: choose 1 or more")
+    return int(text)
 
 
 def _step(word: str) -> str:

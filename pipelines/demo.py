@@ -22,9 +22,9 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.runtime import read_runtime
-from layerloop.pipelines.campaigns import BAD_LAYERS, evaluated
 from layerloop.pipelines.inputs import absolute, check_judge, what_is_trained
-from layerloop.pipelines.job import Job, published_at, run_job, say_what_was_made
+from layerloop.pipelines.job import Job, run_job, say_what_was_made
+from layerloop.pipelines.outcome import outcome_lines
 
 PHOTOGRAPHS = {
     "skimage.data": ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg"),
@@ -67,30 +67,7 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
     if judge.model in SCORE_RANGE:
         print(f"The judge was {judge.model}: rules over pixels that stand in for a vision-language model.")
     print("Again: `make demo` continues this campaign from its head; `make demo FRESH=1` starts again.")
-    print("\n".join(outcome_lines(Campaign.open(absolute(job.campaign)), shown=Path(job.campaign))))
-
-
-def outcome_lines(campaign: Campaign, *, shown: Path) -> list[str]:
-    """What the adapter of the head changed on held-out designs, as the report calls it, and what to try next.
-
-    Args:
-        shown: The campaign's folder as the user would type it.
-    """
-    head, lines = campaign.head(), []
-    if bad := evaluated(campaign).get(BAD_LAYERS):
-        clear = (
-            ("clearly fewer" if bad["difference"] < 0 else "clearly more") if bad["clear"] else "no clear difference"
-        )
-        lines.append(
-            f"Changed: bad layers a held-out design {bad['base']:.3f} -> {bad['tuned']:.3f} after {head} iterations, "
-            f"{clear} ({bad['n']} designs; difference {bad['difference']:+.3f}, 95 % {bad['low']:+.3f} to "
-            f"{bad['high']:+.3f})"
-        )
-    if name := published_at(campaign, head):
-        lines.append(
-            f"Try next: layerloop decompose PICTURE --adapter {shown}/{campaign.published_dir(name)} -o layers"
-        )
-    return lines
+    print("\n".join(outcome_lines(Campaign.open(absolute(job.campaign)), shown=job.campaign)))
 
 
 def make_pictures(folder: Path) -> tuple[Path, Path]:

@@ -301,7 +301,7 @@ class _Run:
             self.live[number] = process
             if self.stopped:  # between the look in `step` and now
                 process.terminate()
-        last, start = "", 0.0
+        last, start, held = "", 0.0, ""
         assert process.stdout is not None
         with open(log, "w") as file, process.stdout:
             for line in process.stdout:
@@ -312,9 +312,15 @@ class _Run:
                 elif line.strip():
                     last = line.strip()
                     with self.lock:
-                        self._say(f"        {label}{line.rstrip()}")
+                        if held:
+                            self._say(f"        {label}{held}")
+                        held = line.rstrip() if line.startswith("error: ") else ""
+                        if not held:
+                            self._say(f"        {label}{line.rstrip()}")
         exit_status = process.wait()
         with self.lock:
+            if held and exit_status != 2 and self.failure is None:  # else the run's own last line says it
+                self._say(f"        {label}{held}")
             del self.live[number]
         return exit_status, last, start
 
@@ -359,7 +365,7 @@ def _title(step: str, executor_input: dict[str, Any]) -> str:
     if row and row.composes and first is not None:
         last = first + int(values["iterations"]) - 1
         which = f"iteration {first}" if first == last else f"iterations {first} to {last}"
-        return f"{which}: {words}"
+        return f"{which}: train"
     if first is not None:
         words = f"iteration {first}: {words}"
     return f"{words}, worker {values['worker'] + 1} of {values['workers']}" if "workers" in values else words

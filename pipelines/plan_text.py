@@ -170,16 +170,23 @@ def _work_lines(plan: Plan) -> list[str]:
     forwards = ", ".join(f"{layers}: {work.forward(layers):.3g}" for layers in work.layers)
     dtype = f"{recipe.model.dtype}{' in float8' if recipe.model.fp8_base else ''}"
     base = work.size.base_bytes(dtype=recipe.model.dtype, float8=recipe.model.fp8_base)
+    small = work.size.parameters < 1e8
+    parameters = f"{work.size.parameters / 1e6:.3g} M" if small else f"{work.size.parameters / 1e9:.4g} B"
+    hours = evaluation_hours(work, 1)
     return [
-        f"recipe {recipe.name}: COMPUTED, not measured",
-        f"  base        {work.size.parameters / 1e9:.4g} B parameters ({transformer_size(recipe.model)[1]}), "
+        f"recipe {recipe.name}: COMPUTED, not measured"
+        + (
+            "; of a toy that takes minutes on two CPU cores, and that leaves a GPU idle" if recipe.model.shipped else ""
+        ),
+        f"  base        {parameters} parameters ({transformer_size(recipe.model)[1]}), "
         f"{dtype}, {_size(base)}; adapter {work.adapter.parameters / 1e6:.4g} M",
         f"  a forward   TFLOP at {width} x {height} pixels by layers: {forwards}",
         f"  iteration   {rollout.groups} groups x {rollout.group_size} candidates, {work.calls:g} forwards each, "
         f"{work.candidates * work.points} points",
         f"              {_operations(whole)}: sampling {_operations(parts['sampling'])}, anchors "
         f"{_operations(parts['anchors'])}, update {_operations(parts['update'])}",
-        f"  evaluation  {_operations(work.evaluated_model())} a model: {evaluation_hours(work, 1):.2g} h on one GPU",
+        f"  evaluation  {_operations(work.evaluated_model())} a model: "
+        + (f"{hours:.2g} h on one GPU" if hours >= 0.01 else "seconds on one GPU"),
         f"  judge       {judge.requests:.0f} requests, {judge.input_tokens / 1e6:.2f} M tokens in, "
         f"{judge.output_tokens / 1e3:.0f} k out: {judge.seconds(work.assumed):.0f} s on "
         f"{work.assumed.judge_replicas} replica{'s' if work.assumed.judge_replicas > 1 else ''}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from layerloop.components.schema.manifest import Manifest
-from layerloop.components.schema.messages import size_text
+from layerloop.components.schema.messages import counted, size_text
 from layerloop.components.storage.campaign import Campaign
 
 HEADINGS = ("iteration", "groups", "candidates", "masked", "reward", "spread", "learnt from", "state", "size")
@@ -67,7 +67,7 @@ def _row(campaign: Campaign, number: int, head: int) -> list[str]:
         _count(scores, "candidates_masked"),
         _metric(scores, "reward_mean"),
         _metric(scores, "reward_std_within_group"),
-        "" if groups is None else f"{groups} groups",
+        "" if groups is None else counted(int(groups), "groups"),
         state,
         size_text(campaign.bytes_under(f"iterations/{number:06d}")),
     ]

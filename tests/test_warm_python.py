@@ -41,9 +41,9 @@ def test_a_program_ends_and_prints_as_in_an_interpreter_of_its_own(code: str) ->
 
 
 def test_modules_come_from_where_they_would() -> None:
-    assert run(warm(), "-m", "layerloop.components.update_lora", "--campaign", "/none") == (
-        2, "", "error: campaign /none has no recipe.json: start it with shard_dataset, or correct the URI",
-    )  # fmt: skip
+    remedy = "begin one with `layerloop run`, or correct the path or URI"
+    line = f"error: /none is no campaign, for it has no recipe.json: {remedy}"
+    assert run(warm(), "-m", "layerloop.components.update_lora", "--campaign", "/none") == (2, "", line)
     assert run(warm(), "-V") == run(sys.executable, "-V")
 
 

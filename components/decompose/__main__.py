@@ -17,6 +17,9 @@ from layerloop.components.schema.errors import LayerloopError
 
 def main(argv: Sequence[str]) -> int:
     """Decompose, say what was made, and return the status."""
+    if len(argv) < 3:
+        print("error: this is the process behind `layerloop decompose`: use that", file=sys.stderr)
+        return 2
     out, options, *pictures = argv
     try:
         summary = decompose(pictures, out, DecomposeOptions.of(**json.loads(options)))

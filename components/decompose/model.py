@@ -55,7 +55,8 @@ class Choice:
     @property
     def description(self) -> str:
         """One sentence for users."""
-        adapter = f", with the adapter {self.adapter}" if self.adapter else ""
+        named = "its adapter" if self.campaign is not None else f"the adapter {self.adapter}"
+        adapter = f", with {named}" if self.adapter else ""
         return (TOY if self.base == TINY else f"{self.base}, {self.why}") + adapter
 
 

@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from layerloop.components.layers.stack import Pixels, resize
+from layerloop.components.schema.messages import counted
 
 PREVIEW, THUMBNAIL = 1100, 132  # longest sides of pictures in the page, pixels
 QUALITY = 90  # of WebP
@@ -73,8 +74,9 @@ def _row(record: Mapping[str, Any], index: int, layer: Pixels) -> str:
 def _facts(record: Mapping[str, Any]) -> str:
     settings = record["settings"]
     guidance = f", guidance {settings['guidance']:g}" if settings["guidance"] != 1 else ""
+    layers = counted(len(record["layers"]), "layers")
     return (
-        f"{record['width']} × {record['height']}, {len(record['layers'])} layers. {settings['sampler'].capitalize()}, "
+        f"{record['width']} × {record['height']}, {layers}. {settings['sampler'].capitalize()}, "
         f"{settings['steps']} steps{guidance}, at {settings['resolution']} pixels, seed {settings['seed']}."
     )
 

@@ -24,6 +24,7 @@ from layerloop.components.layers.restore import restore
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.decomposition import DecomposeOptions
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.seeds import seed_for
 
 Pixels = npt.NDArray[np.uint8]
@@ -62,7 +63,8 @@ class Summary:
         parts += [f"{counts['failed']} failed"] if counts["failed"] else []
         share = 100 * self.model_seconds / self.seconds if self.seconds else 0.0
         return (
-            f"{len(self.outcomes)} pictures: {', '.join(parts)}; {self.seconds:.1f} s, {share:.0f} % of it in the model"
+            f"{counted(len(self.outcomes), 'pictures')}: {', '.join(parts)}; {self.seconds:.1f} s, {share:.0f} % of it "
+            "in the model"
         )
 
 
@@ -187,7 +189,7 @@ class _Run:
         with ThreadPoolExecutor(WRITERS, "write") as writers, ThreadPoolExecutor(1, "read") as reader:
             for work, source, stacks in self._sampled(model, batches, reader):
                 waiting.append((work, writers.submit(self._write, work, source, stacks)))
-                while len(waiting) > WAITING:
+                while waiting and (len(waiting) > WAITING or waiting[0][1].done()):
                     yield self._outcome(*waiting.popleft())
             while waiting:
                 yield self._outcome(*waiting.popleft())

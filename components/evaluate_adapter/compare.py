@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from layerloop.components.evaluate_adapter.systems import (
     write_sources,
 )
 from layerloop.components.evaluate_adapter.systems_page import as_html
+from layerloop.components.runtime.parser import OneLineParser
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
@@ -135,7 +135,7 @@ def _named(text: str) -> tuple[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="layerloop compare")
+    parser = OneLineParser(prog="layerloop compare")
     parser.add_argument("campaign")
     parser.add_argument("systems", nargs="*")
     parser.add_argument("--sources", default="")

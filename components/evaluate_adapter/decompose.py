@@ -22,6 +22,7 @@ from layerloop.components.runtime.distributed import broadcast_json, failing_tog
 from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Shard
+from layerloop.components.schema.messages import counted
 from layerloop.components.storage.images import decode_png, encode_png
 from layerloop.components.storage.shards import Sample, existing_shards, read_shard, write_shard
 
@@ -105,7 +106,7 @@ def decomposed_shards(
         with failing_together():
             for name, chunk in part if rank() == 0 else ():
                 made[name] = write_shard(store, name, ((case.name, samples[case.name]) for case in chunk))
-                log(f"{name}: {len(chunk)} decompositions")
+                log(f"{counted(len(chunk), 'decompositions')} with {model} stored")
     shards = _broadcast_shards({**kept, **made})
     return [shards[name] for name in names]
 
@@ -118,7 +119,7 @@ def _existing_shards(store: Store, chunks: Mapping[str, Chunk]) -> dict[str, Sha
             shard = next(existing_shards(store, name, [case.name for case in chunk]), None)
             if shard is not None:
                 found[name] = shard
-                log(f"{name}: {len(chunk)} decompositions, kept from an earlier attempt")
+                log(f"{name}: {counted(len(chunk), 'decompositions')}, kept from an earlier attempt")
     return _broadcast_shards(found)
 
 
@@ -145,7 +146,9 @@ def _sample_batches(
             for pair in decompose(loaded.policy, batch, loaded.prompt, sampling=sampling, model=model)
         )
         if rank() == 0:
-            sampled = progress(sampled, what=f"decomposing by {model}", unit="images", total=sum(map(len, mine)))
+            share = f", first of {world_size()} shares" if world_size() > 1 else ""
+            what = f"decomposing with {model}{share}"
+            sampled = progress(sampled, what=what, unit="images", total=sum(map(len, mine)))
         samples = dict(_encoded_sample(case, stack) for case, stack in sampled)
         dummy_forwards(loaded.policy, loaded.prompt, missing_calls * sampling.how.calls)
     return {name: members for part in gather_to_first(samples) for name, members in part.items()}

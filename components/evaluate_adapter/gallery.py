@@ -85,7 +85,7 @@ def article(shown: ShownCase, *, full: bool = False) -> str:
             cells.append(_tile(layer, said.format(f"layer {at}"), "layer", below=below, file=file, full=full))
         cells += ["<span></span>"] * (len(heads) - 2 - len(strip.stack))
         cells.append(_tile(gap, said.format("difference of recomposition and source"), full=full))
-    size = f"{case.layers} layers, {case.size[1]} × {case.size[0]} px"
+    size = f"{case.layers} layer{'s' * (case.layers != 1)}, {case.size[1]} × {case.size[0]} px"
     link = "" if full else f'<a href="{folder}index.html">full size</a>'
     return (
         f'<article class="sample"><header><h3>{escape(case.title)}</h3>'

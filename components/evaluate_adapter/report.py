@@ -133,10 +133,10 @@ def _articles_within(shown: Sequence[ShownCase], room: int) -> list[str]:
 def summary(report: Report) -> str:
     """The headline in one paragraph of HTML."""
     counts = [
-        f"<strong>{n}</strong> {what}"
-        for n, what in (
-            (report.counts.get("designs", 0), "held-out designs with known layers"),
-            (report.counts.get("pictures", 0), "unlabelled images"),
+        f"<strong>{n}</strong> {one}{'' if n == 1 else 's'}{more}"
+        for n, one, more in (
+            (report.counts.get("designs", 0), "held-out design", " with known layers"),
+            (report.counts.get("pictures", 0), "unlabelled image", ""),
         )
         if n
     ]
@@ -187,7 +187,8 @@ def _gallery_note(report: Report, kept: int) -> str:
         f"{kept} of {total} cases: best, median and worst by difference, then some drawn at random from a fixed seed; "
         f"none was picked by eye. |Difference| is between source and recomposition, times {GAIN}. Small images are "
         "shown pixel by pixel, large ones reduced; where the page lies in its folder, a tile leads to its layer at "
-        "full size, in gallery."
+        "full size, in gallery. Under a layer stand the share of the image that it covers, its mean alpha (α), how "
+        "much of what it covers is semi-transparent, and in red what makes it a bad layer."
     )
     if kept < len(report.shown):
         text += f" {len(report.shown) - kept} more are in gallery, left out here to keep the page small."
@@ -244,7 +245,9 @@ def _training_section(report: Report) -> str:
         return ""
     return (
         '<h2>Training</h2><p class="note">Mean reward of the candidates of each iteration; the band spans the middle '
-        "80 % of them. Every iteration draws other images, so small changes may also be due to the images.</p>"
+        "80 % of them. A judge that holds the candidates of an image against each other may give much the same mean "
+        "however good they all are, so a level line is no sign of standing still: whether decompositions became better "
+        "is above. Every iteration draws other images, so small changes may also be due to the images.</p>"
         f'{rewards}<div class="charts">{figures}</div>'
     )
 

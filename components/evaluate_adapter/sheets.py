@@ -74,12 +74,13 @@ def strips_of(choice: Choice, stacks: Mapping[str, Pixels]) -> list[Strip]:
 
 
 def caption(layer: Mapping[str, float | bool]) -> tuple[str, list[str]]:
-    """Text under a layer: its flags ("" for none), and lines of numbers (non-breaking spaces within)."""
+    """Text under a layer: its flags ("" for none), and lines of numbers, that break at commas alone."""
     flags = ", ".join(name for name in ("blank", "glazed", "duplicate", "idle") if layer[name])
     alpha = f"α {layer['mean_alpha']:.2f}"
     if layer["semi_transparent"] >= 0.005:
         alpha += f", semi {100 * layer['semi_transparent']:.0f} %"
-    return flags, [line.replace(" ", "\u00a0") for line in (f"covers {100 * layer['coverage']:.0f} %", alpha)]
+    lines = (f"covers {100 * layer['coverage']:.0f} %", alpha)
+    return flags, [line.replace(" ", "\u00a0").replace(",\u00a0", ", ") for line in lines]
 
 
 def contact_sheet(choice: Choice, strips: Sequence[Strip]) -> Pixels:

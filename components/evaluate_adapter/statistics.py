@@ -20,6 +20,7 @@ FEWEST = 8  # pairs; below it a test of signs cannot reach the level with a marg
 FLIPS = 9_999  # draws of the sign-flip test; a p-value at the level is off by 0.002
 EXACT = 14  # pairs up to which all sign patterns are tried
 MOST_DECIMALS = 8
+MOST_DECIMALS_OF_NOTHING = 4  # of a difference that may be none
 ROWS = 1_000  # sign patterns that are in memory as numbers at once
 
 METHOD = (
@@ -75,15 +76,16 @@ class Comparison:
 
     @property
     def decimals(self) -> int:
-        """Decimals that the interval supports: two digits of its width, and no end that reads 0 though it is not."""
+        """Decimals that the interval supports: two digits of its width, no more than four where it holds 0, and no end
+        that reads 0 where it does not."""
         if self.low is None or self.high is None:
             return 3
         ends = (abs(self.low), abs(self.high))
         width = self.high - self.low or max(ends)
         needed = 1 - math.floor(math.log10(width)) if width > 0 else 3
-        if (self.low > 0 or self.high < 0) and min(ends) > 0:
-            needed = max(needed, -math.floor(math.log10(min(ends))))
-        return min(max(needed, 1), MOST_DECIMALS)
+        if self.low <= 0 <= self.high:
+            return min(max(needed, 1), MOST_DECIMALS_OF_NOTHING)
+        return min(max(needed, 1, -math.floor(math.log10(min(ends)))), MOST_DECIMALS)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

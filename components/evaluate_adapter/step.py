@@ -51,6 +51,7 @@ from layerloop.components.runtime.contract import StepResult, step_main
 from layerloop.components.runtime.distributed import (
     broadcast_json,
     failing_together,
+    log_first,
     process_group,
     rank,
     shares_base,
@@ -58,6 +59,7 @@ from layerloop.components.runtime.distributed import (
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.images import encode_png
@@ -91,11 +93,12 @@ def run(
         loaded: A policy of this campaign that is in memory already, of whatever iteration: its base is used.
         campaign: Root URI of the campaign.
         iteration: The iteration whose adapter to evaluate; by default the last committed one.
-        baseline: Fail, with exit status 3, where the adapter is clearly worse than this (against.py): the path or URI
-            of the `metrics.json` of an evaluation on the same images, or `previous`, the evaluation before it; by
-            default nothing. The evaluation is committed all the same.
-        samplers: Compare both by every sampler of samplers.py too, on up to 32 of the images: 1,548 model calls an
-            image. The table is kept apart, in `evaluations/samplers-<iteration>`; a report made later shows it.
+        baseline: Fail, with exit status 3, where the adapter is clearly worse than this: the path or URI of the
+            `metrics.json` of an evaluation on the same images, or `previous`, the evaluation before it; by default
+            nothing. The evaluation is committed all the same.
+        samplers: Compare both by Euler's method with 10, 20, 30 and 50 steps and by Heun's with 25 and 50 too, each
+            without guidance and with 4.0, on up to 32 of the images: 1,548 model calls an image. The
+            table is kept apart, in `evaluations/samplers-<iteration>`; a report made later shows it.
         judge_url: Base URL of an OpenAI-compatible judge, such as http://127.0.0.1:8788/v1, that also scores both on
             the unlabelled images, by the recipe's judge.model and rubric and the environment's OPENAI_API_KEY; by
             default none does.
@@ -120,14 +123,14 @@ def run(
             f"campaign {opened.uri} has no adapter to evaluate (iteration {current}): train an iteration first"
         )
     folder = opened.evaluation_dir(_evaluation_name(current))
-    done = opened.already_committed(folder, log=log)
+    done = opened.already_committed(folder, log=log_first)
     wanted = samplers and opened.find(samplers_dir(opened, current)) is None
     if done is not None and judge_url:
         log(f"iteration {current} was evaluated before, so no judge is asked: its report stays as it is")
     if done is not None and not wanted:
         return _result(opened, done, baseline)
     with hold(opened.store, EVALUATION, log=log):
-        done = opened.already_committed(folder, log=log)  # by the run that held it until now
+        done = opened.already_committed(folder, log=log_first)  # by the run that held it until now
         wanted = samplers and opened.find(samplers_dir(opened, current)) is None
         if done is None or wanted:
             done = _evaluate(opened, current, loaded, done=done, samplers=wanted, judge_url=judge_url)
@@ -193,7 +196,8 @@ def _evaluation_name(iteration: int) -> str:
 
 
 def _case_counts(cases: Cases) -> str:
-    return f"{len(cases.of('designs'))} designs and {len(cases.of('pictures'))} unlabelled images"
+    counts = (len(cases.of("designs")), "designs"), (len(cases.of("pictures")), "unlabelled images")
+    return " and ".join(counted(count, what) for count, what in counts if count)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

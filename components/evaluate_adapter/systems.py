@@ -221,7 +221,8 @@ def _text(cell: Cell) -> str:
     c = cell.comparison
     text = "–" if c.tuned is None else f"{c.tuned:.{c.decimals}f}"
     if c.difference is not None:
-        text += f" ({c.difference:+.{c.decimals}f}"
+        difference = f"{c.difference:+.{c.decimals}f}"
+        text += f" ({difference if float(difference) else difference[1:]}"
         text += f", wins {100 * cell.wins:.0f} %)" if cell.wins is not None else ")"
     clear = c.clear and cell.wins is not None
     return (f"**{text}**" if clear else text) + undefined_text(c.tuned_undefined)

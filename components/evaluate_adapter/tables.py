@@ -21,6 +21,7 @@ from layerloop.components.layers.columns import (
     slots_of,
     title_of,
 )
+from layerloop.components.schema.messages import counted
 
 HEADINGS: dict[Kind, str] = {"designs": "Held-out designs", "pictures": "Unlabelled images"}
 
@@ -38,7 +39,7 @@ def number(value: float | None, *, signed: bool = False, decimals: int = 3) -> s
 def difference_of(c: Comparison) -> str:
     """A difference to the digits that its interval supports, and as a share of the base's value."""
     text = number(c.difference, signed=True, decimals=c.decimals)
-    if c.relative is None or not 0.0005 <= abs(c.relative) < 10:
+    if c.relative is None or not 0.0005 <= abs(c.relative) < 10 or text == number(0, decimals=c.decimals):
         return text
     share = f"{100 * c.relative:+.{0 if abs(c.relative) >= 0.095 else 1}f}"
     return f"{text} ({share.replace('-', '−')}\u00a0%)"
@@ -126,10 +127,12 @@ def measures_section(kind: Kind, table: Mapping[str, Comparison], reference: Map
     most = max((c.n for c in table.values()), default=0)
     few = f" {too_few(most)[0].upper()}{too_few(most)[1:]}." if most < FEWEST else ""
     scale = f"±{100 * reach:.0f} %"
+    lacking = any(c.base_undefined or c.tuned_undefined for c in table.values())
+    some = " A mean is over all images where it is defined, a difference over the n where both are." if lacking else ""
     return (
         f'<h2>{HEADINGS[kind]}</h2><p class="note">{what}{truth}{few} ↓ lower is better, ↑ higher is better. In the '
         "small chart of each row the middle line is 0, the dot the difference and the bar its 95 % interval, as shares "
-        f"of the larger of the two means; all rows have one scale, {scale}, and an arrow goes on beyond it.</p>"
+        f"of the larger of the two means; all rows have one scale, {scale}, and an arrow goes on beyond it.{some}</p>"
         '<div class="panel measures"><table><thead><tr><th>Measure</th>'
         + ("<th>true layers</th>" if reference else "")
         + f"<th>base</th><th>adapter</th><th>difference</th><th>95 % interval</th><th>{scale}</th><th>n</th></tr>"
@@ -226,7 +229,7 @@ def _slots_table(slots: Mapping[int, Mapping[str, Comparison]], column: str) -> 
                 else ""
             )
             cells.append(f'<td class="{verdict(name, c) if c else ""}">{arrow}</td>')
-        count = f'<th scope="row">{layers} layers</th><td class="dim">{table[column].n}</td>'
+        count = f'<th scope="row">{counted(layers, "layers")}</th><td class="dim">{table[column].n}</td>'
         rows.append(f"<tr>{count}{''.join(cells)}</tr>")
     return (
         '<div class="panel"><table><thead><tr><th>Designs of</th><th>n</th><th class="first">mean, base</th>'

@@ -224,7 +224,7 @@ class Connection:
             cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
             raise UnavailableError(
                 f"judge {self.url} does not answer ({type(cause).__name__}): start it (`layerloop judge serve`), "
-                "or give its URL as judge_url or OPENAI_BASE_URL"
+                "or give its URL (--judge-url, OPENAI_BASE_URL)"
             ) from None
         except Exception:  # refused, or not a list of models: it only serves a better message
             return []

@@ -54,7 +54,9 @@ DEFINITIONS: Mapping[str, str] = {
         "where it is the same one: an adapter may please it without being better. A decomposition of which it gave no "
         "usable answer has none."
     ),
-    "layerd": " ".join([PROTOCOL, *(f"{column.title}: {column.blindness}" for column in LAYERD.values())]),
+    "layerd": " ".join(
+        [PROTOCOL, *(f"{column.title}: {column.blindness}" for column in LAYERD.values() if column.blind)]
+    ),
 }
 
 

@@ -20,6 +20,7 @@ from layerloop.components.publish_adapter.usage import (
 from layerloop.components.reference_judge.identity import NAME as REFERENCE_JUDGE
 from layerloop.components.schema.learning import ALGORITHMS, Algorithm
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.storage.final_weights import final_weights
 
@@ -147,8 +148,9 @@ def _training(p: Publication) -> str:
         "window": f"{rollout.steps} steps, {rollout.noise.dynamics} with eta {rollout.noise.eta:g} in a "
         f"{window.position} window of {window.size} steps from step {window.start}, {rollout.outside} outside it",
     }
+    images = counted(rollout.groups, "images")
     rows = {
-        "Iterations": f"{p.iteration}, each of {rollout.groups} images with {rollout.group_size} candidates",
+        "Iterations": f"{p.iteration}, each of {images} with {rollout.group_size} candidates",
         "Algorithm": f"{algorithm.title}, {algorithm.settings(update)}",
         "Sampling": sampling[algorithm.samples_from],
         "Optimizer": f"AdamW, learning rate {update.learning_rate:g}, {update.steps} steps per iteration",
@@ -198,7 +200,8 @@ def _evaluation(p: Publication) -> str:
     fewest = f"{document['fewest']} or more" if "fewest" in document else "large enough for one to be trusted"
     text += (
         "A row is the mean over n images; the interval is of the difference. ↓ lower is better, ↑ higher is better; a "
-        f"difference is bold where its interval excludes 0 and n is {fewest}."
+        f"difference is bold where it is clear: its interval excludes 0, n is {fewest}, and its p-value, adjusted for "
+        "all measures that are read together, is 5 % at most."
     )
     measured = (document.get("provenance") or {}).get("adapter_sha256")
     if measured is not None and measured != final_weights(p.policy).sha256:
@@ -207,25 +210,28 @@ def _evaluation(p: Publication) -> str:
 
 
 def _quoted_names(document: Mapping[str, Any], kind: str) -> list[str]:
-    """Names after `<kind>.` that are quoted, overall and by each layer count and slot that is there, in their order."""
+    """Names after `<kind>.` that are quoted, overall and by each layer count (where there are several) and slot that is
+    there, in their order."""
 
     def order(name: str) -> list[str | int]:
         """Numbers as such: L10 comes after L2."""
         return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
     names = [key.removeprefix(f"{kind}.") for key in document if key.startswith(f"{kind}.")]
+    counts = {part for name in names for part in name.split(".")[1:2]}
     return [
         name
         for wanted in quoted("card")
         for name in sorted(names, key=order)
-        if name == wanted or name.startswith(f"{wanted}.")
+        if name == wanted or (name.startswith(f"{wanted}.") and (len(counts) > 1 or name.count(".") > 1))
     ]
 
 
 def _measure_row(name: str, comparison: Mapping[str, Any]) -> tuple[str, ...]:
     arrow = {"lower": " ↓", "higher": " ↑"}.get(str(comparison.get("better")), "")
     numbers = [comparison.get(key) for key in ("base", "tuned", "difference", "low", "high")]
-    base, tuned, difference, low, high = ("–" if n is None else f"{float(n):.4g}" for n in numbers)
+    form = f".{comparison['decimals']}f" if "decimals" in comparison else ".4g"
+    base, tuned, difference, low, high = ("–" if n is None else f"{float(n):{form}}" for n in numbers)
     if comparison.get("clear"):
         difference = f"**{difference}**"
     title = str(comparison["title"])  # which says the layer count itself since evaluations have a row for each

@@ -6,7 +6,6 @@ manifest; the programs of the card name the repository.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from layerloop.components.publish_adapter.names import HUB_ID
 from layerloop.components.publish_adapter.step import CARD, run
 from layerloop.components.publish_adapter.usage import card_for_hub
+from layerloop.components.runtime.parser import OneLineParser
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
@@ -66,7 +66,7 @@ def token_for(repository: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 2 and one line where publishing or the upload is refused."""
-    parser = argparse.ArgumentParser(prog="python -m layerloop.components.publish_adapter.hub", description=__doc__)
+    parser = OneLineParser(prog="python -m layerloop.components.publish_adapter.hub", description=__doc__)
     parser.add_argument("campaign", metavar="CAMPAIGN", help="root URI of the campaign")
     parser.add_argument("--publish-as", default="", metavar="NAME", help="folder under published/")
     parser.add_argument("--iteration", type=int, metavar="N", help="whose adapter (default: the head)")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.distributed import failing_together, process_group, rank, shares_base
+from layerloop.components.runtime.distributed import failing_together, log_first, process_group, rank, shares_base
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Manifest
@@ -75,10 +75,10 @@ def run(
         raise LayerloopError(f"campaign {opened.uri} has no adapter to publish (iteration {current}): train it first")
     name = publish_as or opened.publication_name(current)
     folder = opened.published_dir(name)
-    done = opened.already_committed(folder, log=log)
+    done = opened.already_committed(folder, log=log_first)
     with hold(opened.store, PUBLICATION, log=log):
         if done is None:
-            done = opened.already_committed(folder, log=log)  # by the run that held it until now
+            done = opened.already_committed(folder, log=log_first)  # by the run that held it until now
         if done is not None:
             _check_same(opened, done, current)
         elif (done := _publish(opened, name, current, loaded)) is None:
@@ -99,9 +99,9 @@ def _publish(opened: Campaign, name: str, current: int, loaded: LoadedPolicy | N
             return None
         round_trip = layouts.round_trip
         log(
-            f"{name}: loaded back by peft and by diffusers every layer, scale and weight is the campaign's; velocities "
-            f"differ by {round_trip.peft:.3g} and {round_trip.diffusers:.3g}, by rounding alone {round_trip.noise:.3g} "
-            f"(the adapter changes them by {round_trip.effect:.3g})"
+            f"{name}: loaded back by peft and by diffusers, every layer, scale and weight is the campaign's; "
+            f"velocities differ by {round_trip.peft:.2g} and {round_trip.diffusers:.2g}, where rounding alone makes "
+            f"{round_trip.noise:.2g} and the adapter {round_trip.effect:.2g}"
         )
         return _commit(opened, name, current, loaded, layouts)
 

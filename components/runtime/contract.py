@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from layerloop.components.runtime.environment import usable_environment
+from layerloop.components.runtime.parser import OneLineParser
 from layerloop.components.runtime.progress import log
 from layerloop.components.runtime.rank_errors import report
 from layerloop.components.runtime.refusals import Objects, Refusals
@@ -152,7 +153,7 @@ def end_process(status: int) -> NoReturn:
 def _parser(run: Callable[..., StepResult], name: str) -> argparse.ArgumentParser:
     document = inspect.getdoc(run) or ""
     helps = _argument_helps(document)
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=f"python -m layerloop.components.{name}",
         description=re.split(r"\n\s*\n\s*(?:Args|Returns|Raises):", document)[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -40,6 +40,12 @@ PATIENCE = timedelta(days=7)
 _patient: list[torch.distributed.ProcessGroup] = []  # the group in which ranks tell each other what is on the CPU
 
 
+def log_first(message: str) -> None:
+    """`log`, on the first rank alone: for what all of them find."""
+    if rank() == 0:
+        log(message)
+
+
 def rank() -> int:
     """This process's number among all processes of all nodes; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))

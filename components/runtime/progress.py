@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
+from layerloop.components.schema.messages import counted
+
 T = TypeVar("T")
 
 LINE_SECONDS = 5.0  # between progress lines where there is no terminal; once a minute in a job of hours
@@ -18,7 +20,7 @@ def log(message: str) -> None:
 
 
 def progress(iterable: Iterable[T], *, what: str, unit: str, total: int | None = None) -> Iterator[T]:
-    """The items, with a bar on a terminal, else a line every few seconds and one at the end.
+    """The items, with a bar on a terminal, else a line every few seconds and one at the end; none where it is quick.
 
     Args:
         what: what is being done, "sampling".
@@ -41,13 +43,16 @@ def progress(iterable: Iterable[T], *, what: str, unit: str, total: int | None =
         if now - logged_at >= max(LINE_SECONDS, min(60.0, (now - start) / 50)) and count != total:
             logged_at = now
             log(progress_line(what, unit, count, total, now - start))
-    log(f"{what}: {count} {unit} in {_duration(time.monotonic() - start)}")
+    if (seconds := time.monotonic() - start) >= LINE_SECONDS:
+        log(f"{what}: {counted(count, unit)} in {_duration(seconds)}")
 
 
 def progress_line(what: str, unit: str, count: int, total: int | None, seconds: float) -> str:
     """`sampling: 12/40 groups, 0.8 groups/s, 35 s left`."""
     rate = count / seconds if seconds > 0 else 0.0
-    speed = f"{rate:.3g} {unit}/s" if rate >= 1 or not count else f"{seconds / count:.3g} s each"
+    speed = f"{rate:.2g} {unit}/s" if 1 <= rate < 10 else f"{rate:.0f} {unit}/s" if rate else "none yet"
+    if 0 < rate < 1:
+        speed = f"{_duration(seconds / count)} each"
     if total is None:
         return f"{what}: {count} {unit}, {speed}"
     return (
@@ -73,7 +78,7 @@ def _minutes(seconds: float) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 60:
-        return f"{seconds:.3g} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -37,7 +37,7 @@ def launch_per_gpu(module: str, argv: Sequence[str], arguments: Mapping[str, obj
     processes = num_processes()
     if processes == 1:
         return None
-    log(f"running {module} in {processes} processes")
+    log(f"in {processes} processes")
     return launch(module, argv, processes=processes)
 
 

@@ -40,7 +40,7 @@ class DecomposeOptions(Record):
         except (TypeError, ValueError):
             count = 0
         if count != "auto" and not 1 <= count <= MOST_LAYERS:
-            raise ValueError(f"layers is {value}: choose 1..{MOST_LAYERS}, or auto")
+            raise ValueError(f"options.layers is {value}: choose 1..{MOST_LAYERS}, or auto")
         return count
 
     @model_validator(mode="after")

@@ -1,8 +1,18 @@
-"""What the lines of errors have in common."""
+"""What lines of errors and of progress have in common."""
 
 from __future__ import annotations
 
 import re
+
+
+def counted(count: int, plural: str) -> str:
+    """`1 image`, `2 images`, `1 batch`, `1 reply`."""
+    if count != 1:
+        return f"{count} {plural}"
+    for ending, singular in (("ies", "y"), ("ches", "ch"), ("sses", "ss"), ("s", "")):
+        if plural.endswith(ending):
+            return f"1 {plural.removesuffix(ending)}{singular}"
+    return f"1 {plural}"
 
 
 def size_text(count: float) -> str:

@@ -8,6 +8,7 @@ import re
 import reprlib
 import typing
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Final, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -139,7 +140,11 @@ def _one_line(cls: type[Record], item: Any, where: str) -> str:
         if dot and section in known:  # as `--set` writes it
             remedy = f'write it as {{"{section}": {{"{key}": ...}}}}'
         else:
-            remedy = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+            elsewhere = [] if close else _keys_like(cls, str(item["loc"][-1])[:80])
+            meant = close[:1] or elsewhere
+            remedy = (
+                f"did you mean {' or '.join(map(repr, meant))}?" if meant else f"known keys: {', '.join(sorted(known))}"
+            )
         return f"{where}.{path} is not a known key: {remedy}"
     if item["type"] == "missing":
         return f"{where}.{path} is missing: set it"
@@ -172,6 +177,22 @@ def _fields_at(cls: type[Record], loc: tuple[Any, ...]) -> list[str]:
         else:  # what a dictionary's key or a list's index leads to
             current = next(iter(_records_in(current)), None)
     return list(getattr(next(iter(_records_in(current)), None), "model_fields", ()))
+
+
+def _keys_like(cls: type[Record], key: str) -> list[str]:
+    """Keys of a record's sections that are called so, or nearly so, as `rollout.groups`; three at most."""
+    import difflib
+
+    dotted = [name for name in _dotted_keys(cls, "") if "." in name]
+    close = difflib.get_close_matches(key, [name.rpartition(".")[2] for name in dotted], n=1)
+    return [name for name in dotted if name.rpartition(".")[2] in close][:3]
+
+
+def _dotted_keys(cls: Any, section: str) -> Iterator[str]:
+    for name, field in cls.model_fields.items():
+        yield f"{section}{name}"
+        for record in _records_in(field.annotation):
+            yield from _dotted_keys(record, f"{section}{name}.")
 
 
 def _records_in(annotation: Any) -> list[Any]:

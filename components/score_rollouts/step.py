@@ -20,6 +20,7 @@ from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe, ScoreRow
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.score_rollouts.ahead import Arrivals
@@ -91,7 +92,10 @@ def _score(opened: Campaign, current: int, judge_url: str, arrivals: Arrivals | 
     if arrivals is None:
         opened.rollouts(current)
     where = without_secrets(url)
-    log(f"judging iteration {current} by {recipe.judge.model} at {where}; {len(replies)} replies are stored already")
+    if arrivals is None:
+        log(f"judging iteration {current} by {recipe.judge.model} at {where}")
+    if len(replies):
+        log(f"{counted(len(replies), 'replies')} of the judge {'are' if len(replies) > 1 else 'is'} stored already")
 
     start = time.monotonic()
     judge = Judge(url, recipe.judge, opened.runtime.judge, replies=replies, ledger=replies, seed=recipe.seed)

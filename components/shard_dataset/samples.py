@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from layerloop.components.layers.normalise import image_key, on_white, resized, target_size, upright_srgb
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.shard_dataset.duplicates import DuplicateIndex, ImageHash, hash_image
 from layerloop.components.shard_dataset.files import InputError, Passed, printable
@@ -162,10 +164,12 @@ def check_rejects(gathered: Gathered, data: DataRecipe, *, what: str, log: Calla
     if len(rejects) > _LOGGED:
         log(f"rejected {len(rejects) - _LOGGED} more {what}, listed in rejects.parquet")
     if len(rejects) > data.max_reject_fraction * gathered.seen:
+        allowed = math.ceil(100 * len(rejects) / gathered.seen) / 100
+        more = f", or allow as many with --set data.max_reject_fraction={allowed:g}" if gathered.keys else ""
         raise LayerloopError(
-            f"{len(rejects)} of {gathered.seen} {what} are rejected, over recipe.data.max_reject_fraction "
-            f"{data.max_reject_fraction:g}: correct the input or allow more; the first is {rejects[0].origin}: "
-            f"{rejects[0].reason}"
+            f"{len(rejects)} of {counted(gathered.seen, what)} {'are' if len(rejects) > 1 else 'is'} rejected, over "
+            f"recipe.data.max_reject_fraction {data.max_reject_fraction:g}: correct the input{more}; the first is "
+            f"{rejects[0].origin}: {rejects[0].reason}"
         )
 
 
@@ -174,15 +178,14 @@ def account(gathered: Gathered, passed: Sequence[Passed], *, what: str) -> str:
     rejects = collections.Counter(_sort_of(item.reason) for item in gathered.rejects)
     over = collections.Counter(item.kind for item in passed)
     return (
-        f"{what}: {len(gathered.keys)} used, {_counted('duplicates', gathered.duplicates)}, "
-        f"{_counted('rejects', len(gathered.rejects), rejects)}, {_counted('passed over', len(passed), over)}"
+        f"{what}: {len(gathered.keys)} used, {counted(gathered.duplicates, 'duplicates')}, "
+        f"{counted(len(gathered.rejects), 'rejects')}{_listed(rejects)}, {len(passed)} passed over{_listed(over)}"
     )
 
 
-def _counted(what: str, total: int, parts: Mapping[str, int] | None = None) -> str:
-    ranked = sorted((parts or {}).items(), key=lambda part: (-part[1], part[0]))
-    listed = ", ".join(f"{count} {name}" for name, count in ranked)
-    return f"{total} {what}" + (f" ({listed})" if listed else "")
+def _listed(parts: Mapping[str, int]) -> str:
+    ranked = sorted(parts.items(), key=lambda part: (-part[1], part[0]))
+    return f" ({', '.join(f'{count} {name}' for name, count in ranked)})" if ranked else ""
 
 
 def _sort_of(reason: str) -> str:

@@ -23,6 +23,7 @@ from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.recipe import Recipe, parse_recipe_runtime
 from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 from layerloop.components.schema.runtime import Runtime, flat, merged
@@ -347,7 +348,7 @@ def _write_split(campaign: Campaign, spool: Spool, split: str, keys: Sequence[st
         name, part = f"{campaign.sources_dir}/{split}-{number:06d}.tar", keys[start : start + size]
         there = next(existing_shards(campaign.store, name, part), None)
         shard = there or write_shard(campaign.store, name, spool.samples(part))
-        log(f"{shard.name}: {shard.samples} images, {shard.bytes / 1e6:.2f} MB")
+        log(f"{shard.name}: {counted(shard.samples, 'images')}, {shard.bytes / 1e6:.2f} MB")
         shards.append(shard)
     return shards
 

@@ -153,7 +153,7 @@ class Campaign:
         done = self.find(folder)
         if done is not None:
             verify(self.store, done)
-            log(f"{self.uri}/{folder}/{MANIFEST} is committed already")
+            log(f"{self.uri}/{folder} is complete already")
         return done
 
     def commit(self, folder: str, manifest: Manifest) -> Manifest:
@@ -297,9 +297,7 @@ def _frozen_recipe(store: Store) -> tuple[Recipe, dict[str, Any], str]:
             content = unseal(data, where=where)
             break
         except MissingObjectError:
-            raise LayerloopError(
-                f"campaign {store.uri} has no {RECIPE}: start it with shard_dataset, or correct the URI"
-            ) from None
+            raise LayerloopError(f"{store.uri} is no campaign, for it has no {RECIPE}: {_remedy(store)}") from None
         except DamagedError:
             if attempt == READS - 1:
                 raise
@@ -322,6 +320,14 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join("-".join(str(n) for n in dict.fromkeys(part)) for part in parts)
+
+
+def _remedy(store: Store) -> str:
+    """What to do where no campaign is: the campaigns right below it, where there are some."""
+    below = [name for name in store.folders()[:50] if store.exists(f"{name}/{RECIPE}")]
+    if below:
+        return f"name one of those in it: {', '.join(below[:5])}{', ...' if len(below) > 5 else ''}"
+    return "begin one with `layerloop run`, or correct the path or URI"
 
 
 def _folder_name(uri: str) -> str:

@@ -132,8 +132,8 @@ class Stretch:
             for number, iteration in enumerate(self.iterations):
                 if rank() == 0:
                     left = time_left(number, len(self.iterations), time.monotonic() - began)
-                    where = f"iteration {iteration}, {number + 1} of {len(self.iterations)}"
-                    log(f"{where}: {left}" if left else where)
+                    which = "" if iteration == number + 1 else f" ({number + 1} of this run's {len(self.iterations)})"
+                    log(f"iteration {iteration} of {last}{which}" + (f"; training: {left}" if left else ""))
                 while ready < min(iteration + lag, last):
                     ready += 1
                     self._sample(ready, device)

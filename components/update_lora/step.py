@@ -28,6 +28,7 @@ from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import Manifest
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.groups import Group
@@ -234,10 +235,10 @@ def _log_advantages(advantages: Advantages, iteration: int) -> None:
         "of weight 0": len(advantages.zero_weight_groups),
     }
     parts = [
-        f"iteration {iteration}: mean reward {advantages.reward_mean:.4f}, deviation within groups "
-        f"{advantages.reward_std:.4f}; learning from {len(advantages.groups)} groups",
-        *(f"left out: {count} {reason}" for reason, count in left_out.items() if count),
-        *([f"{advantages.masked} candidates without a score"] if advantages.masked else []),
+        f"iteration {iteration}: mean reward {advantages.reward_mean:.3f}, spread within groups "
+        f"{advantages.reward_std:.3f}; learning from {counted(len(advantages.groups), 'groups')}",
+        *(f"{counted(count, 'groups')} {reason} left out" for reason, count in left_out.items() if count),
+        *([f"{counted(advantages.masked, 'candidates')} without a score"] if advantages.masked else []),
     ]
     log("; ".join(parts))
     if not advantages.groups:

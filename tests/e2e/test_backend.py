@@ -128,7 +128,7 @@ def test_on_s3_a_campaign_ends_at_its_target_and_switches_its_recurring_run_off(
 ) -> None:
     api = {"LAYERLOOP_KFP_API": f"http://127.0.0.1:{kfp_server.server_address[1]}"}
     nightly = evaluation(tmp_path, environment=api, python=warm())
-    with pytest.raises(TaskFailed, match=r"has no recipe.json: start it with shard_dataset, or correct the URI"):
+    with pytest.raises(TaskFailed, match=r"is no campaign, for it has no recipe.json: begin one with `layerloop run`"):
         nightly.run(campaign=s3_bucket)
 
     job = {"campaign": s3_bucket, "images": images, "judge_url": judge_url, "until": 1, "max_failures": 2}

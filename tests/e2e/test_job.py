@@ -88,7 +88,7 @@ def test_it_ran_what_was_compiled(demo: Demo) -> None:
     assert len(headers) == count_tasks(spec) == 4
     assert {header.split("] ")[1] for header in headers} == {
         "shard dataset",
-        "iteration 1: train stretch",
+        "iteration 1: train",
         "iteration 1: evaluate adapter",
         "iteration 1: publish adapter",
     }
@@ -182,7 +182,7 @@ def test_metrics_are_in_the_output_files_that_kubeflow_reads(demo: Demo) -> None
 def test_run_again_it_continues_from_the_head(demo: Demo) -> None:
     """The last test of this file: the others count one run."""
     output = run_demo(demo.folder)
-    assert "iteration 2: train stretch" in output
+    assert "iteration 2: train" in output
     assert "made 7 photographs" in demo.output
     assert "made 7 photographs" not in output
     campaign = demo.campaign

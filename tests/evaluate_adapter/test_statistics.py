@@ -204,7 +204,7 @@ def test_the_same_seed_gives_the_same_p_value() -> None:
     ("low", "high", "decimals"),
     [
         (-0.3, -0.1, 2), (0.1, 0.3, 2), (-0.02, 0.01, 3), (0.0001, 0.0021, 4), (0.00004, 0.0021, 5), (-3.0, 4.0, 1),
-        (0.1, 0.1, 2), (0.0, 0.0, 3), (-120.0, 300.0, 1),
+        (0.1, 0.1, 2), (0.0, 0.0, 3), (-120.0, 300.0, 1), (-0.000032, 0.000005, 4), (-0.00003, 0.0, 4),
     ],
 )  # fmt: skip
 def test_decimals_are_those_of_the_interval(low: float, high: float, decimals: int) -> None:

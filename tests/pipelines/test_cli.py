@@ -1,5 +1,6 @@
 """The command line itself: help, recipes, compiling."""
 
+import errno
 import re
 import shlex
 import subprocess
@@ -47,7 +48,17 @@ def commands_in(page: Path) -> list[list[str]]:
     return [shlex.split(command, comments=True) for command in commands]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md", "pipelines/cli.py", "pipelines/cli_cluster.py"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "docs/cluster.md",
+        "pipelines/cli.py",
+        "pipelines/cli_run.py",
+        "pipelines/cli_compile.py",
+        "pipelines/cli_cluster.py",
+    ],
+)
 def test_commands_that_are_written_down_are_accepted(page: str) -> None:
     commands = commands_in(Path(__file__).parents[2] / page)
     assert len(commands) >= 2
@@ -62,6 +73,9 @@ def test_commands_that_are_written_down_are_accepted(page: str) -> None:
         ("evaluate x", "layerloop: no command 'evaluate': that step is python -m layerloop.components.evaluate_ad"),
         ("campaign shwo x", "layerloop campaign: no command 'shwo', did you mean show?"),
         ("zzz", "layerloop: no command 'zzz' (see layerloop --help)"),
+        ("compile -o x --iterations 0", "layerloop compile: argument --iterations: it is 0: choose 1 or more"),
+        ("run --workers two", "layerloop run: argument --workers: it is two: choose 1 or more"),
+        ("continue x --until -1", "layerloop continue: argument --until: it is -1: choose 1 or more"),
         ("run --campain x", "layerloop run: no option --campain, did you mean --campaign?"),
         ("compare x --output=y --outptu y", "layerloop compare: no option --outptu, did you mean --output?"),
         ("demo --frseh", "layerloop demo: no option --frseh, did you mean --fresh?"),
@@ -277,7 +291,6 @@ def test_an_adapter_that_is_not_on_s3_is_refused_by_its_uri(
     [
         (["-o", "train.txt"], "output is train.txt: name a file that ends in .yaml"),
         (["-o", "/proc/none/train.yaml"], "cannot be written"),
-        (["-o", "x.yaml", "--iterations", "0"], "iterations is 0: choose 1 or more"),
         (["-o", "x.yaml", "--cluster", "none.yaml"], "cluster file none.yaml cannot be read"),
         (["-o", "x.yaml", "--recipe", "none.yaml"], "recipe none.yaml cannot be read"),
     ],
@@ -347,3 +360,30 @@ def test_a_run_says_first_which_model_it_trains() -> None:
     assert "tiny policy that ships with layerloop, at 64 pixels" in what_is_trained(parse_recipe(recipe_text("tiny")))
     paper = what_is_trained(parse_recipe(recipe_text("paper")))
     assert paper == "recipe stable-layers: trains Qwen/Qwen-Image-Layered at 640 pixels, in bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOENT, "No such file or directory", "/proc/x/runs"), "/proc/x/runs cannot be used (No such"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/ro/x"),
+            "/ro/x cannot be used (Read-only file system): give one",
+        ),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_line(
+    error: OSError, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> str:
+        raise error
+
+    monkeypatch.setattr("layerloop.pipelines.inputs.runtime_text", fail)
+    assert main(["runtime"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {line}")
+
+
+def test_the_demo_where_no_folder_can_be_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--folder", "/proc/x"]) == 2
+    assert capsys.readouterr().err == "error: /proc/x cannot be used (No such file or directory): give another path\n"

@@ -164,7 +164,9 @@ def test_bad_input_ends_the_run_with_the_steps_own_line_without_retries(runner: 
     with pytest.raises(StepFailed, match=line) as caught:
         runner(two_workers, text="bad")
     assert caught.value.status == 2
-    assert "gather step" not in runner.console.getvalue()
+    said = runner.console.getvalue()
+    assert "gather step" not in said
+    assert "error: text is bad" not in said, "the run's own last line says it"
 
 
 def test_a_crash_is_a_failure_of_status_one_that_names_its_log_and_stops_the_other_worker(runner: Runner) -> None:

@@ -350,7 +350,7 @@ def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCa
         "| measure | n | base | this adapter | difference | 95 % interval |",
         "| evenness ↑ | 8 | 0.5 | – | – | – |",
     ]
-    assert "bold where its interval excludes 0 and n is 8 or more." in card
+    assert "bold where it is clear: its interval excludes 0, n is 8 or more, and its p-value" in card
     assert "of other weights" not in card
 
 
@@ -358,13 +358,14 @@ def test_the_card_quotes_the_columns_that_say_so_in_their_order(make_campaign: M
     """From a metrics.json with every column, as evaluate_adapter writes it."""
     campaign = make_campaign()
     compared = Comparison(0.5, 0.4, -0.1, -0.2, -0.05, 20)
-    comparisons = Comparisons({"designs": dict.fromkeys(COLUMNS, compared)}, {3: {"slot_l1": compared}})
+    slots = {3: {"slot_l1": compared}, 2: {"slot_l1": compared}}
+    comparisons = Comparisons({"designs": dict.fromkeys(COLUMNS, compared)}, slots)
     folder = campaign.evaluation_dir("iteration-000001")
     metrics = metrics_json(comparisons, {}, {})
     file = add_file(campaign.store, f"{folder}/metrics.json", metrics)
     commit(campaign.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
-    rows = re.findall(r"^\| ([^|]*?)(?: [↓↑])? \| 20 \| 0.5 \|", card_of(campaign), re.MULTILINE)
-    by_count = {"slot_l1": [f"{title_of('slot_l1')}, 3 layers"]}
+    rows = re.findall(r"^\| ([^|]*?)(?: [↓↑])? \| 20 \| 0.50 \|", card_of(campaign), re.MULTILINE)
+    by_count = {"slot_l1": [f"{title_of('slot_l1')}, {layers} layers" for layers in (2, 3)]}
     assert rows == [title for name in quoted("card") for title in (title_of(name), *by_count.get(name, []))]
     assert len(rows) < len(COLUMNS)
 

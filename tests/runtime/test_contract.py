@@ -145,7 +145,9 @@ def test_wrong_flags_exit_with_status_2(flags: list[str], capsys: pytest.Capture
     with pytest.raises(SystemExit) as caught:
         step_main(run, argv=flags)
     assert caught.value.code == 2
-    assert "error:" in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: python -m ")
+    assert ("did you mean --worker?" in line) == ("--wroker" in flags)
     assert calls == []
 
 

@@ -14,7 +14,7 @@ from warm_python import warm
 
 from layerloop.components.runtime import distributed, ranks
 from layerloop.components.runtime.contract import StepResult, step_main
-from layerloop.components.runtime.distributed import PATIENCE
+from layerloop.components.runtime.distributed import PATIENCE, log_first
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.runtime import BatchRuntime
 
@@ -80,6 +80,16 @@ def test_a_pod_whose_gpus_torch_cannot_use_does_not_work_on_its_cpu(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.delenv("KFP_POD_NAME")
     assert distributed.device().type == "cpu"  # a workstation, whose tiny policy needs no GPU
+
+
+def test_what_all_ranks_find_is_said_by_the_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        log_first(f"found by {number}")
+    assert capsys.readouterr().err == "found by 0\n"
 
 
 STEP = """

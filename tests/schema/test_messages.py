@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from layerloop.components.schema.messages import reason_of, size_text
+from layerloop.components.schema.messages import counted, reason_of, size_text
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,18 @@ def test_every_error_of_the_operating_system_has_a_reason(tmp_path: Path) -> Non
     assert reason_of(collected.value) == "No such file or directory"
     assert reason_of(shutil.Error()) == "Error"
     assert reason_of(TimeoutError("timed out")) == "timed out"
+
+
+@pytest.mark.parametrize(
+    ("count", "plural", "words"),
+    [
+        (0, "images", "0 images"),
+        (1, "images", "1 image"),
+        (2, "images", "2 images"),
+        (1, "batches", "1 batch"),
+        (1, "passes", "1 pass"),
+        (1, "replies", "1 reply"),
+    ],
+)
+def test_what_is_counted_is_in_the_singular_where_there_is_one(count: int, plural: str, words: str) -> None:
+    assert counted(count, plural) == words

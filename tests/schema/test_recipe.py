@@ -13,6 +13,8 @@ from layerloop.components.schema.recipe import Recipe, parse_recipe, recipe_diff
     [
         ("name: x\nrolout: {}", "recipe.rolout is not a known key: did you mean 'rollout'?"),
         ("name: x\nrollout: {window: {siz: 3}}", "recipe.rollout.window.siz is not a known key: did you mean 'size'?"),
+        ("name: x\ngroups: 3", "recipe.groups is not a known key: did you mean 'rollout.groups'?"),
+        ("name: x\nlearning_rat: 3", "recipe.learning_rat is not a known key: did you mean 'update.learning_rate'?"),
         ("name: x\nzzz: 1", "recipe.zzz is not a known key: known keys: data, evaluation"),
         ("name: x\nrollout: {window: {size: 12}}", "recipe.rollout.window.size is 12 but steps is 10: choose 1..9"),
         ("name: x\nrollout: {window: {start: 7}}", "recipe.rollout.window.start is 7 with size 4, past its end 9"),

@@ -189,8 +189,9 @@ def test_too_many_rejects_fail_the_step_with_its_rejects_and_nothing_committed(
     with pytest.raises(LayerloopError) as caught:
         run(campaign=f"{store_uri}/c", recipe=recipe.replace("/no/such/model", "tiny"), images=str(folder))
     assert str(caught.value) == (
-        "8 of 15 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input or allow more; "
-        "the first is bad-0.png: image starts with b'text', not a known format: give a PNG, JPEG, WebP, HEIC, GIF, "
+        "8 of 15 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input, or allow as "
+        "many with --set data.max_reject_fraction=0.54; the first is bad-0.png: "
+        "image starts with b'text', not a known format: give a PNG, JPEG, WebP, HEIC, GIF, "
         "BMP, TIFF, JPEG 2000 or AVIF"
     )
     assert open_store(store_uri).list() == ["c/sources/rejects.parquet"]
@@ -492,8 +493,8 @@ def test_a_killed_run_leaves_nothing_committed_and_the_next_one_finishes(
         ("", "images is empty and {campaign} has no sources yet: give a folder of images"),
         ("{tmp}/nowhere", f"images {{tmp}}/nowhere does not exist: {REMEDY}"),
         ("{tmp}/hollow", f"images {{tmp}}/hollow is empty: {REMEDY}"),
-        ("{tmp}/text.png", "1 of 1 images are rejected, over recipe.data.max_reject_fraction 0.5: correct the input or "
-         f"allow more; the first is text.png: image starts with b'text', not a known format: give a {KINDS}"),
+        ("{tmp}/text.png", "1 of 1 image is rejected, over recipe.data.max_reject_fraction 0.5: correct the input; "
+         f"the first is text.png: image starts with b'text', not a known format: give a {KINDS}"),
         ("{tmp}", "campaign {campaign} lies inside images {tmp}: choose a folder outside"),
     ],
 )  # fmt: skip

@@ -77,7 +77,7 @@ def test_a_step_that_begins_finds_what_is_committed_and_says_so_once_it_has_veri
     file = add_file(store, f"{folder}/scores.parquet", b"1")
     manifest = campaign.commit(folder, Manifest(kind="scores", iteration=1, files=(file,)))
     assert campaign.already_committed(folder, log=said.append) == manifest
-    assert said == [f"{store.uri}/{folder}/{MANIFEST} is committed already"]
+    assert said == [f"{store.uri}/{folder} is complete already"]
     store.delete(file.name)
     with pytest.raises(LayerloopError, match=r"scores-\w+\.parquet is missing but a scores manifest names it"):
         campaign.already_committed(folder, log=said.append)
@@ -97,7 +97,7 @@ def test_another_recipe_is_refused_with_the_fields_that_differ(store_uri: str) -
 
 
 def test_a_folder_without_a_recipe_is_not_a_campaign(store_uri: str) -> None:
-    with pytest.raises(LayerloopError, match=f"campaign {store_uri} has no recipe.json: start it with shard_dataset"):
+    with pytest.raises(LayerloopError, match=f"^{store_uri} is no campaign, for it has no recipe.json: begin one with"):
         Campaign.open(store_uri)
 
 
