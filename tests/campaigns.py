@@ -497,3 +497,11 @@ def lay_out_by_worker(
             commit(store, f"{stem}.json", manifest)
     if not keep:
         CampaignBuilder(campaign).forget(iteration)
+
+
+def rank_1_sees(folder: Path, change: str) -> Path:
+    """A folder for PYTHONPATH by which the second rank of a step sees a campaign otherwise than the first."""
+    lines = ["import os", "if os.environ.get('RANK') == '1':"]
+    lines += [f"    {line}" for line in ("from layerloop.components.storage.campaign import Campaign", change)]
+    (folder / "sitecustomize.py").write_text("\n".join(lines))
+    return folder

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from warm_python import warm
@@ -44,6 +45,11 @@ def test_modules_come_from_where_they_would() -> None:
     line = f"error: /none is no campaign, for it has no recipe.json: {remedy}"
     assert run(warm(), "-m", "layerloop.components.update_lora", "--campaign", "/none") == (2, "", line)
     assert run(warm(), "-V") == run(sys.executable, "-V")
+
+
+def test_a_sitecustomize_of_the_environment_is_run(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import builtins; builtins.GIVEN = 1")
+    assert run(warm(), "-c", "print(GIVEN)", PYTHONPATH=str(tmp_path)) == (0, "1\n", "")
 
 
 def test_processes_that_it_starts_are_warm_too() -> None:

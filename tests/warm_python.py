@@ -211,6 +211,7 @@ def _end_with_parent() -> None:
 
 def _as_if_started(executable: str) -> None:
     """What an interpreter takes from its environment, and what a fork shares with others by accident."""
+    import importlib
     import tempfile
 
     import numpy as np
@@ -219,6 +220,9 @@ def _as_if_started(executable: str) -> None:
     sys.executable = executable
     listed = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[1:] = [*listed, *(path for path in sys.path[1:] if path not in listed)]
+    if any(os.path.isfile(os.path.join(path, "sitecustomize.py")) for path in listed):
+        sys.modules.pop("sitecustomize", None)
+        importlib.import_module("sitecustomize")
     sys.stdout.reconfigure(line_buffering=False, write_through=bool(os.environ.get("PYTHONUNBUFFERED")))  # type: ignore[union-attr]
     tempfile.tempdir = None
     np.random.seed()

@@ -23,7 +23,7 @@ from layerloop.components.evaluate_adapter.assess import Row, assess
 from layerloop.components.evaluate_adapter.cases import Case
 from layerloop.components.layers.stack import Pixels
 from layerloop.components.runtime.progress import progress
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import UnavailableError
 
 if TYPE_CHECKING:
     from layerloop.components.schema.manifest import Shard
@@ -93,7 +93,7 @@ class Measuring:
             _send(worker.stdin, (case, stack, self._edits))
             answer = _receive(worker.stdout)
         except (OSError, EOFError):
-            raise LayerloopError(
+            raise UnavailableError(
                 f"a process that measures ended with status {worker.wait()}: give the step more memory, and run it "
                 "again, it goes on from what is sampled"
             ) from None

@@ -48,7 +48,14 @@ from layerloop.components.evaluate_adapter.sheets import Choice, choose, contact
 from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import step_main
-from layerloop.components.runtime.distributed import failing_together, log_first, process_group, rank, shares_base
+from layerloop.components.runtime.distributed import (
+    broadcast_json,
+    failing_together,
+    log_first,
+    process_group,
+    rank,
+    shares_base,
+)
 from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
@@ -144,17 +151,20 @@ def _evaluate(
     ranks than the first. Raises as `run`."""
     clock = Clock()
     with process_group() as device:
+        # The head may have moved between two ranks' looks, and half of the cases would be of another adapter.
+        said: Any = broadcast_json([current, done is not None, samplers])
+        current, evaluated, samplers = said
         with failing_together(), clock.time("loading"):
             cases = read_cases(opened, opened.sources())
             sharded = shares_base(opened.runtime.model)
             loaded = policy_at(opened, current, device=device, sharded=sharded, delivered=True, loaded=loaded)
-            if judge_url and done is None and rank() == 0:
+            if judge_url and not evaluated and rank() == 0:
                 check_judge(opened, judge_url)
         if rank() == 0:
             log(f"evaluating iteration {current} on {_case_counts(cases)}")
         if samplers:
             _compare_samplers(opened, current, cases, loaded, clock)
-        if done is None:
+        if not evaluated:
             sampled = _sample_both_models(opened, current, cases, loaded, clock)
     if rank() != 0:
         return None

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import JsonValue
 
@@ -23,6 +23,7 @@ from layerloop.components.policy.at import LoadedPolicy, policy_at
 from layerloop.components.runtime import ranks
 from layerloop.components.runtime.contract import step_main
 from layerloop.components.runtime.distributed import (
+    broadcast_json,
     failing_together,
     gather_to_all,
     process_group,
@@ -154,9 +155,11 @@ def sample_iteration(
     """Sample and commit the groups that are not `committed`, with all ranks of the process group.
 
     Args:
+        committed: As the first rank found them: between two ranks' looks another pod may have committed one.
         loaded: A policy of this campaign in memory, of whatever iteration: its base is used.
         observer: Is told what this rank samples, and may end the sampling on all ranks.
     """
+    committed = _of_first_rank(committed)
     with failing_together():
         sources = campaign.sources()
         planned = plan_iteration(campaign.recipe, iteration, train_images(sources))
@@ -169,6 +172,8 @@ def sample_iteration(
                  for plan in plans[rank() :: world_size()] if plan.group not in committed}  # fmt: skip
     manifests = {**committed, **_gather({group: done for group, done in found.items() if done})}
     todo = [plan for plan in plans if plan.group not in manifests]
+    if any(others != [plan.group for plan in todo] for others in gather_to_all([plan.group for plan in todo])):
+        raise RuntimeError("the ranks have different groups to sample, and would wait for each other without end")
     if not todo:
         return Sampled(loaded, manifests, 0, [])
     images = _images(campaign, sources, todo)
@@ -177,6 +182,14 @@ def sample_iteration(
     with nullcontext() if loaded.policy.sharded else failing_together():
         written, bad_layers = _sample(campaign, iteration, todo, images, shares, loaded, observer or Observer())
     return Sampled(loaded, dict(sorted({**manifests, **_gather(written)}.items())), len(written), bad_layers)
+
+
+def _of_first_rank(committed: Mapping[int, Manifest]) -> Mapping[int, Manifest]:
+    """The first rank's manifests, by group; the ranks would share out different groups else."""
+    if world_size() == 1:
+        return committed
+    said: Any = broadcast_json({group: one.model_dump(mode="json") for group, one in committed.items()})
+    return {int(group): Manifest.model_validate(one) for group, one in said.items()}
 
 
 def _images(campaign: Campaign, sources: Manifest, todo: Sequence[GroupPlan]) -> dict[int, tuple[str, np.ndarray]]:

@@ -221,7 +221,7 @@ class Batches:
             if batch.status in OVER:
                 break
             if time.monotonic() > until:
-                raise LayerloopError(
+                raise UnavailableError(
                     f"batch {batch.id} is {batch.status} after {self.runtime.max_hours:g} h: run the step again later, "
                     "it will collect the same batch"
                 )

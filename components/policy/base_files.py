@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.hub import hub_error
 from layerloop.components.schema.recipe import FAULTY, TINY, ModelRecipe
 
 BASE = {"transformer": "config.json", "vae": "config.json", "scheduler": "scheduler_config.json"}  # part -> config
@@ -73,9 +74,10 @@ def _from_hub(model: ModelRecipe, parts: Collection[str]) -> Path:
         return Path(snapshot_download(model.base, revision=model.revision, allow_patterns=patterns))
     except Exception as error:  # the hub raises a dozen kinds; each means that the model is not available
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise LayerloopError(
+        raise hub_error(
+            error,
             f"recipe.model.base is {model.base!r}: neither a local folder nor a model that the Hugging Face hub gives "
-            f"({reason}): check the name, recipe.model.revision, and HF_TOKEN or HF_ENDPOINT"
+            f"({reason}): check the name, recipe.model.revision, and HF_TOKEN or HF_ENDPOINT",
         ) from None
 
 

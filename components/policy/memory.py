@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Literal
 
 from layerloop.components.policy.size import TOKEN_PIXELS, AdapterSize, Tokens, TransformerSize
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.runtime import Runtime
 
@@ -43,7 +43,8 @@ def check_gpu(needed: float, *, use: Use, free: float, total: float, name: str, 
     """Refuse a GPU that has less memory free than a use needs: it would end in the middle, after the base was loaded.
 
     Raises:
-        LayerloopError: naming the GPU, both numbers in GB, and what takes less: `remedy`, or that of a step.
+        LayerloopError: naming the GPU, both numbers in GB, and what takes less: `remedy`, or that of a step. An
+            UnavailableError where something else takes the memory, as a process that was killed does for a while.
     """
     if free >= needed:
         return
@@ -53,7 +54,7 @@ def check_gpu(needed: float, *, use: Use, free: float, total: float, name: str, 
         f"share the base with runtime.model.fsdp, lower runtime.{key} to 1, or begin a campaign with "
         "recipe.model.fp8_base"
     )
-    raise LayerloopError(
+    raise (UnavailableError if busy else LayerloopError)(
         f"{name} has {free / 1e9:.1f} of {total / 1e9:.1f} GB free, {use} needs about {needed / 1e9:.1f} GB: {busy}"
         f"take a larger GPU, {less}"
     )

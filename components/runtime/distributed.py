@@ -15,9 +15,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from layerloop.components.runtime.progress import log
+from layerloop.components.runtime.refusals import POD
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
 if TYPE_CHECKING:
@@ -28,7 +30,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # of one collective: ranks may load a 40 GB model at different speeds
+DEVICES = Path("/dev")  # where a container's GPUs are
+
+TIMEOUT = timedelta(minutes=30)  # of ranks that come up, and of the GPUs' collectives
+
+# Of a rank that waits for what another does: a judge's batch takes a day, a slow judge hours, an upload from home one.
+# A rank that died is noticed at once, by its connection and by the launcher; one that hangs, by the step's deadline.
+PATIENCE = timedelta(days=7)
+_patient: list[torch.distributed.ProcessGroup] = []  # the group in which ranks tell each other what is on the CPU
 
 
 def log_first(message: str) -> None:
@@ -48,11 +57,21 @@ def world_size() -> int:
 
 
 def device() -> torch.device:
-    """`cuda:<local rank>` where there is a GPU, else the CPU."""
+    """`cuda:<local rank>` where there is a GPU, else the CPU.
+
+    Raises:
+        UnavailableError: a pod was given GPUs and torch cannot use them; on the CPU it would work for weeks.
+    """
     import torch
 
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "all") not in ("", "-1") and any(DEVICES.glob("nvidia[0-9]*"))
+    if POD in os.environ and torch.version.cuda and given:
+        raise UnavailableError(
+            f"this pod has a GPU that torch {torch.__version__} cannot use: its CUDA {torch.version.cuda} needs a "
+            "newer driver on the node, or the node is faulty; set CUDA_VISIBLE_DEVICES to -1 to work on the CPU"
+        )
     return torch.device("cpu")
 
 
@@ -85,10 +104,17 @@ def process_group() -> Iterator[torch.device]:
     if here.type == "cuda":
         torch.cuda.set_device(here)
     dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+    _patient.append(dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield here
     finally:
+        _patient.clear()
         dist.destroy_process_group()
+
+
+def _host() -> torch.distributed.ProcessGroup | None:
+    """The group of `process_group`, None for that of a program around."""
+    return _patient[0] if _patient else None
 
 
 def all_reduce_sum(tensors: Sequence[torch.Tensor]) -> None:
@@ -119,11 +145,11 @@ def broadcast_json(value: object) -> object:
 
     data = json.dumps(value).encode() if rank() == 0 else b""
     size = torch.tensor([len(data)])
-    dist.broadcast(size, src=0)
+    dist.broadcast(size, src=0, group=_host())
     buffer = torch.zeros(int(size), dtype=torch.uint8)
     if rank() == 0:
         buffer[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    dist.broadcast(buffer, src=0)
+    dist.broadcast(buffer, src=0, group=_host())
     return json.loads(bytes(buffer.numpy().tobytes()))
 
 
@@ -134,7 +160,7 @@ def gather_to_first(value: T) -> list[T]:
     import torch.distributed as dist
 
     gathered: list[T] | None = [value] * world_size() if rank() == 0 else None
-    dist.gather_object(value, gathered)
+    dist.gather_object(value, gathered, group=_host())
     return gathered or []
 
 
@@ -145,7 +171,7 @@ def gather_to_all(value: T) -> list[T]:
     import torch.distributed as dist
 
     gathered = [value] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_host())
     return gathered
 
 
@@ -197,7 +223,7 @@ class Exchange:
     def _post(self, to: int, tag: int, data: torch.Tensor) -> None:
         import torch.distributed as dist
 
-        self._sending.append((dist.isend(data, to, tag=tag), data))  # the tensor lives until it is sent
+        self._sending.append((dist.isend(data, to, group=_host(), tag=tag), data))  # the tensor lives until it is sent
 
     def _listen(self, source: int, tags: Sequence[int]) -> None:
         import numpy as np
@@ -206,7 +232,7 @@ class Exchange:
 
         def get(size: int, tag: int) -> np.ndarray:
             buffer = torch.empty(size, dtype=torch.uint8)
-            work = dist.irecv(buffer, source, tag=tag)
+            work = dist.irecv(buffer, source, group=_host(), tag=tag)
             assert work is not None
             work.wait()
             return buffer.numpy()
@@ -245,7 +271,7 @@ def failing_together() -> Iterator[None]:
         if text:
             mine[1 : len(text) + 1] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         every = [torch.zeros_like(mine) for _ in range(world_size())]
-        dist.all_gather(every, mine)
+        dist.all_gather(every, mine, group=_host())
         first = next((one.tolist() for one in every if one[1]), None)
         if first is not None:
             message = bytes(first[1:]).rstrip(b"\0").decode(errors="replace")

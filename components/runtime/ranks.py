@@ -20,6 +20,7 @@ from layerloop.components.schema.steps import RUN
 
 VARIABLE = "LAYERLOOP_PROCESSES"
 CPU_VARIABLE = "LAYERLOOP_CPU_PROCESSES"  # the same for machines without GPUs; set by local runs
+LOOPBACK = "127.0.0.1"  # where the ranks meet: a machine's own name may not resolve, as in a VPN or without a network
 
 
 def launch_per_gpu(module: str, argv: Sequence[str], arguments: Mapping[str, object]) -> int | None:
@@ -81,7 +82,7 @@ def launch(module: str, arguments: Sequence[str], *, processes: int) -> int:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", max_restarts=0, start_method="spawn",
+        rdzv_endpoint="localhost:0", local_addr=LOOPBACK, max_restarts=0, start_method="spawn",
     )  # fmt: skip
     try:
         elastic_launch(config, sys.executable)("-m", module, *arguments)

@@ -12,6 +12,10 @@ class LayerloopError(Exception):
 
     status: int = 2
 
+    def reworded(self, line: str) -> LayerloopError:
+        """The same refusal in other words: whether it may last stays."""
+        return (UnavailableError if isinstance(self, UnavailableError) else LayerloopError)(line)
+
 
 class UnavailableError(LayerloopError):
     """A refusal that may not last: a service did not answer, or was too busy. The same attempt may succeed later."""

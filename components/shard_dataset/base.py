@@ -74,4 +74,4 @@ def _fetched(field: str, uri: str) -> Path:
     try:
         return local_folder(uri)
     except LayerloopError as error:
-        raise LayerloopError(f"{field} is {without_secrets(uri)}: {error}") from None
+        raise error.reworded(f"{field} is {without_secrets(uri)}: {error}") from None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.hub import hub_error
 from layerloop.components.storage.regular_files import open_regular
 from layerloop.components.storage.stores import MissingObjectError, open_store
 
@@ -260,7 +261,8 @@ class HubFiles:
             raise
         except Exception as error:  # a dozen kinds; each means that the repository is not available
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise LayerloopError(
+            raise hub_error(
+                error,
                 f"{self.uri} is not available on the Hugging Face hub ({reason}): check the name and the revision, and "
-                "HF_TOKEN or HF_ENDPOINT"
+                "HF_TOKEN or HF_ENDPOINT",
             ) from error

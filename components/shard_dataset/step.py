@@ -135,6 +135,9 @@ def run(
     if done:
         check_same_inputs(done, images=images, designs=designs, benchmark=benchmark)
         return _result(opened, done, target)
+    from layerloop.components.judge.methods import rubric_of
+
+    rubric_of(chosen.judge)  # which the judge's step, hours later, would miss in a recipe that is frozen
     made = shard_sources(opened, images=images, designs=designs, benchmark=benchmark, runtime=runtime)
     return _result(opened, made, target)
 

@@ -9,7 +9,7 @@ from layerloop.components.schema.judging import ScoreRow
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.trajectory import candidate_key
 from layerloop.components.storage.campaign import MANIFEST, Campaign
-from layerloop.components.storage.findings import Findings, without_address
+from layerloop.components.storage.findings import OF_THE_STORE, Findings, without_address
 from layerloop.components.storage.rollouts import read_groups, rollouts_sha256
 from layerloop.components.storage.shards import read_shard
 
@@ -23,6 +23,8 @@ def check_iterations(campaign: Campaign, found: Findings) -> None:
         scores = found.manifests.get(f"{campaign.scores_dir(iteration)}/{MANIFEST}")
         try:
             groups = campaign.committed_groups(iteration)
+        except OF_THE_STORE:
+            raise
         except LayerloopError as error:
             found.faults.setdefault(campaign.rollouts_dir(iteration), without_address(campaign.uri, "", error))
             groups = {}
@@ -82,6 +84,8 @@ def _check_scores(
             for group in read_groups(campaign.store, sound)
             for candidate in group.candidates
         }
+    except OF_THE_STORE:
+        raise
     except LayerloopError as error:
         found.faults.setdefault(name, without_address(campaign.uri, "", error))
         return

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.manifest import File, Manifest
 from layerloop.components.schema.messages import size_text
+from layerloop.components.storage.store import StoreError
+
+OF_THE_STORE = (UnavailableError, StoreError)  # what ends a verification: an object that was not read has no fault
 
 
 @dataclass
@@ -17,6 +20,7 @@ class Findings:
     objects: int = 0
     bytes: int = 0
     faults: dict[str, str] = field(default_factory=dict)  # object, or folder -> what is wrong with it
+    unread: set[str] = field(default_factory=set)  # manifests among them: what they name is not known
     orphans: dict[str, int] = field(default_factory=dict)  # object that no manifest names -> bytes
     leftovers: list[str] = field(default_factory=list)  # of killed writers, by names for people
     copies: list[str] = field(default_factory=list)  # publications whose visible files are not copies
@@ -29,7 +33,8 @@ class Findings:
         yield from (f"{folder}: files that people load are not those of its manifest" for folder in self.copies)
         size = sum(self.orphans.values())
         if self.orphans:
-            yield f"{len(self.orphans)} objects of {size_text(size)} are named by no manifest (--repair removes them)"
+            what = "--repair leaves them, while a manifest is damaged" if self.unread else "--repair removes them"
+            yield f"{len(self.orphans)} objects of {size_text(size)} are named by no manifest ({what})"
         if self.leftovers:
             yield f"{len(self.leftovers)} unfinished writes are left over (--repair removes them)"
         if self.removed:

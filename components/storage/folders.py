@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.hub import hub_error
 from layerloop.components.schema.messages import reason_of, size_text
 from layerloop.components.storage.store import Store
 from layerloop.components.storage.stores import LocalStore, open_store
@@ -186,8 +187,9 @@ def _from_hub(uri: str) -> Path:
         folder = Path(snapshot_download(f"{owner}/{name}", allow_patterns=f"{inner}/*" if inner else None)) / inner
     except Exception as error:  # the hub raises a dozen kinds; each means that the repository is not available
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise LayerloopError(
-            f"{uri} is not available on the Hugging Face hub ({reason}): check the name, and HF_TOKEN or HF_ENDPOINT"
+        raise hub_error(
+            error,
+            f"{uri} is not available on the Hugging Face hub ({reason}): check the name, and HF_TOKEN or HF_ENDPOINT",
         ) from None
     if not folder.is_dir():
         raise LayerloopError(f"{uri}: the repository has no folder {inner}; correct it")

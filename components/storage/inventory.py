@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import HASH_DIGITS, File
 from layerloop.components.storage.campaign import FOLDERS, MANIFEST, RECIPE, Campaign
-from layerloop.components.storage.findings import Findings, without_address
+from layerloop.components.storage.findings import OF_THE_STORE, Findings, without_address
 from layerloop.components.storage.index import INDEX
 from layerloop.components.storage.lease import FOLDER as LEASE
 from layerloop.components.storage.manifests import load, visible_name
@@ -94,6 +94,8 @@ def check_removed(campaign: Campaign, found: Findings, named: Mapping[str, tuple
             where = f"{folder}/{RECORD}"
             try:
                 removed = removed_files(campaign.store, folder)
+            except OF_THE_STORE:
+                raise
             except LayerloopError as error:
                 found.faults[where] = without_address(campaign.uri, where, error)
                 continue
@@ -113,8 +115,11 @@ def _load(campaign: Campaign, name: str, found: Findings) -> None:
         if manifest is not None:
             campaign.check_origin(name, manifest)
             found.manifests[name] = manifest
+    except OF_THE_STORE:
+        raise
     except LayerloopError as error:
         found.faults[name] = without_address(campaign.uri, name, error)
+        found.unread.add(name)
 
 
 def visible_copies(found: Findings) -> Iterator[tuple[str, dict[str, File]]]:

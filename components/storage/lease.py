@@ -221,10 +221,9 @@ class _Lease:
         own, overtaken = int(self._member.split("/")[2]), False
         while not self._ended.wait(self._timing.beat):
             with contextlib.suppress(LayerloopError, OSError):  # the store is away: tried again at the next beat
-                held = holder(self._store, self._scope, expiry=self._timing.expiry)
-                if held is None or held.number <= own:
+                if _highest(self._store, self._scope) <= own:
                     self._beat()
-                elif not overtaken:
+                elif not overtaken and (held := holder(self._store, self._scope, expiry=self._timing.expiry)):
                     overtaken = True
                     self._log(
                         f"run {held.run} ({held.who}) took {self._scope} of {self._store.uri} over: what it commits "
@@ -237,6 +236,13 @@ class _Lease:
 
 def _claim_name(scope: str, number: int) -> str:
     return f"{FOLDER}/{scope}/{number:06d}.json"
+
+
+def _highest(store: Store, scope: str) -> int:
+    """The number of the highest claim; 0 for none. One listing: the members, 32 of four workers with eight GPUs each,
+    are not looked at by every one of them in every beat."""
+    names = store.children(f"{FOLDER}/{scope}")
+    return max((int(match[1]) for name in names if (match := _CLAIM.fullmatch(name))), default=0)
 
 
 def _read(store: Store, name: str) -> dict[str, Any]:

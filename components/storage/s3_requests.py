@@ -21,7 +21,7 @@ from layerloop.components.storage.s3_errors import (
     is_passing,
     no_answer,
 )
-from layerloop.components.storage.store import missing_object
+from layerloop.components.storage.store import StoreError, missing_object
 
 T = TypeVar("T")
 
@@ -81,15 +81,15 @@ class Requests:
                 raise
             if code in ("NoSuchKey", "404"):
                 raise missing_object(self._uri, name) from None
-            kind = UnavailableError if code in BUSY or error_status(error) >= 500 else LayerloopError
+            kind = UnavailableError if code in BUSY or error_status(error) >= 500 else StoreError
             raise kind(f"{self._uri}/{name}: {explanation(error, self._bucket)}".replace("/:", ":")) from None
         except (boto.NoCredentialsError, boto.PartialCredentialsError):
-            raise LayerloopError(
+            raise StoreError(
                 f"{self._uri} needs credentials and none were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "a profile or a role"
             ) from None
         except (boto.CredentialRetrievalError, boto.MetadataRetrievalError, boto.SSOError) as error:
-            raise LayerloopError(
+            raise StoreError(
                 f"{self._uri}: the profile or role gives no credentials ({type(error).__name__}): sign in again, or "
                 "correct it"
             ) from None

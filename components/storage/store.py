@@ -38,6 +38,10 @@ def missing_object(uri: str, name: str) -> MissingObjectError:
     return MissingObjectError(f"{uri}/{name} does not exist: was it moved or deleted, or is the URI misspelt?")
 
 
+class StoreError(LayerloopError):
+    """The store refuses, which says nothing of the object: credentials, a right that lacks, a clock."""
+
+
 class TooLargeError(LayerloopError):
     """An object is larger than what is read into memory."""
 

@@ -18,7 +18,7 @@ from layerloop.components.schema.manifest import File, Shard
 from layerloop.components.schema.messages import size_text
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.consistency import check_iterations
-from layerloop.components.storage.findings import Findings, without_address
+from layerloop.components.storage.findings import OF_THE_STORE, Findings, without_address
 from layerloop.components.storage.inventory import (
     REPLY,
     check_removed,
@@ -44,6 +44,9 @@ def verify_campaign(campaign: Campaign, *, log: Log) -> Findings:
 
     Args:
         log: is told every few seconds how far it is.
+
+    Raises:
+        LayerloopError: the store does not answer, or refuses: then nothing is known.
     """
     store = campaign.store
     entries = store.entries()
@@ -77,6 +80,8 @@ def _check_replies(store: Store, entries: Mapping[str, Entry], found: Findings) 
     def fault_of(name: str) -> str:
         try:
             read_reply(store, name)
+        except OF_THE_STORE:
+            raise
         except LayerloopError as error:
             return without_address(store.uri, name, error)
         return ""
@@ -90,17 +95,19 @@ def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> 
     """Remove what no manifest names, copy publications' visible files again, and have made again what the next run can
     make: rollouts and scores of the iteration in progress, evaluations. What cannot be made again stays.
 
+    Where a manifest is damaged, nothing counts as what no manifest names.
+
     Raises:
-        LayerloopError: a run holds the campaign.
+        LayerloopError: a run holds the campaign, or the store fails; what was found by then is left.
     """
     store = campaign.store
     with ExitStack() as held:
         for scope in SCOPES:
             held.enter_context(hold(store, scope, log=log, timing=timing))
         found = verify_campaign(campaign, log=log)  # nobody writes from here on
-        for name in found.orphans:
-            store.delete(name)
-        if found.orphans:
+        if found.orphans and not found.unread:
+            for name in found.orphans:
+                store.delete(name)
             log(
                 f"removed {len(found.orphans)} objects that no manifest names, {size_text(sum(found.orphans.values()))}"
             )
@@ -122,7 +129,11 @@ def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> 
 def _repeatable(campaign: Campaign, found: Findings) -> set[str]:
     """Manifests with a fault whose output the next run makes again as it was meant to be."""
     following = campaign.head() + 1
-    names = set()
+    names = {
+        where
+        for where in found.unread
+        if where.startswith("evaluations/") or ((match := _OPEN.match(where)) and int(match[1]) == following)
+    }
     for where, manifest in found.manifests.items():
         match = _OPEN.match(where)
         in_progress = match is not None and int(match[1]) == following
@@ -141,6 +152,8 @@ def _fault_of(store: Store, file: File) -> str:
             return ""
         with store.open(file.name) as opened:
             digest, size = hash_file(opened)
+    except OF_THE_STORE:
+        raise
     except LayerloopError as error:
         return without_address(store.uri, file.name, error)
     if (size, digest) != (file.bytes, file.sha256):

@@ -31,6 +31,7 @@ import numpy as np
 
 from layerloop.components.generate_rollouts.observer import Observer
 from layerloop.components.runtime.contract import end_process
+from layerloop.components.runtime.ranks import ended_by
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.steps import RUN
 from layerloop.components.score_rollouts.ahead import LOOK_SECONDS, MOST_BYTES, Ahead, Arrivals
@@ -88,7 +89,7 @@ class Scoring(Observer):
         """Wait until the scores are committed, if they were begun.
 
         Raises:
-            LayerloopError: as score_rollouts.
+            LayerloopError: as score_rollouts; or the process was ended by a signal.
             RuntimeError: the process has crashed; its traceback is in the log.
         """
         if self._reader is not None:
@@ -103,7 +104,13 @@ class Scoring(Observer):
 
     def _raise(self, answer: dict[str, object]) -> None:
         if "crashed" in answer:
-            raise RuntimeError(f"the scoring process ended with status {answer['crashed']}: its traceback is above")
+            status = int(str(answer["crashed"]))
+            if status < 0:
+                raise UnavailableError(
+                    f"the scoring process {ended_by(-status)}: give the step more memory, and run it again, it goes on "
+                    "from what is stored"
+                )
+            raise RuntimeError(f"the scoring process ended with status {status}: its traceback is above")
         if "error" in answer:
             raise (UnavailableError if answer["unavailable"] else LayerloopError)(str(answer["error"]))
 

@@ -18,18 +18,18 @@ from layerloop.components.evaluate_adapter.decompose import balance, cost
 from layerloop.components.evaluate_adapter.step import run
 from layerloop.components.storage.campaign import MANIFEST
 
-from ..campaigns import CampaignBuilder, named, plain_name
+from ..campaigns import CampaignBuilder, named, plain_name, rank_1_sees
 from .conftest import MakeLab, case_of, drawn_design, fill, hold_out, source_of
 
 pytestmark = pytest.mark.timeout(400)  # three interpreters start at once
 
 
-def own_ranks(lab: CampaignBuilder, fsdp: bool) -> subprocess.CompletedProcess[str]:
+def own_ranks(lab: CampaignBuilder, fsdp: bool, **environ: str) -> subprocess.CompletedProcess[str]:
     """The step's plain command, run in two processes (on GPUs: one each, by itself)."""
     runtime = json.dumps({"model": {"fsdp": fsdp}})
     module = "layerloop.components.evaluate_adapter"
     command = [warm(), "-m", module, "--campaign", lab.uri, "--runtime", runtime]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERLOOP_PROCESSES": "2"} | environ
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=360)
 
 
@@ -41,11 +41,12 @@ def kept(lab: CampaignBuilder) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["complete", "sharded"])
 def test_two_ranks_leave_what_one_process_leaves(make_lab: MakeLab, tmp_path: Path, fsdp: bool) -> None:
-    """Five designs and two images in four batches of unequal sizes, with a base each and with one that they share."""
+    """Five designs and two images in four batches of unequal sizes, with a base each and with one that they share; the
+    second rank found another head, as where a training has gone on meanwhile."""
     alone = fill(make_lab(str(tmp_path / "alone")))
     together = fill(make_lab(str(tmp_path / "together")))
     run(campaign=alone.uri)
-    done = own_ranks(together, fsdp)
+    done = own_ranks(together, fsdp, PYTHONPATH=str(rank_1_sees(tmp_path, "Campaign.head = lambda self: 1")))
     assert done.returncode == 0, done.stderr[-3000:]
     log = done.stderr
     assert "in 2 processes" in log and "loaded completely" not in log

@@ -9,7 +9,7 @@ import pytest
 from layerloop.components.evaluate_adapter import measuring
 from layerloop.components.evaluate_adapter.cases import Case
 from layerloop.components.evaluate_adapter.measuring import Measuring
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 
 from .conftest import case_of, drawn_design, source_of
 
@@ -40,7 +40,7 @@ def test_an_error_in_a_process_is_raised_here_and_a_process_that_is_killed_is_on
         assert len(many.truth([good])) == 1  # it goes on
         for worker in many._workers:
             worker.kill()
-        with pytest.raises(LayerloopError, match="a process that measures ended with status -9: give the step more"):
+        with pytest.raises(UnavailableError, match="a process that measures ended with status -9: give the step more"):
             many.truth([good] * 4)
 
 

@@ -30,7 +30,7 @@ from layerloop.components.storage.images import decode_png
 from layerloop.components.storage.manifests import add_folder, commit
 from layerloop.components.storage.shards import read_shard
 
-from ..campaigns import CampaignBuilder, lay_out_by_worker, named
+from ..campaigns import CampaignBuilder, lay_out_by_worker, named, rank_1_sees
 
 
 def samples(campaign: Campaign, iteration: int = 1) -> dict[str, dict[str, bytes]]:
@@ -417,14 +417,17 @@ def test_a_base_on_s3_is_fetched_once(make_campaign, base_folder, s3_bucket, tmp
 # ---- several ranks, by torchrun and by the step itself
 
 
-def test_two_ranks_commit_what_one_process_commits(make_campaign) -> None:  # type: ignore[no-untyped-def]
+def test_two_ranks_commit_what_one_process_commits(make_campaign, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """One group was committed between the looks of both, as by a pod of a node that was lost."""
     one, two = (make_campaign(rollout={"keep_velocities": True}) for _ in range(2))
     expected = run(campaign=one.uri).manifests["rollouts"]
+    for name in [name for name in one.store.list() if "/g000000" in name]:
+        two.store.write(name, one.store.read(name))
     command = [warm(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "layerloop.components.generate_rollouts", "--campaign", two.uri]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
-    )
+    late = rank_1_sees(tmp_path, "Campaign.committed_groups = lambda *_: {}")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(late)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert files(two) == files(one)
     assert run(campaign=two.uri).manifests["rollouts"] == expected

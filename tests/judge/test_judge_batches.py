@@ -13,7 +13,8 @@ from layerloop.components.judge.batch import LedgerMemory, read_output
 from layerloop.components.judge.client import Judge, ReplyMemory
 from layerloop.components.judge.replies import UnusableError
 from layerloop.components.judge.requests import Request
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.reference_judge.batches import BatchDesk
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
 
@@ -64,6 +65,14 @@ def test_a_killed_step_collects_the_batch_that_it_had_sent(reference_url: str, o
     answers = asyncio.run(ask_all(judge, requests))
     assert not [a for a in answers if isinstance(a, BaseException)]
     assert judge.batches is not None and judge.batches.sent == 0  # nothing is paid twice
+
+
+def test_a_batch_that_takes_too_long_is_worth_another_attempt_which_collects_it(
+    reference_url: str, one: Request, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BatchDesk, "_work", lambda *_: None)
+    answers = asyncio.run(ask_all(Judge(reference_url, *settings(max_hours=1e-6)), [one]))
+    assert type(answers[0]) is UnavailableError and "it will collect the same batch" in str(answers[0])
 
 
 def test_a_batch_that_was_made_but_not_entered_is_found_by_its_digest(reference_url: str, one: Request) -> None:

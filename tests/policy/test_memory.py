@@ -8,7 +8,7 @@ import pytest
 
 from layerloop.components.policy.memory import Use, check_gpu, gpu_bytes
 from layerloop.components.policy.size import TransformerSize
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.recipe import Recipe, parse_recipe
 from layerloop.components.schema.run_recipe import packaged_recipes
 from layerloop.components.schema.runtime import Runtime
@@ -44,9 +44,10 @@ def test_a_smaller_gpu_is_refused_in_one_line() -> None:
     check_gpu(50e9, use="update", free=50e9, total=80e9, name="cuda:0")
     with pytest.raises(LayerloopError) as caught:
         check_gpu(50.5e9, use="update", free=44.5e9, total=47.7e9, name="cuda:0 (NVIDIA L40S)")
+    assert type(caught.value) is LayerloopError  # no other attempt is worth it
     assert str(caught.value) == (
         "cuda:0 (NVIDIA L40S) has 44.5 of 47.7 GB free, update needs about 50.5 GB: take a larger GPU, share the base "
         "with runtime.model.fsdp, lower runtime.update.microbatch to 1, or begin a campaign with recipe.model.fp8_base"
     )
-    with pytest.raises(LayerloopError, match="50.5 GB: end what else runs on it, take"):
+    with pytest.raises(UnavailableError, match="50.5 GB: end what else runs on it, take"):
         check_gpu(50.5e9, use="sampling", free=30e9, total=80e9, name="cuda:0")

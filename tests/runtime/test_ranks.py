@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from warm_python import warm
 
-from layerloop.components.runtime import ranks
+from layerloop.components.runtime import distributed, ranks
 from layerloop.components.runtime.contract import step_main
-from layerloop.components.runtime.distributed import log_first
+from layerloop.components.runtime.distributed import PATIENCE, log_first
 from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.schema.runtime import BatchRuntime
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +60,29 @@ def test_a_number_that_cannot_be_is_refused(value: str, monkeypatch: pytest.Monk
         ranks.num_processes()
 
 
+def test_a_pod_whose_gpus_torch_cannot_use_does_not_work_on_its_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that is too old for torch's CUDA: torch says so in a warning, and that there is no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(distributed, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("KFP_POD_NAME", "pod")
+    (tmp_path / "nvidiactl").touch()
+    assert distributed.device().type == "cpu"  # a pod without GPUs
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(
+        UnavailableError, match=r"its CUDA 13\.0 needs a newer driver on the node, or the node is faulty"
+    ):
+        distributed.device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert distributed.device().type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv("KFP_POD_NAME")
+    assert distributed.device().type == "cpu"  # a workstation, whose tiny policy needs no GPU
+
+
 def test_what_all_ranks_find_is_said_by_the_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +95,8 @@ def test_what_all_ranks_find_is_said_by_the_first(
 
 STEP = """
 import os, signal, time
+from datetime import timedelta
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from layerloop.components.runtime.contract import step_main
 from layerloop.components.runtime.outputs import StepResult
 from layerloop.components.runtime.distributed import failing_together, process_group, rank
@@ -80,9 +107,13 @@ def run(*, what: str) -> StepResult:
         if rank() == 0:
             time.sleep(60)
         os.kill(os.getpid(), signal.SIGKILL)
-    with process_group(), failing_together():
-        if rank() == 1:
-            raise UnavailableError("s3://bucket is " + what)
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    with process_group():
+        _set_pg_timeout(timedelta(seconds=0.5))  # of the group that GPUs work in
+        with failing_together():
+            if rank() == 1:
+                time.sleep(2)  # as for a judge
+                raise UnavailableError("s3://bucket is " + what)
     return StepResult()
 
 if __name__ == "__main__":
@@ -103,6 +134,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_refusal_of_one_rank_is_said_once_and_stays_what_it_is(
     module: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """However long the others have waited for it."""
     with pytest.raises(LayerloopError, match=r"^s3://bucket is busy$") as refused:
         ranks.launch(module, ["--what", "busy"], processes=2)
     assert type(refused.value) is UnavailableError
@@ -110,6 +142,10 @@ def test_a_refusal_of_one_rank_is_said_once_and_stays_what_it_is(
     printed = "".join(capfd.readouterr())
     assert "error" not in printed
     assert "elastic" not in printed
+
+
+def test_a_rank_waits_for_another_as_long_as_a_judges_batch_may_take() -> None:
+    assert timedelta(hours=BatchRuntime().max_hours) < PATIENCE
 
 
 def test_the_rank_that_a_signal_ended_is_named(module: str, capfd: pytest.CaptureFixture[str]) -> None:

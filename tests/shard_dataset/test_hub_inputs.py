@@ -17,11 +17,15 @@ import pytest
 from PIL import Image
 
 from layerloop.components.layers.crello import generate_design, write_designs_parquet
-from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.recipe import DataRecipe
+from layerloop.components.policy.base_files import base_folder
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.schema.recipe import DataRecipe, ModelRecipe, Recipe
+from layerloop.components.schema.runtime import ModelRuntime
+from layerloop.components.shard_dataset.base import CheckedBase
 from layerloop.components.shard_dataset.files import InputError, open_files
 from layerloop.components.shard_dataset.inputs import find_inputs, read_items
 from layerloop.components.shard_dataset.layered import find_designs, read_designs
+from layerloop.components.storage.folders import local_folder
 
 COMMIT = "c" * 40
 NAME = "cyberagent/crello"
@@ -33,8 +37,11 @@ class Hub:
 
     files: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    fails: int = 0  # status of every answer
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        if self.fails:
+            return self.fails, {}, b"{}"
         base = f"/api/datasets/{NAME}"
         if path in (f"{base}/revision/main", f"{base}/revision/5.1.0"):
             info = {"id": NAME, "sha": COMMIT, "private": False, "downloads": 0, "likes": 0, "tags": [], "siblings": []}
@@ -134,6 +141,32 @@ def test_what_is_not_on_the_hub_is_one_line(hub: Hub, uri: str, line: str) -> No
     with pytest.raises(LayerloopError, match=line) as caught:
         find_designs(uri)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(429, UnavailableError), (503, UnavailableError), (403, LayerloopError)])
+def test_a_hub_that_is_busy_is_worth_another_attempt(
+    hub: Hub, status: int, kind: type[LayerloopError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is refused for good is remembered, and the next pods of the task repeat it at once."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fails = status
+    recipe = {"name": "test", "lora": {"start_from": "hf://someone/adapter"}}
+    for ask in (
+        lambda: base_folder(ModelRecipe(base="someone/model")),
+        lambda: local_folder("hf://someone/adapter"),
+        lambda: CheckedBase.of(Recipe.model_validate(recipe), ModelRuntime()),
+        lambda: find_designs(f"hf://datasets/{NAME}"),
+    ):
+        with pytest.raises(LayerloopError) as refused:
+            ask()
+        assert type(refused.value) is kind, refused.value
+
+
+def test_a_hub_that_nobody_is_to_ask_is_not(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(LayerloopError) as refused:
+        local_folder("hf://someone/adapter")
+    assert type(refused.value) is LayerloopError
 
 
 def test_a_file_that_went_is_a_fault_of_that_input(hub: Hub) -> None:

@@ -687,6 +687,14 @@ def test_a_recipe_that_was_refused_can_be_mended_in_the_same_campaign(
     assert Campaign.open(f"{tmp_path}/c").find("sources") is not None
 
 
+def test_a_rubric_that_is_not_there_is_refused_before_the_recipe_is_frozen(tmp_path: Path, folder: Path) -> None:
+    """The judge's step would say so after hours of sampling, of a recipe that can no longer be changed."""
+    asked = {"name": "test", "judge": {"rubric": "/nope/mine.yaml"}}
+    with pytest.raises(LayerloopError, match=r"^recipe\.judge\.rubric is /nope/mine\.yaml: that file does not exist$"):
+        run(campaign=f"{tmp_path}/c", recipe=json.dumps(asked), images=str(folder))
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_recipe_whose_prompt_could_not_be_embedded_can_be_mended_in_the_same_campaign(
     tmp_path: Path, recipe: str, folder: Path, base: Path
 ) -> None:

@@ -12,7 +12,6 @@ from layerloop.components.schema.record import seal
 from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.campaign import MANIFEST, Campaign, _folder_name, check_free, check_publication_name
 from layerloop.components.storage.manifests import add_file, commit
-from layerloop.components.storage.s3 import S3Store
 from layerloop.components.storage.stores import open_store
 
 from ..campaigns import CampaignBuilder, drawn_group
@@ -220,6 +219,6 @@ def test_a_publication_is_called_by_the_campaigns_folder(tmp_path: Path, folder:
 
 
 def test_a_bucket_without_a_prefix_gives_its_name() -> None:
-    assert Campaign(S3Store("layers", "", None), Recipe(name="paper"), Runtime()).uri == "s3://layers"
+    assert Campaign(open_store("s3://layers"), Recipe(name="paper"), Runtime()).uri == "s3://layers"
     assert _folder_name("s3://layers") == "layers" and _folder_name("s3://b/u/campaign") == "u"
     assert _folder_name("/campaign") == ""

@@ -155,6 +155,17 @@ def test_a_paused_run_that_wakes_up_says_that_it_was_overtaken_and_frees_nothing
     other.join()
 
 
+def test_a_sign_of_life_reads_nothing_of_the_other_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read = open_store(tmp_path), list[str]()
+    really = type(store).open
+    with hold(store, log=pytest.fail, run="one", timing=Timing(beat=0.05)), hold(store, log=pytest.fail, run="one"):
+        before = {name: entry.etag for name, entry in store.entries("lease/").items()}
+        monkeypatch.setattr(type(store), "open", lambda s, name: read.append(name) or really(s, name))
+        time.sleep(0.4)
+        now = {name: entry.etag for name, entry in store.entries("lease/").items()}
+    assert read == [] and sum(before[name] != etag for name, etag in now.items()) == 1
+
+
 def test_of_fifty_runs_at_once_one_works_at_a_time(tmp_path: Path) -> None:
     store, inside, most, order = open_store(tmp_path), list[int](), list[int](), list[int]()
     timing = Timing(beat=5.0, expiry=60.0, poll=0.02, patience=120.0)

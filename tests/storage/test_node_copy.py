@@ -135,7 +135,7 @@ def test_a_full_cache_is_refused_before_anything_is_copied(
 ) -> None:
     full = folders.shutil.disk_usage("/")._replace(free=100)
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: full)
-    assert f"LAYERLOOP_CACHE is {cache}, which has 0.0 GB left where {slow} takes 0.0 GB" in refusal(slow)
+    assert f"LAYERLOOP_CACHE is {cache}, which has 100 B left where {slow} takes 12.8 kB" in refusal(slow)
     assert not list(cache.rglob("*.unchecked"))
 
 

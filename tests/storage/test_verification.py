@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -10,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.findings import Findings
 from layerloop.components.storage.lease import Timing, hold
+from layerloop.components.storage.local import LocalStore
 from layerloop.components.storage.manifests import add_file, add_folder, place_files, read_file
 from layerloop.components.storage.rollouts import read_groups, rollouts_sha256
+from layerloop.components.storage.store import StoreError
 from layerloop.components.storage.verification import repair_campaign, verify_campaign
 from layerloop.pipelines.cli import main
 
@@ -221,6 +224,49 @@ def test_repair_has_the_next_run_make_again_what_it_can_and_leaves_history_alone
     assert campaign.find("evaluations/iteration-000002") is None
     assert set(verified(campaign).faults) == {history} and campaign.store.exists(history)
     assert in_progress not in verified(campaign).faults and evaluated not in verified(campaign).faults
+
+
+def test_repair_keeps_what_a_damaged_manifest_may_name(campaign: Campaign) -> None:
+    """One bit of a manifest, which a person may restore: the adapter and its optimizer are not to go for it."""
+    history = [flip(lambda c: f"{c.policy_dir(1)}/{MANIFEST}"), flip(lambda c: f"{c.published_dir('best')}/{MANIFEST}")]
+    again = [
+        flip(lambda c: f"{c.rollouts_dir(3)}/g000001.json"),
+        flip(lambda c: f"evaluations/iteration-000002/{MANIFEST}"),
+    ]
+    for damage in history:
+        damage(campaign)
+    made_again = {damage(campaign) for damage in again}
+    before = {name for name in campaign.store.list() if not name.startswith("lease/")}
+    assert any("--repair leaves them" in line for line in verified(campaign).lines())
+    repair_campaign(campaign, log=lambda line: None)
+    assert before - {*campaign.store.list()} == made_again
+
+
+@pytest.mark.parametrize(
+    ("unread", "kind"),
+    [
+        (r"iterations/000001/policy/manifest\.json", UnavailableError),
+        (r".*/replies/.*", StoreError),
+        (r".*/g000001-\w+\.tar", UnavailableError),
+        (r".*/g000000\.json", StoreError),
+    ],
+)
+def test_a_store_that_fails_damages_nothing(
+    campaign: Campaign, unread: str, kind: type[LayerloopError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Busy for some minutes, or a key that may not be used: what was not read is not what is wrong."""
+    opened, before = LocalStore.open, campaign.store.list()
+
+    def refusing(store: LocalStore, name: str) -> object:
+        if re.fullmatch(unread, name):
+            raise kind("the store is busy")
+        return opened(store, name)
+
+    monkeypatch.setattr(LocalStore, "open", refusing)
+    for do in (verify_campaign, repair_campaign):
+        with pytest.raises(kind, match="busy"):
+            do(campaign, log=lambda line: None)
+    assert [name for name in campaign.store.list() if not name.startswith("lease/")] == before
 
 
 def test_repair_waits_for_a_run_that_writes(campaign: Campaign) -> None:

@@ -17,13 +17,13 @@ import pytest
 from warm_python import warm
 
 from layerloop.components.generate_rollouts.step import run as generate_rollouts
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.record import SEAL
 from layerloop.components.score_rollouts.ahead import Ahead, Arrivals
 from layerloop.components.score_rollouts.step import run as score_rollouts
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.train_stretch import scoring, step
-from layerloop.components.train_stretch.scoring import Teller, read_news, write_news
+from layerloop.components.train_stretch.scoring import Scoring, Teller, read_news, write_news
 from layerloop.components.train_stretch.step import run
 from layerloop.components.update_lora.step import run as update_lora
 
@@ -102,7 +102,7 @@ def test_two_ranks_leave_what_one_leaves(
     assert done.returncode == 0, done.stderr[-3000:]
     assert content(campaign) == expected
     told = [line for line in done.stderr.splitlines() if line.startswith("iteration ") and " of 2" in line]
-    assert told == ["iteration 1, 1 of 2", "iteration 2, 2 of 2: less than a minute left"]
+    assert told == ["iteration 1 of 2", "iteration 2 of 2; training: less than a minute left"]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,16 @@ def test_the_judge_is_told_what_was_sampled_and_nothing_of_a_sampler_that_was_cu
     assert (ahead.iteration, ahead.group, ahead.first) == (7, 3, 4)
     assert np.array_equal(ahead.image, image) and np.array_equal(ahead.stacks, stacks)
     assert arrivals._news.is_set()
+
+
+def test_a_judging_process_that_memory_ended_is_one_line_and_worth_another_attempt() -> None:
+    with Scoring("/nowhere", "http://127.0.0.1:9/v1", "") as judging:
+        judging._process.kill()
+        judging.begin(1)
+        with pytest.raises(
+            UnavailableError, match=r"^the scoring process was ended by SIGKILL, most often because memo"
+        ):
+            judging.end()
 
 
 def test_candidates_that_would_fill_the_memory_are_not_told() -> None:
