@@ -261,7 +261,7 @@ EXTRAS_OF_IMAGES["decompose"] = (
 )  # no image, but pip install 'layerloop[policy,decompose]'
 COMMANDS_OF_IMAGES["decompose"] = ["decompose.run"]
 # Only to draw designs with photographs in them: the demo and the training of the tiny policy.
-NOT_IN_IMAGES = {"sklearn"}
+NOT_IN_IMAGES = {"skimage", "sklearn"}
 
 
 @pytest.mark.parametrize("image", EXTRAS_OF_IMAGES)
