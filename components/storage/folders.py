@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from layerloop.components.schema.errors import LayerloopError
@@ -58,19 +58,25 @@ def local_folder(uri: str, *, cache: Path | None = None) -> Path:
     text = "\n".join([store.uri, *(f"{name} {entry.size} {entry.etag}" for name, entry in entries.items())])
     base = (cache or cache_folder()) / "folders"
     final = base / hashlib.sha256(text.encode()).hexdigest()[:32]
-    if final.is_dir():  # it has its name only once it is whole; the cache may be read-only by now
-        return final
     try:
-        base.mkdir(parents=True, exist_ok=True)
-        with final.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not final.is_dir():
-                _download(store, sizes, final)
+        return _made_once(final, lambda: _download(store, sizes, final))
     except OSError as error:
         raise LayerloopError(
             f"{store.uri} cannot be copied to {base} ({reason_of(error)}): set LAYERLOOP_CACHE to a folder that can be "
             "written to, or give its volume more space"
         ) from None
+
+
+def _made_once(final: Path, make: Callable[[], None]) -> Path:
+    """A folder that `make` gives its name once it is whole: one of the processes that want it makes it, under a lock,
+    while the others wait. One that is there is used as it is, in a cache that has become read-only too."""
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with final.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not final.is_dir():
+            make()
     return final
 
 
@@ -122,18 +128,12 @@ def node_copy(folder: Path, files: Sequence[Path]) -> Path:
         states = {file.relative_to(folder).as_posix(): file.stat() for file in files}
         text = "\n".join([str(folder.resolve()), *(f"{n} {s.st_size} {s.st_mtime_ns}" for n, s in states.items())])
         final = base / hashlib.sha256(text.encode()).hexdigest()[:32]
-        if final.is_dir():  # it has its name only once it is whole; the volume may be read-only by now
-            return final
-        with final.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not final.is_dir():
-                _fill_copy(folder, states, final)
+        return _made_once(final, lambda: _fill_copy(folder, states, final))
     except OSError as error:
         raise LayerloopError(
             f"LAYERLOOP_CACHE is {cache_folder()}, where {folder} cannot be copied ({reason_of(error)}): make the "
             "volume writable, give it more space, or leave the variable out"
         ) from None
-    return final
 
 
 def _fill_copy(folder: Path, states: Mapping[str, os.stat_result], final: Path) -> None:
