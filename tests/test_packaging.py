@@ -198,7 +198,8 @@ def test_pip_installs_the_wheel_with_these_extras_into_an_empty_environment(
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     fresh = str(tmp_path / "venv" / "bin" / "python")
     install = [fresh, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt")]
-    done = subprocess.run([*install, f"{wheel}[{extras}]"], capture_output=True, text=True, check=False)
+    named = f"{wheel}[{extras}]" if extras else str(wheel)
+    done = subprocess.run([*install, named], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for command in ENOUGH_FOR[extras]:
         module, *words = command.split()
