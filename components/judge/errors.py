@@ -23,6 +23,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from layerloop.components.schema.messages import printable
+
 LONGEST = 100_000  # characters of a body that are read
 SHOWN = 300  # characters that are shown
 DEEPEST = 12
@@ -34,7 +36,8 @@ _TITLE = re.compile(r"<title[^<>]*>([^<]*)", re.IGNORECASE)
 
 
 def read_error(body: Any) -> str:
-    """All useful words of an error body (bytes, text or decoded) in one line, none twice; empty if it has none."""
+    """All useful words of an error body (bytes, text or decoded) in one printable line, none twice; empty if
+    it has none."""
     if isinstance(body, bytes):
         body = body.decode("utf-8", "replace")
     found: list[str] = []
@@ -46,7 +49,7 @@ def read_error(body: Any) -> str:
         line = " ".join(piece.split())
         if line and not any(line in earlier for earlier in found):
             found.append(line)
-    return "; ".join(found)[:LONGEST]
+    return printable("; ".join(found)[:LONGEST])
 
 
 def shown(text: str) -> str:

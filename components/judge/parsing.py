@@ -25,8 +25,10 @@ from layerloop.components.judge.values import is_candidate_label, plain
 
 _FENCE = re.compile(r"(```|~~~)[A-Za-z]*\s*(.*?)(?:\1|\Z)", re.DOTALL)
 _TRAILING_COMMA = re.compile(r",(\s*[}\]])")
-_GIVES = (
-    r"[\s*_`'\"|]*(?:[:=|]|\bis\b|[\u2013\u2014-])[\s*_`'\"]*(\d+(?:\.\d+)?(?:\s*(?:/|out of)\s*\d+)?)(?![\w%]|\.\d)"
+_GIVES = r"[\s*_`'\"|]*(?:[:=|]|\bis\b|[\u2013\u2014-])[\s*_`'\"]*(\d+(?:\.\d+)?(?:\s*(?:/|out of|of)\s*\d+)?)"
+_ENDS = re.compile(  # what may follow a score in words: not "4 or 5", "4,5", "3 halos", nor another cell with a number
+    r"[^\S\n]*[*_`'\"]*[^\S\n]*(?:\Z|\n|[(!\u2605]|\.(?!\d)|[;,:|)\]\u2013\u2014-](?![\s*_`]*[\d>])|(?:points?|stars?|because|since)\b)",
+    re.IGNORECASE,
 )
 LONGEST = 100_000  # characters of a reply that are read; a judgement has a few thousand
 BRACKETS = 400  # that open no JSON, until the rest of a reply is taken for words
@@ -85,12 +87,12 @@ def _find_answer(request: Request, reply: Reply) -> tuple[Any, bool]:
     key, complete = request.answer.key, True
     try:
         found, tail = _forms(text, request)
-        if reply.cut and found and _begins_another(tail, request):
-            raise UnusableError("truncated", "a second form after the first is cut off")
+        if reply.cut and found and (_begins_another(tail, request) or _goes_on(text)):
+            raise UnusableError("truncated", "it was cut off in what follows a form, which may be a draft")
         if not found:
             rest = _closed(text, decimals=request.answer.decimals)
             found, complete = [rest] if _is_answer(rest, request) else [], False
-        if not found and "{" not in text:
+        if not found and "{" not in text and not reply.cut:
             found, complete = _in_words(text, request), True
     except RecursionError:
         raise UnusableError("no_json", "nested too deep") from None
@@ -128,17 +130,24 @@ def _begins_another(tail: str, request: Request) -> bool:
     return start >= 0 and any(f'"{word}' in tail[start:] for word in (request.answer.key, *request.names, "candidate"))
 
 
+def _goes_on(text: str) -> bool:
+    """Whether a form stands amid words: before a cut it is as likely a draft as the answer."""
+    begins = re.match(r"\s*(?:```|~~~)?[A-Za-z]*\s*(?:\[\s*)?\{\s*[\"']", text)
+    return begins is None and re.search(r"\w", text[max(text.rfind("}"), text.rfind("]")) + 1 :]) is not None
+
+
 def _in_words(text: str, request: Request) -> list[dict[str, str]]:
-    """Scores in words, `name: number` for every criterion; empty where one is missing or has two numbers."""
+    """Scores in words, `name: number` for every criterion; empty where one is missing, has two numbers, or has one that
+    may be of something else."""
     if request.answer.by_candidate or request.answer.key != "scores":
         return []
     form = {}
     for name in request.names:
         words = r"[\s_-]+".join(map(re.escape, name.split("_")))
-        found = {match[1] for match in re.finditer(rf"(?<!\w){words}{_GIVES}", text, re.IGNORECASE)}
-        if len(found) != 1:
+        given = list(re.finditer(rf"(?<!\w){words}{_GIVES}", text, re.IGNORECASE))
+        if len({match[1] for match in given}) != 1 or not all(_ENDS.match(text, match.end()) for match in given):
             return []
-        form[name] = found.pop()
+        form[name] = given[0][1]
     return [form]
 
 

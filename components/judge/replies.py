@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerloop.components.judge.errors import read_error, shown
+from layerloop.components.schema.messages import printable
 
 MAX_BODY = 8 << 20  # bytes; a judgement with logprobs is under a megabyte
 PAID = frozenset({"refused", "empty", "truncated"})  # what `read_body` raises about a completion, which was paid
@@ -37,6 +38,7 @@ class UnusableError(Exception):
     """A reply without a judgement. `reason` is a short fixed word for masks and metrics; `detail` is human-readable."""
 
     def __init__(self, reason: str, detail: str = "", *, retry: bool = True) -> None:
+        detail = printable(detail)  # a judge may write half an emoji, or what a terminal obeys
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail

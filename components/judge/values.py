@@ -13,8 +13,13 @@ from layerloop.components.judge.replies import UnusableError
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import TOP
 
-_NUMBER = re.compile(r"^\s*([+-]?\d+(?:\.\d+)?)\s*(?:(?:/|out of)\s*(\d+(?:\.0+)?))?\s*$")
+_NUMBER = re.compile(r"^\s*([+-]?\d+(?:\.\d+)?)\s*(?:(?:/|out of|of)\s*(\d+(?:\.0+)?))?\s*$")
 _LABEL = re.compile(r"^(?:candidate|row|decomposition)?_?0*(\d+)$")
+# Names of the field of an entry that says whose it is; of the second kind only where there is none of the first.
+_WHOSE = (
+    re.compile(r"(?:candidate|row|decomposition)(?:_(?:id|label|name|index|number|no|nr))?"),
+    re.compile(r"id|label|name|index|number|no|nr"),
+)
 TOLERANCE = 1e-6
 
 
@@ -84,7 +89,8 @@ def yes(value: Any, what: str) -> bool:
 
 
 def rows_by_label(request: Request, answer: Any) -> dict[int, Any]:
-    """Label -> scores of every row, from {"candidate_1": ...}, [{"candidate": 1, ...}] or a plain list in order.
+    """Label -> scores of every row, from {"candidate_1": ...}, [{"candidate": 1, ...}] or a plain list in order, whose
+    entries say nothing of another one.
 
     Raises:
         UnusableError: no_json, wrong_count or wrong_labels.
@@ -93,13 +99,8 @@ def rows_by_label(request: Request, answer: Any) -> dict[int, Any]:
     if isinstance(answer, list):
         if len(answer) != request.rows:
             raise UnusableError("wrong_count", f"{len(answer)} candidates for {request.rows}")
-        for index, item in enumerate(answer):
-            given = next(
-                (item[k] for k in ("candidate", "row", "label", "id") if isinstance(item, dict) and k in item), None
-            )
-            label = index + 1 if given is None else _label(given)
-            inner = item.get("scores", item) if isinstance(item, dict) else item
-            labelled.append((label, inner))
+        inner = [item.get("scores", item) if isinstance(item, dict) else item for item in answer]
+        labelled = list(zip(_labels(request, answer), inner, strict=True))
     elif isinstance(answer, dict):
         labelled = [(_label(key), item) for key, item in answer.items()]
     else:
@@ -112,6 +113,33 @@ def rows_by_label(request: Request, answer: Any) -> dict[int, Any]:
     if set(rows) != set(range(1, request.rows + 1)):
         raise UnusableError("wrong_labels", f"labels {sorted(rows)[:12]} for 1..{request.rows}")
     return rows
+
+
+def _labels(request: Request, entries: list[Any]) -> list[int]:
+    """Whose each entry of a list is, by its own words; in order where none says anything.
+
+    Raises:
+        UnusableError: wrong_labels: only some say it, one says two, or a field of another name numbers the entries in
+            another order.
+    """
+    others = [
+        {plain(key): value for key, value in entry.items() if plain(key) not in (*request.names, "scores")}
+        if isinstance(entry, dict)
+        else {}
+        for entry in entries
+    ]
+    for names in _WHOSE:
+        said = [{_label(value) for key, value in other.items() if names.fullmatch(key)} for other in others]
+        if any(said):
+            if not all(len(labels) == 1 for labels in said):
+                raise UnusableError("wrong_labels", "some entries name no candidate, or two")
+            return [labels.pop() for labels in said]
+    for key in set.intersection(*map(set, others)) if others else ():
+        numbers = [_LABEL.match(plain(other[key])) for other in others]
+        order = [int(match[1][:9]) for match in numbers if match]
+        if sorted(order) in (list(range(len(entries))), list(range(1, len(entries) + 1))) and order != sorted(order):
+            raise UnusableError("wrong_labels", f"the entries' {key[:40]!r} has another order, or is no label")
+    return list(range(1, len(entries) + 1))
 
 
 def _label(given: Any) -> int:

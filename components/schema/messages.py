@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: control characters, surrogates, line breaks
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # direction marks, which disguise a text
 
 
 def counted(count: int, plural: str) -> str:
@@ -13,6 +17,19 @@ def counted(count: int, plural: str) -> str:
         if plural.endswith(ending):
             return f"1 {plural.removesuffix(ending)}{singular}"
     return f"1 {plural}"
+
+
+def printable(text: str) -> str:
+    r"""A text of others as it may stand in a table, a log or JSON: bytes that are not UTF-8 and control characters as
+    `\xe9`."""
+    return "".join(_escaped(c) if c in _TURNING or unicodedata.category(c) in _UNSEEN else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # a byte, as `os.fsdecode` keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def size_text(count: float) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import stat
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +17,11 @@ from typing import BinaryIO, Protocol
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.hub import hub_error
+from layerloop.components.schema.messages import printable
 from layerloop.components.storage.regular_files import open_regular
 from layerloop.components.storage.stores import MissingObjectError, open_store
 
-_UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # categories of Unicode: control characters, surrogates, line breaks
 _HUB = re.compile(r"hf://(datasets|models|spaces)/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?")
-_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # direction marks, which disguise a name
 
 
 class InputError(LayerloopError):
@@ -63,18 +61,6 @@ class Files(Protocol):
     def open(self, name: str) -> contextlib.AbstractContextManager[BinaryIO]:
         """A seekable file. Raises InputError where the fault is the file's."""
         ...
-
-
-def printable(name: str) -> str:
-    r"""A name as it may stand in a table, a log or JSON: bytes that are not UTF-8 and control characters as `\xe9`."""
-    return "".join(_escaped(c) if c in _TURNING or unicodedata.category(c) in _UNSEEN else c for c in name)
-
-
-def _escaped(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte, as `os.fsdecode` keeps it
-        return f"\\x{code - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
 
 
 def suffix_of(name: str) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import printable
 from layerloop.components.shard_dataset.files import (
     Files,
     InputError,
@@ -25,7 +26,6 @@ from layerloop.components.shard_dataset.files import (
     LocalFiles,
     Passed,
     open_files,
-    printable,
     suffix_of,
 )
 from layerloop.components.shard_dataset.items import (

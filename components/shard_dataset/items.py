@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from layerloop.components.shard_dataset.files import Passed, printable, suffix_of
+from layerloop.components.schema.messages import printable
+from layerloop.components.shard_dataset.files import Passed, suffix_of
 
 IMAGE_SUFFIXES = frozenset((
     "png", "jpg", "jpeg", "jfif", "webp", "avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "jp2", "j2k", "ppm",

@@ -27,8 +27,9 @@ from layerloop.components.layers.text import FontFiles
 from layerloop.components.layers.truth import Truth, ground_truth
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import printable
 from layerloop.components.schema.recipe import DataRecipe
-from layerloop.components.shard_dataset.files import Files, InputError, Passed, printable, suffix_of
+from layerloop.components.shard_dataset.files import Files, InputError, Passed, suffix_of
 from layerloop.components.shard_dataset.inputs import Inputs, find_inputs
 from layerloop.components.shard_dataset.items import IMAGE_SUFFIXES, one_line
 from layerloop.components.shard_dataset.tables import open_parquet, parquet_rows

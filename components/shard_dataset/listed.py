@@ -17,7 +17,8 @@ from typing import BinaryIO, Final
 from urllib.parse import urlsplit, urlunsplit
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.shard_dataset.files import Files, InputError, Listing, open_files, printable
+from layerloop.components.schema.messages import printable
+from layerloop.components.shard_dataset.files import Files, InputError, Listing, open_files
 
 SUFFIXES: Final = ("txt",)
 MOST_BYTES: Final = 1_000_000_000  # of one file on the web

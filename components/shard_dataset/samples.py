@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeVar
 from layerloop.components.layers.normalise import image_key, on_white, resized, target_size, upright_srgb
 from layerloop.components.layers.stack import Pixels, composite, on_backdrop
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.messages import counted
+from layerloop.components.schema.messages import counted, printable
 from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.shard_dataset.duplicates import DuplicateIndex, ImageHash, hash_image
-from layerloop.components.shard_dataset.files import InputError, Passed, printable
+from layerloop.components.shard_dataset.files import InputError, Passed
 from layerloop.components.shard_dataset.items import Item, one_line
 from layerloop.components.shard_dataset.layered import DesignItem
 from layerloop.components.shard_dataset.spool import Spool

@@ -23,13 +23,12 @@ from layerloop.components.runtime.progress import log, progress
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import Manifest, Shard
-from layerloop.components.schema.messages import counted
+from layerloop.components.schema.messages import counted, printable
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.seeds import seed_for
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.shard_dataset.base import CheckedBase, base_commit
 from layerloop.components.shard_dataset.duplicates import DuplicateIndex
-from layerloop.components.shard_dataset.files import printable
 from layerloop.components.shard_dataset.inputs import Inputs, absolute_uri, find_inputs, read_items
 from layerloop.components.shard_dataset.layered import find_designs, read_designs
 from layerloop.components.shard_dataset.recipe_choice import check_nothing_lost, choose_recipe

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from layerloop.components.shard_dataset.files import Passed, printable, suffix_of
+from layerloop.components.schema.messages import printable
+from layerloop.components.shard_dataset.files import Passed, suffix_of
 from layerloop.components.shard_dataset.items import (
     IMAGE_SUFFIXES,
     Item,
