@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
+from layerloop.components.judge.network import TooLargeError
 from layerloop.components.judge.replies import UnusableError
-from layerloop.components.judge.transport import MAX_FILE, Connection, TooLargeError, TransportError
+from layerloop.components.judge.transport import MAX_FILE, Connection, TransportError
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.runtime import BatchRuntime
 

@@ -292,7 +292,7 @@ class Judge:
                 self.statistics.rate_limited += 1
                 self.limiter.refused(error.retry_after)
             if error.problem.retry:
-                self.breaker.bad(error.problem.reason)
+                self.breaker.bad(str(error.problem))
             raise
         seconds = time.monotonic() - start
         self.adaptive_timeout.saw(shape, seconds)
@@ -312,7 +312,7 @@ class Judge:
             reply = read_body(body)
         except UnusableError as error:
             if error.reason not in PAID:
-                self.breaker.bad(error.reason)
+                self.breaker.bad(str(error))
                 raise self.connection.error_in_body(error, body) from None
             problem = error
         self.breaker.good()
@@ -351,12 +351,14 @@ class Judge:
 
 
 def _key(text: str | None) -> str:
-    """A key without the blanks and newlines around it that files and clipboards add.
+    """A key without the blanks, newlines and quotation marks around it that files and clipboards add.
 
     Raises:
         LayerloopError: it has characters that no HTTP header can carry.
     """
     key = (text or "").strip().strip("\ufeff\u200b").strip()
+    if len(key) > 1 and key[0] == key[-1] and key[0] in "\"'":  # Docker's --env-file keeps them
+        key = key[1:-1].strip()
     if not all("!" <= char <= "~" for char in key):
         raise LayerloopError("OPENAI_API_KEY has a blank or another character inside that no key has: copy it again")
     return key

@@ -11,7 +11,7 @@ from layerloop.components.judge.errors import shown
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.replies import PAID, UnusableError, read_body
 from layerloop.components.judge.transport import Connection, TransportError
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.runtime import JudgeRuntime
 
 REFUSALS = frozenset({400, 404, 415, 422, 501})  # statuses that may be about a parameter of the request
@@ -40,7 +40,7 @@ class Endpoint:
                 models = await self._connection.models(timeout=min(20.0, self._runtime.timeout_seconds))
                 if models or time.monotonic() >= until:  # a proxy before a judge that starts lists nothing
                     break
-            except LayerloopError:
+            except UnavailableError:
                 if time.monotonic() >= until:
                     raise
             await asyncio.sleep(min(5.0, self._runtime.start_seconds / 20))

@@ -49,7 +49,7 @@ def read_error(body: Any) -> str:
         line = " ".join(piece.split())
         if line and not any(line in earlier for earlier in found):
             found.append(line)
-    return printable("; ".join(found)[:LONGEST])
+    return printable("; ".join(found)[:LONGEST])[:LONGEST]
 
 
 def shown(text: str) -> str:

@@ -26,6 +26,7 @@ _REFUSAL = re.compile(  # declines the task; "I can't find any fault" does not
     r"|\bagainst (?:my|our|the) (?:guidelines|policy|policies)\b",
     re.IGNORECASE,
 )
+_STREAMED = re.compile(rb"\s*(?:data|event|id|retry|):")  # server-sent events
 _IS_THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)  # types of a message's parts
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # fields of a message
 SWITCH = (
@@ -85,6 +86,8 @@ def read_body(body: bytes) -> Reply:
     except UnicodeDecodeError:
         raise UnusableError("body_not_utf8", repr(body[:40])) from None
     except (ValueError, RecursionError):
+        if _STREAMED.match(body):
+            raise UnusableError("body_not_json", "it streams, which was not asked for: switch that off") from None
         raise UnusableError("body_not_json", repr(body[:60])) from None
     if isinstance(value, list) and value and isinstance(value[0], dict) and value[0].get("error"):
         value = value[0]  # Gemini's way to say an error
@@ -94,9 +97,11 @@ def read_body(body: bytes) -> Reply:
         raise UnusableError("error_body", shown(read_error(value["error"])))
     choices = value.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise UnusableError("no_choices", f"keys {sorted(map(str, value))[:8]}")
+        raise UnusableError("no_choices", shown(read_error(value)) or f"keys {sorted(map(str, value))[:8]}")
     choice = choices[0]
     message = choice.get("message")
+    if choice.get("finish_reason") == "error" and not choice.get("error"):
+        raise UnusableError("error_body", "finish_reason error")
     if choice.get("error"):  # of OpenRouter, where a provider failed on the way
         raise UnusableError("error_body", shown(read_error(choice["error"])))
     if not isinstance(message, dict):
@@ -155,7 +160,8 @@ def _text_of(content: Any) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):  # some servers answer in parts
-        parts = [part for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        parts = [part for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
         return "".join(part["text"] for part in parts if not _IS_THOUGHT.search(str(part.get("type"))))
     return ""
 

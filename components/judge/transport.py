@@ -8,17 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin
 
 from layerloop.components.judge.errors import read_error, shown
+from layerloop.components.judge.network import (
+    BodyError,
+    certificates,
+    check_environment,
+    is_direct,
+    no_answer,
+    plain_body,
+    read_coding,
+    refused_proxy,
+    why_none,
+)
 from layerloop.components.judge.replies import MAX_BODY, UnusableError
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.schema.messages import printable
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -36,6 +48,7 @@ FORBIDDEN = 8  # answers 403 in a row after good ones, until it is the key and n
 
 MAX_FILE = 1 << 30  # bytes of a file of answers, of a batch; any other body has MAX_BODY
 LANE = 8  # connections of one HTTP client
+LEAST_KEY = 5  # characters of a key that is looked for in what an endpoint says; local servers have none
 
 
 class ForbiddenError(LayerloopError):
@@ -75,21 +88,15 @@ class Connection:
         import httpx2
         from openai import AsyncOpenAI
 
-        self.url = without_secrets(url)  # as it is shown
+        self.url, self._url, self._key = without_secrets(url), url, key  # the first is shown
+        check_environment(url)
         # Loading the certificates takes 50 ms, so it is done once, and not for plain HTTP.
-        self._trust_env = not _is_direct(url)
-        self._verify = False if url.lower().startswith("http://") else _certificates()
+        self._trust_env = not is_direct(url)
+        self._verify = False if url.lower().startswith("http://") else certificates()
         try:
             client = self._client()
         except (ValueError, ImportError, httpx2.InvalidURL) as error:  # of a proxy: SOCKS, or no URL
-            names = [n for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY") for n in (name, name.lower())]
-            given = [name for name in names if os.environ.get(name)]
-            odd = [n for n in given if not os.environ[n].startswith(("http://", "https://"))]
-            name = (odd or given or ["the proxy"])[0]
-            raise LayerloopError(
-                f"{name} is {_without_password(os.environ.get(name, ''))}, which cannot be used for judge {self.url} "
-                f"({' '.join(str(error).split())[:100]}): unset it, give an http:// proxy, or put the host in NO_PROXY"
-            ) from None
+            raise refused_proxy(url, error) from None
         self.openai = AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=client)
         self._lanes = [_Lane(self.openai)]
         self.answered = False  # by a completion, since this was opened
@@ -104,9 +111,7 @@ class Connection:
             trust_env=self._trust_env,
             follow_redirects=False,  # a redirect would send images and key to another host
             verify=self._verify,
-            headers={
-                "Accept-Encoding": "identity"
-            },  # bodies have a few kB; compressed ones are rejected in _bound_body
+            headers={"Accept-Encoding": "identity"},  # bodies have a few kB
             event_hooks={"response": [_bound_body]},
         )
 
@@ -148,13 +153,12 @@ class Connection:
             raise TransportError(UnusableError("timeout", f"over {timeout:g} s")) from None
         except openai.APIStatusError as error:
             raise self.status_error(error) from None
-        except TooLargeError:
-            raise TransportError(UnusableError("body_too_large", f"over {MAX_BODY >> 20} MB")) from None
+        except BodyError as error:
+            raise TransportError(error.problem) from None
         except (openai.APIConnectionError, httpx2.HTTPError, httpx2.StreamError, OSError) as error:
-            cause = (error.__cause__ if isinstance(error, openai.APIConnectionError) else None) or error
-            if isinstance(cause, TooLargeError):
-                raise TransportError(UnusableError("body_too_large", f"over {MAX_BODY >> 20} MB")) from None
-            raise TransportError(UnusableError("connection", type(cause).__name__)) from None
+            if isinstance(error.__cause__, BodyError):
+                raise TransportError(error.__cause__.problem) from None
+            raise TransportError(UnusableError("connection", why_none(self._url, error))) from None
         finally:
             lane.active -= 1
 
@@ -168,7 +172,9 @@ class Connection:
         Raises:
             LayerloopError: no request could succeed: the key is refused, or there is no credit.
         """
-        text = read_error(body)
+        text = self._words_of(body)
+        if 300 <= status < 400 and not self.answered:
+            raise LayerloopError(self._moved(status, headers))
         if status == 402 or (status in (400, 403, 429) and NO_CREDIT.search(text)):
             raise UnavailableError(
                 f"judge {self.url} has no credit (HTTP {status}: {shown(text) or 'no reason given'}): add some and run "
@@ -176,7 +182,7 @@ class Connection:
             )
         if status == 401 or (status == 403 and not self.answered):
             raise (LayerloopError if status == 401 else functools.partial(ForbiddenError, text=text))(
-                f"judge {self.url} {FATAL[status]} (HTTP {status}{': ' if text else ''}{shown(_without_keys(text))}): "
+                f"judge {self.url} {FATAL[status]} (HTTP {status}{': ' if text else ''}{shown(text)}): "
                 "set OPENAI_API_KEY to a key that it takes"
             )
         if status == 403:
@@ -186,23 +192,36 @@ class Connection:
                     f"judge {self.url} refuses access (HTTP 403, {self.forbidden} times in a row: {shown(text)}): see "
                     "what it says; what it has answered is stored, so run the step again when that is settled"
                 )
-        problem = UnusableError(f"http_{status}", shown(text), retry=status in TRANSIENT or status >= 500)
+        problem = UnusableError(f"http_{status}", shown(text), retry=status in TRANSIENT or not 400 <= status < 500)
         return TransportError(problem, status=status, retry_after=read_retry_after(headers), text=text)
 
     def error_in_body(self, problem: UnusableError, body: bytes) -> TransportError:
         """The TransportError of a body with status 200 that is no completion but may be an error.
 
         Raises:
-            UnavailableError: it says that there is no credit.
+            LayerloopError: it says that there is no credit, or that the key is refused.
         """
         if problem.reason != "error_body":
             return TransportError(problem)
-        text = read_error(body)
+        text = self._words_of(body)
         code = re.search(r"\bcode (\d{3})\b", text)
         status = int(code[1]) if code else None
-        if status == 402:
+        if status in (401, 402):
             self.refusal(status, body, {})
         return TransportError(problem, status=status, text=text)
+
+    def _words_of(self, body: bytes) -> str:
+        """What an error says, without the key, of which some endpoints show all or a part."""
+        text = read_error(body)
+        return _without_keys(text.replace(self._key, "...") if len(self._key) > LEAST_KEY else text)
+
+    def _moved(self, status: int, headers: Mapping[str, str]) -> str:
+        """The line about a redirect, which is not followed."""
+        place = urljoin(f"{self._url.rstrip('/')}/chat/completions", headers.get("location", ""))
+        place = printable(without_secrets(place)).removesuffix("/chat/completions")
+        to = f"to {place}: give that as its URL if it is" if headers.get("location") else "to nowhere: give the URL of"
+        api = "an OpenAI-compatible API (--judge-url, OPENAI_BASE_URL)"
+        return f"judge {self.url} redirects (HTTP {status}) {to} {api}"
 
     def saw_answer(self) -> None:
         """A completion came: the key is good, and a later 403 is about its request."""
@@ -221,11 +240,9 @@ class Connection:
                 page = await self.openai.models.list(timeout=timeout)
             return [str(model.id) for model in page.data or []]
         except (openai.APIConnectionError, TimeoutError) as error:
-            cause = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
-            raise UnavailableError(
-                f"judge {self.url} does not answer ({type(cause).__name__}): start it (`layerloop judge serve`), "
-                "or give its URL (--judge-url, OPENAI_BASE_URL)"
-            ) from None
+            if isinstance(error.__cause__, BodyError):
+                return []
+            raise no_answer(self._url, error) from None
         except Exception:  # refused, or not a list of models: it only serves a better message
             return []
 
@@ -235,62 +252,27 @@ def _without_keys(text: str) -> str:
     return re.sub(r"\b(?:sk|key|gsk|hf|AIza)[-_][\w*.-]+|[\w-]*\*{3,}[\w-]*", "...", text)
 
 
-def _certificates() -> Any:
-    """The TLS context of the environment. Raises LayerloopError: SSL_CERT_FILE or SSL_CERT_DIR names nothing usable."""
-    import httpx2
-
-    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-        path = os.environ.get(name)
-        if path and not os.path.exists(path):
-            raise LayerloopError(f"{name} is {path}, which does not exist: correct it, or unset it")
-    try:
-        return httpx2.create_ssl_context()
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        path = os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR") or "certifi's"
-        raise LayerloopError(f"the certificates of {path} cannot be loaded ({error}): correct SSL_CERT_FILE") from None
-
-
-def _without_password(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//...@", url)
-
-
-class TooLargeError(Exception):
-    """A body that is longer than any judgement."""
-
-
 async def _bound_body(response: Any) -> None:
-    """Event hook: let no body, of an error either, be read beyond MAX_BODY, nor a file beyond MAX_FILE."""
+    """Event hook: let no body, of an error either, be read beyond MAX_BODY, nor a file beyond MAX_FILE; and unpack it
+    within that, since a compressed one may be a decompression bomb."""
     import httpx2
 
     most = MAX_FILE if response.request.url.path.endswith("/content") else MAX_BODY
+    coding = read_coding(response.headers)
 
     class Bounded(httpx2.AsyncByteStream):
         def __init__(self, stream: Any) -> None:
             self.stream = stream
 
         async def __aiter__(self) -> AsyncIterator[bytes]:
-            size = 0
-            async for chunk in self.stream:
-                size += len(chunk)
-                if size > most:
-                    raise TooLargeError
-                yield chunk
+            async for part in plain_body(self.stream, coding, most):
+                yield part
 
         async def aclose(self) -> None:
             await self.stream.aclose()
 
-    if response.headers.get("content-encoding", "identity") != "identity":
-        raise TooLargeError  # we sent Accept-Encoding: identity; a compressed body may be a decompression bomb
+    response.headers.pop("content-encoding", None)
     response.stream = Bounded(response.stream)
-
-
-def _is_direct(url: str) -> bool:
-    """Whether the environment's proxy has no part in calling the URL: of this machine, or named in NO_PROXY."""
-    from urllib.parse import urlsplit
-    from urllib.request import proxy_bypass
-
-    host = urlsplit(url).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.") or bool(proxy_bypass(host))
 
 
 def read_retry_after(headers: Any) -> float | None:

@@ -490,7 +490,7 @@ def test_check_gives_the_same_verdict_where_fields_are_refused_or_one_probe_is_n
     [
         ("ALL_PROXY", "socks5://u:secret@h:1", r"ALL_PROXY is socks5://...@h:1, which cannot be used"),
         ("all_proxy", "socks4://h:1", r"all_proxy is socks4://h:1"),
-        ("HTTPS_PROXY", "foo:bar", r"HTTPS_PROXY is foo:bar"),
+        ("HTTPS_PROXY", "foo:bar", r"HTTPS_PROXY is 'foo:bar', which is no address"),
         ("SSL_CERT_FILE", "/nowhere.pem", r"SSL_CERT_FILE is /nowhere.pem, which does not exist"),
         ("SSL_CERT_DIR", "/nowhere", r"SSL_CERT_DIR is /nowhere, which does not exist"),
         ("SSL_CERT_FILE", "/etc/hostname", r"certificates of /etc/hostname cannot be loaded"),
