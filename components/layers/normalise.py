@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 
 _ORIENTATION = 0x0112  # tag of EXIF
+# White and black of each mode that a profile is of; what a sound profile makes of them, in levels of sRGB.
+_ENDS = {
+    "L": (255, 0), "RGB": ((255, 255, 255), (0, 0, 0)), "RGBA": ((255, 255, 255, 255), (0, 0, 0, 255)),
+    "CMYK": ((0, 0, 0, 0), (0, 0, 0, 255)),
+}  # fmt: skip
+_WHITE, _BLACK = 192, 128
 
 
 def normalise(image: Image.Image, data: DataRecipe) -> Pixels:
@@ -51,13 +58,37 @@ def upright_srgb(image: Image.Image) -> Image.Image:
     Raises:
         LayerloopError: a pixel format that has no sensible 8-bit form.
     """
-    profile = image.info.get("icc_profile")
+    profile, grey = image.info.get("icc_profile"), GreyRange.of(image)
     image = _upright(image)
-    image, alpha = _eight_bit(image)
+    image, alpha = _eight_bit(image, grey)
     image = _to_srgb(image, profile)
     if alpha is not None:
         image.putalpha(alpha)
     return image
+
+
+@dataclasses.dataclass(frozen=True)
+class GreyRange:
+    """What the values of a grey image of more than 8 bits mean: the largest, and whether 0 is white."""
+
+    top: float
+    inverted: bool = False
+    unsaid: bool = False  # values of 32 bits, whose range is that of their writer
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Self:
+        """Of a decoded image; of TIFF by its tags BitsPerSample and PhotometricInterpretation (TIFF 6.0, section 8),
+        which Pillow applies to 8 bits only."""
+        tags = getattr(image, "tag_v2", None) or {}
+        bits, photometric = tags.get(258) or (16,), tags.get(262)
+        wide = image.mode in ("I", "F")
+        top = {"F": 1.0, "I": 65535.0}.get(image.mode, 4095.0 if tuple(bits) == (12,) else 65535.0)
+        return cls(top, inverted=photometric == 0, unsaid=wide and tuple(bits) == (32,))
+
+    def scaled(self, values: npt.NDArray[np.generic]) -> Pixels:
+        """Values as 8 bits."""
+        shares = values.astype(np.float64) * (255 / self.top)
+        return np.rint(255 - shares if self.inverted else shares).astype(np.uint8)
 
 
 def target_size(width: int, height: int, data: DataRecipe, *, stretch: bool = False) -> tuple[int, int]:
@@ -110,6 +141,8 @@ def orientation(image: Image.Image) -> int:
     if value is None:
         exif = image.info.get("exif")
         value = _raw_orientation(exif) if isinstance(exif, bytes) else None
+    if isinstance(value, bytes) and len(value) == 1:  # written as BYTE, not as SHORT
+        value = value[0]
     try:
         return int(float(value)) if value is not None else 1  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError, ZeroDivisionError):
@@ -134,7 +167,7 @@ def _raw_orientation(exif: bytes) -> int | None:
     return None
 
 
-def _eight_bit(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+def _eight_bit(image: Image.Image, grey: GreyRange) -> tuple[Image.Image, Image.Image | None]:
     """(image in 8-bit L, RGB, RGBA or CMYK, its values scaled and not clipped; alpha of its own for grey)."""
     from PIL import Image
 
@@ -142,13 +175,16 @@ def _eight_bit(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if image.mode.startswith("I;16"):
         values = np.asarray(image)
         alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)) if clear is not None else None
-        return Image.fromarray(_scaled(values, 65535)), alpha
+        return Image.fromarray(grey.scaled(values)), alpha
     if image.mode in ("I", "F"):
         values = np.asarray(image)
-        top = {"I": 65535.0, "F": 1.0}[image.mode]
-        if values.min() < 0 or values.max() > top or not np.isfinite(values).all():
-            raise LayerloopError(f"image has 32-bit values outside 0..{top:g}: save it with 8 or 16 bits")
-        return Image.fromarray(_scaled(values, top)), None
+        if values.min() < 0 or values.max() > grey.top or not np.isfinite(values).all():
+            raise LayerloopError(f"image has 32-bit values outside 0..{grey.top:g}: save it with 8 or 16 bits")
+        if grey.unsaid and 1 < values.max() <= 255:
+            raise LayerloopError(
+                f"image has 32-bit values up to {values.max():g}, of 255 or 65535: save it with 8 bits"
+            )
+        return Image.fromarray(grey.scaled(values)), None
     if image.mode in ("L", "RGB", "RGBA", "CMYK") and clear is None:
         return image, None
     if image.mode in ("LA", "La", "L"):  # grey with alpha keeps its colour space, which its profile is of
@@ -163,19 +199,22 @@ def _eight_bit(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return image.convert("RGB"), None  # P, YCbCr, HSV
 
 
-def _scaled(values: npt.NDArray[np.generic], top: float) -> Pixels:
-    return np.rint(values.astype(np.float64) * (255 / top)).astype(np.uint8)
-
-
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours converted from the embedded profile; a profile that is damaged or of another colour space is ignored."""
-    from PIL import ImageCms
+    """Colours converted from the embedded profile; a profile that is damaged or of another colour space is ignored, as
+    is one that makes no white of white or no dark of black: its curves or tables are damaged."""
+    from PIL import Image, ImageCms
 
     target = "RGBA" if image.mode == "RGBA" else "RGB"
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=target)
+            transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, target)
+            white, black = (
+                np.asarray(ImageCms.applyTransform(Image.new(image.mode, (1, 1), colour), transform))[0, 0, :3]
+                for colour in _ENDS[image.mode]
+            )
+            sound = white.min() >= _WHITE and black.max() <= _BLACK
+            converted = ImageCms.applyTransform(image, transform) if sound else None
         except Exception:  # hostile profiles make lcms and Pillow raise several kinds
             converted = None
         if converted is not None:

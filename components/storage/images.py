@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -23,6 +24,14 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
 _PNG = b"\x89PNG\r\n\x1a\n"
+_STARTS = {
+    re.compile(start, re.DOTALL): kind
+    for start, kind in (
+        (rb"\x89PNG", "PNG"), (rb"\xff\xd8\xff", "JPEG"), (rb"II[*+]\0|MM\0[*+]", "TIFF"), (rb"GIF8", "GIF"),
+        (rb"RIFF....WEBP", "WebP"), (rb"BM", "BMP"), (rb"\0\0\0\x0cjP|\xff\x4f\xff\x51", "JPEG 2000"),
+        (rb"P[1-6]\s", "PPM"),
+    )
+}  # fmt: skip
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _MAX_PROFILE = 1 << 20  # bytes; Pillow's own limit of an unpacked chunk
 
@@ -48,6 +57,11 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except UnidentifiedImageError:
         if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
             raise LayerloopError("image is HEIC or AVIF, truncated or damaged: save it again") from None
+        if kind := next((kind for start, kind in _STARTS.items() if start.match(data)), None):
+            raise LayerloopError(
+                f"image is {kind} by its first bytes, but cut off, damaged or of a kind that is not read: save it "
+                "again as PNG with 8 bits"
+            ) from None
         raise LayerloopError(f"image starts with {data[:12]!r}, not a known format: give a {_KINDS}") from None
     except Image.DecompressionBombError:
         raise LayerloopError(
@@ -89,6 +103,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _decoded(data: bytes, max_pixels: int) -> Image.Image:
     image = open_image(data, max_pixels=max_pixels)
+    _scale_clear(image, data)
     try:
         image.load()
     except MemoryError:
@@ -97,6 +112,20 @@ def _decoded(data: bytes, max_pixels: int) -> Image.Image:
     except Exception as error:  # as above, on hostile pixels
         raise LayerloopError(f"image is truncated or damaged ({_short(error)}): save it again") from None
     return image
+
+
+def _scale_clear(image: Image.Image, data: bytes) -> None:
+    """Bring the clear colour of a PNG's tRNS to the 8 bits of Pillow's pixels, which it does not: of 2 or 4 bits grey,
+    and of 16 bits colour, where it is clear to within a level."""
+    clear, depth = image.info.get("transparency"), data[24] if data[12:16] == b"IHDR" else 8
+    if image.format != "PNG" or clear is None:
+        return
+    if image.mode == "L" and depth in (2, 4) and isinstance(clear, int):
+        image.info["transparency"] = clear * 255 // (2**depth - 1) if clear < 2**depth else None
+    elif image.mode == "RGB" and depth == 16 and isinstance(clear, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    if image.info["transparency"] is None:
+        del image.info["transparency"]
 
 
 def _bare_png(data: bytes) -> bytes | None:
