@@ -50,7 +50,10 @@ def usable_environment() -> Iterator[None]:
     except RuntimeError as error:
         if "home directory" not in str(error):  # of Path.expanduser, which has no class of its own for it
             raise
-        raise LayerloopError("HOME is not set and this user has no home folder: set HOME to one") from None
+        raise LayerloopError(
+            "HOME is not set and this user has no home folder, or a path begins with the ~name of nobody: set HOME, or "
+            "write the path in full"
+        ) from None
     except Exception as error:
         if not _is_of_a_full_disk(error):  # which every library says in a class of its own
             raise

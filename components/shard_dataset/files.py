@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
+from urllib.parse import unquote
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.hub import hub_error
@@ -67,6 +68,13 @@ def suffix_of(name: str) -> str:
     """The suffix of a file name in lower case, without its dot; empty without one."""
     base = name.rpartition("/")[2]
     return base.rpartition(".")[2].lower() if "." in base.lstrip(".") else ""
+
+
+def local_path(uri: str) -> str:
+    """The path of a `file://` URI, with what is percent-encoded in it where no file has it literally; others as they
+    are."""
+    path = uri.removeprefix("file://localhost") if uri.startswith("file://localhost/") else uri.removeprefix("file://")
+    return unquote(path) if path != uri and "%" in path and not os.path.lexists(path) else path
 
 
 def open_files(uri: str) -> Files:
@@ -139,6 +147,8 @@ class LocalFiles:
             file = open_regular(self._path(name))
         except OSError as error:
             raise InputError(f"file cannot be read ({error.strerror}): allow it, or restore it") from None
+        except ValueError:  # a zero byte, which no name has
+            raise InputError("file cannot be read (no file has such a name): correct it") from None
         with file:
             yield file
 

@@ -25,6 +25,7 @@ from layerloop.components.shard_dataset.files import (
     Listing,
     LocalFiles,
     Passed,
+    local_path,
     open_files,
     suffix_of,
 )
@@ -123,32 +124,45 @@ def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXE
 
 def read_items(inputs: Inputs, *, max_bytes: int) -> Iterator[Item]:
     """The images of all files, in the order of their names. One over `max_bytes` encoded is a problem, and not read."""
-    store = inputs.store
     for name, size in inputs.sizes.items():
         where = printable(name)
+        if suffix_of(name) not in _CONTAINERS:
+            yield sized_item(where, size, max_bytes, functools.partial(inputs.store.read, name))
+            continue
+        before, count = len(inputs.passed), 0
         try:
-            match suffix_of(name):
-                case "tar":
-                    with store.open(name) as file:
-                        yield from tar_items(file, where, inputs.passed, max_bytes=max_bytes)
-                case "parquet":
-                    with store.open(name) as file:
-                        yield from parquet_items(file, where, folder=store.uri, max_bytes=max_bytes)
-                case _:
-                    yield sized_item(where, size, max_bytes, functools.partial(store.read, name))
+            for item in _contained(inputs, name, where, max_bytes):
+                count += 1
+                yield item
         except InputError as error:  # the container itself cannot be opened
+            count += 1
             yield broken_item(where, str(error))
+        if not count and len(inputs.passed) == before:
+            inputs.passed.append(Passed(where, "empty containers", "has no image: leave it out, or fill it"))
+
+
+def _contained(inputs: Inputs, name: str, where: str, max_bytes: int) -> Iterator[Item]:
+    """The images of a tar or parquet."""
+    with inputs.store.open(name) as file:
+        if suffix_of(name) == "tar":
+            yield from tar_items(file, where, inputs.passed, max_bytes=max_bytes)
+        else:
+            yield from parquet_items(file, where, folder=inputs.store.uri, max_bytes=max_bytes)
 
 
 def _text_of(store: Files, name: str, where: str) -> str:
+    data = store.read(name)
     try:
-        return store.read(name).decode("utf-8-sig")
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")  # as PowerShell writes
     except UnicodeDecodeError:
-        raise LayerloopError(f"list {where} is not text in UTF-8: write one URI a line") from None
+        text = "\0"
+    if "\0" in text:
+        raise LayerloopError(f"list {where} is not text in UTF-8: write one URI a line")
+    return text
 
 
 def _absolute(uri: str) -> str:
-    text = uri.strip().removeprefix("file://")
+    text = local_path(uri.strip())
     return text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute())
 
 

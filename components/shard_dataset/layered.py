@@ -70,7 +70,7 @@ def find_designs(uri: str) -> Inputs:
     layers = {name for folder, names in folders.items() if folder for name in layer_order(names)}
     if not layers and len(alone := layer_order(folders.get("", []))) > 1:
         layers = set(alone)  # the folder is itself one design
-    useful = {name: size for name, size in found.sizes.items() if name.endswith(".parquet") or name in layers}
+    useful = {name: size for name, size in found.sizes.items() if suffix_of(name) == "parquet" or name in layers}
     if not useful:
         raise LayerloopError(f"designs {printable(without_secrets(uri))} has no designs: {_REMEDY}")
     rest = [name for name in found.sizes if name not in useful]
@@ -109,9 +109,9 @@ def read_designs(inputs: Inputs, data: DataRecipe) -> Iterator[DesignItem]:
     """
     fonts = FontFiles(local_folder(data.designs.fonts)) if data.designs.fonts else None
     for name in inputs.sizes:
-        if name.endswith(".parquet"):
+        if suffix_of(name) == "parquet":
             yield from _parquet_designs(inputs.store, name, data, fonts)
-    layers = [name for name in inputs.sizes if not name.endswith(".parquet")]
+    layers = [name for name in inputs.sizes if suffix_of(name) != "parquet"]
     for folder, names in groupby(layers, key=_folder_of):
         yield _folder_design(inputs.store, folder or inputs.uri.rpartition("/")[2], layer_order(list(names)), data)
 

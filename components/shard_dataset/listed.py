@@ -6,24 +6,28 @@ Empty lines and those that begin with `#` say nothing. What a line's place does 
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.client import HTTPException
-from typing import BinaryIO, Final
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, BinaryIO, Final
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.messages import printable
-from layerloop.components.shard_dataset.files import Files, InputError, Listing, open_files
+from layerloop.components.shard_dataset.files import Files, InputError, Listing, local_path, open_files
 
 SUFFIXES: Final = ("txt",)
 MOST_BYTES: Final = 1_000_000_000  # of one file on the web
 TIMEOUT: Final = 30.0  # seconds without an answer, or between two parts of one
+SLOWEST: Final = 20_000  # bytes a second beyond these, of a body that comes in drops
 _ATTEMPTS, _PAUSE = 3, 1.0  # of a file whose server fails; seconds before the second, doubled for the third
+_SAFE = "/%:@!$&'()*+,;=~-._?"  # characters of an address that stay as they are, a % among them
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that may not last
 
 
@@ -34,7 +38,7 @@ class ListedFiles:
         self.uri = uri
         folder = uri.rpartition("/")[0]
         self._uris: dict[str, str] = {}
-        for line in map(str.strip, text.splitlines()):
+        for line in map(str.strip, re.split(r"\r\n?|\n", text)):  # a name may have other line breaks of Unicode
             if line and not line.startswith("#"):
                 absolute = line if "://" in line or line.startswith("/") else f"{folder}/{line}"
                 self._add(absolute)
@@ -70,7 +74,7 @@ class ListedFiles:
         if uri.startswith(("http://", "https://")):
             yield io.BytesIO(download(uri))
             return
-        parent, _, base = uri.removeprefix("file://").rpartition("/")
+        parent, _, base = local_path(uri).rpartition("/")
         if parent not in self._stores:
             self._stores[parent] = open_files(parent or "/")
         with self._stores[parent].open(base) as file:
@@ -83,13 +87,13 @@ def download(url: str) -> bytes:
     Raises:
         InputError: it does not give them, in one line without the address.
     """
-    request = urllib.request.Request(url, headers={"User-Agent": "layerloop (image benchmark)"})
+    request = _request(url)
     for attempt in range(_ATTEMPTS):
         if attempt:
             time.sleep(_PAUSE * 2 ** (attempt - 1))
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                data: bytes = answer.read(MOST_BYTES + 1)
+                return _body(answer)
         except urllib.error.HTTPError as error:
             problem = f"its server answers {error.code}"
             if error.code in _PASSING:
@@ -98,10 +102,51 @@ def download(url: str) -> bytes:
         except (OSError, HTTPException, ValueError) as error:  # URLError and time-outs are OSErrors
             problem = f"its server does not answer ({_reason(error)})"
             continue
-        if len(data) > MOST_BYTES:
-            raise InputError(f"file has over {MOST_BYTES / 1e6:.0f} MB: make it smaller")
-        return data
     raise InputError(f"file cannot be fetched, {problem}: correct its line, or take it out of the list")
+
+
+def _request(url: str) -> urllib.request.Request:
+    """A request for an address as a browser takes it: letters of any script, blanks, and a password, which is sent to
+    this server only.
+
+    Raises:
+        InputError: it is no address.
+    """
+    try:
+        parts = urlsplit(url)
+        host = (
+            (parts.hostname or "").encode("idna").decode()
+            if ":" not in (parts.hostname or "")
+            else f"[{parts.hostname}]"
+        )
+        if not host:
+            raise ValueError("it has no host")
+        place = host if parts.port is None else f"{host}:{parts.port}"
+        path, query = quote(parts.path, safe=_SAFE), quote(parts.query, safe=_SAFE)
+    except ValueError as error:
+        raise InputError(f"its line is no address ({_without_userinfo(_reason(error))}): correct it") from None
+    request = urllib.request.Request(
+        urlunsplit((parts.scheme, place, path, query, "")), headers={"User-Agent": "layerloop (image benchmark)"}
+    )
+    if parts.username is not None:
+        both = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(both.encode()).decode()}")
+    return request
+
+
+def _body(answer: Any) -> bytes:
+    """A body within bounds of bytes and of time."""
+    began, parts, size = time.monotonic(), [], 0
+    while part := answer.read1(1 << 20):
+        parts.append(part)
+        size += len(part)
+        if size > MOST_BYTES:
+            raise InputError(f"file has over {MOST_BYTES / 1e6:.0f} MB: make it smaller")
+        if (seconds := time.monotonic() - began) > TIMEOUT + size / SLOWEST:
+            raise TimeoutError(f"{size} bytes in {seconds:.0f} s")
+    if (missing := answer.length) is not None and missing > 0:
+        raise OSError(f"{missing} bytes are missing")
+    return b"".join(parts)
 
 
 def _reason(error: BaseException) -> str:
@@ -109,9 +154,16 @@ def _reason(error: BaseException) -> str:
     return printable(" ".join(str(reason).split()))[:100] or type(error).__name__
 
 
+def _without_userinfo(text: str) -> str:
+    return re.sub(r"[^\s'\"]*@", "...@", text)
+
+
 def _without_secrets(uri: str) -> str:
     """A URI without what may be a secret in it: user, password, query and fragment."""
     if "://" not in uri:
         return uri
-    parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    scheme, _, rest = uri.partition("://")
+    place = re.match(r"[^/?#]*", rest)
+    host = (place[0] if place else "").rpartition("@")[2]
+    path = re.match(r"[^?#]*", rest[place.end() if place else 0 :])
+    return f"{scheme}://{host}{path[0] if path else ''}"

@@ -296,7 +296,9 @@ def _say_what_became(read: Mapping[str, tuple[Gathered, Inputs | None]]) -> None
     parts = [account(gathered, inputs.passed, what=what) for what, (gathered, inputs) in read.items() if inputs]
     log("; ".join(reversed(parts)))  # images first
     for item in [item for _, inputs in read.values() if inputs for item in inputs.passed]:
-        if item.kind in ("unreadable folders", "linked folders") or item.reason.endswith("unpack it"):
+        if item.kind in ("unreadable folders", "linked folders", "empty containers") or item.reason.endswith(
+            "unpack it"
+        ):
             log(f"passed over {item.origin}: {item.reason}")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import printable
 from layerloop.components.shard_dataset.items import Item, broken_item, one_line, sized_item
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "data")
@@ -18,7 +19,7 @@ _MOST_TOLD = 10_000  # rows of a group that cannot be read, each in the table of
 
 
 def parquet_items(file: BinaryIO, where: str, *, folder: str, max_bytes: int) -> Iterator[Item]:
-    """The image of every row of a table.
+    """The image of every row of a table, or the images of rows that have lists of them.
 
     Args:
         where: the table's printable name, for origins.
@@ -39,11 +40,13 @@ def parquet_items(file: BinaryIO, where: str, *, folder: str, max_bytes: int) ->
             yield broken_item(origin, row)
             continue
         cell = row[column]
-        data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-        if data is None:
-            yield broken_item(origin, f"row has no image bytes (path {path!r}): embed them")
-        else:
-            yield sized_item(origin, len(data), max_bytes, lambda data=data: data)  # type: ignore[misc]
+        for index, one in enumerate(cell) if isinstance(cell, list) else ((None, cell),):
+            place = origin if index is None else f"{origin}/{index}"
+            data, path = (one.get("bytes"), one.get("path")) if isinstance(one, dict) else (one, None)
+            if data is None:
+                yield broken_item(place, f"row has no image bytes (path {path!r}): embed them")
+            else:
+                yield sized_item(place, len(data), max_bytes, lambda data=data: data)  # type: ignore[misc]
 
 
 def open_parquet(file: BinaryIO) -> Any:
@@ -111,27 +114,36 @@ def _bomb(packed: int, unpacked: int, entries: int) -> str | None:
 
 
 def _image_column(schema: Any, where: str) -> str:
-    """The column with encoded images: binary, or the `datasets` library's struct with `bytes`.
+    """The column with encoded images: binary, or the `datasets` library's struct with `bytes`, or lists of these.
 
     Raises:
         LayerloopError: no image column, or several without a usual name.
     """
     from pyarrow import types
 
-    def encoded(kind: Any) -> bool:
-        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+    tests = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
 
-    candidates = [
-        field.name
-        for field in schema
-        if encoded(field.type)
-        or (types.is_struct(field.type) and any(sub.name == "bytes" and encoded(sub.type) for sub in field.type))
-    ]
+    def encoded(kind: Any) -> bool:
+        return any(test(kind.value_type if types.is_dictionary(kind) else kind) for test in tests)
+
+    def has_images(kind: Any) -> bool:
+        if types.is_list(kind) or types.is_large_list(kind):
+            kind = kind.value_type
+        return encoded(kind) or (types.is_struct(kind) and any(f.name == "bytes" and encoded(f.type) for f in kind))
+
+    candidates = [field.name for field in schema if has_images(field.type)]
     usual = [name for name in IMAGE_COLUMNS if name in candidates]
     if usual:
         return usual[0]
     if len(candidates) == 1:
         return candidates[0]
-    names = ", ".join(candidates or schema.names)
-    state = "several image columns" if candidates else "no image column"
-    raise LayerloopError(f"{where} has {state} among {names}: name the one with encoded images 'image'")
+    if candidates:
+        names = printable(", ".join(candidates))
+        raise LayerloopError(
+            f"{where} has several image columns among {names}: name the one with encoded images 'image'"
+        )
+    found = printable(", ".join(f"{field.name}: {str(field.type)[:40]}" for field in schema))[:300] or "no columns"
+    raise LayerloopError(
+        f"{where} has no image column among {found}: store the bytes of image files in a binary column 'image', or "
+        "give their addresses as a list (.txt)"
+    )

@@ -14,6 +14,7 @@ from layerloop.components.shard_dataset.items import (
     IMAGE_SUFFIXES,
     Item,
     broken_item,
+    hidden,
     one_line,
     passed_over,
     sized_item,
@@ -23,6 +24,7 @@ _EXTENSIONS = (  # types of headers that are not of a member
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
 )  # fmt: skip
 _LONGEST_EXTENSION = 1_000_000  # bytes
+_CHUNK = 1 << 20  # bytes that are looked at, at once
 
 # `<key>.<word>.png` beside other files of the key is what WebDataset keeps about an image, not the image.
 _ROLES = re.compile(
@@ -105,17 +107,30 @@ def _members(file: BinaryIO) -> tuple[list[_Member], str | None]:
             end = tar.offset
         file.seek(end)
         complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+        if complete and _goes_on(file):
+            return (
+                members,
+                "tar goes on behind its end, as tars that were put together with cat do: give each by itself",
+            )
     except Exception as error:  # hostile headers raise nearly anything
         return members, f"tar is damaged ({one_line(error)}): make it again"
     return members, None if complete else "tar has no end-of-archive mark, it was cut short: make it again"
+
+
+def _goes_on(file: BinaryIO) -> bool:
+    """Whether anything but zeros follows."""
+    while chunk := file.read(_CHUNK):
+        if chunk.count(0) != len(chunk):
+            return True
+    return False
 
 
 def _no_image(member: _Member, keys: set[str]) -> tuple[str, str] | None:
     """(kind, reason) where a member is not the image of its sample."""
     base = member.name.rpartition("/")[2]
     suffix = suffix_of(base)
-    if base.startswith(".") or suffix not in IMAGE_SUFFIXES:
-        passed = passed_over(base)
+    if hidden(member.name) or suffix not in IMAGE_SUFFIXES:
+        passed = passed_over(member.name)
         return passed.kind, passed.reason
     if not member.plain:
         return "links in tars", "a link, sparse or special member is not read: store the file itself"

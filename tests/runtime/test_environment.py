@@ -49,6 +49,12 @@ def test_a_user_without_a_home_is_one_line_where_one_is_needed(monkeypatch: pyte
         pass  # where none is needed none is asked for
 
 
+def test_the_home_of_nobody_is_one_line() -> None:
+    said = "a path begins with the ~name of nobody: .* write the path in full"
+    with pytest.raises(LayerloopError, match=said), usable_environment():
+        Path("~no-such-user/pictures").expanduser()
+
+
 class OfAnotherLibrary(Exception):
     """As safetensors says it."""
 

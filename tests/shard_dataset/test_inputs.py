@@ -206,17 +206,22 @@ def test_the_only_binary_column_is_the_image_whatever_its_name(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"caption": ["x"], "n": [1]}, "has no image column among caption, n: "),
-        ({"left": [b"x"], "right": [b"y"]}, "has several image columns among left, right: "),
+        (
+            {"caption": ["x"], "n": [1]},
+            "has no image column among caption: string, n: int64: store the bytes of image files in a binary column "
+            "'image', or give their addresses as a list ..txt.",
+        ),
+        (
+            {"left": [b"x"], "right": [b"y"]},
+            "has several image columns among left, right: name the one with encoded images 'image'",
+        ),
     ],
 )
 def test_parquet_without_a_clear_image_column_is_one_line(
     tmp_path: Path, table: dict[str, list[object]], message: str
 ) -> None:
     pq.write_table(pa.table(table), tmp_path / "t.parquet")
-    with pytest.raises(
-        LayerloopError, match=f"^{tmp_path}/t.parquet {message}name the one with encoded images 'image'$"
-    ):
+    with pytest.raises(LayerloopError, match=f"^{tmp_path}/t.parquet {message}$"):
         read(find(str(tmp_path)))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +28,10 @@ class Web:
         self.files: dict[str, bytes] = {}
         self.trouble: list[int] = []
         self.asked: list[str] = []
+        self.keys: list[str | None] = []  # Authorization
+        self.moves: dict[str, str] = {}
+        self.seconds = 0.0  # between two bytes
+        self.cut: int | None = None  # bytes that are sent of more that are promised
         self.url = ""
 
 
@@ -35,13 +42,25 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             served.asked.append(self.path)
+            served.keys.append(self.headers["Authorization"])
+            if place := served.moves.get(self.path):
+                self.send_response(302)
+                self.send_header("Location", place)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             body = served.files.get(self.path.partition("?")[0])
             status = served.trouble.pop(0) if served.trouble else 200 if body is not None else 404
             self.send_response(status)
             self.send_header("Content-Length", str(len(body or b"") if status == 200 else 0))
             self.end_headers()
             if status == 200:
-                self.wfile.write(body or b"")
+                with contextlib.suppress(OSError):  # nobody waits for it any more
+                    for byte in (body or b"")[: served.cut] if served.seconds else ():
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(served.seconds)
+                    if not served.seconds:
+                        self.wfile.write((body or b"")[: served.cut])
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -112,6 +131,73 @@ def test_a_server_that_is_not_there_and_a_file_without_end_are_faults_of_their_l
     monkeypatch.setattr(listed, "MOST_BYTES", 1999)
     with pytest.raises(InputError, match="file has over"):
         listed.download(f"{web.url}/x.png")
+
+
+def test_addresses_are_taken_as_a_browser_takes_them(web: Web) -> None:
+    web.files |= {"/%C3%A4%20b.png": b"one", "/a%20b.png": b"two"}
+    assert listed.download(f"{web.url}/ä b.png?q=é") == b"one"
+    assert listed.download(f"{web.url}/a%20b.png") == b"two"
+    assert web.asked == ["/%C3%A4%20b.png?q=%C3%A9", "/a%20b.png"]
+
+
+def test_a_password_goes_to_its_server_and_into_no_message(web: Web) -> None:
+    web.files["/x.png"] = b"bytes"
+    assert listed.download(web.url.replace("//", "//me:p%40ss@") + "/x.png") == b"bytes"
+    assert web.keys[-1] == f"Basic {base64.b64encode(b'me:p@ss').decode()}"
+    web.moves["/moved.png"] = web.url.replace("127.0.0.1", "localhost") + "/x.png"
+    assert listed.download(web.url.replace("//", "//me:secret@") + "/moved.png") == b"bytes"
+    assert web.keys[-1] is None, "another host gets no password"
+    for address in (
+        "http://me:secret@127.0.0.1/x.png",
+        "http://me:secret@[::1/x.png",
+        "http://me:secret@h:99999/x.png",
+    ):
+        with pytest.raises(InputError) as caught:
+            listed.download(address)
+        assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("http://[::1/x.png", "is no address"), ("http:///x.png", "it has no host"), ("http://h:x/a.png", "is no address"),
+     (f"http://{'a' * 70}.invalid/a.png", "is no address"), ("http://h:99999/a.tar", "is no address")],
+)  # fmt: skip
+def test_a_line_that_is_no_address_is_a_fault_of_that_line(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "l.txt").write_text(f"{line}\n")
+    (item,) = read_items(find_inputs(str(tmp_path / "l.txt"), what="images"), max_bytes=10)
+    with pytest.raises(InputError, match=said) if item.problem is None else contextlib.nullcontext():
+        item.load()
+    assert item.problem is None or said in item.problem
+
+
+def test_a_server_that_sends_drops_is_not_waited_for(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    web.files["/x.png"], web.seconds = bytes(400), 0.02
+    monkeypatch.setattr(listed, "TIMEOUT", 0.15)
+    with pytest.raises(InputError, match=r"its server does not answer \(\d+ bytes in 0 s\)"):
+        listed.download(f"{web.url}/x.png")
+    assert len(web.asked) == 3
+    web.files["/y.png"], web.cut = bytes(40), 20
+    web.seconds = 0.0
+    with pytest.raises(InputError, match=r"\(20 bytes are missing\)"):
+        listed.download(f"{web.url}/y.png")
+
+
+def test_a_list_as_other_systems_write_it_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "ü b"
+    folder.mkdir()
+    (folder / "a\u2028b.png").write_bytes(b"x")
+    list_of = tmp_path / "l.txt"
+    encoded = str(folder).replace(" ", "%20").replace("ü", "%C3%BC")
+    lines = f"ü b/a\u2028b.png\r\nfile://{encoded}/a%E2%80%A8b.png\r\nfile://localhost{folder}/a\u2028b.png"
+    for codec in ("utf-8", "utf-8-sig", "utf-16"):  # the last as PowerShell's >
+        list_of.write_bytes(lines.encode(codec))
+        assert [item.load() for item in read_items(find_inputs(str(list_of), what="images"), max_bytes=10)] == [
+            b"x"
+        ] * 3
+    assert find_inputs(f"file://{encoded}", what="images").sizes == {"a\u2028b.png": 1}
+    list_of.write_bytes(lines.encode("utf-16-le"))
+    with pytest.raises(LayerloopError, match="is not text in UTF-8"):
+        find_inputs(str(list_of), what="images")
 
 
 @pytest.mark.parametrize(

@@ -432,6 +432,68 @@ def test_the_parts_of_a_sample_are_not_its_image_in_any_order(tmp_path: Path) ->
     assert [item.origin for item in found.passed] == ["a.tar:k.layer0.png", "a.tar:k.preview.jpg", "a.tar:lone.txt"]
 
 
+def test_tars_that_were_put_together_with_cat_are_said(tmp_path: Path) -> None:
+    put_tar(tmp_path / "a.tar", [("a.png", b"x")])
+    put_tar(tmp_path / "b.tar", [("b.png", b"y")])
+    both = (tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "both.tar").write_bytes(both)
+    (tmp_path / "padded.tar").write_bytes((tmp_path / "a.tar").read_bytes() + bytes(3_000_000))
+    found = {
+        item.origin: item.problem
+        for item in read_items(find_inputs(f"{tmp_path}/*d*.tar", what="images"), max_bytes=99)
+    }
+    assert found == {"padded.tar:a.png": None}
+    whole, rest = read_items(find_inputs(f"{tmp_path}/both.tar", what="images"), max_bytes=99)
+    assert (whole.origin, whole.problem) == ("both.tar:a.png", None)
+    assert rest.problem == "tar goes on behind its end, as tars that were put together with cat do: give each by itself"
+
+
+def test_containers_without_an_image_and_hidden_members_are_said(tmp_path: Path) -> None:
+    (tmp_path / "zeros.tar").write_bytes(bytes(10240))
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "rows.parquet")
+    put_tar(tmp_path / "h.tar", [(".git/x.png", b"x"), ("./a/._b.png", b"x"), ("./a/c.png", b"x")])
+    found = find_inputs(str(tmp_path), what="images")
+    assert [item.origin for item in read_items(found, max_bytes=99)] == ["h.tar:./a/c.png"]
+    assert [(item.origin, item.kind) for item in found.passed] == [
+        ("h.tar:.git/x.png", "hidden"), ("h.tar:./a/._b.png", "hidden"),
+        ("rows.parquet", "empty containers"), ("zeros.tar", "empty containers"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([b"x", b"y"], pa.binary_view()),
+        pa.array([b"x", b"y"], pa.binary(1)),
+        pa.array([b"x", b"y"], pa.large_binary()),
+        pa.array([b"x", b"y"]).dictionary_encode(),
+        pa.array([[b"x", b"y"], []]),
+        pa.array([[{"bytes": b"x", "path": "p"}], [{"bytes": b"y", "path": "q"}]]),
+        pa.StructArray.from_arrays([pa.array([b"x", b"y"]).dictionary_encode()], ["bytes"]),
+    ],
+)
+def test_bytes_of_images_are_read_in_every_type_of_column(tmp_path: Path, column: Any) -> None:
+    pq.write_table(pa.table({"image": column, "caption": ["a", "b"]}), tmp_path / "T.PARQUET")
+    items = list(read_items(find_inputs(str(tmp_path), what="images"), max_bytes=99))
+    assert [item.load() for item in items] == [b"x", b"y"] and len({item.origin for item in items}) == 2
+
+
+@pytest.mark.parametrize("cells", [["http://h/a.png"], ["aGVsbG8="], [[1, 2]], [None], [3]])
+def test_a_column_without_bytes_is_one_line_that_says_what_it_has(tmp_path: Path, cells: list[Any]) -> None:
+    pq.write_table(pa.table({"image": cells}), tmp_path / "t.parquet")
+    line = (
+        r"t\.parquet has no image column among image: [a-z0-9<>: ]+: store the bytes of image files in a binary column"
+    )
+    with pytest.raises(LayerloopError, match=line):
+        list(read_items(find_inputs(str(tmp_path), what="images"), max_bytes=99))
+
+
+def test_a_table_of_designs_may_end_in_capitals(tmp_path: Path) -> None:
+    write_designs_parquet(tmp_path / "D.PARQUET", [generate_design(np.random.default_rng(0), layers=2)])
+    (item,) = read_designs(find_designs(str(tmp_path)), DATA)
+    assert len(item.render(item.load()).layers) == 2
+
+
 def test_links_in_a_tar_are_said(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         info = tarfile.TarInfo("b.png")
