@@ -22,18 +22,26 @@ from safetensors import SafetensorError, safe_open
 from layerloop.components.policy.layouts import plain_state
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import parse_json
-from layerloop.components.schema.tensor_files import LENGTH, check_header
+from layerloop.components.schema.tensor_files import LENGTH, PICKLE, check_header
 
 NAME = "default"  # peft's name for the one adapter of a model
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")  # what old versions of both wrote
 # No name that ends as the one above: of several such files in a repository diffusers takes any.
 DIFFUSERS_BFLOAT16 = "pytorch_lora_weights.bf16.safetensors"
 PEFT, DIFFUSERS = "peft", "diffusers"  # subfolders by layout: peft's of every publication, diffusers' of old ones
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
 PATTERN_SECONDS, LONGEST_PATTERN = 0.2, 1000  # of a key of alpha_pattern: to match one module, and its characters
 LONGEST_CONFIG = 10_000_000  # bytes of an adapter_config.json
-UNSUPPORTED = {"use_dora": False, "lora_bias": False, "modules_to_save": None, "bias": "none", "fan_in_fan_out": False}
+# Fields of peft's config that make more of an adapter than two matrices beside a layer's own, with their usual values.
+UNSUPPORTED = {
+    "use_dora": False, "lora_bias": False, "modules_to_save": None, "bias": "none", "fan_in_fan_out": False,
+    "use_qalora": False, "use_bdlora": None, "target_parameters": None, "layer_replication": None, "arrow_config": None,
+    "alora_invocation_tokens": None, "trainable_token_indices": None,
+}  # fmt: skip
+# Values of `init_lora_weights` with which peft changes the base's own weights: without that it is another function.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +98,7 @@ def read_adapter(path: Path | str) -> Adapter:
         config, config_of = _peft_config(file), file.parent / PEFT_CONFIG
     elif "lora_adapter_metadata" in metadata:
         config = _transformer_metadata(metadata["lora_adapter_metadata"], file) or None
+        _refuse_more(config or {}, file)
     tensors, alphas = plain_state(tensors, file)
     if alphas and config is not None:
         raise LayerloopError(
@@ -118,6 +127,8 @@ def _weights_file(path: Path) -> Path:
         return inner[0]
     if found:
         raise LayerloopError(f"{path} has several adapters, {found[0].name} and {found[1].name}: give one of them")
+    if pickled := next((name for name in PICKLED if (path / name).is_file()), None):
+        raise LayerloopError(f"{path / pickled} is {PICKLE}")
     raise LayerloopError(
         f"{path} is not an adapter: it has neither {' nor '.join(names)}; give the folder that has one, or the "
         "safetensors file itself"
@@ -173,12 +184,23 @@ def _peft_config(file: Path) -> dict[str, Any]:
         config = None
     if not isinstance(config, dict):
         raise LayerloopError(f"{path} is not a JSON object: fetch it again")
+    _refuse_more(config, path)
+    return config
+
+
+def _refuse_more(config: dict[str, Any], path: Path) -> None:
+    """Refuse a config of another function than that of two matrices beside the base's weights."""
     if config.get("peft_type", "LORA") != "LORA":
         raise LayerloopError(f"{path} has peft_type {config['peft_type']!r}: only LORA is supported")
     for name, usual in UNSUPPORTED.items():
-        if config.get(name) not in (usual, None, [], False):
-            raise LayerloopError(f"{path} has {name} {config[name]!r}: only plain LoRA is supported")
-    return config
+        if config.get(name) not in (usual, None, [], {}, False):
+            raise LayerloopError(f"{path} has {name} {reprlib.repr(config[name])}: only plain LoRA is supported")
+    first = config.get("init_lora_weights")
+    if isinstance(first, str) and first.lower().startswith(CHANGES_BASE):
+        raise LayerloopError(
+            f"{path} has init_lora_weights {first[:40]!r}, which changed the base's own weights in training: convert "
+            "it to plain LoRA (peft's path_initial_model_for_weight_conversion)"
+        )
 
 
 def _transformer_metadata(text: str, file: Path) -> dict[str, Any]:
@@ -213,6 +235,11 @@ def _uniform(
             if f"{module}.{side}.weight" not in tensors:
                 raise LayerloopError(f"{file}: {module}.{side}.weight is missing: the adapter is incomplete")
         a, b = (tensors[f"{module}.{side}.weight"] for side in ("lora_A", "lora_B"))
+        if not a.numel() or not b.numel():
+            raise LayerloopError(
+                f"{file}: {module} has lora_A {shape_text(a)} and lora_B {shape_text(b)}, without a number: the "
+                "adapter is broken, take an earlier one"
+            )
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise LayerloopError(
                 f"{file}: {module} has lora_A {shape_text(a)} and lora_B {shape_text(b)}, which do not multiply"
@@ -261,6 +288,11 @@ def _scale(module: str, rank: int, config: dict[str, Any] | None, where: Path) -
     if pattern is not None:
         field, alpha = f"alpha_pattern[{pattern!r}]", patterns[pattern]
     largest = torch.finfo(torch.float32).max
+    if alpha == 0 and isinstance(alpha, int | float) and not isinstance(alpha, bool):
+        raise LayerloopError(
+            f"{where} has {field} 0, with which the adapter does nothing: set it to the alpha that it was trained "
+            "with, such as 16"
+        )
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= largest:
         raise LayerloopError(
             f"{where} has {field} {reprlib.repr(alpha)}, which is not a finite number: set it to the alpha that the "

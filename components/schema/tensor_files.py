@@ -6,14 +6,22 @@ from layerloop.components.schema.errors import LayerloopError
 
 LENGTH = 8  # bytes at the beginning of a file that say how long its header is
 LONGEST = 10_000_000  # bytes of a header: an adapter of every layer of a 20 B model has a tenth of it
+PICKLE = "a pickle of torch.save, which may run code: save it as safetensors"
+_OTHERS = (  # first bytes of what people have instead
+    ((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), PICKLE),
+    ((b"version ",), "a pointer of Git LFS: fetch the file that it stands for (git lfs pull)"),
+    ((b"<!DOCTYP", b"<!doctyp", b"<html", b"<HTML", b"<?xml"), "a page of a web site: download the file again"),
+)
 
 
 def check_header(beginning: bytes, *, where: str, longest: int = LONGEST) -> None:
     """Refuse a file by its first bytes, where its header would be too long to be parsed.
 
     Raises:
-        LayerloopError: naming `where` and the length.
+        LayerloopError: naming `where`, and the length or what the file is.
     """
     said = int.from_bytes(beginning[:LENGTH], "little")
     if said > longest:
+        if other := next((what for starts, what in _OTHERS if beginning.startswith(starts)), None):
+            raise LayerloopError(f"{where} is not safetensors but {other}")
         raise LayerloopError(f"{where} is not safetensors (its header has {said} bytes, over {longest}): restore it")

@@ -92,6 +92,7 @@ def test_every_module_has_the_scale_that_peft_gives_it(base_recipe, tmp_path, fi
         ({"lora_alpha": None}, "has lora_alpha None, which is not a finite number"),
         ({"lora_alpha": True}, "has lora_alpha True, which is not a finite number"),
         ({"lora_alpha": float("nan")}, "has lora_alpha nan, which is not a finite number"),
+        ({"lora_alpha": 0}, "has lora_alpha 0, with which the adapter does nothing: set it to the alpha"),
         ({"lora_alpha": 10**400}, "which is not a finite number"),
         ({"alpha_pattern": [8]}, "has alpha_pattern [8], which is not a mapping: write it as"),
         ({"alpha_pattern": {"to_q": "8"}}, "has alpha_pattern['to_q'] '8', which is not a finite number"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
 from pathlib import Path
 
@@ -127,6 +129,87 @@ def test_one_weight_under_two_keys_and_an_alpha_of_nothing_are_refused(tmp_path:
     save_file(tensors | {f"transformer.{MODULES[0]}.alpha": torch.ones(2)}, file)
     with pytest.raises(LayerloopError, match="has 2 numbers"):
         read_adapter(file)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.tensor(True), torch.tensor(1 + 2j)], ids=str)
+def test_an_alpha_that_is_no_scale_is_refused(alpha: torch.Tensor, tmp_path: Path) -> None:
+    file = written("kohya", tmp_path / "x.safetensors")
+    save_file(load_file(file) | {keys_of("kohya", MODULES[0])[2]: alpha}, file)
+    with pytest.raises(
+        LayerloopError, match=r"attn_to_q\.alpha is .*, which is no scale: set it to the alpha"
+    ) as caught:
+        read_adapter(file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shapes", [((0, 8), (6, 0)), ((2, 0), (0, 2))])
+def test_a_rank_of_0_and_a_layer_without_width_are_refused(
+    shapes: tuple[tuple[int, int], tuple[int, int]], tmp_path: Path
+) -> None:
+    a, b = map(torch.ones, shapes)
+    save_file({f"{MODULES[0]}.lora_A.weight": a, f"{MODULES[0]}.lora_B.weight": b}, tmp_path / "x.safetensors")
+    with pytest.raises(
+        LayerloopError, match=rf"lora_A {shapes[0][0]}x{shapes[0][1]} and lora_B .*, without a number: the"
+    ):
+        read_adapter(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("layout", ["peft", "diffusers"])
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("use_dora", True, "has use_dora True: only plain LoRA"),
+        ("target_parameters", ["experts"], "has target_parameters ['experts']: only plain LoRA"),
+        ("layer_replication", [[0, 2]], "has layer_replication [[0, 2]]: only plain LoRA"),
+        ("init_lora_weights", "pissa_niter_16", "has init_lora_weights 'pissa_niter_16', which changed the base's own"),
+        ("init_lora_weights", "OLoRA", "has init_lora_weights 'OLoRA', which changed the base's own weights"),
+        ("init_lora_weights", "gaussian", ""),
+    ],
+)
+def test_a_config_of_more_than_two_matrices_is_refused_in_either_layout(
+    layout: str, field: str, value: object, said: str, tmp_path: Path
+) -> None:
+    adapter = read_adapter(written("diffusers", tmp_path / "x.safetensors"))
+    if layout == "peft":
+        adapter_files.write_peft(adapter, tmp_path / "peft")
+        file, config = tmp_path / "peft" / "adapter_model.safetensors", tmp_path / "peft" / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    else:
+        file = tmp_path / "y.safetensors"
+        state = {f"transformer.{key}": tensor for key, tensor in adapter.state.items()}
+        save_file(state, file, metadata={"lora_adapter_metadata": json.dumps({f"transformer.{field}": value})})
+    if not said:
+        assert read_adapter(file).modules == sorted(MODULES)
+        return
+    with pytest.raises(LayerloopError, match=re.escape(said)):
+        read_adapter(file)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "but a pointer of Git LFS: fetch the file",
+        ),
+        (b"<!doctype html><title>Sign in</title>", "but a page of a web site: download the file again"),
+        (pickle.dumps({"a": 1}, protocol=4), "but a pickle of torch.save, which may run code: save it as safetensors"),
+        (b"PK\x03\x04" + bytes(40), "but a pickle of torch.save"),
+        (b"GARBAGE!" * 9, r"\(its header has \d+ bytes"),
+    ],
+)
+def test_what_is_no_safetensors_is_called_what_it_is(data: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(LayerloopError, match=f"x.safetensors is not safetensors {said}"):
+        read_adapter(tmp_path / "x.safetensors")
+
+
+def test_a_folder_with_a_pickle_says_so(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(
+        LayerloopError, match=r"adapter_model\.bin is a pickle of torch\.save, .*: save it as safetensors$"
+    ):
+        read_adapter(tmp_path)
 
 
 def test_a_merge_of_transformer_keys_with_alphas_is_read_by_peft(base_recipe, tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
