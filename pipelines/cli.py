@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from layerloop.components.runtime.environment import usable_environment
+from layerloop.components.runtime.environment import open_streams, usable_environment
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli_adapter import add_adapter_commands
 from layerloop.pipelines.cli_campaign import add_campaign_commands
@@ -51,6 +51,7 @@ _REMEDIES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 1 a failure, 2 bad input (one `error: ...` line), 130 interrupted."""
+    open_streams()
     parser = build_parser()
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from layerloop.components.decompose.run import decompose
 from layerloop.components.runtime.contract import end_process
+from layerloop.components.runtime.environment import usable_environment
 from layerloop.components.schema.decomposition import DecomposeOptions
 from layerloop.components.schema.errors import LayerloopError
 
@@ -22,7 +23,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     out, options, *pictures = argv
     try:
-        summary = decompose(pictures, out, DecomposeOptions.of(**json.loads(options)))
+        with usable_environment():
+            summary = decompose(pictures, out, DecomposeOptions.of(**json.loads(options)))
     except LayerloopError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

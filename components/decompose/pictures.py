@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from layerloop.components.layers.normalise import on_white, orientation, target_size, upright_srgb
+from layerloop.components.runtime.progress import log
 from layerloop.components.schema.decomposition import MOST_MEGAPIXELS
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import DataRecipe
@@ -136,11 +137,24 @@ def suffix(name: str) -> str:
 
 
 def _images_in(folder: str) -> list[str]:
-    names = open_store(folder).sizes()
+    names = open_store(folder).sizes() if "://" in folder else _local_names(folder)
     ours = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == RECORD}
     return [
         name for name in names if suffix(name) in SUFFIXES and not _hidden(name) and name.rpartition("/")[0] not in ours
     ]
+
+
+def _local_names(folder: str) -> list[str]:
+    """All files below a folder, links that lead nowhere among them, sorted; folders that cannot be read are said."""
+    names: list[str] = []
+
+    def unreadable(error: OSError) -> None:
+        log(f"passed over {error.filename}: folder cannot be read ({error.strerror}): allow it")
+
+    for directory, _, files in os.walk(folder, onerror=unreadable):
+        inside = os.path.relpath(directory, folder)
+        names += files if inside == "." else [f"{inside}/{name}" for name in files]
+    return sorted(names)
 
 
 def _hidden(name: str) -> bool:
@@ -156,6 +170,8 @@ def _read(origin: str) -> bytes:
                 raise LayerloopError("it does not exist: correct the path")
             if os.path.isdir(origin):
                 raise LayerloopError("the folder has no image: give pictures, or a folder of them")
+            if os.path.islink(origin) and not os.path.exists(origin):
+                raise LayerloopError("the link leads nowhere: mend or delete it")
             if not os.path.isfile(origin):  # a pipe or a device would be read without end
                 raise LayerloopError("not a regular file: give an image file")
             if (size := os.path.getsize(origin)) > MOST_BYTES:

@@ -92,8 +92,8 @@ def plain_state(tensors: dict[str, torch.Tensor], file: Path) -> tuple[dict[str,
                 raise LayerloopError(f"{file}: {key} has {value.numel()} numbers: an alpha is one")
             if value.is_complex() or value.dtype == torch.bool or float(value) == 0:
                 raise LayerloopError(
-                    f"{file}: {key} is {value.item()}, which is no scale: set it to the alpha of the training, or leave "
-                    "it out"
+                    f"{file}: {key} is {value.item()}, which is no scale: set it to the alpha of the training, or "
+                    "leave it out"
                 )
             alphas[name] = float(value)
         else:

@@ -129,7 +129,7 @@ def end_process(status: int) -> NoReturn:
     and a step that has done its work counts as failed.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it any more, or ever did
             stream.flush()
     os._exit(status)
 

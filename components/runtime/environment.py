@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.metadata
+import io
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def usable_environment() -> Iterator[None]:
-    """Work within an environment that can be used.
+    """Work within an environment that can be used; output that nobody reads goes nowhere, and what a terminal's
+    encoding lacks is escaped.
 
     Python takes another folder silently where TMPDIR cannot be written, which may be small, or memory.
 
@@ -26,6 +29,7 @@ def usable_environment() -> Iterator[None]:
         LayerloopError: TMPDIR cannot be written, no folder for temporary files can, it or another disk became full
             meanwhile, a home is needed and unknown, or a package of an extra is imported that was not installed.
     """
+    open_streams()
     name = next((name for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)), None)
     try:
         used = tempfile.gettempdir()
@@ -34,7 +38,7 @@ def usable_environment() -> Iterator[None]:
         raise LayerloopError(
             f"no folder for temporary files can be written ({said}): set TMPDIR to one that can, with room"
         ) from None
-    if name and Path(used) != Path(os.path.abspath(os.environ[name])):
+    if name and Path(os.path.abspath(used)) != Path(os.path.abspath(os.environ[name])):
         raise LayerloopError(
             f"{name} is {os.environ[name]}, which does not exist, cannot be written or is full: set it to a folder "
             "with room, or unset it"
@@ -61,6 +65,24 @@ def usable_environment() -> Iterator[None]:
             f"a disk is full (No space left on device): free some space, or set TMPDIR, which is {used}, to a folder "
             "with more"
         ) from None
+
+
+def open_streams() -> None:
+    """Standard streams that can be written to: Python has None for one that was closed (`>&-`), and the next file to be
+    opened would take its number. What the encoding of output lacks is escaped."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - as long as we live
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _is_of_a_full_disk(error: BaseException) -> bool:

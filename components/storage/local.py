@@ -100,9 +100,13 @@ class LocalStore(Store):
         found: dict[str, Entry] = {}
         for name, path in self._files(self._path(folder) if folder else self.root):
             if name.startswith(prefix) and not path.name.startswith(TEMPORARY):
-                with contextlib.suppress(FileNotFoundError):  # replaced or deleted while we walked
+                try:
                     about = path.stat()
-                    found[name] = Entry(about.st_size, about.st_mtime, f"{about.st_ino}-{about.st_mtime_ns}")
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ELOOP):  # deleted while we walked, or a link to nothing
+                        continue
+                    raise LayerloopError(f"{path} cannot be read ({error.strerror}): allow it") from None
+                found[name] = Entry(about.st_size, about.st_mtime, f"{about.st_ino}-{about.st_mtime_ns}")
         return dict(sorted(found.items()))
 
     def clock(self) -> float:

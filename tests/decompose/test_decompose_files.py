@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 from pptx import Presentation
 
+from layerloop.components.decompose.pictures import find_pictures, look_at
 from layerloop.components.decompose.slides import write_pptx
 from layerloop.components.layers.export import read_psd
 from layerloop.components.layers.stack import composite
+from layerloop.components.schema.errors import LayerloopError
 
 from .conftest import Ran
 
@@ -27,6 +29,19 @@ def record(folder: Path) -> dict[str, Any]:
 
 def layers_of(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(folder / layer["file"])) for layer in record(folder)["layers"]])
+
+
+def test_links_that_lead_nowhere_are_said_and_the_rest_is_found(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "in" / "a.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "gone.jpg").symlink_to("nowhere.jpg")
+    found = find_pictures([tmp_path])
+    assert found == [f"{tmp_path}/gone.jpg", f"{tmp_path}/in/a.png", f"{tmp_path}/loop.png"]
+    assert look_at(found[1]).width == 8
+    for origin in (found[0], found[2]):
+        with pytest.raises(LayerloopError, match=r"^the link leads nowhere: mend or delete it$"):
+            look_at(origin)
 
 
 def test_everything_that_can_be_used_is_made_and_the_rest_fails_in_one_line(ran: Ran) -> None:

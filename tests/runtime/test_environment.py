@@ -78,6 +78,45 @@ def test_a_disk_that_becomes_full_is_one_line(
         raise error
 
 
+@pytest.mark.parametrize(("closed", "said"), [(">&- 2>&- <&-", b""), ("", b"# The whole job")])
+def test_streams_that_are_closed_are_no_failure(closed: str, said: bytes) -> None:
+    program = "from layerloop.pipelines.cli import main; raise SystemExit(main(['recipe', 'tiny']))"
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, program], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(said) and bool(done.stdout) == bool(said)
+
+
+def test_no_file_takes_the_place_of_a_closed_stream_and_no_name_is_beyond_an_encoding(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from layerloop.components.runtime.contract import end_process\n"
+        "from layerloop.components.runtime.environment import usable_environment\n"
+        "with usable_environment(), open(sys.argv[1], 'w') as file:\n"
+        "    print('caf\\udce9 \\u732b')\n"
+        "    os.system('echo of a child')\n"
+        "    file.write('ours')\n"
+        "end_process(0)\n"
+    )
+    line = [sys.executable, "-c", program, str(tmp_path / "file")]
+    done = subprocess.run(["/bin/sh", "-c", 'exec "$@" >&-', "sh", *line], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"") and (tmp_path / "file").read_text() == "ours"
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(line, capture_output=True, env=ascii_only, check=False)
+    assert sorted(done.stdout.split(b"\n")) == [b"", rb"caf\udce9 \u732b", b"of a child"], done.stderr
+
+
+def test_a_tmpdir_that_is_relative_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "in", "in/", "./in/../in"):
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setenv("TMPDIR", folder)
+        with usable_environment():
+            assert os.path.samefile(tempfile.gettempdir(), folder)
+
+
 def test_other_errors_pass_through() -> None:
     with pytest.raises(RuntimeError, match="other"), usable_environment():
         raise RuntimeError("other")

@@ -33,6 +33,13 @@ def test_a_local_folder_is_itself(tmp_path: Path) -> None:
     assert local_folder(f"file://{tmp_path}/model") == tmp_path / "model"
 
 
+def test_links_that_lead_nowhere_are_no_objects(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    assert open_store(str(tmp_path)).sizes() == {"a": 1}
+
+
 def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path, s3_bucket: str) -> None:
     with pytest.raises(LayerloopError, match=f"folder {tmp_path}/nowhere does not exist"):
         local_folder(str(tmp_path / "nowhere"))
