@@ -92,8 +92,8 @@ def certificates() -> Any:
 
     for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
         path = os.environ.get(name)
-        places = (path or "").split(os.pathsep) if name == "SSL_CERT_DIR" else [path or ""]
-        if path and not any(os.path.exists(place) for place in places):
+        several = (path or "").split(os.pathsep) if name == "SSL_CERT_DIR" else [path or ""]
+        if path and not any(os.path.exists(one) for one in several):
             raise LayerloopError(f"{name} is {path}, which does not exist: correct it, or unset it")
     log = os.environ.get("SSLKEYLOGFILE")
     try:

@@ -217,9 +217,9 @@ class Connection:
 
     def _moved(self, status: int, headers: Mapping[str, str]) -> str:
         """The line about a redirect, which is not followed."""
-        place = urljoin(f"{self._url.rstrip('/')}/chat/completions", headers.get("location", ""))
-        place = printable(without_secrets(place)).removesuffix("/chat/completions")
-        to = f"to {place}: give that as its URL if it is" if headers.get("location") else "to nowhere: give the URL of"
+        target = urljoin(f"{self._url.rstrip('/')}/chat/completions", headers.get("location", ""))
+        target = printable(without_secrets(target)).removesuffix("/chat/completions")
+        to = f"to {target}: give that as its URL if it is" if headers.get("location") else "to nowhere: give the URL of"
         api = "an OpenAI-compatible API (--judge-url, OPENAI_BASE_URL)"
         return f"judge {self.url} redirects (HTTP {status}) {to} {api}"
 

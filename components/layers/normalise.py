@@ -22,7 +22,7 @@ Pixels = npt.NDArray[np.uint8]
 
 _ORIENTATION = 0x0112  # tag of EXIF
 # White and black of each mode that a profile is of; what a sound profile makes of them, in levels of sRGB.
-_ENDS = {
+_ENDS: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]] = {
     "L": (255, 0), "RGB": ((255, 255, 255), (0, 0, 0)), "RGBA": ((255, 255, 255, 255), (0, 0, 0, 255)),
     "CMYK": ((0, 0, 0, 0), (0, 0, 0, 255)),
 }  # fmt: skip

@@ -121,12 +121,12 @@ def _request(url: str) -> urllib.request.Request:
         )
         if not host:
             raise ValueError("it has no host")
-        place = host if parts.port is None else f"{host}:{parts.port}"
+        server = host if parts.port is None else f"{host}:{parts.port}"
         path, query = quote(parts.path, safe=_SAFE), quote(parts.query, safe=_SAFE)
     except ValueError as error:
         raise InputError(f"its line is no address ({_without_userinfo(_reason(error))}): correct it") from None
     request = urllib.request.Request(
-        urlunsplit((parts.scheme, place, path, query, "")), headers={"User-Agent": "layerloop (image benchmark)"}
+        urlunsplit((parts.scheme, server, path, query, "")), headers={"User-Agent": "layerloop (image benchmark)"}
     )
     if parts.username is not None:
         both = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
@@ -163,7 +163,6 @@ def _without_secrets(uri: str) -> str:
     if "://" not in uri:
         return uri
     scheme, _, rest = uri.partition("://")
-    place = re.match(r"[^/?#]*", rest)
-    host = (place[0] if place else "").rpartition("@")[2]
-    path = re.match(r"[^?#]*", rest[place.end() if place else 0 :])
-    return f"{scheme}://{host}{path[0] if path else ''}"
+    rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+    server, slash, path = rest.partition("/")
+    return f"{scheme}://{server.rpartition('@')[2]}{slash}{path}"

@@ -41,12 +41,12 @@ def parquet_items(file: BinaryIO, where: str, *, folder: str, max_bytes: int) ->
             continue
         cell = row[column]
         for index, one in enumerate(cell) if isinstance(cell, list) else ((None, cell),):
-            place = origin if index is None else f"{origin}/{index}"
+            one_of = origin if index is None else f"{origin}/{index}"
             data, path = (one.get("bytes"), one.get("path")) if isinstance(one, dict) else (one, None)
             if data is None:
-                yield broken_item(place, f"row has no image bytes (path {path!r}): embed them")
+                yield broken_item(one_of, f"row has no image bytes (path {path!r}): embed them")
             else:
-                yield sized_item(place, len(data), max_bytes, lambda data=data: data)  # type: ignore[misc]
+                yield sized_item(one_of, len(data), max_bytes, lambda data=data: data)  # type: ignore[misc]
 
 
 def open_parquet(file: BinaryIO) -> Any:
