@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -36,7 +36,7 @@ class JudgeRecipe(Record):
     """Settings of the judgement. URL, key and how the endpoint is called (runtime.judge) belong to the run."""
 
     model: str = "layerloop-reference-judge"  # as the endpoint names it
-    rubric: str = "default"  # a name of components/judge/rubrics, or the path of a YAML file
+    rubric: str | dict[str, Any] = "default"  # a name of components/judge/rubrics, a YAML file's path, or what it holds
     resolution: int = Field(default=256, ge=32)  # longest side of an image shown to the judge, pixels
     backdrops: tuple[BackdropName, ...] = ("white",)  # what each layer is shown on
     method: Literal["rubric", "checklist"] = "rubric"  # phase 1: anchors 0..5, or yes/no questions per criterion
