@@ -40,8 +40,8 @@ def recipe_and_runtime(value: str, changes: Sequence[str] = (), runtime: str = "
         runtime: a file (or text) of the runtime; it goes over the recipe file's values, and `changes` over it.
 
     Raises:
-        LayerloopError: neither a name nor a readable file, not a recipe, no runtime, a change that is none, or a rubric's
-            file that is not one.
+        LayerloopError: neither a name nor a readable file, not a recipe, no runtime, a change that is none, or a rubric
+            that is none.
     """
     packaged = packaged_recipes()
     if value in packaged:

@@ -244,7 +244,7 @@ def split_recipe(values: Mapping[str, Any], *, where: str) -> tuple[Recipe, dict
 
 
 def recipe_differences(ours: Recipe, theirs: Recipe) -> list[str]:
-    """Fields that differ, as `path: theirs -> ours` lines, in a fixed order; a rubric is one value, known by its hash."""
+    """Fields that differ, as `path: theirs -> ours` lines, in a fixed order. A rubric is one value."""
     left, right = _comparable(theirs), _comparable(ours)
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
