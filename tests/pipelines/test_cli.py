@@ -113,6 +113,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["recipe"]) == 0
     listed = capsys.readouterr().out
     assert {line.split()[0] for line in listed.splitlines()} == set(packaged_recipes())
+    assert len({line.index(line.split()[1], 8) for line in listed.splitlines()}) == 1  # in columns
     assert main(["recipe", "paper"]) == 0
     assert capsys.readouterr().out == packaged_recipes()["paper"]
 

@@ -530,7 +530,7 @@ def test_nothing_left_to_train_on_is_one_line(tmp_path: Path, recipe: str) -> No
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("", "recipe is empty and {tmp}/c has none yet: name one of demo, paper, tiny, or give a file's URI"),
+        ("", "recipe is empty and {tmp}/c has none yet: name one of demo, paper, paper-exact, tiny, or give a "),
         ("{tmp}/nowhere.yaml", "{tmp}/nowhere.yaml does not exist: was it moved or deleted, or is the URI misspelt?"),
         ("name: test\nroll: {}", "recipe.roll is not a known key: did you mean 'rollout'?"),
         ("name: [", "recipe is not YAML: "),
