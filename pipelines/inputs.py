@@ -80,10 +80,11 @@ def _with_rubric(text: str, judge: JudgeRecipe) -> str:
     from layerloop.components.judge.rubric import file_content, is_file
 
     rubric = judge.rubric
-    if isinstance(rubric, str) and (not is_file(rubric) or (Path(rubric).is_absolute() and not Path(rubric).exists())):
+    elsewhere = isinstance(rubric, str) and Path(rubric).is_absolute() and not Path(rubric).exists()
+    if rubric == JudgeRecipe().rubric or elsewhere:
         return text
     rubric_of(judge)
-    if not isinstance(rubric, str):
+    if not isinstance(rubric, str) or not is_file(rubric):
         return text
     recipe: dict[str, Any] = yaml.safe_load(text)
     recipe["judge"]["rubric"] = file_content(rubric)

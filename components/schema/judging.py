@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from layerloop.components.schema.record import Record
 
@@ -53,6 +53,15 @@ class JudgeRecipe(Record):
     min_valid: int = Field(default=2, ge=2)  # valid candidates a group needs
     max_dropped_fraction: float = Field(default=0.25, ge=0, le=1)  # of groups; more fails the step
     phase2: PhaseTwoRecipe = PhaseTwoRecipe()
+
+    @field_validator("rubric", mode="before")
+    @classmethod
+    def _name_or_rubric(cls, value: Any) -> Any:
+        if not isinstance(value, str) and not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
+            raise ValueError(
+                f"recipe.judge.rubric is {value!r:.80}: give a name, the path of a .yaml file, or what that holds"
+            )
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -14,6 +14,7 @@ from layerloop.components.judge.methods.method import GridScore
 from layerloop.components.judge.rubric import file_content, load_rubric
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe, PhaseTwoRecipe
+from layerloop.components.schema.recipe import parse_recipe
 
 NAMES = ("a", "b")
 
@@ -72,6 +73,11 @@ def test_what_a_rubrics_file_holds_may_stand_in_the_recipe(rubric_file: Any) -> 
     assert rubric_of(JudgeRecipe.from_json(itself.to_json(), where="recipe")) == rubric_of(itself)  # frozen and read
     other = recipe(file_content(path) | {"instructions": "Judge sternly."})
     assert rubric_of(other).sha256 != rubric_of(itself).sha256
+    for wrong in (5, None, [], {1: 2}):
+        with pytest.raises(
+            LayerloopError, match=r"^recipe\.judge\.rubric is .*: give a name, the path of a \.yaml file, or"
+        ):
+            parse_recipe(yaml.safe_dump({"name": "test", "judge": {"rubric": wrong}}))
     with pytest.raises(LayerloopError, match=r"^rubric\.criteria is missing: set it$"):
         rubric_of(recipe({key: value for key, value in file_content(path).items() if key != "criteria"}))
 

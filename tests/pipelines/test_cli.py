@@ -233,6 +233,10 @@ def test_a_rubrics_file_goes_into_the_recipe_since_pods_do_not_see_it(
         LayerloopError, match=r"^recipe\.judge\.rubric is mine\.yaml: that file does not exist; what it"
     ):
         recipe_text("tiny", ["judge.rubric=mine.yaml"])
+    with pytest.raises(
+        LayerloopError, match=r"^recipe\.judge\.rubric is 'mine': choose default, or the path of a .yaml"
+    ):
+        recipe_text("tiny", ["judge.rubric=mine"])
     in_the_pod = recipe_text("tiny", ["judge.rubric=/etc/layerloop/mine.yaml"])
     assert parse_recipe(in_the_pod).judge.rubric == "/etc/layerloop/mine.yaml"
 
