@@ -36,8 +36,10 @@ def _recipe(arguments: argparse.Namespace) -> None:
                 f"{', '.join(flat(runtime))} is not of the recipe but of the runtime: set it for a run"
             )
         print(text, end="")
-    for name, text in {} if arguments.recipe else packaged_recipes().items():
-        print(f"{name:8} {text.splitlines()[0].lstrip('# ')}")
+    packaged = {} if arguments.recipe else packaged_recipes()
+    width = max(map(len, packaged), default=0)
+    for name, text in packaged.items():
+        print(f"{name:{width}}  {text.splitlines()[0].lstrip('# ')}")
 
 
 def _runtime(arguments: argparse.Namespace) -> None:
