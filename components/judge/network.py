@@ -77,7 +77,7 @@ def refused_proxy(url: str, error: Exception) -> LayerloopError:
     odd = [name for name in given if not os.environ[name].startswith(("http://", "https://"))]
     name = (odd or given or ["the proxy"])[0]
     return LayerloopError(
-        f"{name} is {_without_password(os.environ.get(name, ''))}, which cannot be used for judge "
+        f"{name} is {printable(_without_password(os.environ.get(name, '')))}, which cannot be used for judge "
         f"{without_secrets(url)} ({_line(error)[:100]}): unset it, give an http:// proxy, or put the host in NO_PROXY"
     )
 
@@ -195,18 +195,27 @@ async def plain_body(stream: AsyncIterable[bytes], coding: str, most: int) -> As
     """A body without its coding, which some gateways add whatever is asked; one that is marked and plain is left.
 
     Raises:
-        TooLargeError: over `most` bytes, packed or not; no more than these are unpacked.
+        BodyError: over `most` bytes, packed or not, of which no more are unpacked; or what is packed is damaged.
     """
-    size, unpacker, begun = 0, None, False
+    size, unpacker, head = 0, None, b""  # the first two bytes may come one by one
     async for chunk in stream:
-        if not begun and chunk:
-            begun = True
-            if chunk.startswith(b"\x1f\x8b") or (coding == "deflate" and chunk[0] & 15 == 8):
+        if head is not None:
+            head += chunk
+            if len(head) < 2:
+                continue
+            zipped = head[0] & 15 == 8 and int.from_bytes(head[:2], "big") % 31 == 0  # RFC 1950, section 2.2
+            if head.startswith(b"\x1f\x8b") or (coding == "deflate" and zipped):
                 unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)
+            chunk, head = head, None
         while chunk:
-            part = chunk if unpacker is None else unpacker.decompress(chunk, most - size + 1)
+            try:
+                part = chunk if unpacker is None else unpacker.decompress(chunk, most - size + 1)
+            except zlib.error as error:
+                raise BodyError(UnusableError("body_compressed", f"and damaged ({_line(error)})")) from None
             chunk = b"" if unpacker is None else unpacker.unconsumed_tail
             size += len(part)
             if size > most:
                 raise TooLargeError(most)
             yield part
+    if head:
+        yield head

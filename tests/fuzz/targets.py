@@ -6,18 +6,23 @@ what the code under it raises, apart from its own refusals, breaks it by itself.
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import hashlib
 import io
 import json
 import math
+import os
 import re
 import struct
 import tarfile
 import tempfile
-from collections.abc import Callable
+import zlib
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import peft  # noqa: F401 - the reader imports it when it needs it, which would count as an example's time
@@ -27,16 +32,20 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 from psd_tools.constants import Tag
 
+from layerloop.components.judge.address import judge_address
 from layerloop.components.judge.errors import read_error, shown
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.images import candidate_images, encode_image
 from layerloop.components.judge.methods import grid, rubric
+from layerloop.components.judge.network import BodyError, plain_body, read_coding
 from layerloop.components.judge.parsing import parse
 from layerloop.components.judge.replies import Reply, UnusableError, Usage, read_body
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.judge.serving import thought_in
+from layerloop.components.judge.transport import Connection
 from layerloop.components.layers.export import write_psd
+from layerloop.components.layers.normalise import upright_srgb
 from layerloop.components.layers.psd_reading import read_layers
 from layerloop.components.policy.adapters import read_adapter
 from layerloop.components.schema.errors import LayerloopError
@@ -44,12 +53,15 @@ from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.manifest import Shard
 from layerloop.components.schema.recipe import DataRecipe, Recipe, parse_recipe
 from layerloop.components.schema.yaml_text import load_yaml
+from layerloop.components.shard_dataset import listed
 from layerloop.components.shard_dataset.inputs import find_inputs, read_items
 from layerloop.components.shard_dataset.items import Item
-from layerloop.components.shard_dataset.samples import Prepared, prepare_image
+from layerloop.components.shard_dataset.samples import Prepared, Refused, guarded, prepare_image
+from layerloop.components.storage.images import decode_image
 from layerloop.components.storage.local import LocalStore
 from layerloop.components.storage.shards import read_sample, read_shard, sample_ranges
 
+listed._PAUSE = listed.TIMEOUT = 0.01  # type: ignore[misc] - no server is waited for
 set_hypothesis_home_dir(Path(__file__).parents[2] / "build" / "hypothesis")
 LONGEST = 12_000  # characters of a message
 
@@ -116,8 +128,6 @@ def _holds_image(drawn: tuple[bytes, str]) -> None:
         block = exif[:65_000]
         data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
     elif kind == "PNG":
-        import zlib
-
         block = exif.removeprefix(b"Exif\0\0")
         chunk = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
         data = data[:33] + chunk + data[33:]
@@ -136,6 +146,83 @@ def _holds_prepared(data: bytes) -> None:
     assert min(abs(shape / upright - 1), abs(shape * upright - 1)) < 0.1  # as it is or turned, and nothing else
     pixel = Image.open(io.BytesIO(result.members["png"])).convert("RGB").getpixel((5, 5))
     assert max(abs(a - b) for a, b in zip(pixel, (200, 30, 60), strict=True)) < 12  # type: ignore[arg-type]
+
+
+@st.composite
+def _pngs(draw: st.DrawFn) -> tuple[bytes, np.ndarray]:
+    """A PNG of any depth and colour type, and its samples `(H, W, C)` with C = 1, 2, 3 or 4, alpha by tRNS."""
+    colour = draw(st.sampled_from([0, 2, 4, 6]))
+    depth = draw(st.sampled_from([1, 2, 4, 8, 16] if colour == 0 else [8, 16]))
+    channels, top = {0: 1, 2: 3, 4: 2, 6: 4}[colour], 2**depth - 1
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 9)), channels)
+    known = draw(st.lists(st.integers(0, top), min_size=1, max_size=3))  # few, so that the clear one is there
+    samples = np.array([draw(st.sampled_from(known)) for _ in range(math.prod(shape))]).reshape(shape)
+    bits = ((samples[..., None] >> np.arange(depth)[::-1]) & 1).astype(np.uint8)
+    rows = [b"\0" + np.packbits(row.reshape(-1)).tobytes() for row in bits]
+    clear = draw(st.none() | st.tuples(*[st.sampled_from([*known, top])] * channels)) if colour in (0, 2) else None
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", shape[1], shape[0], depth, colour, 0, 0, 0))]
+    chunks += [(b"tRNS", struct.pack(f">{channels}H", *clear))] if clear else []
+    chunks += [(b"IDAT", zlib.compress(b"".join(rows))), (b"IEND", b"")]
+    data = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    alpha = [np.where((samples == clear).all(-1, keepdims=True), 0, top)] if clear else []
+    return b"\x89PNG\r\n\x1a\n" + data, np.concatenate([samples, *alpha], axis=-1) / top
+
+
+def _holds_pixels(drawn: tuple[bytes, np.ndarray]) -> None:
+    """What is read is what the samples say, to within a level; of 16 bits a colour like the clear one may be clear."""
+    data, wanted = drawn
+    read = np.asarray(upright_srgb(decode_image(data))) / 255
+    alpha = wanted[..., -1:] if wanted.shape[-1] in (2, 4) else np.ones_like(wanted[..., :1])
+    colour = wanted[..., :3] if wanted.shape[-1] > 2 else np.repeat(wanted[..., :1], 3, axis=-1)
+    found = read[..., 3:] if read.shape[-1] == 4 else np.ones_like(alpha)
+    assert np.abs(read[..., :3] - colour).max() < 1.01 / 255
+    near = (data[24:26] == b"\x10\x02") & (found == 0) & (alpha == 1)
+    same = (np.floor(colour * 65535 / 256)[:, None, :, None] == np.floor(colour * 65535 / 256)[None, :, None, :]).all(
+        -1
+    )
+    likely = (same & (alpha == 0)[None, :, None, :, 0]).any((1, 3))[..., None] if near.any() else near
+    assert (np.abs(found - alpha)[~(near & likely)] < 1.01 / 255).all()
+
+
+@st.composite
+def _grey_tiffs(draw: st.DrawFn) -> tuple[bytes, int, int, int, list[int]]:
+    """A grey TIFF with bits, what 0 is (TIFF 6.0: 0 white, 1 black), type of numbers, and values."""
+    bits, white_is_zero, kind = draw(
+        st.sampled_from([(8, 0, 1), (8, 1, 1), (12, 1, 1), (16, 0, 1), (16, 1, 1), (32, 1, 1)])
+    )
+    values = draw(st.lists(st.integers(0, 2 ** min(bits, 16) - 1), min_size=8, max_size=8))
+    entries = (
+        (256, 8),
+        (257, 1),
+        (258, bits),
+        (259, 1),
+        (262, white_is_zero),
+        (273, 134),
+        (277, 1),
+        (278, 1),
+        (279, bits),
+        (339, kind),
+    )
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
+    head += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries) + bytes(4)
+    if bits == 12:
+        raw = b"".join(((a << 12) | b).to_bytes(3, "big") for a, b in zip(values[::2], values[1::2], strict=True))
+    else:
+        raw = np.array(values).astype(f"<u{bits // 8}").tobytes()
+    return head + raw, bits, white_is_zero, kind, values
+
+
+def _holds_grey(drawn: tuple[bytes, int, int, int, list[int]]) -> None:
+    data, bits, black_is_zero, _, values = drawn
+    assert len(data) == 134 + bits
+    try:
+        read = np.asarray(upright_srgb(decode_image(data)))[0, :, 0]
+    except LayerloopError as error:
+        assert bits == 32 and 1 < max(values) <= 255, str(error)
+        one_line(str(error))
+        return
+    shares = np.array(values) / (2 ** min(bits, 16) - 1)
+    assert np.abs(read / 255 - (shares if black_is_zero else 1 - shares)).max() < 1.01 / 255
 
 
 # -------------------------------------------------------------------------------------------------------------- replies
@@ -224,6 +311,53 @@ def _holds_reply(drawn: tuple[str, str, int]) -> None:
             assert any(abs(value * 5 - number) < 1e-4 for number in said), f"{value * 5} is nowhere in the reply"
 
 
+_WHOSE = st.sampled_from(
+    [
+        "candidate",
+        "Candidate ID",
+        "row",
+        "name",
+        "index",
+        "id",
+        "number",
+        "rank",
+        "place",
+        "total",
+        "decomposition no",
+        "",
+    ]
+)
+
+
+@st.composite
+def _labelled(draw: st.DrawFn) -> tuple[str, dict[int, int] | None]:
+    """A list of three entries in some order under some label, and the score of each candidate if that can be known."""
+    order, word, name = (
+        draw(st.permutations([1, 2, 3])),
+        draw(st.sampled_from(["", "candidate ", "Row "])),
+        draw(_WHOSE),
+    )
+    scores = draw(st.lists(st.integers(0, 5), min_size=3, max_size=3))
+    entries = [
+        {**({name: f"{word}{n}" if word else n} if name else {}), **dict.fromkeys(RUBRIC.names, score)}
+        for n, score in zip(order, scores, strict=True)
+    ]
+    known = name not in ("rank", "place", "total") or list(order) == [1, 2, 3]
+    said = dict(zip(order if name else (1, 2, 3), scores, strict=True))
+    return json.dumps({"scores": entries}), said if known else None
+
+
+def _holds_labelled(drawn: tuple[str, dict[int, int] | None]) -> None:
+    text, said = drawn
+    try:
+        rows = parse(REQUESTS[1], Reply(text, "stop", Usage()))
+    except UnusableError as error:
+        assert said is None, str(error)
+        return
+    assert said is not None, "whose the scores are is not said"
+    assert {n: round(5 * next(iter(row.values()))) for n, row in enumerate(rows, 1)} == said
+
+
 _JSON = st.recursive(
     st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.just("400"), st.just("code")
@@ -289,6 +423,77 @@ def _holds_error_body(body: bytes) -> None:
         assert reply.text.strip() and reply.usage.input >= 0 and reply.usage.output >= 0
 
 
+def _holds_coded(drawn: tuple[bytes, str, str, list[int], int]) -> None:
+    """A body comes out as it went in, or is refused by name, and never longer than is allowed."""
+    data, packing, coding, cuts, most = drawn
+    body = {"gzip": gzip.compress, "zlib": zlib.compress, "no": bytes}[packing](data)
+    parts = [body[a:b] for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), len(body)], strict=True)]
+
+    async def read() -> bytes:
+        async def stream() -> AsyncIterator[bytes]:
+            for part in parts:
+                yield part
+
+        known = read_coding({"content-encoding": coding})
+        return b"".join([part async for part in plain_body(stream(), known, most)])
+
+    try:
+        out = asyncio.run(read())
+    except BodyError as error:
+        one_line(str(error))
+        assert max(len(data), len(body)) > most or error.problem.reason == "body_compressed"
+        return
+    plain = packing == "no" or (packing == "zlib" and coding != "deflate")
+    assert out == (body if plain else data) or (plain and out == zlib.decompress(body, zlib.MAX_WBITS | 32))
+
+
+_URLISH = st.one_of(
+    st.sampled_from(
+        [
+            "http://",
+            "https://",
+            "socks5://",
+            "ftp://",
+            "h:1",
+            "http://h:99999",
+            "http://[::1",
+            "http://u:SECRET@h:1",
+            " http://h ",
+            '"http://h"',
+            "//",
+            "h",
+            "http://h:x",
+            "http://\u200b",
+            "*",
+            "::1",
+            "fd00::/8",
+            "[::1]:3",
+        ]
+    ),
+    st.text(alphabet=st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=12),
+)
+_PROXIES = st.dictionaries(
+    st.sampled_from(
+        ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy", "OPENAI_ORG_ID"]
+    ),
+    _URLISH,
+    max_size=3,
+)
+
+
+def _holds_proxies(drawn: tuple[str, dict[str, str]]) -> None:
+    host, variables = drawn
+    url = f"http://{host}/v1"
+    with patch.dict(os.environ, variables):
+        try:
+            judge_address(url)
+            connection = Connection(url, "key")
+            asyncio.run(connection.close())
+        except LayerloopError as error:
+            one_line(str(error))
+            assert "SECRET" not in str(error)
+
+
 # ---------------------------------------------------------------------------------------------------------- containers
 
 
@@ -351,6 +556,91 @@ def _holds_container(data: bytes, name: str, *, exact: bool) -> None:
             assert item.load() in data, "bytes that the tar does not have"
 
 
+_LINES = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [
+                "a.png",
+                "./a.png",
+                "a.tar",
+                "~/a.png",
+                "http://[::1/a.png",
+                "http:///a.png",
+                "http://h:x/a.tar",
+                "http://u:SECRET@[x/a.png",
+                "s3://",
+                "file:///%00.png",
+                "file://localhost/a%20b.png",
+                "#x",
+                "\0.png",
+                "C:\\a.png",
+                "hf://x",
+                "gopher://u:SECRET@h/a",
+                "http://h:70000/a.png?k=SECRET",
+                "a" * 300 + ".tar",
+            ]
+        ),
+        st.text(max_size=9).map(lambda text: f"{text}.png"),
+        st.text(max_size=9).map(lambda text: f"file://{text}"),
+    ),
+    max_size=5,
+)
+
+
+def _holds_list(drawn: tuple[list[str], str]) -> None:
+    lines, codec = drawn
+    with tempfile.TemporaryDirectory(prefix="layerloop-fuzz-") as folder:
+        Path(folder, "l.txt").write_bytes("\n".join(lines).encode(codec, "surrogatepass"))
+        Path(folder, "a.png").write_bytes(b"x")
+        try:
+            items = list(read_items(find_inputs(f"{folder}/l.txt", what="images"), max_bytes=99))
+        except LayerloopError as error:
+            one_line(str(error))
+            assert "SECRET" not in str(error)
+            return
+        for item in items:
+            one_line(item.origin)
+            outcome = guarded(item.origin, item.load, lambda data: data)  # type: ignore[arg-type,return-value]
+            for text in (item.origin, item.problem or "", outcome.reason if isinstance(outcome, Refused) else ""):
+                assert "SECRET" not in text and "Traceback" not in text
+
+
+@st.composite
+def _columns(draw: st.DrawFn) -> bytes:
+    """A table with a column `image` of any type."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cell = draw(
+        st.sampled_from(
+            [pa.binary(), pa.large_binary(), pa.binary_view(), pa.binary(3), pa.string(), pa.int64(), pa.null()]
+        )
+    )
+    values = [
+        None
+        if cell in (pa.null(),) or draw(st.booleans())
+        else 7
+        if cell == pa.int64()
+        else "abc"
+        if cell == pa.string()
+        else b"abc"
+        for _ in range(3)
+    ]
+    column = pa.array(values, cell)
+    wrap = draw(st.sampled_from(["", "dictionary", "struct", "list", "list of struct"]))
+    if wrap == "dictionary" and cell not in (pa.null(), pa.binary_view()):
+        column = column.dictionary_encode()
+    if "struct" in wrap:
+        column = pa.StructArray.from_arrays(
+            [column, pa.array(["p"] * 3)], [draw(st.sampled_from(["bytes", "data"])), "path"]
+        )
+    if wrap.startswith("list") and cell != pa.binary_view():
+        column = pa.ListArray.from_arrays([0, 2, 2, 3], column)
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({draw(st.sampled_from(["image", "x", "im\nage"])): column}), buffer)
+    return buffer.getvalue()
+
+
 # ------------------------------------------------------------------------------------------------------------- adapters
 
 MODULE = "transformer_blocks.0.attn.to_q"
@@ -409,6 +699,63 @@ def _holds_adapter(drawn: tuple[bytes, bytes, str]) -> None:
             return
     assert adapter.rank >= 1 and math.isfinite(adapter.alpha)
     assert all(torch.isfinite(value).all() for value in adapter.state.values())
+
+
+_SIDES = st.sampled_from(
+    [
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_down.weight",
+        "lora_up.weight",
+        "alpha",
+        "dora_scale",
+        "lora_A.a.weight",
+        "diff",
+    ]
+)
+_PREFIXES = st.sampled_from(["", "transformer.", "diffusion_model.", "base_model.model.", "pipe.dit.", "lora_te_"])
+_SHAPES = st.sampled_from([(2, 4), (4, 2), (0, 4), (4, 0), (), (1,), (0,), (3, 4), (2, 4, 1)])
+_DTYPES = st.sampled_from(
+    [torch.float32] * 5 + [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64, torch.float64]
+)
+_METADATA = st.none() | st.dictionaries(
+    st.sampled_from(
+        [
+            "transformer.lora_alpha",
+            "transformer.r",
+            "transformer.use_dora",
+            "transformer.init_lora_weights",
+            "transformer.alpha_pattern",
+        ]
+    ),
+    st.sampled_from([0, 4, -1, True, "pissa", "gaussian", None, {}, [1], float("nan"), 1e39]),
+    max_size=3,
+)
+_TENSORS = st.dictionaries(
+    st.tuples(_PREFIXES, _SIDES).map(lambda parts: f"{parts[0]}{MODULE}.{parts[1]}"),
+    st.tuples(_SHAPES, _DTYPES, st.sampled_from([0.0, 1.0, -2.5])),
+    min_size=1,
+    max_size=4,
+)
+
+
+def _holds_tensors(drawn: tuple[dict[str, tuple[tuple[int, ...], torch.dtype, float]], dict[str, Any] | None]) -> None:
+    """What is read is the product of its matrices, to the scale that its own alpha or metadata give."""
+    from safetensors.torch import save_file
+
+    described, config = drawn
+    tensors = {key: torch.full(shape, value).to(dtype) for key, (shape, dtype, value) in described.items()}
+    with tempfile.TemporaryDirectory(prefix="layerloop-fuzz-") as folder:
+        file = Path(folder, "x.safetensors")
+        save_file(tensors, str(file), metadata={"lora_adapter_metadata": json.dumps(config)} if config else None)
+        try:
+            adapter = read_adapter(file)
+        except LayerloopError as error:
+            one_line(str(error))
+            return
+    assert adapter.rank >= 1 and adapter.alpha != 0 and math.isfinite(adapter.alpha)
+    fields = config or {}
+    assert not fields.get("transformer.use_dora") and fields.get("transformer.init_lora_weights") != "pissa"
 
 
 # --------------------------------------------------------------------------------------------------------------- shards
@@ -655,10 +1002,31 @@ def _holds_document(data: bytes) -> None:
 TARGETS: dict[str, Target] = {
     "documents": Target(mutated(_documents()), _holds_document),
     "exif": Target(st.tuples(mutated(_exif()), st.sampled_from(["JPEG", "PNG"])), _holds_image),
+    "pixels": Target(_pngs(), _holds_pixels),
+    "grey": Target(_grey_tiffs(), _holds_grey),
     "replies": Target(_REPLY, _holds_reply),
+    "labelled": Target(_labelled(), _holds_labelled),
+    "coded_bodies": Target(
+        st.tuples(
+            st.binary(max_size=400) | st.sampled_from([bytes(20_000), b"{}" * 900]),
+            st.sampled_from(["gzip", "zlib", "no"]),
+            st.sampled_from(["", "gzip", "x-gzip", "deflate", "br", "identity", "UTF-8", "gzip, br", "\r"]),
+            st.lists(st.integers(0, 400), max_size=4),
+            st.sampled_from([1 << 20, 1000, 0]),
+        ),
+        _holds_coded,
+    ),
+    "proxies": Target(
+        st.tuples(st.one_of(st.sampled_from(["judge.invalid", "h:1", "[::1]:2"]), _URLISH), _PROXIES), _holds_proxies
+    ),
     "error_bodies": Target(_ERROR_BODY, _holds_error_body),
     "tars": Target(mutated(_tars()), lambda data: _holds_container(data, "a.tar", exact=True)),
     "parquet": Target(mutated(_parquets()), lambda data: _holds_container(data, "a.parquet", exact=False)),
+    "lists": Target(
+        st.tuples(_LINES, st.sampled_from(["utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-16-le"])), _holds_list
+    ),
+    "columns": Target(_columns(), lambda data: _holds_container(data, "a.PARQUET", exact=False)),
+    "adapter_tensors": Target(st.tuples(_TENSORS, _METADATA), _holds_tensors),
     "adapters": Target(
         st.tuples(
             mutated(_safetensors()),
