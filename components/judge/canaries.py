@@ -22,6 +22,7 @@ from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.layers.designs import render_sketches
 from layerloop.components.layers.stack import Pixels, composite
+from layerloop.components.schema.errors import first_refusal
 from layerloop.components.schema.judging import JudgeRecipe
 
 SIDE = 192  # pixels of the designs
@@ -101,7 +102,11 @@ def make_canaries(design: int = 0) -> list[Canary]:
 
 
 async def score_canaries(judge: Judge, rubric: Rubric, recipe: JudgeRecipe, *, designs: int = 1) -> CanaryReport:
-    """Judge all canaries of some designs: in phase 1, and (those of one source) in grids of two orders."""
+    """Judge all canaries of some designs: in phase 1, and (those of one source) in grids of two orders.
+
+    Raises:
+        LayerloopError: the judge is gone, or refuses the key.
+    """
     rewards: dict[str, float] = {}
     phase2: dict[str, list[float]] = {}
     failures: dict[str, str] = {}
@@ -122,15 +127,16 @@ async def score_canaries(judge: Judge, rubric: Rubric, recipe: JudgeRecipe, *, d
         for canary, scores in zip(shown, rows, strict=True):
             phase2.setdefault(f"{canary.name}-{design}", []).append(rubric.mean(scores))
 
-    async with asyncio.TaskGroup() as tasks:
-        for design in range(designs):
-            canaries = await asyncio.to_thread(make_canaries, design)
-            for canary in canaries:
-                tasks.create_task(judge_alone(canary, f"{canary.name}-{design}"))
-            if recipe.phase2.enabled:
-                compared = [canary for canary in canaries if canary.name in COMPARED]
-                for order in ORDERS:
-                    tasks.create_task(judge_grid([compared[index] for index in order], design))
+    with first_refusal():
+        async with asyncio.TaskGroup() as tasks:
+            for design in range(designs):
+                canaries = await asyncio.to_thread(make_canaries, design)
+                for canary in canaries:
+                    tasks.create_task(judge_alone(canary, f"{canary.name}-{design}"))
+                if recipe.phase2.enabled:
+                    compared = [canary for canary in canaries if canary.name in COMPARED]
+                    for order in ORDERS:
+                        tasks.create_task(judge_grid([compared[index] for index in order], design))
     means = {name: sum(found) / len(found) for name, found in phase2.items()}
     return CanaryReport(dict(sorted(rewards.items())), dict(sorted(means.items())), dict(sorted(failures.items())))
 

@@ -153,7 +153,7 @@ def _count(value: Any) -> int:
 
 
 def _word(value: Any) -> str:
-    return value[:120] if isinstance(value, str) else ""
+    return printable(value[:120]) if isinstance(value, str) else ""
 
 
 def _text_of(content: Any) -> str:
@@ -172,4 +172,9 @@ def _tokens(logprobs: Any) -> tuple[dict[str, Any], ...]:
         isinstance(t, dict) and isinstance(t.get("token"), str) for t in content
     ):
         return ()
-    return tuple(content)
+    return tuple({**token, "top_logprobs": _options(token.get("top_logprobs"))} for token in content)
+
+
+def _options(given: Any) -> list[dict[str, Any]]:
+    """The alternatives of a token that can be read."""
+    return [option for option in given if isinstance(option, dict)] if isinstance(given, list) else []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class LayerloopError(Exception):
     """Bad input or a refused operation, in one line that names the thing, its value and the remedy.
@@ -19,3 +22,18 @@ class LayerloopError(Exception):
 
 class UnavailableError(LayerloopError):
     """A refusal that may not last: a service did not answer, or was too busy. The same attempt may succeed later."""
+
+
+@contextlib.contextmanager
+def first_refusal() -> Iterator[None]:
+    """Tasks that stopped each other with refusals alone: the first of these in the stead of their group."""
+    try:
+        yield
+    except BaseExceptionGroup as errors:
+        refusals, defects = errors.split(LayerloopError)
+        if refusals is None or defects is not None:
+            raise
+        first: BaseException = refusals
+        while isinstance(first, BaseExceptionGroup):
+            first = first.exceptions[0]
+        raise first from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from layerloop.components.judge.canaries import CanaryReport, score_canaries
 from layerloop.components.judge.client import Judge
 from layerloop.components.runtime.progress import progress
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, first_refusal
 from layerloop.components.score_rollouts.ahead import Ahead, Arrivals
 from layerloop.components.score_rollouts.scoring import ScoredGroup, Scorer
 from layerloop.components.storage.campaign import Campaign
@@ -81,20 +81,16 @@ async def judge_all(
     async with judge:
         await judge.check_reachable()
         try:
-            async with asyncio.TaskGroup() as tasks:
-                if arrivals is not None:
-                    arrivals.listen(iteration, _into(asyncio.get_running_loop(), scorer, tasks))
-                if recipe.canaries:
-                    tasks.create_task(canaries())
-                await slots.acquire()
-                while (group := await asyncio.to_thread(_next, groups)) is not None:
-                    tasks.create_task(one(group))
+            with first_refusal():
+                async with asyncio.TaskGroup() as tasks:
+                    if arrivals is not None:
+                        arrivals.listen(iteration, _into(asyncio.get_running_loop(), scorer, tasks))
+                    if recipe.canaries:
+                        tasks.create_task(canaries())
                     await slots.acquire()
-        except BaseExceptionGroup as errors:
-            refusals, defects = errors.split(LayerloopError)
-            if refusals is None or defects is not None:
-                raise
-            raise _first(refusals) from None
+                    while (group := await asyncio.to_thread(_next, groups)) is not None:
+                        tasks.create_task(one(group))
+                        await slots.acquire()
         finally:
             if arrivals is not None:
                 arrivals.stop()
@@ -127,10 +123,3 @@ def _into(loop: asyncio.AbstractEventLoop, scorer: Scorer, tasks: asyncio.TaskGr
 
 def _next(groups: Iterator[Group]) -> Group | None:
     return next(groups, None)
-
-
-def _first(error: BaseException) -> BaseException:
-    """The first error of tasks that stopped each other."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -17,10 +17,13 @@ from pathlib import Path
 
 import pytest
 
+from layerloop.components.judge.canaries import score_canaries
 from layerloop.components.judge.client import Judge
+from layerloop.components.judge.logprobs import TokenProbabilities
 from layerloop.components.judge.network import TooLargeError, plain_body
-from layerloop.components.judge.replies import UnusableError, read_body
+from layerloop.components.judge.replies import UnusableError, read_body, read_version
 from layerloop.components.judge.requests import Request
+from layerloop.components.judge.rubric import load_rubric
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
@@ -109,6 +112,18 @@ def test_a_refused_key_in_a_body_with_status_200_stops_at_once(scripted: Scripte
         asked(scripted.url, one)
 
 
+def test_tasks_that_are_all_refused_are_one_line(scripted: ScriptedJudge) -> None:
+    scripted.answer = http('{"error": {"message": "no such key"}}', status="401 Unauthorized")
+    recipe = JudgeRecipe(model="scripted", resolution=64)
+
+    async def ask() -> None:
+        async with Judge(scripted.url, recipe, JudgeRuntime(retries=0), api_key="sk-1") as judge:
+            await score_canaries(judge, load_rubric("default"), recipe)
+
+    with pytest.raises(LayerloopError, match=r"refuses the key \(HTTP 401: no such key\)"):
+        asyncio.run(ask())
+
+
 def test_no_error_shows_the_key(scripted: ScriptedJudge, one: Request) -> None:
     scripted.answer = http('{"error": {"message": "image: my0wn!key is odd"}}', status="400 Bad Request")
     with pytest.raises(UnusableError, match=r"^http_400: image: \.\.\. is odd$"):
@@ -133,6 +148,16 @@ def test_a_body_that_is_no_completion_says_what_it_is(body: bytes, said: str) ->
     with pytest.raises(UnusableError) as caught:
         read_body(body)
     assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("odd", ["5", "[1, null]", '{"a": 1}', '"x"'])
+def test_alternatives_of_tokens_that_are_none_are_left_out(odd: str) -> None:
+    tokens = {"content": [{"token": "4", "top_logprobs": json.loads(odd)}]}
+    body = {"choices": [{"message": {"content": "4"}, "logprobs": tokens}]}
+    reply = read_body(json.dumps(body).encode())
+    assert reply.tokens == ({"token": "4", "top_logprobs": []},)
+    assert TokenProbabilities(reply).mean(0, float) is None
+    assert read_version({"model": "m\ud83d"}) == r"m\ud83d"
 
 
 def test_texts_in_a_list_are_an_answer() -> None:
