@@ -23,6 +23,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import requests
 
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.settings import setting
 
@@ -214,7 +215,8 @@ class KfpApi:
         status, kind = response.status_code, response.headers.get("Content-Type", "").partition(";")[0] or "no type"
         here = f"KFP at {self.shown}"
         if 300 <= status < 400:
-            there = urlsplit(response.headers.get("Location", "")).netloc or "a login"
+            found = re.match(r"\w+://([^/?#\s]+)", response.headers.get("Location", ""))
+            there = found[1].rpartition("@")[2] if found else "a login"
             raise RefusedError(f"{here} answers {status}, a redirection to {there}: sign in, {self._how_to_sign_in()}")
         try:
             body, cut = response.json(), False
@@ -361,9 +363,13 @@ def required(api: KfpApi, answer: dict[str, Any], key: str, what: str) -> Any:
 
 def _api_url(text: str) -> str:
     """The base of the API, from what people copy out of the address bar."""
-    parts = urlsplit(text if re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", text) else f"https://{text}")
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise RefusedError(f"host is {text!r}: write it as https://kubeflow.example.com/pipeline")
+    try:
+        parts = urlsplit(text if re.match(r"^[A-Za-z][A-Za-z0-9+.-]*://", text) else f"https://{text}")
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, or a port that is no number
+        good = False
+    if not good:
+        raise RefusedError(f"host is {without_secrets(text)!r}: write it as https://kubeflow.example.com/pipeline")
     path = parts.path.rstrip("/")
     path = path.removesuffix("/apis/v2beta1").replace("/_/pipeline", "/pipeline")  # the dashboard's frame
     return urlunsplit((parts.scheme, parts.netloc, path, "", ""))

@@ -28,7 +28,10 @@ def open_store(uri: str | Path) -> Store:
     match = _SCHEME.match(text)
     if match is None:
         return LocalStore(Path(text))
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # brackets where a bucket's name or a host stands
+        raise LayerloopError(f"store URI {without_secrets(text)} is none: write s3://bucket/prefix") from None
     match match.group(1).lower():
         case "file":
             if parts.netloc not in ("", "localhost"):

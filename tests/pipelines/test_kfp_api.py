@@ -89,6 +89,17 @@ def test_a_stranger_is_told_in_one_line_how_to_sign_in(kfp_api: Any, gate: Any) 
     assert len(kfp_api.seen) == 1  # the login page is not fetched
 
 
+@pytest.mark.parametrize(
+    "host", ["http://[::1", "http://h:99999", "http://h:x", "ftp://me:s3cr3t@h/?k=s3cr3t", "https://"]
+)
+def test_a_host_that_is_no_address_is_one_line(host: str) -> None:
+    with pytest.raises(
+        RefusedError, match=r"^host is '.*': write it as https://kubeflow\.example\.com/pipeline$"
+    ) as caught:
+        KfpApi(host, environment={})
+    assert "s3cr3t" not in str(caught.value)
+
+
 def test_a_403_says_refused_and_why(kfp_api: Any) -> None:
     kfp_api.before = lambda handler: handler.reply(403, {"message": "User 'a' is not authorized"}) or True
     with pytest.raises(RefusedError, match=r"refused \(403\) by KFP at http://127.*User 'a' is not authorized"):

@@ -139,6 +139,7 @@ def test_file_uris_and_plain_paths_are_the_same_folder(tmp_path: Path) -> None:
     ("uri", "message"),
     [
         ("", "store URI is empty: give a folder or s3://bucket/prefix"),
+        ("s3://[2023]/x", "store URI s3://[2023]/x is none: write s3://bucket/prefix"),
         ("gs://bucket/x", "store URI gs://bucket/x has scheme gs://: use a folder, file:// or s3://bucket/prefix"),
         ("file://host/x", "store URI file://host/x names a host: write file:///absolute/path"),
         ("s3:///x", "store URI s3:///x is not s3://bucket/prefix: set the rest by AWS_* variables"),
