@@ -18,7 +18,7 @@ from layerloop.components.runtime.recurring import VARIABLE as KFP_API
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
 from layerloop.components.schema.steps import STEPS
-from layerloop.components.schema.yaml_text import load_yaml
+from layerloop.components.schema.yaml_text import load_yaml, read_by_hand
 from layerloop.pipelines.kubernetes_values import (
     CPU,
     MEMORY,
@@ -338,9 +338,10 @@ def read_cluster(path: str | Path) -> Cluster:
         LayerloopError: no such file, not YAML, an unknown key, an impossible value, or an image that is not pinned.
     """
     try:
-        value: Any = load_yaml(Path(path).read_bytes(), where=f"cluster file {path}")
-    except OSError as error:
-        raise LayerloopError(f"cluster file {path} cannot be read ({error.strerror}): name a YAML file") from None
+        value: Any = load_yaml(read_by_hand(path), where=f"cluster file {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise LayerloopError(f"cluster file {path} cannot be read ({reason}): name a YAML file") from None
     if not isinstance(value or {}, dict):
         raise LayerloopError(f"cluster file {path} is not a mapping: start from manifests/cluster.example.yaml")
     cluster = validate(Cluster, value or {}, where="cluster")

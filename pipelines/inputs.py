@@ -22,6 +22,7 @@ from layerloop.components.schema.recipe import TINY, Recipe, parse_recipe, parse
 from layerloop.components.schema.record import validate
 from layerloop.components.schema.run_recipe import packaged_recipes
 from layerloop.components.schema.runtime import JudgeRuntime, checked_values, flat, merged, runtime_key, split_runtime
+from layerloop.components.schema.yaml_text import read_by_hand
 from layerloop.components.storage.runtime import runtime_values
 from layerloop.pipelines.plan_work import Assumptions
 
@@ -48,7 +49,7 @@ def recipe_and_runtime(value: str, changes: Sequence[str] = (), runtime: str = "
         text = packaged[value]
     else:
         try:
-            text = Path(value).read_text()
+            text = read_by_hand(value)
         except (OSError, UnicodeDecodeError) as error:
             reason = "is not text" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
             close = difflib.get_close_matches(value, packaged, n=1)

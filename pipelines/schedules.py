@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.record import Record, validate
-from layerloop.components.schema.yaml_text import load_yaml
+from layerloop.components.schema.yaml_text import load_yaml, read_by_hand
 from layerloop.pipelines.kfp_api import KfpApi, equals, experiment, find_experiment, required
 from layerloop.pipelines.runnable import Pipeline, digest, typed_parameters
 from layerloop.pipelines.runs import Settings, live_runs, options_of, request_fields
@@ -120,7 +120,7 @@ def read_schedules(path: Path, defaults: Mapping[str, Any]) -> list[Schedule]:
         LayerloopError: everything that is wrong with it, a line each.
     """
     try:
-        document: Any = load_yaml(path.read_text(), where=f"schedule file {path}")
+        document: Any = load_yaml(read_by_hand(path), where=f"schedule file {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise LayerloopError(f"schedule file {path} cannot be read ({error}): name a YAML file") from None
     listed = document.get("schedules") if isinstance(document, dict) else None

@@ -3,6 +3,7 @@ of a few kilobytes unfolds into gigabytes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from layerloop.components.schema.errors import LayerloopError
@@ -14,6 +15,19 @@ LONGEST = 1_000_000  # bytes of text that are parsed: PyYAML takes a minute for 
 UNFOLDED = 1_000_000  # characters and nodes of what a text stands for, its aliases written out
 DEEPEST = 100  # levels
 LONGEST_NUMBER = 400  # characters; Python takes the square of the length for some forms
+
+
+def read_by_hand(path: str | Path) -> str:
+    """A text file that people write, in UTF-8 whatever the locale is. Raises OSError and UnicodeDecodeError too.
+
+    Raises:
+        LayerloopError: it is so large that it is another file: weights, an archive, a device.
+    """
+    with open(path, "rb") as file:
+        data = file.read(LONGEST + 1)
+    if len(data) > LONGEST:
+        raise LayerloopError(f"{path} has over {LONGEST} bytes, so it is no file of settings: name another one")
+    return data.decode("utf-8-sig")
 
 
 def load_yaml(text: str | bytes, *, where: str) -> Any:

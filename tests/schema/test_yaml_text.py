@@ -1,10 +1,12 @@
 """YAML is read without silent choices."""
 
+from pathlib import Path
+
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import parse_recipe
-from layerloop.components.schema.yaml_text import load_yaml
+from layerloop.components.schema.yaml_text import LONGEST, load_yaml, read_by_hand
 
 
 def test_what_is_written_is_read() -> None:
@@ -87,3 +89,13 @@ def test_a_wrong_value_is_shown_in_a_few_words_whatever_its_length() -> None:
         with pytest.raises(LayerloopError) as caught:
             parse_recipe(f"name: mine\n{text}\n")
         assert len(str(caught.value)) < 8000 and "\n" not in str(caught.value)
+
+
+def test_a_file_that_people_write_is_read_whole_in_utf_8_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes("\ufeffname: é\r\n".encode())
+    assert load_yaml(read_by_hand(file), where="file") == {"name": "é"}
+    for other in (file, Path("/dev/zero")):
+        file.write_bytes(b"#" * (LONGEST + 1))
+        with pytest.raises(LayerloopError, match=rf"^{other} has over \d+ bytes, so it is no file of settings"):
+            read_by_hand(other)
