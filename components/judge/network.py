@@ -197,7 +197,8 @@ async def plain_body(stream: AsyncIterable[bytes], coding: str, most: int) -> As
     Raises:
         BodyError: over `most` bytes, packed or not, of which no more are unpacked; or what is packed is damaged.
     """
-    size, unpacker, head = 0, None, b""  # the first two bytes may come one by one
+    size, unpacker = 0, None
+    head: bytes | None = b""  # the first two bytes may come one by one
     async for chunk in stream:
         if head is not None:
             head += chunk
