@@ -36,6 +36,8 @@ def _recipe(arguments: argparse.Namespace) -> None:
                 f"{', '.join(flat(runtime))} is not of the recipe but of the runtime: set it for a run"
             )
         print(text, end="")
+    elif arguments.set:
+        raise LayerloopError(f"--set needs a recipe that it changes: name one of {', '.join(packaged_recipes())}")
     for name, text in {} if arguments.recipe else packaged_recipes().items():
         print(f"{name:8} {text.splitlines()[0].lstrip('# ')}")
 

@@ -16,7 +16,7 @@ from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.final_weights import final_weights
-from layerloop.components.storage.folders import HUB_ID, local_folder
+from layerloop.components.storage.folders import HUB_ID, hub_uri, local_folder
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.stores import open_store
 
@@ -190,7 +190,7 @@ def _most(choice: Choice, options: DecomposeOptions) -> tuple[Recipe, Runtime]:
 
 def _name_of(adapter: str | None) -> str | None:
     """A hub id as it is; of a path or URI its last part."""
-    if adapter is None or (HUB_ID.fullmatch(adapter) and not Path(adapter).exists()):
+    if adapter is None or hub_uri(adapter) == f"hf://{adapter}":
         return adapter
     return adapter.rstrip("/").rpartition("/")[2]
 
@@ -226,10 +226,13 @@ def _find_adapter(text: str | None) -> tuple[Campaign | None, Path | None, Manif
         folder = local_folder(text)
     elif Path(text).expanduser().exists():
         folder = Path(text).expanduser()
-    elif HUB_ID.fullmatch(text):
-        folder = local_folder(f"hf://{text}")
+    elif (hub := hub_uri(text)) is not None:
+        folder = local_folder(hub)
     else:
-        raise LayerloopError(f"adapter {text} does not exist: give a folder, a campaign, s3://..., or a hub id")
+        raise LayerloopError(
+            f"adapter {text} does not exist: give a folder, a campaign, s3://..., or a repository of the hub as "
+            "hf://owner/name"
+        )
     manifest = folder / MANIFEST
     return None, folder, Manifest.from_json(manifest.read_bytes(), where=str(manifest)) if manifest.is_file() else None
 

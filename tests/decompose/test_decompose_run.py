@@ -289,9 +289,14 @@ def test_a_campaigns_adapter_comes_with_its_base_and_its_size(two: Path, tmp_pat
     assert settings["adapter_sha256"] in {file.sha256 for file in lab.campaign.policy(1).files}
 
 
-def test_a_name_that_is_nothing_is_refused(two: Path, tmp_path: Path) -> None:
-    with pytest.raises(LayerloopError, match="adapter no such thing does not exist: give a folder, a campaign"):
-        decompose([two], tmp_path / "out", PNG.model_copy(update={"adapter": "no such thing"}))
+@pytest.mark.parametrize("name", ["no such thing", "campaigns/mien"])
+def test_a_name_that_is_nothing_is_refused(
+    name: str, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "campaigns/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # where campaigns/mien is a misspelt path and nothing of the hub
+    with pytest.raises(LayerloopError, match=f"adapter {name} does not exist: give a folder, a campaign"):
+        decompose([two], tmp_path / "out", PNG.model_copy(update={"adapter": name}))
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
