@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from layerloop.pipelines.cli import build_parser
-from layerloop.pipelines.cluster import Cluster, read_cluster
+from layerloop.pipelines.cluster import Cluster, Images, Resources, Secrets, read_cluster
 from layerloop.pipelines.kfp_api import MOUNTED_TOKEN
 from layerloop.pipelines.schedules import read_schedules
 
@@ -111,7 +111,11 @@ def test_no_secret_has_a_value_and_none_is_applied() -> None:
 
 
 def test_the_example_of_a_cluster_file_is_one() -> None:
-    assert read_cluster(MANIFESTS / "cluster.example.yaml").gpus == 1
+    example = read_cluster(MANIFESTS / "cluster.example.yaml")
+    assert example.model_dump() == Cluster(images=example.images).model_dump(), "the values are the defaults"
+    text = (MANIFESTS / "cluster.example.yaml").read_text()
+    keys = [key for part in (Cluster, Images, Secrets, Resources) for key in part.model_fields]
+    assert [key for key in keys if not re.search(rf"\b{key}:", text)] == [], "every key is there, if in a comment"
 
 
 def pods(resources: list[Any]) -> list[tuple[str, Any]]:
