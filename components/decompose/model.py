@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 RELEASED = "Qwen/Qwen-Image-Layered"
 TOY = (
-    "the tiny policy that ships with layerloop, a toy of 64 pixels: it shows what files you get, not what the method "
-    f"can do; for real layers give --base {RELEASED} on a GPU of 80 GB"
+    "the tiny policy that ships with layerloop{faults}, a toy of 64 pixels: it shows what files you get, not what the "
+    f"method can do; for real layers give --base {RELEASED} on a GPU of 80 GB"
 )
 
 
@@ -55,9 +55,12 @@ class Choice:
     @property
     def description(self) -> str:
         """One sentence for users."""
-        named = "its adapter" if self.campaign is not None else f"the adapter {self.adapter}"
-        adapter = f", with {named}" if self.adapter else ""
-        return (TOY if self.base == TINY else f"{self.base}, {self.why}") + adapter
+        toy = TOY.format(faults="" if self.base == TINY else ", with faults to unlearn")
+        base = toy if self.recipe.model.shipped else self.base
+        if self.campaign is not None:
+            return f"the adapter of {self.campaign.uri}, on {base}"
+        because = "" if self.recipe.model.shipped else f", {self.why}"
+        return f"{f'the adapter {self.adapter}, on ' if self.adapter else ''}{base}{because}"
 
 
 @dataclasses.dataclass(frozen=True)
