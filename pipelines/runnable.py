@@ -144,7 +144,9 @@ def typed_parameters(pipeline: Pipeline, parameters: Mapping[str, Any]) -> dict[
         try:
             values[key] = _READERS[kind](text)
         except (ValueError, KeyError):
-            raise LayerloopError(f"{key} is {text!r}: {pipeline.name} wants {_WANTED.get(kind, kind.lower())}") from None
+            raise LayerloopError(
+                f"{key} is {text!r}: {pipeline.name} wants {_WANTED.get(kind, kind.lower())}"
+            ) from None
     campaign = values.get("campaign", "")
     if isinstance(campaign, str) and campaign and "://" not in campaign:
         raise LayerloopError(

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Shard
-from layerloop.components.schema.messages import size_text
+from layerloop.components.schema.messages import counted, size_text
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.consistency import check_iterations
 from layerloop.components.storage.findings import OF_THE_STORE, Findings, without_address
@@ -109,7 +109,7 @@ def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> 
             for name in found.orphans:
                 store.delete(name)
             log(
-                f"removed {len(found.orphans)} objects that no manifest names, {size_text(sum(found.orphans.values()))}"
+                f"removed {counted(len(found.orphans), 'objects')} that no manifest names, {size_text(sum(found.orphans.values()))}"
             )
         if found.leftovers:
             store.remove_leftovers()

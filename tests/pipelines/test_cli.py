@@ -337,7 +337,10 @@ def test_a_text_with_a_comma_stays_one_text() -> None:
         (["recipe", "papr"], r"recipe papr cannot be read .*; did you mean 'paper'\?$"),
         (["recipe", "tiny", "--set", "rollout.outside=huen"], "choose one of heun, euler; did you mean 'heun'\\?$"),
         (["run", "--campaign", "c", "--images", "a.png", "b.png"], "--images got 2 values, a.png b.png .*: quote it"),
-        (["decompose", "a.png", "-o", "out", "--batch-size", "0"], "^error: --batch-size is 0: input should be greater"),
+        (
+            ["decompose", "a.png", "-o", "out", "--batch-size", "0"],
+            "^error: --batch-size is 0: input should be greater",
+        ),
         (["recipe", "--set", "seed=1"], "--set needs a recipe that it changes: name one of demo, paper, tiny$"),
         (["compile", "-o", "x.yaml", "--resident", "--workers", "4"], "--workers is given with --resident"),
         (["judge", "check", "127.0.0.1:8788"], "judge URL is '127.0.0.1:8788': give a base URL such as http://"),
