@@ -54,7 +54,7 @@ def _compile(arguments: argparse.Namespace) -> None:
 
     if arguments.resident and arguments.workers is not None:
         raise LayerloopError(
-            "--workers is given with --resident, whose one pod has none: leave it out, or set `gpus` in the cluster file"
+            "--workers is given with --resident, whose one pod has none: leave it out, or set gpus in the cluster file"
         )
     workers = arguments.workers or WORKERS
     recipe, runtime = recipe_and_runtime(arguments.recipe, arguments.set, arguments.runtime)

@@ -113,8 +113,8 @@ def plan_json(plan: Plan) -> str:
         {
             **dataclasses.asdict(gpus), "total": gpus.total,
             "ways": [
-                {"way": way.way, "gpus": way.gpus, "seconds": dict(way.seconds), "wall_seconds": way.wall, "busy": way.busy,
-                 "campaign": plan.campaign(gpus, way)}
+                {"way": way.way, "gpus": way.gpus, "seconds": dict(way.seconds), "wall_seconds": way.wall,
+                 "busy": way.busy, "campaign": plan.campaign(gpus, way)}
                 for way in plan.ways(gpus)
             ],
             "replicas_for_70_percent": {f"lag_{lag}": plan.replicas(gpus, lag=lag) for lag in (0, 1)},

@@ -128,8 +128,8 @@ def run(
     wanted = samplers and opened.find(samplers_dir(opened, current)) is None
     if done is not None and judge_url:
         log(
-            f"iteration {current} was evaluated before, so no judge is asked: its report stays as it is; remove {folder}/"
-            "manifest.json, and the next evaluation makes it again from what was sampled"
+            f"iteration {current} was evaluated before, so no judge is asked: its report stays as it is; remove "
+            f"{folder}/manifest.json, and the next evaluation makes it again from what was sampled"
         )
     if done is not None and not wanted:
         return _result(opened, done, baseline)

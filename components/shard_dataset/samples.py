@@ -192,7 +192,7 @@ def _listed(parts: Mapping[str, int]) -> str:
 
 
 def _sort_of(reason: str) -> str:
-    """A reason without what is this input's own: numbers, quotations, names, what stands in brackets, and the remedy."""
+    """A reason without what is this input's own: numbers, quotations, names, what is in brackets, and the remedy."""
     text = re.sub(r"b?'.*?'|b?\".*?\"", "...", _brief(reason))
     text = re.sub(r"[\d.,]*\d", "N", text)
     text = re.sub(r"element \S+ .*? has no image", "an element has no image", text)

@@ -108,12 +108,11 @@ def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> 
         if found.orphans and not found.unread:
             for name in found.orphans:
                 store.delete(name)
-            log(
-                f"removed {counted(len(found.orphans), 'objects')} that no manifest names, {size_text(sum(found.orphans.values()))}"
-            )
+            size = size_text(sum(found.orphans.values()))
+            log(f"removed {counted(len(found.orphans), 'objects')} that no manifest names, {size}")
         if found.leftovers:
             store.remove_leftovers()
-            log(f"removed {len(found.leftovers)} unfinished writes")
+            log(f"removed {counted(len(found.leftovers), 'unfinished writes')}")
         for folder in found.copies:
             manifest = found.manifests[f"{folder}/{MANIFEST}"]
             for file in manifest.files:
