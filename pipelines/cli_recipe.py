@@ -40,8 +40,10 @@ def _recipe(arguments: argparse.Namespace) -> None:
         print(text, end="")
     elif arguments.set:
         raise LayerloopError(f"--set needs a recipe that it changes: name one of {', '.join(packaged_recipes())}")
-    for name, text in {} if arguments.recipe else packaged_recipes().items():
-        print(f"{name:8} {text.splitlines()[0].lstrip('# ')}")
+    packaged = {} if arguments.recipe else packaged_recipes()
+    width = max(map(len, packaged), default=0)
+    for name, text in packaged.items():
+        print(f"{name:{width}}  {text.splitlines()[0].lstrip('# ')}")
 
 
 def _runtime(arguments: argparse.Namespace) -> None:

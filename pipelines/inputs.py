@@ -41,7 +41,8 @@ def recipe_and_runtime(value: str, changes: Sequence[str] = (), runtime: str = "
         runtime: a file (or text) of the runtime; it goes over the recipe file's values, and `changes` over it.
 
     Raises:
-        LayerloopError: neither a name nor a readable file, not a recipe, no runtime, or a change that is none.
+        LayerloopError: neither a name nor a readable file, not a recipe, no runtime, a change that is none, or a rubric
+            that is none.
     """
     packaged = packaged_recipes()
     if value in packaged:
@@ -65,8 +66,30 @@ def recipe_and_runtime(value: str, changes: Sequence[str] = (), runtime: str = "
         )
         text = yaml.safe_dump(split_runtime(yaml.safe_load(text))[0], sort_keys=False)
     text, changed = _changed(text, changes)
-    parse_recipe(text)
+    text = _with_rubric(text, parse_recipe(text).judge)
     return text, merged(merged(found, runtime_values(runtime)), changed)
+
+
+def _with_rubric(text: str, judge: JudgeRecipe) -> str:
+    """The recipe's text with what its rubric's file holds in the place of the path: pods do not see the file, and a
+    campaign keeps the rubric that it began with. A path from the root that is not here is left to pods that may see it.
+
+    Raises:
+        LayerloopError: the rubric is not one, or lacks a text that the recipe's methods need.
+    """
+    from layerloop.components.judge.methods import rubric_of
+    from layerloop.components.judge.rubric import file_content, is_file
+
+    rubric = judge.rubric
+    elsewhere = isinstance(rubric, str) and Path(rubric).is_absolute() and not Path(rubric).exists()
+    if rubric == JudgeRecipe().rubric or elsewhere:
+        return text
+    rubric_of(judge)
+    if not isinstance(rubric, str) or not is_file(rubric):
+        return text
+    recipe: dict[str, Any] = yaml.safe_load(text)
+    recipe["judge"]["rubric"] = file_content(rubric)
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
 
 
 def recipe_text(value: str, changes: Sequence[str] = ()) -> str:

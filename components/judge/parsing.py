@@ -96,7 +96,7 @@ def _find_answer(request: Request, reply: Reply) -> tuple[Any, bool]:
         raise UnusableError("no_json", "nested too deep") from None
     if not found:
         if looks_like_refusal(text):
-            raise UnusableError("refused", " ".join(text.split())[:200], retry=False)
+            raise UnusableError("refused", " ".join(text.split())[:200])
         raise UnusableError("truncated" if reply.cut else "no_json", " ".join(text.split())[:80])
     if any(value != found[0] for value in found[1:]):
         raise UnusableError("ambiguous", f"{len(found)} different answers in one reply")

@@ -40,7 +40,7 @@ class UnusableError(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
-        self.retry = retry  # whether asking again may help
+        self.retry = retry  # whether the same may be sent again after a failure of transport
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def read_body(body: bytes) -> Reply:
         raise UnusableError("no_choices", "a choice without a message")
     finish = str(choice.get("finish_reason") or "")
     if message.get("refusal"):
-        raise UnusableError("refused", str(message["refusal"])[:200], retry=False)
+        raise UnusableError("refused", str(message["refusal"])[:200])
     if finish == "content_filter":
-        raise UnusableError("refused", "finish_reason content_filter", retry=False)
+        raise UnusableError("refused", "finish_reason content_filter")
     text = _text_of(message.get("content"))
     if not text.strip():
         where = next((name for name in _THOUGHTS if message.get(name)), None)

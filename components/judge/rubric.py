@@ -12,7 +12,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.record import Record, validate
+from layerloop.components.schema.record import Record, canonical_json, validate
 from layerloop.components.schema.yaml_text import load_yaml
 
 TOP = 5  # the anchors go from 0 to TOP
@@ -30,7 +30,8 @@ class Criterion(Record):
 
 
 class Rubric(Record):
-    """Criteria, instructions and questions in words. `sha256` is of the file's bytes and goes into every score row."""
+    """Criteria, instructions and questions in words. `sha256` is of the file's bytes, or of a recipe's rubric as
+    canonical JSON, and goes into every score row."""
 
     name: str
     version: str
@@ -85,9 +86,8 @@ class Rubric(Record):
         return "\n".join(lines)
 
 
-@functools.lru_cache(maxsize=8)
-def load_rubric(name: str) -> Rubric:
-    """The rubric of that name in this package, or of the YAML file at that path.
+def load_rubric(rubric: str | Mapping[str, Any]) -> Rubric:
+    """The rubric of that name in this package, of the YAML file at that path, or the rubric that it is itself.
 
     Keys beyond a rubric's own are the methods' questions; which there are and which must be is the methods' to check
     (`methods.rubric_of`).
@@ -95,20 +95,41 @@ def load_rubric(name: str) -> Rubric:
     Raises:
         LayerloopError: no such rubric, not YAML, or a missing or wrong key.
     """
+    if not isinstance(rubric, str):
+        return _read(canonical_json(rubric), "of the recipe")
     shipped = resources.files("layerloop.components.judge").joinpath("rubrics")
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser()
+    if is_file(rubric):
+        path = Path(rubric).expanduser()
         if not path.is_file():
-            raise LayerloopError(f"recipe.judge.rubric is {name}: that file does not exist")
-        data = path.read_bytes()
-    else:
-        entry = shipped.joinpath(f"{name}.yaml")
-        if "/" in name or not entry.is_file():
-            known = ", ".join(
-                sorted(e.name.removesuffix(".yaml") for e in shipped.iterdir() if e.name.endswith(".yaml"))
+            raise LayerloopError(
+                f"recipe.judge.rubric is {rubric}: that file does not exist; what it holds may stand in its place, as "
+                "it must where pods cannot see the file"
             )
-            raise LayerloopError(f"recipe.judge.rubric is {name!r}: choose {known}, or the path of a .yaml file")
-        data = entry.read_bytes()
+        return _read(path.read_bytes(), rubric)
+    entry = shipped.joinpath(f"{rubric}.yaml")
+    if "/" in rubric or not entry.is_file():
+        known = ", ".join(sorted(e.name.removesuffix(".yaml") for e in shipped.iterdir() if e.name.endswith(".yaml")))
+        raise LayerloopError(f"recipe.judge.rubric is {rubric!r}: choose {known}, or the path of a .yaml file")
+    return _read(entry.read_bytes(), rubric)
+
+
+def is_file(rubric: str) -> bool:
+    """Whether a recipe's rubric is the path of a file, not the name of one of this package's."""
+    return rubric.endswith((".yaml", ".yml"))
+
+
+def file_content(rubric: str) -> dict[str, Any]:
+    """What a rubric's file holds, checked, to stand in a recipe in its place.
+
+    Raises:
+        LayerloopError: as `load_rubric`.
+    """
+    load_rubric(rubric)
+    return dict(load_yaml(Path(rubric).expanduser().read_bytes(), where=f"rubric {rubric}"))
+
+
+@functools.lru_cache(maxsize=8)
+def _read(data: bytes, name: str) -> Rubric:
     value: Any = load_yaml(data, where=f"rubric {name}")
     if not isinstance(value, dict) or {"sha256", "texts"} & value.keys():
         raise LayerloopError(f"rubric {name} is not a mapping of a rubric's keys: start from rubrics/default.yaml")

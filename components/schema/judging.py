@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from layerloop.components.schema.record import Record
 
@@ -36,7 +36,7 @@ class JudgeRecipe(Record):
     """Settings of the judgement. URL, key and how the endpoint is called (runtime.judge) belong to the run."""
 
     model: str = "layerloop-reference-judge"  # as the endpoint names it
-    rubric: str = "default"  # a name of components/judge/rubrics, or the path of a YAML file
+    rubric: str | dict[str, Any] = "default"  # a name of components/judge/rubrics, a YAML file's path, or what it holds
     resolution: int = Field(default=256, ge=32)  # longest side of an image shown to the judge, pixels
     backdrops: tuple[BackdropName, ...] = ("white",)  # what each layer is shown on
     method: Literal["rubric", "checklist"] = "rubric"  # phase 1: anchors 0..5, or yes/no questions per criterion
@@ -53,6 +53,15 @@ class JudgeRecipe(Record):
     min_valid: int = Field(default=2, ge=2)  # valid candidates a group needs
     max_dropped_fraction: float = Field(default=0.25, ge=0, le=1)  # of groups; more fails the step
     phase2: PhaseTwoRecipe = PhaseTwoRecipe()
+
+    @field_validator("rubric", mode="before")
+    @classmethod
+    def _name_or_rubric(cls, value: Any) -> Any:
+        if not isinstance(value, str) and not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
+            raise ValueError(
+                f"recipe.judge.rubric is {value!r:.80}: give a name, the path of a .yaml file, or what that holds"
+            )
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

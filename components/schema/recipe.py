@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -10,7 +11,7 @@ from pydantic import Field, model_validator
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.learning import LoraRecipe, UpdateRecipe
-from layerloop.components.schema.record import SEAL, Record, validate
+from layerloop.components.schema.record import SEAL, Record, canonical_json, validate
 from layerloop.components.schema.runtime import checked_values, flat, split_runtime
 from layerloop.components.schema.yaml_text import load_yaml
 
@@ -243,10 +244,18 @@ def split_recipe(values: Mapping[str, Any], *, where: str) -> tuple[Recipe, dict
 
 
 def recipe_differences(ours: Recipe, theirs: Recipe) -> list[str]:
-    """Fields that differ, as `path: theirs -> ours` lines, in a fixed order."""
-    left, right = flat(theirs.model_dump(mode="json")), flat(ours.model_dump(mode="json"))
+    """Fields that differ, as `path: theirs -> ours` lines, in a fixed order. A rubric is one value."""
+    left, right = _comparable(theirs), _comparable(ours)
     return [
         f"{key}: {left.get(key)!r} -> {right.get(key)!r}"
         for key in sorted(left | right)
         if left.get(key) != right.get(key)
     ]
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.model_dump(mode="json")
+    if not isinstance(rubric := values["judge"]["rubric"], str):
+        known = hashlib.sha256(canonical_json(rubric)).hexdigest()[:12]
+        values["judge"]["rubric"] = f"{rubric.get('name')} {rubric.get('version')} ({known})"
+    return flat(values)

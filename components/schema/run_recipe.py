@@ -17,7 +17,7 @@ def packaged_recipes() -> dict[str, str]:
     """
     folder = importlib.resources.files("layerloop.pipelines") / "recipes"
     files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
-    return {file.name.removesuffix(".yaml"): file.read_text() for file in sorted(files, key=lambda file: file.name)}
+    return dict(sorted((file.name.removesuffix(".yaml"), file.read_text()) for file in files))
 
 
 def overridden(recipe: Recipe, overrides: Mapping[str, Any]) -> tuple[Recipe, dict[str, Any]]:

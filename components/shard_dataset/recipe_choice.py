@@ -33,7 +33,20 @@ def choose_recipe(
         names = ", ".join(packaged_recipes())
         raise LayerloopError(f"recipe is empty and {store.uri} has none yet: name one of {names}, or give a file's URI")
     changed, free = overridden(chosen, overrides)
+    if store.exists(RECIPE):
+        changed = _with_named_rubric(changed, Campaign.open(store.uri).recipe)
     return changed, merged(moved, free)
+
+
+def _with_named_rubric(chosen: Recipe, frozen: Recipe) -> Recipe:
+    """`chosen`, with its rubric named by its file as in a campaign of earlier versions, which froze the path, where
+    the file still holds that rubric."""
+    from layerloop.components.judge.rubric import file_content, is_file
+
+    path, rubric = frozen.judge.rubric, chosen.judge.rubric
+    if isinstance(rubric, str) or not isinstance(path, str) or not is_file(path) or file_content(path) != rubric:
+        return chosen
+    return chosen.model_copy(update={"judge": chosen.judge.model_copy(update={"rubric": path})})
 
 
 def read_recipe(recipe: str) -> tuple[Recipe, dict[str, Any]]:

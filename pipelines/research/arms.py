@@ -68,7 +68,7 @@ ARMS: dict[str, Arm] = {
     "eta_high": Arm("noise level 0.9", 1, {"rollout": {"noise": {"eta": 0.9}}}),
     "flow_sde": Arm("Flow-SDE noise of level 1.0", 1, {"rollout": {"noise": {"dynamics": "flow_sde", "eta": 1.0}}}),
     # what the second evaluation of the transformer buys in the steps that no noise enters
-    "heun_outside": Arm("Heun's steps outside the window, Euler's everywhere else", 1, {"rollout": {"outside": "heun"}}),
+    "heun_outside": Arm("Heun's steps outside the window, not Euler's", 3, {"rollout": {"outside": "heun"}}),
     "half_resolution": Arm("sampled and learnt from at half the side", 3, {"rollout": {"resolution": 32}}),
     "lag": Arm("sampled by the policy of one iteration earlier", 3, {"rollout": {"lag": 1}}),
     "full_fine": Arm("the whole method, with a judge that is fine alone too", 3, {"judge": {"model": FINE}}),

@@ -11,9 +11,10 @@ import yaml
 
 from layerloop.components.judge.methods import PHASE1, PHASE2, grid, methods_of, pairwise, rubric_of
 from layerloop.components.judge.methods.method import GridScore
-from layerloop.components.judge.rubric import load_rubric
+from layerloop.components.judge.rubric import file_content, load_rubric
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe, PhaseTwoRecipe
+from layerloop.components.schema.recipe import parse_recipe
 
 NAMES = ("a", "b")
 
@@ -31,7 +32,7 @@ def shown(repeat: int, number: int, scores: dict[int, float], offset: float = 0.
 @pytest.fixture
 def rubric_file(tmp_path: Path) -> Any:
     """`rubric_file(without=(...), **texts)`: the path of the default rubric with keys left out or set."""
-    package = Path(load_rubric.__wrapped__.__code__.co_filename).parent
+    package = Path(load_rubric.__code__.co_filename).parent
 
     def write(*without: str, **texts: Any) -> str:
         words = yaml.safe_load((package / "rubrics" / "default.yaml").read_text())
@@ -43,7 +44,7 @@ def rubric_file(tmp_path: Path) -> Any:
     return write
 
 
-def recipe(rubric: str, **judge: Any) -> JudgeRecipe:
+def recipe(rubric: str | dict[str, Any], **judge: Any) -> JudgeRecipe:
     return JudgeRecipe.model_validate({"rubric": rubric, **judge})
 
 
@@ -62,6 +63,23 @@ def test_a_rubric_needs_only_the_texts_of_the_methods_in_use(rubric_file: Any) -
     assert rubric_of(recipe(pairs, phase2={"method": "pairwise"}, canaries=False)).name == "mine"
     alone = rubric_file("phase2", "pairwise", "checklist")
     assert rubric_of(recipe(alone, phase2={"enabled": False})).name == "mine"
+
+
+def test_what_a_rubrics_file_holds_may_stand_in_the_recipe(rubric_file: Any) -> None:
+    path = rubric_file(instructions="Judge – kindly.")
+    named, itself = recipe(path), recipe(file_content(path))
+    same = {"sha256": ""}
+    assert rubric_of(named).model_copy(update=same) == rubric_of(itself).model_copy(update=same)
+    assert rubric_of(JudgeRecipe.from_json(itself.to_json(), where="recipe")) == rubric_of(itself)  # frozen and read
+    other = recipe(file_content(path) | {"instructions": "Judge sternly."})
+    assert rubric_of(other).sha256 != rubric_of(itself).sha256
+    for wrong in (5, None, [], {1: 2}):
+        with pytest.raises(
+            LayerloopError, match=r"^recipe\.judge\.rubric is .*: give a name, the path of a \.yaml file, or"
+        ):
+            parse_recipe(yaml.safe_dump({"name": "test", "judge": {"rubric": wrong}}))
+    with pytest.raises(LayerloopError, match=r"^rubric\.criteria is missing: set it$"):
+        rubric_of(recipe({key: value for key, value in file_content(path).items() if key != "criteria"}))
 
 
 @pytest.mark.parametrize(

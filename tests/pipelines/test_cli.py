@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import yaml
 from safetensors.numpy import load_file, save
 from warm_python import warm
 
+from layerloop.components.judge.methods import rubric_of
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.recipe import parse_recipe, parse_recipe_runtime
 from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.runtime import runtime_values
@@ -110,6 +113,7 @@ def test_recipes_are_listed_and_printed(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["recipe"]) == 0
     listed = capsys.readouterr().out
     assert {line.split()[0] for line in listed.splitlines()} == set(packaged_recipes())
+    assert len({line.index(line.split()[1], 8) for line in listed.splitlines()}) == 1  # in columns
     assert main(["recipe", "paper"]) == 0
     assert capsys.readouterr().out == packaged_recipes()["paper"]
 
@@ -210,6 +214,31 @@ def test_the_compiled_pipelines_runtime_is_the_one_given(tmp_path: Path) -> None
         parameter = spec["root"]["inputDefinitions"]["parameters"]["runtime"]
         assert parameter["parameterType"] == "STRUCT"
         assert runtime_values(parameter["defaultValue"]) == {"judge": {"concurrency": 5}, "update": {"microbatch": 3}}
+
+
+def test_a_rubrics_file_goes_into_the_recipe_since_pods_do_not_see_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = (resources.files("layerloop.components.judge") / "rubrics" / "default.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(shipped.replace("name: default", "name: mine"))
+    assert main(["compile", "-o", "x.yaml", "--recipe", "tiny", "--set", "judge.rubric=mine.yaml"]) == 0
+    tasks = next(yaml.safe_load_all((tmp_path / "x.yaml").read_text()))["root"]["dag"]["tasks"]
+    frozen = tasks["shard-dataset"]["inputs"]["parameters"]["default_recipe"]["runtimeValue"]["constant"]
+    (tmp_path / "mine.yaml").unlink()
+    recipe = parse_recipe(frozen).judge
+    assert rubric_of(recipe).name == "mine"
+    assert rubric_of(recipe).system_text() == rubric_of(JudgeRecipe()).system_text()
+    with pytest.raises(
+        LayerloopError, match=r"^recipe\.judge\.rubric is mine\.yaml: that file does not exist; what it"
+    ):
+        recipe_text("tiny", ["judge.rubric=mine.yaml"])
+    with pytest.raises(
+        LayerloopError, match=r"^recipe\.judge\.rubric is 'mine': choose default, or the path of a .yaml"
+    ):
+        recipe_text("tiny", ["judge.rubric=mine"])
+    in_the_pod = recipe_text("tiny", ["judge.rubric=/etc/layerloop/mine.yaml"])
+    assert parse_recipe(in_the_pod).judge.rubric == "/etc/layerloop/mine.yaml"
 
 
 def test_paths_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +370,7 @@ def test_a_text_with_a_comma_stays_one_text() -> None:
             ["decompose", "a.png", "-o", "out", "--batch-size", "0"],
             "^error: --batch-size is 0: input should be greater",
         ),
-        (["recipe", "--set", "seed=1"], "--set needs a recipe that it changes: name one of demo, paper, tiny$"),
+        (["recipe", "--set", "seed=1"], "--set needs a recipe that it changes: name one of demo, paper, paper-exact, tiny$"),
         (["compile", "-o", "x.yaml", "--resident", "--workers", "4"], "--workers is given with --resident"),
         (["judge", "check", "127.0.0.1:8788"], "judge URL is '127.0.0.1:8788': give a base URL such as http://"),
         (

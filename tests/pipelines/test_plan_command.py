@@ -23,13 +23,13 @@ from layerloop.pipelines.plan_judge import asked
 from layerloop.pipelines.plan_text import Plan
 from layerloop.pipelines.plan_work import Assumptions, Work
 
-PAPER = parse_recipe(packaged_recipes()["paper"])
+PAPER, EXACT = (parse_recipe(packaged_recipes()[name]) for name in ("paper", "paper-exact"))
 ONE, EIGHT, THIRTY_TWO = Gpus(1, 1, 1, 1, 1), Gpus(1, 8, 8, 8, 8), Gpus(4, 8, 8, 8, 32)
 JUDGE = 150.0  # seconds
 
 
 def changed(section: str, **values: Any) -> Recipe:
-    dumped = (PAPER if section == "rollout" else ANCHORED).model_dump()
+    dumped = (EXACT if section == "rollout" else ANCHORED).model_dump()
     return Recipe.model_validate(dumped | {section: dumped[section] | values})
 
 
@@ -86,11 +86,11 @@ def test_the_resident_way_reaches_what_it_is_for() -> None:
     paper = work(PAPER)
     assert resident(paper, 8, JUDGE).busy > 0.85
     alone = resident(paper, 32, JUDGE)
-    assert 0.4 < alone.busy < 0.55  # one judge of 150 s is longer than what 32 GPUs sample
+    assert 0.3 < alone.busy < 0.45  # one judge of 150 s is longer than what 32 GPUs sample
     assert alone.seconds["judge"] > 90
     assert resident(paper, 32, JUDGE / 3).busy > 0.7
     lagging = resident(paper, 32, JUDGE, lag=1)
-    assert alone.wall > lagging.wall > JUDGE and resident(paper, 32, JUDGE / 2, lag=1).busy > 0.8
+    assert alone.wall > lagging.wall > JUDGE and resident(paper, 32, JUDGE / 2, lag=1).busy > 0.75
     assert resident(work(), 8, JUDGE, lag=1).wall > resident(work(), 8, JUDGE).wall  # anchors for all points
     assert resident(paper, 8, JUDGE, lag=1).wall < resident(paper, 8, JUDGE).wall  # none
 

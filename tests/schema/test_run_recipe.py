@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.recipe import parse_recipe
+from layerloop.components.schema.recipe import parse_recipe, recipe_differences
 from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 
 TINY = parse_recipe(packaged_recipes()["tiny"])
@@ -62,6 +62,13 @@ def test_what_does_not_fit_is_one_line(changes: dict[str, Any], line: str) -> No
         overridden(TINY, changes)
     assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
+
+
+def test_paper_exact_is_paper_but_for_the_steps_outside_the_window() -> None:
+    paper, exact = (parse_recipe(packaged_recipes()[name]) for name in ("paper", "paper-exact"))
+    assert recipe_differences(exact, paper) == ["rollout.outside: 'euler' -> 'heun'"]
+    lines = [packaged_recipes()[name].partition("\nname: ")[2].splitlines() for name in ("paper", "paper-exact")]
+    assert len([pair for pair in zip(*lines, strict=True) if pair[0] != pair[1]]) == 1  # their comments agree too
 
 
 def test_every_packaged_recipe_can_be_changed() -> None:

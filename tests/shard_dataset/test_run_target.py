@@ -283,7 +283,9 @@ def test_another_recipe_than_the_campaigns_is_refused_with_what_differs(campaign
 
 
 def test_a_new_campaign_without_a_recipe_lists_the_names(store_uri: str) -> None:
-    with pytest.raises(LayerloopError, match="recipe is empty and .* has none yet: name one of demo, paper, tiny"):
+    with pytest.raises(
+        LayerloopError, match="recipe is empty and .* has none yet: name one of demo, paper, paper-exact"
+    ):
         run(campaign=store_uri, images="/p")
 
 
@@ -291,7 +293,7 @@ def test_a_new_campaign_without_a_recipe_lists_the_names(store_uri: str) -> None
     ("recipe", "line"),
     [
         ("# a recipe name: x seed: 1 model: base: tiny", "recipe is '# a recipe name: x seed: 1 model: base: '..., "),
-        ("papre", "recipe is papre, which is not one of demo, paper, tiny, and "),
+        ("papre", "recipe is papre, which is not one of demo, paper, paper-exact, tiny, and "),
     ],
 )
 def test_what_a_form_makes_of_a_recipe_is_refused_with_the_way_to_say_it(recipe: str, line: str) -> None:

@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import yaml
 from PIL import Image
 
 from layerloop.components.evaluate_adapter.cases import read_cases
+from layerloop.components.judge.rubric import file_content
 from layerloop.components.layers.crello import generate_design, write_designs_parquet
 from layerloop.components.layers.normalise import image_key
 from layerloop.components.layers.stack import composite, on_backdrop
@@ -528,7 +530,7 @@ def test_nothing_left_to_train_on_is_one_line(tmp_path: Path, recipe: str) -> No
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("", "recipe is empty and {tmp}/c has none yet: name one of demo, paper, tiny, or give a file's URI"),
+        ("", "recipe is empty and {tmp}/c has none yet: name one of demo, paper, paper-exact, tiny, or give a "),
         ("{tmp}/nowhere.yaml", "{tmp}/nowhere.yaml does not exist: was it moved or deleted, or is the URI misspelt?"),
         ("name: test\nroll: {}", "recipe.roll is not a known key: did you mean 'rollout'?"),
         ("name: [", "recipe is not YAML: "),
@@ -690,9 +692,24 @@ def test_a_recipe_that_was_refused_can_be_mended_in_the_same_campaign(
 def test_a_rubric_that_is_not_there_is_refused_before_the_recipe_is_frozen(tmp_path: Path, folder: Path) -> None:
     """The judge's step would say so after hours of sampling, of a recipe that can no longer be changed."""
     asked = {"name": "test", "judge": {"rubric": "/nope/mine.yaml"}}
-    with pytest.raises(LayerloopError, match=r"^recipe\.judge\.rubric is /nope/mine\.yaml: that file does not exist$"):
+    with pytest.raises(LayerloopError, match=r"^recipe\.judge\.rubric is /nope/mine\.yaml: that file does not exist; "):
         run(campaign=f"{tmp_path}/c", recipe=json.dumps(asked), images=str(folder))
     assert not (tmp_path / "c").exists()
+
+
+def test_a_campaign_that_froze_its_rubrics_path_goes_on_with_what_the_file_holds(tmp_path: Path, folder: Path) -> None:
+    """Campaigns of earlier versions did; `layerloop run --recipe` now gives what the file holds."""
+    path = tmp_path / "mine.yaml"
+    shipped = (resources.files("layerloop.components.judge") / "rubrics" / "default.yaml").read_text()
+    path.write_text(shipped.replace("name: default", "name: mine"))
+    asked = {"name": "test", "data": {"resolution": 64}, "model": {"base": "tiny"}, "judge": {"rubric": str(path)}}
+    run(campaign=f"{tmp_path}/c", recipe=json.dumps(asked), images=str(folder))
+    asked["judge"] = {"rubric": file_content(str(path))}
+    run(campaign=f"{tmp_path}/c", recipe=json.dumps(asked), images=str(folder))
+    assert Campaign.open(f"{tmp_path}/c").recipe.judge.rubric == str(path)
+    asked["judge"] = {"rubric": file_content(str(path)) | {"version": "2"}}
+    with pytest.raises(LayerloopError, match=r"judge\.rubric: .*mine\.yaml' -> 'mine 2 \([0-9a-f]{12}\)'\): continue"):
+        run(campaign=f"{tmp_path}/c", recipe=json.dumps(asked), images=str(folder))
 
 
 def test_a_recipe_whose_prompt_could_not_be_embedded_can_be_mended_in_the_same_campaign(

@@ -406,6 +406,7 @@ def used(group: Group) -> None:
 
 NOISE = np.ones((3, 12, 64), np.float32)
 TALL = encode_png(np.zeros((48, 32, 4), np.uint8))
+OPAQUE = encode_png(np.zeros((32, 32, 3), np.uint8))
 TOO_TALL = "image is 48 x 32, its group's record says 32 x 32"
 
 
@@ -418,6 +419,7 @@ TOO_TALL = "image is 48 x 32, its group's record says 32 x 32"
         (member(2, "trajectory.safetensors", None), f"c01 lacks trajectory.safetensors: {REMEDY}"),
         (member(0, "source.png", TALL), f"-g000001.source.png: {TOO_TALL}: {REMEDY}"),
         (member(2, "layer1.png", TALL), f"-c01.layer1.png: {TOO_TALL}: {REMEDY}"),
+        (member(2, "layer1.png", OPAQUE), f"layer1.png is 32 x 32 x 3, its group's record says 32 x 32 x 4: {REMEDY}"),
         (member(1, "layer0.png", b"pixels"), "c00.layer0.png: image starts with b'pixels', not a known format"),
         (member(1, "trajectory.safetensors", b"latents"), "c00.trajectory.safetensors is not safetensors ("),
         (
@@ -442,8 +444,8 @@ TOO_TALL = "image is 48 x 32, its group's record says 32 x 32"
         ),
     ],
     ids=[
-        "no-source", "no-condition", "no-layer", "no-latents", "source", "layer", "pixels", "bytes", "no-window",
-        "steps", "channels", "dtype", "infinite",
+        "no-source", "no-condition", "no-layer", "no-latents", "source", "layer", "opaque", "pixels", "bytes",
+        "no-window", "steps", "channels", "dtype", "infinite",
     ],
 )  # fmt: skip
 def test_what_is_damaged_in_a_group_is_named_with_the_remedy(

@@ -24,7 +24,7 @@ from layerloop.components.score_rollouts.step import run as score_rollouts
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.train_stretch import scoring, step
 from layerloop.components.train_stretch.scoring import Scoring, Teller, read_news, write_news
-from layerloop.components.train_stretch.step import run
+from layerloop.components.train_stretch.step import Stretch, run
 from layerloop.components.update_lora.step import run as update_lora
 
 from .conftest import ITERATIONS, Begin
@@ -199,13 +199,20 @@ def test_candidates_that_would_fill_the_memory_are_not_told() -> None:
     teller.close()
 
 
-def test_what_is_committed_is_not_done_again(begin: Begin, judge_url: str, tmp_path: Path) -> None:
+def test_what_is_committed_is_not_done_again(
+    begin: Begin, judge_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     campaign = begin(tmp_path)
     step_by_step(campaign, judge_url, 1)
     before = content(campaign)
     result = run(campaign=campaign.uri, iteration=1, iterations=1, judge_url="http://127.0.0.1:9/v1")
     assert content(campaign) == before
     assert result.manifests["policy"].iteration == 1
+    begun: list[list[int]] = []
+    monkeypatch.setattr(Stretch, "train", lambda stretch: begun.append(stretch.iterations))
+    with pytest.raises(LayerloopError, match="iterations/000002/policy is not committed"):
+        run(campaign=campaign.uri, iteration=1, iterations=2, judge_url=judge_url)
+    assert begun == [[2]]
 
 
 def test_it_ends_at_the_target(begin: Begin, judge_url: str, tmp_path: Path) -> None:
