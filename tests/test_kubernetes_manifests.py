@@ -90,6 +90,15 @@ def test_a_wrong_field_would_be_found(tmp_path: Path) -> None:
         validate(tmp_path / "x.yaml")
 
 
+def test_the_page_about_the_judge_says_how_a_sleeping_one_is_called() -> None:
+    service, route = documents((MANIFESTS / "judge-to-zero/scale.yaml").read_text())[:2]
+    name = service["metadata"]["name"]
+    assert route["spec"]["rules"] == [{"hosts": [name]}], "the interceptor knows the judge by this name alone"
+    url = f"http://{name}:8080/v1"
+    assert url in (MANIFESTS / "judge-to-zero/kustomization.yaml").read_text()
+    assert url in (MANIFESTS.parent / "docs/JUDGE.md").read_text()
+
+
 def everything() -> list[Any]:
     folders = [MANIFESTS / name for name in KUSTOMIZATIONS]
     return [document for folder in folders for document in rendered(folder)]
