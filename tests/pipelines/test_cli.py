@@ -370,7 +370,10 @@ def test_a_text_with_a_comma_stays_one_text() -> None:
             ["decompose", "a.png", "-o", "out", "--batch-size", "0"],
             "^error: --batch-size is 0: input should be greater",
         ),
-        (["recipe", "--set", "seed=1"], "--set needs a recipe that it changes: name one of demo, paper, paper-exact, tiny$"),
+        (
+            ["recipe", "--set", "seed=1"],
+            "--set needs a recipe that it changes: name one of demo, paper, paper-exact, tiny$",
+        ),
         (["compile", "-o", "x.yaml", "--resident", "--workers", "4"], "--workers is given with --resident"),
         (["judge", "check", "127.0.0.1:8788"], "judge URL is '127.0.0.1:8788': give a base URL such as http://"),
         (
