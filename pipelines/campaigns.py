@@ -21,7 +21,7 @@ from layerloop.pipelines.show import table_lines
 _OWN = re.compile(
     rf"{RECIPE}|({LEASE}|runs|refusals|sources|iterations|evaluations|published|publications|samples|systems)/.*"
 )
-BAD_LAYERS = "designs.bad_layers"
+BAD_LAYERS = {"designs.bad_layers": "design", "pictures.bad_layers": "picture"}  # of a campaign, the first that it has
 
 
 def list_text(uri: str) -> str:
@@ -40,8 +40,8 @@ def list_text(uri: str) -> str:
             rows.append([name, str(error), "", "", "", ""])
             continue
         head, recipe = campaign.head(), campaign.recipe
-        bad = evaluated(campaign).get(BAD_LAYERS)
-        change = f"{bad['base']:.3f} -> {bad['tuned']:.3f}" if bad else ""
+        found = [f"{bad['base']:.3f} -> {bad['tuned']:.3f} a {what}" for bad, what in bad_layers(campaign)]
+        change = found[0] if found else ""
         rows.append([name, recipe.name, recipe.model.base, str(head), change, size_text(campaign.bytes_under())])
     if not rows:
         raise LayerloopError(f"{store.uri} has no campaign directly in it: give the folder that holds campaigns")
@@ -114,6 +114,13 @@ def _remove_empty_folders(store: LocalStore) -> None:
             folder.rmdir()
     if not any(store.root.iterdir()):
         store.root.rmdir()
+
+
+def bad_layers(campaign: Campaign) -> list[tuple[Mapping[str, Any], str]]:
+    """The comparisons of bad layers that the last evaluation has, each with what it was measured on: designs first."""
+    found = evaluated(campaign)
+    measured = [(found[name], what) for name, what in BAD_LAYERS.items() if name in found]
+    return [(bad, what) for bad, what in measured if bad["difference"] is not None]
 
 
 def evaluated(campaign: Campaign) -> Mapping[str, Any]:

@@ -26,7 +26,9 @@ def add_adapter_commands(commands: Any) -> None:
         title="commands", metavar="COMMAND", required=True
     )
     merge = command(adapter, "merge", _adapter_merge, "write the weighted sum of adapters as one, in both layouts")
-    merge.add_argument("out", metavar="OUT", help="folder to make, with peft/ and diffusers/ in it")
+    merge.add_argument(
+        "out", metavar="OUT", help="folder to make, with peft/ and diffusers' pytorch_lora_weights.safetensors"
+    )
     merge.add_argument(
         "adapters", nargs="+", metavar="ADAPTER=WEIGHT", help="folder, file or URI, either layout; weight 1 if none"
     )

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from layerloop.pipelines.cli_parser import command, counts_options, need_kfp, runtime_option, set_option
+from layerloop.components.schema.errors import LayerloopError
+from layerloop.pipelines.cli_parser import WORKERS, command, counts_options, need_kfp, runtime_option, set_option
 
 COMPILE_EXAMPLES = """\
 examples:
@@ -38,7 +39,7 @@ def add_compile_command(commands: Any) -> None:
     compile_.add_argument("--cluster", default="", metavar="FILE", help="YAML: images by digest, GPUs, queues, secrets")
     set_option(compile_)
     runtime_option(compile_)
-    counts_options(compile_)
+    counts_options(compile_, workers=None)
 
 
 def _compile(arguments: argparse.Namespace) -> None:
@@ -51,11 +52,16 @@ def _compile(arguments: argparse.Namespace) -> None:
     from layerloop.pipelines.packages import write_pipeline
     from layerloop.pipelines.train import container_tasks, train_pipeline
 
+    if arguments.resident and arguments.workers is not None:
+        raise LayerloopError(
+            "--workers is given with --resident, whose one pod has none: leave it out, or set gpus in the cluster file"
+        )
+    workers = arguments.workers or WORKERS
     recipe, runtime = recipe_and_runtime(arguments.recipe, arguments.set, arguments.runtime)
     cluster = read_cluster(arguments.cluster) if arguments.cluster else Cluster()
     if arguments.pipeline == "train":
         counts = {
-            "iterations": arguments.iterations, "workers": arguments.workers, "evaluate": arguments.evaluate,
+            "iterations": arguments.iterations, "workers": workers, "evaluate": arguments.evaluate,
             "resident": arguments.resident,
         }  # fmt: skip
         pipeline = train_pipeline(**counts, recipe=recipe, cluster=cluster, runtime=runtime)
@@ -73,10 +79,10 @@ def _compile(arguments: argparse.Namespace) -> None:
                 + (", too short for it: leave samplers false, or set a longer one" if hours < cost.hours else "")
             )
     each, groups = max(1, cluster.gpus_of("generate_rollouts")), parse_recipe(recipe).rollout.groups
-    idle = arguments.workers * each - groups
+    idle = workers * each - groups
     if arguments.pipeline == "train" and not arguments.resident and idle > 0:
         print(
-            f"rollouts: {arguments.workers} workers with processes for {each} GPU each share {groups} groups: {idle} "
+            f"rollouts: {workers} workers with processes for {each} GPU each share {groups} groups: {idle} "
             "processes have nothing to do"
         )
     if not arguments.cluster:

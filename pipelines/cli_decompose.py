@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from typing import Any
 
+from layerloop.components.schema.errors import LayerloopError
 from layerloop.pipelines.cli_parser import command
 
 EXAMPLES = """\
@@ -75,10 +77,15 @@ def _decompose(arguments: argparse.Namespace) -> int:
         "batch_size",
         "layers",
     )
-    options = DecomposeOptions.of(
-        **{name: getattr(arguments, name) for name in names},
-        recipe=recipe_text(arguments.recipe) if arguments.recipe else None,
-        formats=tuple(dict.fromkeys(arguments.formats.split(","))),
-    )
+    recipe = recipe_text(arguments.recipe) if arguments.recipe else None
+    try:
+        options = DecomposeOptions.of(
+            **{name: getattr(arguments, name) for name in names},
+            recipe=recipe,
+            formats=tuple(dict.fromkeys(arguments.formats.split(","))),
+        )
+    except LayerloopError as error:  # as they are typed, not as they are called in Python
+        typed = re.sub(r"\boptions\.(\w+)", lambda found: f"--{found[1].replace('_', '-')}", str(error))
+        raise LayerloopError(typed) from None
     line = [sys.executable, "-m", "layerloop.components.decompose", arguments.output, options.model_dump_json()]
     return subprocess.run([*line, *arguments.pictures], check=False).returncode

@@ -38,7 +38,9 @@ def _judge_serve(arguments: argparse.Namespace) -> None:
 
 def _judge_check(arguments: argparse.Namespace) -> int:
     from layerloop.components.judge.check import check
+    from layerloop.pipelines.inputs import check_judge_url
 
+    check_judge_url(arguments.url)
     report = check(arguments.url, model=arguments.model)
     print("\n".join(report.lines()))
     return 1 if report.verdict == "unfit" else 0

@@ -46,17 +46,20 @@ def runtime_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runtime", default="", metavar="FILE", help=help_)
 
 
-def counts_options(parser: argparse.ArgumentParser) -> None:
-    """--iterations and --workers."""
+WORKERS = 2  # where nobody says
+
+
+def counts_options(parser: argparse.ArgumentParser, *, workers: int | None = WORKERS) -> None:
+    """--iterations and --workers, which is `workers` where it is not given."""
     parser.add_argument(
         "--iterations", type=at_least_one, default=3, metavar="N", help="iterations of one run (default: %(default)s)"
     )
     parser.add_argument(
         "--workers",
         type=at_least_one,
-        default=2,
+        default=workers,
         metavar="N",
-        help="processes here, pods on a cluster, that share an iteration's rollouts (default: %(default)s)",
+        help=f"processes here, pods on a cluster, that share an iteration's rollouts (default: {WORKERS})",
     )
 
 

@@ -19,7 +19,9 @@ def add_recipe_commands(commands: Any) -> None:
     plan = command(commands, "plan", _plan, "what a recipe costs: hours, GPUs' busy share, memory, storage, judge")
     plan.add_argument("recipe", metavar="NAME|FILE", help="a packaged recipe or a YAML file")
     plan.add_argument("--cluster", default="", metavar="FILE", help="its GPUs (default: 1, 8 and 4 x 8)")
-    plan.add_argument("--workers", type=int, default=1, metavar="N", help="rollout pods (default: %(default)s)")
+    plan.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="rollout pods, with --cluster (default: %(default)s)"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
     set_option(plan, "; or an assumption, as plan.tflops=600")
     runtime_option(plan)
@@ -36,6 +38,8 @@ def _recipe(arguments: argparse.Namespace) -> None:
                 f"{', '.join(flat(runtime))} is not of the recipe but of the runtime: set it for a run"
             )
         print(text, end="")
+    elif arguments.set:
+        raise LayerloopError(f"--set needs a recipe that it changes: name one of {', '.join(packaged_recipes())}")
     packaged = {} if arguments.recipe else packaged_recipes()
     width = max(map(len, packaged), default=0)
     for name, text in packaged.items():

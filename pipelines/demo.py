@@ -66,7 +66,7 @@ def run_demo(job: Job, *, folder: Path, fresh: bool) -> None:
     say_what_was_made(run, job)
     if judge.model in SCORE_RANGE:
         print(f"The judge was {judge.model}: rules over pixels that stand in for a vision-language model.")
-    print("Again: `make demo` continues this campaign from its head; `make demo FRESH=1` starts again.")
+    print("Again: the same command continues this campaign from its head; --fresh (`make demo FRESH=1`) starts again.")
     print("\n".join(outcome_lines(Campaign.open(absolute(job.campaign)), shown=job.campaign)))
 
 

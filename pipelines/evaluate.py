@@ -7,6 +7,7 @@ from kfp import dsl
 from kfp.dsl import Dataset, Input, Model
 
 from layerloop.components.evaluate_adapter.component import evaluate_adapter
+from layerloop.components.schema.runtime import without_nulls
 from layerloop.components.shard_dataset.component import shard_dataset
 from layerloop.pipelines.cluster import Cluster
 from layerloop.pipelines.evaluation_cost import with_evaluation_deadline
@@ -29,7 +30,7 @@ def evaluate_pipeline(  # type: ignore[no-untyped-def]
         LayerloopError: the recipe's evaluation does not fit the deadline that the cluster file sets.
     """
     cluster = with_evaluation_deadline(cluster or Cluster(), recipe, samplers=True)
-    apply, free = cluster.apply, dict(runtime or {})
+    apply, free = cluster.apply, without_nulls(runtime or {})
 
     # As in train.py: kfp.local takes a condition on another task's output for false.
     @dsl.pipeline(name="evaluation")

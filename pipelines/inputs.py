@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.recipe import TINY, Recipe, parse_recipe, parse_recipe_runtime
@@ -180,6 +181,16 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri or not uri else os.path.abspath(os.path.expanduser(uri))
 
 
+def check_judge_url(url: str) -> None:
+    """Refuse what is no base URL.
+
+    Raises:
+        LayerloopError: it does not begin with http:// or https://.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise LayerloopError(f"judge URL is {without_secrets(url)!r}: give a base URL such as http://127.0.0.1:8788/v1")
+
+
 def check_judge(url: str, recipe: JudgeRecipe, runtime: JudgeRuntime) -> list[str]:
     """Ask the judge for its models, and one of them a short question, before a run, so that a wrong URL, key or model
     costs seconds and not rollouts.
@@ -194,8 +205,7 @@ def check_judge(url: str, recipe: JudgeRecipe, runtime: JudgeRuntime) -> list[st
     from layerloop.components.judge.methods import rubric_of
 
     rubric_of(recipe)
-    if not url.startswith(("http://", "https://")):
-        raise LayerloopError(f"judge URL is {url!r}: give a base URL such as http://127.0.0.1:8788/v1")
+    check_judge_url(url)
 
     async def models() -> list[str]:
         async with Judge(url, recipe, runtime) as judge:

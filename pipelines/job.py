@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.runtime import without_nulls
 from layerloop.components.storage.campaign import RECIPE, Campaign
 from layerloop.components.storage.stores import open_store
 from layerloop.pipelines.inputs import absolute
@@ -93,7 +94,7 @@ def _run(job: Job, folder: Path) -> LocalRun:
         "judge_url": job.judge_url,
         "publish_as": job.publish_as,
         "until": job.until,
-        "runtime": dict(job.runtime),
+        "runtime": without_nulls(job.runtime),
     }
     goal = f", until iteration {job.until} of the campaign" if job.until else ""
     counts = ", ".join(

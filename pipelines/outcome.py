@@ -12,10 +12,8 @@ from typing import Any
 
 from layerloop.components.schema.messages import counted
 from layerloop.components.storage.campaign import Campaign
-from layerloop.pipelines.campaigns import evaluated
+from layerloop.pipelines.campaigns import bad_layers
 from layerloop.pipelines.job import published_at
-
-MEASURED = {"designs.bad_layers": "design", "pictures.bad_layers": "picture"}  # the first that was measured is measured
 
 
 def outcome_lines(campaign: Campaign, *, shown: str) -> list[str]:
@@ -24,9 +22,8 @@ def outcome_lines(campaign: Campaign, *, shown: str) -> list[str]:
     Args:
         shown: The campaign's folder or URI as the user would type it.
     """
-    head, found = campaign.head(), evaluated(campaign)
-    measured = [(name, what) for name, what in MEASURED.items() if found.get(name, {}).get("difference") is not None]
-    lines = [_changed(found[name], what, head) for name, what in measured[:1]]
+    head = campaign.head()
+    lines = [_changed(bad, what, head) for bad, what in bad_layers(campaign)[:1]]
     if name := published_at(campaign, head):
         counts = campaign.recipe.rollout
         layers = f"--layers {counts.max_layers} " if counts.min_layers == counts.max_layers else ""

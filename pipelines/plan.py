@@ -19,16 +19,18 @@ from layerloop.pipelines.plan_work import Assumptions, Work
 
 @dataclasses.dataclass(frozen=True)
 class Gpus:
-    """GPUs of an iteration: `workers` rollout pods of `each`, one update pod of `update`, evaluation on `evaluate`."""
+    """GPUs of an iteration: `workers` rollout pods of `each`, one update pod of `update`, evaluation on `evaluate`; and
+    those of the one that does whole iterations where a run is resident."""
 
     workers: int
     each: int
     update: int
     evaluate: int
+    resident: int
 
     @property
     def total(self) -> int:
-        """GPUs that are needed at once."""
+        """GPUs that are needed at once, step by step."""
         return max(self.workers * self.each, self.update)
 
 
@@ -203,4 +205,4 @@ def pods(given: Assumptions, gpus: Gpus, *, way: str, gpus_per_node: int) -> int
         runs = math.ceil(given.iterations / given.iterations_per_run)
         return runs + given.iterations * (gpus.workers + 2) + 2
     stretches = math.ceil(given.iterations / given.iterations_per_stretch)
-    return stretches * (1 + math.ceil(gpus.total / gpus_per_node)) + 2
+    return stretches * (1 + math.ceil(gpus.resident / gpus_per_node)) + 2

@@ -9,6 +9,7 @@ from typing import Any
 
 from layerloop.components.policy.size import Tokens
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import counted
 from layerloop.components.schema.recipe import Recipe
 from layerloop.components.schema.runtime import Runtime
 from layerloop.pipelines.cluster import Cluster
@@ -33,16 +34,17 @@ def gpu_layouts(cluster: Cluster | None, workers: int) -> list[Gpus]:
     """The cluster's, or without one: one GPU, one node of eight, and four nodes of which one updates.
 
     Raises:
-        LayerloopError: no worker.
+        LayerloopError: no worker, or workers of which no cluster says what they have.
     """
     if workers < 1:
         raise LayerloopError(f"workers is {workers}: choose 1 or more")
+    if cluster is None and workers > 1:
+        raise LayerloopError(f"workers is {workers}, and no cluster file says which GPUs each has: give --cluster FILE")
     if cluster is None:
-        return [Gpus(1, 1, 1, 1), Gpus(1, 8, 8, 8), Gpus(4, 8, 8, 8)]
-    each, update, evaluate = (
-        max(1, cluster.gpus_of(step)) for step in ("generate_rollouts", "update_lora", "evaluate_adapter")
-    )
-    return [Gpus(workers, each, update, evaluate)]
+        return [Gpus(1, 1, 1, 1, 1), Gpus(1, 8, 8, 8, 8), Gpus(4, 8, 8, 8, 32)]
+    steps = ("generate_rollouts", "update_lora", "evaluate_adapter", "train_stretch")
+    each, update, evaluate, resident = (max(1, cluster.gpus_of(step)) for step in steps)
+    return [Gpus(workers, each, update, evaluate, resident)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +69,15 @@ class Plan:
         seconds = self.judge.seconds(self.work.assumed)
         return [
             step_by_step(self.work, gpus, seconds),
-            resident(self.work, gpus.total, seconds),
-            resident(self.work, gpus.total, seconds, lag=1),
+            resident(self.work, gpus.resident, seconds),
+            resident(self.work, gpus.resident, seconds, lag=1),
         ]
 
     def replicas(self, gpus: Gpus, *, lag: int = 0, wanted: float = TARGET) -> int | None:
         """Fewest replicas of the judge with which a resident iteration keeps the GPUs busy for `wanted` of it."""
         one = self.judge.seconds(self.work.assumed) * self.work.assumed.judge_replicas
         for count in range(1, MOST_REPLICAS + 1):
-            if resident(self.work, gpus.total, one / count, lag=lag).busy >= wanted:
+            if resident(self.work, gpus.resident, one / count, lag=lag).busy >= wanted:
                 return count
         return None
 
@@ -84,7 +86,7 @@ class Plan:
         given = self.work.assumed
         hours = given.iterations * way.wall / 3600
         evaluating = (1 + given.evaluations) * evaluation_hours(self.work, gpus.evaluate) if given.evaluations else 0.0
-        gpu_hours = hours * gpus.total + evaluating * gpus.evaluate
+        gpu_hours = hours * way.gpus + evaluating * gpus.evaluate
         stored = given.iterations * self.bytes()["an iteration"] / 1e9
         judged = given.iterations * self.judge.cost(self.work.runtime.judge.price)
         return {
@@ -111,8 +113,8 @@ def plan_json(plan: Plan) -> str:
         {
             **dataclasses.asdict(gpus), "total": gpus.total,
             "ways": [
-                {"way": way.way, "seconds": dict(way.seconds), "wall_seconds": way.wall, "busy": way.busy,
-                 "campaign": plan.campaign(gpus, way)}
+                {"way": way.way, "gpus": way.gpus, "seconds": dict(way.seconds), "wall_seconds": way.wall,
+                 "busy": way.busy, "campaign": plan.campaign(gpus, way)}
                 for way in plan.ways(gpus)
             ],
             "replicas_for_70_percent": {f"lag_{lag}": plan.replicas(gpus, lag=lag) for lag in (0, 1)},
@@ -195,8 +197,9 @@ def _layout_lines(plan: Plan, gpus: Gpus) -> list[str]:
     ]
     for way in plan.ways(gpus):
         total = plan.campaign(gpus, way)
+        name = way.way if way.gpus == gpus.total else f"{way.way}, on its pod's {counted(way.gpus, 'GPUs')}"
         lines.append(
-            f"  {way.way:44}{way.wall:>9.0f}{way.busy:>7.0%}{total['days']:>11.1f}{total['gpu_hours']:>9.0f}"
+            f"  {name:44}{way.wall:>9.0f}{way.busy:>7.0%}{total['days']:>11.1f}{total['gpu_hours']:>9.0f}"
             f"{total['pods']:>7.0f}"
         )
         lines.append("    " + ", ".join(f"{name} {value:.0f}" for name, value in way.seconds.items() if value >= 0.5))
@@ -209,6 +212,8 @@ def _layout_lines(plan: Plan, gpus: Gpus) -> list[str]:
         ways = [(plan.replicas(gpus, lag=lag), lag) for lag in (0, 1)]
         found = [f"{count} replicas of the judge with lag {lag}" for count, lag in ways if count]
         lines.append(f"  resident reaches {TARGET:.0%} with {' or '.join(found) or 'no number of judge replicas'}")
+    if gpus.resident > plan.gpus_per_node:
+        lines.append("  resident over several nodes is torchrun around train_stretch: the pipeline's pod is on one")
     return lines
 
 

@@ -12,6 +12,9 @@ from typing import Any
 import yaml
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.recipe import parse_recipe_runtime
+from layerloop.components.schema.run_recipe import overridden, packaged_recipes
+from layerloop.components.schema.runtime import checked_values
 from layerloop.pipelines.kfp_api import KfpApi, TakenError, equals, required
 from layerloop.pipelines.packages import check_parameters, is_spec, parameters_of, read_spec
 
@@ -129,7 +132,8 @@ def typed_parameters(pipeline: Pipeline, parameters: Mapping[str, Any]) -> dict[
     What is no text (a value of a schedule file) is taken as it is where it has the declared type.
 
     Raises:
-        LayerloopError: a parameter is unknown, missing or of another type, or the campaign is a folder of this machine.
+        LayerloopError: a parameter is unknown, missing or of another type, the campaign is a folder of this machine, or
+            a key or value of the recipe's overrides or of the runtime is none.
     """
     check_parameters(dict(pipeline.spec), list(parameters))
     known = parameters_of(dict(pipeline.spec))
@@ -140,13 +144,39 @@ def typed_parameters(pipeline: Pipeline, parameters: Mapping[str, Any]) -> dict[
         try:
             values[key] = _READERS[kind](text)
         except (ValueError, KeyError):
-            raise LayerloopError(f"{key} is {text!r}: {pipeline.name} wants {kind.lower().replace('_', ' ')}") from None
+            raise LayerloopError(
+                f"{key} is {text!r}: {pipeline.name} wants {_WANTED.get(kind, kind.lower())}"
+            ) from None
     campaign = values.get("campaign", "")
     if isinstance(campaign, str) and campaign and "://" not in campaign:
         raise LayerloopError(
             f"campaign is {campaign!r}, a folder, which the pods of a cluster do not share: give s3://bucket/prefix"
         )
+    if pipeline.name.startswith("layerloop-"):
+        checked_values(values.get("runtime") or {}, where="runtime")
+        _check_overrides(pipeline.spec, values)
     return values
+
+
+def _check_overrides(spec: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuse here what a run's first step would refuse, where the recipe is a packaged one or the pipeline's own.
+
+    Raises:
+        LayerloopError: a key that the recipe has not, or a value that does not fit.
+    """
+    if not values.get("overrides"):
+        return
+    given = str(values.get("recipe") or "").strip()
+    text = packaged_recipes().get(given)
+    try:
+        if not given:
+            sources = spec["root"]["dag"]["tasks"]["shard-dataset"]["inputs"]["parameters"]
+            text = sources["default_recipe"]["runtimeValue"]["constant"]
+        recipe = parse_recipe_runtime(text)[0] if text else None
+    except (KeyError, TypeError, LayerloopError):  # of another version: its own first step knows
+        return
+    if recipe is not None:
+        overridden(recipe, values["overrides"])
 
 
 def _registered(api: KfpApi, name: str) -> str | None:
@@ -191,5 +221,12 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "BOOLEAN": _truth,
     "LIST": _json_of(list),
     "STRUCT": _json_of(dict),
+}
+_WANTED = {
+    "NUMBER_INTEGER": "a whole number",
+    "NUMBER_DOUBLE": "a number",
+    "BOOLEAN": "true or false",
+    "LIST": "a list as JSON",
+    "STRUCT": "a mapping as JSON",
 }
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

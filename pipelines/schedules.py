@@ -122,7 +122,8 @@ def read_schedules(path: Path, defaults: Mapping[str, Any]) -> list[Schedule]:
     try:
         document: Any = load_yaml(read_by_hand(path), where=f"schedule file {path}")
     except (OSError, UnicodeDecodeError) as error:
-        raise LayerloopError(f"schedule file {path} cannot be read ({error}): name a YAML file") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise LayerloopError(f"schedule file {path} cannot be read ({reason}): name a YAML file") from None
     listed = document.get("schedules") if isinstance(document, dict) else None
     if not isinstance(listed, list) or not listed or set(document) != {"schedules"}:
         raise LayerloopError(f"schedule file {path} must hold one list, `schedules:`, with an entry for each")

@@ -21,6 +21,7 @@ from layerloop.components.evaluate_adapter.component import evaluate_adapter
 from layerloop.components.generate_rollouts.component import generate_rollouts
 from layerloop.components.publish_adapter.component import publish_adapter
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.runtime import without_nulls
 from layerloop.components.schema.steps import STEPS
 from layerloop.components.score_rollouts.component import score_rollouts
 from layerloop.components.shard_dataset.component import shard_dataset
@@ -87,7 +88,7 @@ def train_pipeline(  # type: ignore[no-untyped-def]
         cluster = _with_stretch_deadline(cluster, iterations)
     if evaluate != "never":
         cluster = with_evaluation_deadline(cluster, recipe)
-    apply, free = cluster.apply, dict(runtime or {})
+    apply, free = cluster.apply, without_nulls(runtime or {})
 
     remaining_work = _remaining_work(iterations, workers, evaluate, resident, apply)
 

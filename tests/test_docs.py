@@ -56,6 +56,8 @@ def test_the_site_builds_with_no_link_that_leads_nowhere(tmp_path: Path) -> None
     start = (tmp_path / "site" / "index.html").read_text()
     assert 'href="JUDGE/"' in start and 'href="contributing/"' in start
     assert "fonts.googleapis.com" not in start, "a page fetches from elsewhere"
+    compiled = [path.name for path in (tmp_path / "site").rglob("*.py*")]
+    assert compiled == [], "they hold the paths of the machine that built the site"
     assert "Difference-hash distance" in (tmp_path / "site" / "reference" / "recipe" / "index.html").read_text()
 
 

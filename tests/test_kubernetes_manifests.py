@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from layerloop.pipelines.cli import build_parser
-from layerloop.pipelines.cluster import Cluster, read_cluster
+from layerloop.pipelines.cluster import Cluster, Images, Resources, Secrets, read_cluster
 from layerloop.pipelines.kfp_api import MOUNTED_TOKEN
 from layerloop.pipelines.schedules import read_schedules
 
@@ -90,6 +90,15 @@ def test_a_wrong_field_would_be_found(tmp_path: Path) -> None:
         validate(tmp_path / "x.yaml")
 
 
+def test_the_page_about_the_judge_says_how_a_sleeping_one_is_called() -> None:
+    service, route = documents((MANIFESTS / "judge-to-zero/scale.yaml").read_text())[:2]
+    name = service["metadata"]["name"]
+    assert route["spec"]["rules"] == [{"hosts": [name]}], "the interceptor knows the judge by this name alone"
+    url = f"http://{name}:8080/v1"
+    assert url in (MANIFESTS / "judge-to-zero/kustomization.yaml").read_text()
+    assert url in (MANIFESTS.parent / "docs/JUDGE.md").read_text()
+
+
 def everything() -> list[Any]:
     folders = [MANIFESTS / name for name in KUSTOMIZATIONS]
     return [document for folder in folders for document in rendered(folder)]
@@ -111,7 +120,11 @@ def test_no_secret_has_a_value_and_none_is_applied() -> None:
 
 
 def test_the_example_of_a_cluster_file_is_one() -> None:
-    assert read_cluster(MANIFESTS / "cluster.example.yaml").gpus == 1
+    example = read_cluster(MANIFESTS / "cluster.example.yaml")
+    assert example.model_dump() == Cluster(images=example.images).model_dump(), "the values are the defaults"
+    text = (MANIFESTS / "cluster.example.yaml").read_text()
+    keys = [key for part in (Cluster, Images, Secrets, Resources) for key in part.model_fields]
+    assert [key for key in keys if not re.search(rf"\b{key}:", text)] == [], "every key is there, if in a comment"
 
 
 def pods(resources: list[Any]) -> list[tuple[str, Any]]:

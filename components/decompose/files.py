@@ -74,7 +74,9 @@ def write_files(result: Result, store: LocalStore, formats: Sequence[Format]) ->
         write(f"{result.name}.{kind}", makers[kind]())
     record = _record(result, names, boxes, files if "png" in formats else [])
     if "html" in formats:
-        page = Page(result.name, result.source, stack, record, tuple(f"{result.name}.{kind}" for kind in documents))
+        page = Page(
+            record["source"]["file"], result.source, stack, record, tuple(f"{result.name}.{kind}" for kind in documents)
+        )
         write(PAGE, render(page))
     record |= {"files": sizes, "formats": sorted(formats)}
     store.write(RECORD, (json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())

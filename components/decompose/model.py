@@ -16,7 +16,7 @@ from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.final_weights import final_weights
-from layerloop.components.storage.folders import HUB_ID, local_folder
+from layerloop.components.storage.folders import HUB_ID, hub_uri, local_folder
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.stores import open_store
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 RELEASED = "Qwen/Qwen-Image-Layered"
 TOY = (
-    "the tiny policy that ships with layerloop, a toy of 64 pixels: it shows what files you get, not what the method "
-    f"can do; for real layers give --base {RELEASED} on a GPU of 80 GB"
+    "the tiny policy that ships with layerloop{faults}, a toy of 64 pixels: it shows what files you get, not what the "
+    f"method can do; for real layers give --base {RELEASED} on a GPU of 80 GB"
 )
 
 
@@ -55,9 +55,12 @@ class Choice:
     @property
     def description(self) -> str:
         """One sentence for users."""
-        named = "its adapter" if self.campaign is not None else f"the adapter {self.adapter}"
-        adapter = f", with {named}" if self.adapter else ""
-        return (TOY if self.base == TINY else f"{self.base}, {self.why}") + adapter
+        toy = TOY.format(faults="" if self.base == TINY else ", with faults to unlearn")
+        base = toy if self.recipe.model.shipped else self.base
+        if self.campaign is not None:
+            return f"the adapter of {self.campaign.uri}, on {base}"
+        because = "" if self.recipe.model.shipped else f", {self.why}"
+        return f"{f'the adapter {self.adapter}, on ' if self.adapter else ''}{base}{because}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +193,7 @@ def _most(choice: Choice, options: DecomposeOptions) -> tuple[Recipe, Runtime]:
 
 def _name_of(adapter: str | None) -> str | None:
     """A hub id as it is; of a path or URI its last part."""
-    if adapter is None or (HUB_ID.fullmatch(adapter) and not Path(adapter).exists()):
+    if adapter is None or hub_uri(adapter) == f"hf://{adapter}":
         return adapter
     return adapter.rstrip("/").rpartition("/")[2]
 
@@ -226,10 +229,13 @@ def _find_adapter(text: str | None) -> tuple[Campaign | None, Path | None, Manif
         folder = local_folder(text)
     elif Path(text).expanduser().exists():
         folder = Path(text).expanduser()
-    elif HUB_ID.fullmatch(text):
-        folder = local_folder(f"hf://{text}")
+    elif (hub := hub_uri(text)) is not None:
+        folder = local_folder(hub)
     else:
-        raise LayerloopError(f"adapter {text} does not exist: give a folder, a campaign, s3://..., or a hub id")
+        raise LayerloopError(
+            f"adapter {text} does not exist: give a folder, a campaign, s3://..., or a repository of the hub as "
+            "hf://owner/name"
+        )
     manifest = folder / MANIFEST
     return None, folder, Manifest.from_json(manifest.read_bytes(), where=str(manifest)) if manifest.is_file() else None
 

@@ -114,8 +114,8 @@ class _Axes:
         return [
             f'<line x1="{left}" x2="{self.width - right}" y1="{self.y(tick):.1f}" y2="{self.y(tick):.1f}" '
             f'stroke="var(--line)"/><text x="{left - 6}" y="{self.y(tick) + 4:.1f}" text-anchor="end">'
-            f"{_tick_text(tick)}</text>"
-            for tick in self.ticks
+            f"{text}</text>"
+            for tick, text in zip(self.ticks, _tick_texts(self.ticks), strict=True)
         ]
 
 
@@ -163,8 +163,14 @@ def lines(chart: Sequence[Line], title: str, *, width: int = 420, height: int = 
 _STYLES = (("--s1", ""), ("--s2", "6 3"), ("--s3", ""), ("--s4", "6 3"), ("--s5", ""))
 
 
-def _tick_text(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+def _tick_texts(ticks: Sequence[float]) -> list[str]:
+    """Their numbers, to three digits or as many as tell them apart."""
+    texts: list[str] = []
+    for digits in range(3, 11):
+        texts = [f"{value:.{digits}g}".replace("-", "−") for value in ticks]
+        if len(set(texts)) == len(texts):
+            break
+    return texts
 
 
 def curve(points: Sequence[Point], *, width: int = 1040, height: int = 260) -> str:
@@ -207,8 +213,9 @@ def curve(points: Sequence[Point], *, width: int = 1040, height: int = 260) -> s
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers that enclose [low, high]."""
-    span = max(high - low, 1e-6 * max(abs(low), abs(high))) or 1.0
+    """Four to eight round numbers that enclose [low, high]; two or three about a single value."""
+    size = max(abs(low), abs(high))
+    span = (high - low if high - low > 1e-6 * size else 0.02 * size) or 1.0
     step = 10 ** math.floor(math.log10(span / 4))
     for factor in (1, 2, 5, 10):
         if span / (step * factor) <= 6:

@@ -29,6 +29,8 @@ from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.campaign import Campaign
 
+OUTPUTS = (".md", ".json", ".html")
+
 
 def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str = "", runtime: str = "") -> None:
     """Print the table of some systems on a campaign's cases, and tables in the shape of the paper's; or write the
@@ -43,7 +45,8 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
         runtime: where and how fast to sample; it changes no result.
 
     Raises:
-        LayerloopError: no system, or a system that is none, or nothing that has the base's numbers.
+        LayerloopError: no system, or a system that is none, or nothing that has the base's numbers, or an output of a
+            kind that is not written.
     """
     opened = Campaign.open(campaign, runtime)
     given = dict(_named(text) for text in systems)
@@ -53,6 +56,8 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
         raise LayerloopError(f"system {BASE} is the campaign's base itself: give {given[BASE]} another name")
     if not given and not sources:
         raise LayerloopError("no system is given: name one or more as NAME=URI, or write the pictures with --sources")
+    if output and Path(output).suffix not in OUTPUTS:
+        raise LayerloopError(f"--output is {output}: give it one of the suffixes {', '.join(OUTPUTS)}")
     if output and not Path(output).absolute().parent.is_dir():
         raise LayerloopError(f"--output is {output}: its folder is not there, make it first")
     cases = read_cases(opened, opened.sources())
@@ -68,7 +73,7 @@ def run(campaign: str, systems: Sequence[str], *, sources: str = "", output: str
     print(text, end="")
     if output:
         document = json.dumps(as_json(table), indent=2, sort_keys=True, allow_nan=False) + "\n"
-        if output.endswith((".html", ".htm")):
+        if output.endswith(".html"):
             document = as_html(table, list(rows), shaped, campaign=opened.recipe.name).decode()
         elif not output.endswith(".json"):
             document = text

@@ -127,7 +127,10 @@ def run(
     done = opened.already_committed(folder, log=log_first)
     wanted = samplers and opened.find(samplers_dir(opened, current)) is None
     if done is not None and judge_url:
-        log(f"iteration {current} was evaluated before, so no judge is asked: its report stays as it is")
+        log(
+            f"iteration {current} was evaluated before, so no judge is asked: its report stays as it is; remove "
+            f"{folder}/manifest.json, and the next evaluation makes it again from what was sampled"
+        )
     if done is not None and not wanted:
         return _result(opened, done, baseline)
     with hold(opened.store, EVALUATION, log=log):

@@ -100,7 +100,10 @@ def measure_folder(folder: Path, cases: Cases, *, max_edits: int) -> list[Row]:
         LayerloopError: no case is there, or one cannot be read.
     """
     if not folder.is_dir():
-        raise LayerloopError(f"{folder} is no folder: give an evaluation, an adapter or a folder of layers")
+        raise LayerloopError(
+            f"{folder} is no folder: give an evaluation, an adapter or a folder of layers; a repository of the hub is "
+            "hf://owner/name where a folder here is called as its owner"
+        )
     rows: list[Row] = []
     hidden: list[str] = []
     for case in cases.cases:

@@ -11,6 +11,7 @@ from layerloop.components.evaluate_adapter.statistics import METHOD, Comparison
 from layerloop.components.evaluate_adapter.systems import Cell, Table, column_of_row, title_of_row, undefined_text
 from layerloop.components.evaluate_adapter.tables import count_of, difference_of, interval_of, number, verdict
 from layerloop.components.layers.columns import better_of
+from layerloop.components.schema.messages import counted
 
 
 def as_html(table: Table, systems: Sequence[str], shaped: Sequence[PaperTable], *, campaign: str) -> bytes:
@@ -60,8 +61,8 @@ def _section(table: Table, name: str) -> str:
             found[_verdict(row, cells[name])].append(row)
     rows = "".join(_clear_row(row, table[row][name]) for row in (*found["good"], *found["bad"]))
     words = (
-        f"Clearly better than the base in {len(found['good'])} measures, clearly worse in {len(found['bad'])}, not "
-        f"clearly different in {len(found[''])}."
+        f"Clearly better than the base in {counted(len(found['good']), 'measures')}, clearly worse in "
+        f"{len(found['bad'])}, not clearly different in {len(found[''])}."
     )
     heads = "<th>base</th><th>system</th><th>difference</th><th>95 % interval</th><th>cases won</th><th>n</th>"
     shown = (

@@ -231,13 +231,19 @@ def _measure_row(name: str, comparison: Mapping[str, Any]) -> tuple[str, ...]:
     arrow = {"lower": " ↓", "higher": " ↑"}.get(str(comparison.get("better")), "")
     numbers = [comparison.get(key) for key in ("base", "tuned", "difference", "low", "high")]
     form = f".{comparison['decimals']}f" if "decimals" in comparison else ".4g"
-    base, tuned, difference, low, high = ("–" if n is None else f"{float(n):{form}}" for n in numbers)
+    base, tuned, difference, low, high = ("–" if n is None else _number(float(n), form) for n in numbers)
     if comparison.get("clear"):
         difference = f"**{difference}**"
     title = str(comparison["title"])  # which says the layer count itself since evaluations have a row for each
-    title = ", ".join([title, *(part for part in _where(name) if part not in title)])
+    title = ", ".join([title, *(part for part in _where(name) if part.replace("layer ", "slot ") not in title)])
     interval = "–" if low == "–" else f"{low} to {high}"
     return f"{title}{arrow}", str(int(comparison["n"])), base, tuned, difference, interval
+
+
+def _number(value: float, form: str) -> str:
+    """A number in this form; what is rounded to zero has no sign."""
+    text = f"{value:{form}}"
+    return text.removeprefix("-") if float(text) == 0 else text
 
 
 def _where(name: str) -> Iterator[str]:

@@ -150,6 +150,15 @@ def merged(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not null, which a parameter of KFP cannot hold; what is left out has its default, so null."""
+    return {
+        key: without_nulls(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }
+
+
 def flat(value: Any, path: str = "") -> dict[str, Any]:
     """`{"judge.concurrency": 8, ...}` of nested mappings."""
     if isinstance(value, Mapping):

@@ -77,7 +77,10 @@ def _shown(uri: str) -> str:
     return printable(without_secrets(uri))
 
 
-def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> Inputs:
+_REMEDY = "give a folder of images, a glob, WebDataset tars, parquet or a list of URIs (.txt)"
+
+
+def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXES, remedy: str = _REMEDY) -> Inputs:
     """List the files at a file, folder (all the way down) or glob (`*`, `?`, `[...]`, `**`, `{000..099}`), or those
     that a text file lists (listed.py).
 
@@ -87,11 +90,11 @@ def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXE
 
     Args:
         what: what the argument is called in errors, "images".
+        remedy: what errors say to give in its place.
 
     Raises:
         LayerloopError: nothing there, nothing usable, or not every number of a range.
     """
-    remedy = "give a folder of images, a glob, WebDataset tars, parquet or a list of URIs (.txt)"
     text = _absolute(uri)
     literal = _find_plain(text) if not _PATTERN.search(text) or _exists(text) else None
     if literal is None:

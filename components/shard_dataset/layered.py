@@ -64,7 +64,7 @@ def find_designs(uri: str) -> Inputs:
     Raises:
         LayerloopError: nothing there, or neither parquet nor numbered layers.
     """
-    found = find_inputs(uri, what="designs", suffixes=IMAGE_SUFFIXES)
+    found = find_inputs(uri, what="designs", suffixes=IMAGE_SUFFIXES, remedy=_REMEDY)
     images = [name for name in found.sizes if suffix_of(name) in IMAGE_SUFFIXES]
     folders = {folder: list(names) for folder, names in groupby(images, key=_folder_of)}
     layers = {name for folder, names in folders.items() if folder for name in layer_order(names)}

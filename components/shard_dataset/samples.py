@@ -175,7 +175,10 @@ def check_rejects(gathered: Gathered, data: DataRecipe, *, what: str, log: Calla
 
 def account(gathered: Gathered, passed: Sequence[Passed], *, what: str) -> str:
     """One line of what became of everything: used, duplicates, rejects by reason, passed over by suffix."""
-    rejects = collections.Counter(_sort_of(item.reason) for item in gathered.rejects)
+    by_sort: dict[str, list[str]] = {}
+    for item in gathered.rejects:
+        by_sort.setdefault(_sort_of(item.reason), []).append(item.reason)
+    rejects = {sort if len(found) > 1 else _brief(found[0])[:80]: len(found) for sort, found in by_sort.items()}
     over = collections.Counter(item.kind for item in passed)
     return (
         f"{what}: {len(gathered.keys)} used, {counted(gathered.duplicates, 'duplicates')}, "
@@ -189,11 +192,19 @@ def _listed(parts: Mapping[str, int]) -> str:
 
 
 def _sort_of(reason: str) -> str:
-    """A reason without what is this input's own: numbers, quotations, names, and the remedy."""
-    text = re.sub(r"\(.*?\)|b?'.*?'|b?\".*?\"", "...", reason.partition(": ")[0])
+    """A reason without what is this input's own: numbers, quotations, names, what is in brackets, and the remedy."""
+    text = re.sub(r"b?'.*?'|b?\".*?\"", "...", _brief(reason))
     text = re.sub(r"[\d.,]*\d", "N", text)
     text = re.sub(r"element \S+ .*? has no image", "an element has no image", text)
     return re.sub(r"\S*/\S+", "...", text).replace("... ...", "...").replace(" ,", ",").strip()[:80]
+
+
+def _brief(reason: str) -> str:
+    """A reason without what stands in brackets, in which a library's own words may have some, and the remedy."""
+    text = reason
+    while (inner := re.sub(r"\s*\([^()]*\)", "", text)) != text:
+        text = inner
+    return text.partition(": ")[0].strip()
 
 
 def in_order(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -229,7 +229,7 @@ def check_same_inputs(done: Manifest, *, images: str, designs: str, benchmark: s
     Raises:
         LayerloopError: another URI, or other files at the same URI.
     """
-    remedy = "leave it empty to continue with the committed sources, or start another campaign"
+    remedy = "leave it empty (`layerloop continue`) to go on with the committed sources, or start another campaign"
     inputs = (
         ("images", images, _find_images),
         ("designs", designs, find_designs),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.manifest import File, Manifest
-from layerloop.components.schema.messages import size_text
+from layerloop.components.schema.messages import counted, size_text
 from layerloop.components.storage.store import StoreError
 
 OF_THE_STORE = (UnavailableError, StoreError)  # what ends a verification: an object that was not read has no fault
@@ -34,13 +34,13 @@ class Findings:
         size = sum(self.orphans.values())
         if self.orphans:
             what = "--repair leaves them, while a manifest is damaged" if self.unread else "--repair removes them"
-            yield f"{len(self.orphans)} objects of {size_text(size)} are named by no manifest ({what})"
+            yield f"{counted(len(self.orphans), 'objects')} that no manifest names, {size_text(size)} ({what})"
         if self.leftovers:
-            yield f"{len(self.leftovers)} unfinished writes are left over (--repair removes them)"
+            yield f"{counted(len(self.leftovers), 'unfinished writes')} left over (--repair removes them)"
         if self.removed:
             gone = sum(file.bytes for file in self.removed.values())
-            yield f"{len(self.removed)} objects of past iterations, {size_text(gone)}, were removed by retention"
-        verdict = "all is what was committed" if self.sound else f"{len(self.faults) + len(self.copies)} faults"
+            yield f"{counted(len(self.removed), 'objects')} of past iterations, {size_text(gone)}, removed by retention"
+        verdict = "all is what was committed" if self.sound else counted(len(self.faults) + len(self.copies), "faults")
         yield f"{self.objects} objects of {len(self.manifests)} manifests, {size_text(self.bytes)} read: {verdict}"
 
     @property

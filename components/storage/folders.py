@@ -20,10 +20,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:/[\w./-]+)?")  # owner/name, 
 
 
 def hub_uri(text: str) -> str | None:
-    """`hf://owner/name` of an id of the hub, which is no path that is here; None of other texts."""
+    """`hf://owner/name` of an id of the hub; None of other texts, and of a path whose first folder is here: a misspelt
+    path is not looked for on the hub."""
     if text.startswith("hf://"):
         return text
-    return f"hf://{text}" if HUB_ID.fullmatch(text) and not Path(text).exists() else None
+    return f"hf://{text}" if HUB_ID.fullmatch(text) and not Path(text.partition("/")[0]).exists() else None
 
 
 def cache_folder() -> Path:

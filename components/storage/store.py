@@ -35,7 +35,9 @@ class MissingObjectError(LayerloopError):
 
 def missing_object(uri: str, name: str) -> MissingObjectError:
     """The error of an object that is not in the store at `uri`."""
-    return MissingObjectError(f"{uri}/{name} does not exist: was it moved or deleted, or is the URI misspelt?")
+    return MissingObjectError(
+        f"{uri.rstrip('/')}/{name} does not exist: was it moved or deleted, or is the URI misspelt?"
+    )
 
 
 class StoreError(LayerloopError):

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.manifest import File, Shard
-from layerloop.components.schema.messages import size_text
+from layerloop.components.schema.messages import counted, size_text
 from layerloop.components.storage.campaign import MANIFEST, Campaign
 from layerloop.components.storage.consistency import check_iterations
 from layerloop.components.storage.findings import OF_THE_STORE, Findings, without_address
@@ -108,12 +108,11 @@ def repair_campaign(campaign: Campaign, *, log: Log, timing: Timing = USUAL) -> 
         if found.orphans and not found.unread:
             for name in found.orphans:
                 store.delete(name)
-            log(
-                f"removed {len(found.orphans)} objects that no manifest names, {size_text(sum(found.orphans.values()))}"
-            )
+            size = size_text(sum(found.orphans.values()))
+            log(f"removed {counted(len(found.orphans), 'objects')} that no manifest names, {size}")
         if found.leftovers:
             store.remove_leftovers()
-            log(f"removed {len(found.leftovers)} unfinished writes")
+            log(f"removed {counted(len(found.leftovers), 'unfinished writes')}")
         for folder in found.copies:
             manifest = found.manifests[f"{folder}/{MANIFEST}"]
             for file in manifest.files:

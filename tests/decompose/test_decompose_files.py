@@ -153,5 +153,6 @@ def test_the_page_needs_no_other_file(ran: Ran) -> None:
     assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', page))
     links = re.findall(r'href="([^"]*)"', page)
     assert "cut%20out.psd" in links and "0-background.png" in links
+    assert f"<h1>{record(ran.out / 'cut out')['source']['file']}</h1>" in page, "as its maker called the picture"
     assert len(re.findall('<img class="layer"', page)) == 2
     assert "$" not in re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)

@@ -17,6 +17,7 @@ from warm_python import warm
 
 from layerloop.components.decompose import DecomposeOptions, decompose, model, run
 from layerloop.components.decompose.counts import Trial, best, choose_count, without_blank
+from layerloop.components.decompose.model import choose
 from layerloop.components.decompose.output import OutputFolder
 from layerloop.components.decompose.pictures import Picture
 from layerloop.components.policy import memory
@@ -289,9 +290,22 @@ def test_a_campaigns_adapter_comes_with_its_base_and_its_size(two: Path, tmp_pat
     assert settings["adapter_sha256"] in {file.sha256 for file in lab.campaign.policy(1).files}
 
 
-def test_a_name_that_is_nothing_is_refused(two: Path, tmp_path: Path) -> None:
-    with pytest.raises(LayerloopError, match="adapter no such thing does not exist: give a folder, a campaign"):
-        decompose([two], tmp_path / "out", PNG.model_copy(update={"adapter": "no such thing"}))
+def test_whoever_decomposes_with_a_toy_is_told_so_first_whatever_adapter_is_on_it(adapter: Path) -> None:
+    told = choose(DecomposeOptions(base="tiny-faulty")).description
+    assert told.startswith("the tiny policy that ships with layerloop, with faults to unlearn, a toy of 64 pixels")
+    told = choose(DecomposeOptions(base="tiny", adapter=str(adapter))).description
+    assert told.startswith(f"the adapter {adapter.name}, on the tiny policy that ships with layerloop, a toy of 64")
+    assert choose(DecomposeOptions(base="Qwen/x")).description == "Qwen/x, as asked for"
+
+
+@pytest.mark.parametrize("name", ["no such thing", "campaigns/mien"])
+def test_a_name_that_is_nothing_is_refused(
+    name: str, two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "campaigns/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # where campaigns/mien is a misspelt path and nothing of the hub
+    with pytest.raises(LayerloopError, match=f"adapter {name} does not exist: give a folder, a campaign"):
+        decompose([two], tmp_path / "out", PNG.model_copy(update={"adapter": name}))
 
 
 # ----------------------------------------------------------------------------------------------------- the command line
@@ -322,8 +336,8 @@ def test_the_command_goes_on_after_a_bad_picture_and_its_status_says_so(
         (("--layers", "21"), "layers is 21: choose 1..20, or auto"),
         (("--layers", "some"), "layers is some: choose 1..20, or auto"),
         (("--formats", "png,gif"), "format 'gif' is not known: choose some of png, psd, pptx, zip, html"),
-        (("--steps", "0"), "options.steps is 0"),
-        (("--guidance", "nan"), "options.guidance is nan"),
+        (("--steps", "0"), "--steps is 0"),
+        (("--guidance", "nan"), "--guidance is nan"),
         (("--recipe", "nowhere"), "recipe nowhere cannot be read"),
     ],
 )

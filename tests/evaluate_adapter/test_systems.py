@@ -109,9 +109,8 @@ def test_the_base_of_a_table_does_not_depend_on_the_order_of_systems_of_other_ca
 def test_the_page_has_a_section_for_each_system() -> None:
     cases = some_cases(24)
     base, perfect = rows_of(cases, blank), rows_of(cases, lambda case: case.truth)
-    page = as_html(
-        compare_systems(base, {"<LayerD>": perfect, "same": base}, seed=0), ["<LayerD>", "same"], [], campaign="x"
-    ).decode()
+    table = compare_systems(base, {"<LayerD>": perfect, "same": base}, seed=0)
+    page = as_html(table, ["<LayerD>", "same"], [], campaign="x").decode()
     first, second, whole = page.split("<h2>")[1:4]
     assert first.startswith("&lt;LayerD&gt;") and "clearly worse in 0" in first and first.count('<td class="good"') > 3
     assert "Bad layers" in first and '<td data-label="cases won">100 %</td>' in first
@@ -119,6 +118,8 @@ def test_the_page_has_a_section_for_each_system() -> None:
     assert (
         "<table" not in second and whole.startswith("All measures") and "<th>&lt;LayerD&gt;</th><th>same</th>" in whole
     )
+    alone = as_html({"designs.bad_layers": table["designs.bad_layers"]}, ["<LayerD>"], [], campaign="x").decode()
+    assert "Clearly better than the base in 1 measure, clearly worse in 0, not clearly different in 0." in alone
 
 
 def test_tables_have_the_shape_of_the_papers() -> None:
@@ -279,6 +280,12 @@ def test_adapters_are_told_from_evaluations_and_folders_of_layers(evaluated: Eva
     assert not is_adapter(str(tmp_path)) and not is_adapter("/nowhere")
 
 
+def test_a_misspelt_path_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "campaigns/mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_adapter("owner/name") and not is_adapter("campaigns/mien/published/mine-000001")
+
+
 def test_the_command_line_hands_over(evaluated: Evaluated, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     evaluation = f"{evaluated.lab.uri}/evaluations/iteration-000002"
     out = tmp_path / "t.md"
@@ -298,6 +305,7 @@ def test_the_command_line_hands_over(evaluated: Evaluated, capfd: pytest.Capture
         (["base=/nowhere"], "system base is the campaign's base itself: give /nowhere another name"),
         (["a=/nowhere", "--output", "/nowhere/x.html"], "--output is /nowhere/x.html: its folder is not there"),
         (["--sources", "/proc/x"], "/proc/x cannot be written ("),
+        (["a=/nowhere", "--output", "x.pdf"], "--output is x.pdf: give it one of the suffixes .md, .json, .html"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(

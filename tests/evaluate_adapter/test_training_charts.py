@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from layerloop.components.evaluate_adapter.charts import Line
+import pytest
+
+from layerloop.components.evaluate_adapter.charts import Line, lines
 from layerloop.components.evaluate_adapter.history import training_charts
 from layerloop.components.evaluate_adapter.results import score_manifests
 from layerloop.components.schema.manifest import Manifest
@@ -42,3 +45,12 @@ def test_what_no_iteration_recorded_has_no_chart(tmp_path: Path) -> None:
     lab = CampaignBuilder.begin(tmp_path / "campaign", {"name": "lab"})
     committed(lab, "policy", 1)
     assert training_charts(lab.campaign, 1, []) == []
+
+
+@pytest.mark.parametrize("values", [[0.319], [1.02], [0.0], [0.4432, 0.4329], [1.0211, 1.0213]])
+def test_every_line_of_a_charts_grid_has_a_number_of_its_own(values: list[float]) -> None:
+    """One iteration had two lines, both called 0.319."""
+    svg = lines([Line("x", dict(enumerate(values, 1)))], "x")
+    numbers = re.findall(r'text-anchor="end">([^<]*)<', svg)
+    assert len(numbers) >= 2 and len(set(numbers)) == len(numbers), numbers
+    assert float(numbers[0]) <= min(values) and max(values) <= float(numbers[-1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +44,30 @@ def test_campaigns_of_a_folder_are_listed(tmp_path: Path) -> None:
     rows = [line.split() for line in list_text(str(tmp_path)).splitlines()]
     assert [row[0] for row in rows] == ["campaign", "one", "two"]
     assert [row[3] for row in rows] == ["iteration", "2", "0"]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "row"),
+    [
+        ({"designs.bad_layers": (0.5, 0.25), "pictures.bad_layers": (2.0, 1.0)}, "0.500 -> 0.250 a design"),
+        ({"designs.bad_layers": (None, None), "pictures.bad_layers": (2.0, 1.0)}, "2.000 -> 1.000 a picture"),
+        ({"pictures.bad_layers": (2.0, 1.0)}, "2.000 -> 1.000 a picture"),
+        ({"designs.bad_layers": (None, None)}, "2"),
+    ],
+)
+def test_the_list_has_the_bad_layers_of_what_was_measured(
+    tmp_path: Path, metrics: dict[str, tuple[float | None, float | None]], row: str
+) -> None:
+    builder = make(tmp_path / "one", iterations=2)
+    document = {
+        name: {"base": base, "tuned": tuned, "difference": None if tuned is None or base is None else tuned - base}
+        for name, (base, tuned) in metrics.items()
+    }
+    folder = builder.campaign.evaluation_dir("iteration-000002")
+    file = add_file(builder.store, f"{folder}/metrics.json", json.dumps(document).encode())
+    builder.campaign.commit(folder, Manifest(kind="evaluation", iteration=2, files=(file,)))
+    line = list_text(str(tmp_path)).splitlines()[1]
+    assert re.sub(r" +[\d.]+ k?B$", "", line).endswith(f" {row}"), line
 
 
 def test_a_damaged_campaign_does_not_hide_the_others(tmp_path: Path) -> None:

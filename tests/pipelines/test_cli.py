@@ -366,6 +366,21 @@ def test_a_text_with_a_comma_stays_one_text() -> None:
         (["recipe", "papr"], r"recipe papr cannot be read .*; did you mean 'paper'\?$"),
         (["recipe", "tiny", "--set", "rollout.outside=huen"], "choose one of heun, euler; did you mean 'heun'\\?$"),
         (["run", "--campaign", "c", "--images", "a.png", "b.png"], "--images got 2 values, a.png b.png .*: quote it"),
+        (
+            ["decompose", "a.png", "-o", "out", "--batch-size", "0"],
+            "^error: --batch-size is 0: input should be greater",
+        ),
+        (
+            ["recipe", "--set", "seed=1"],
+            "--set needs a recipe that it changes: name one of demo, paper, paper-exact, tiny$",
+        ),
+        (["compile", "-o", "x.yaml", "--resident", "--workers", "4"], "--workers is given with --resident"),
+        (["judge", "check", "127.0.0.1:8788"], "judge URL is '127.0.0.1:8788': give a base URL such as http://"),
+        (
+            ["schedule", "apply", "-f", "/nowhere.yaml", "--host", "http://127.0.0.1:9"],
+            "schedule file /nowhere.yaml cannot be read \\(No such file or directory\\): name a YAML file$",
+        ),
+        (["run", "--campaign", "c", "--images", "a", "--runtime", "/nowhere"], r"cannot be read \(/nowhere does not"),
     ],
 )
 def test_a_slip_of_the_fingers_is_one_line_with_what_was_meant(

@@ -46,6 +46,15 @@ def parse(command: str) -> Any:
     return build_parser().parse_args(shlex.split(command)[1:])  # SystemExit where it is none
 
 
+def test_every_field_of_the_form_is_explained() -> None:
+    section = DOCUMENT.partition("\n## Run from the Kubeflow UI\n")[2].partition("\n## ")[0]
+    rows = {match[1] for match in re.finditer(r"^\| `(\w+)` \|", section, flags=re.M)}
+    assert rows == set(parameters_of(read_spec(ROOT / "pipelines/compiled/train.yaml")))
+    sentence = section.partition("The evaluation pipeline has the fields")[2]
+    evaluation = parameters_of(read_spec(ROOT / "pipelines/compiled/evaluate.yaml"))
+    assert [name for name in evaluation if f"`{name}`" not in sentence] == []
+
+
 def test_every_kind_of_command_is_shown() -> None:
     shown = {" ".join(command.split()[1:3]) for command in COMMANDS}
     assert {f"schedule {verb}" for verb in ("apply", "list", "pause", "resume", "delete")} <= shown

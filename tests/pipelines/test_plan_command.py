@@ -24,7 +24,7 @@ from layerloop.pipelines.plan_text import Plan
 from layerloop.pipelines.plan_work import Assumptions, Work
 
 PAPER, EXACT = (parse_recipe(packaged_recipes()[name]) for name in ("paper", "paper-exact"))
-ONE, EIGHT, THIRTY_TWO = Gpus(1, 1, 1, 1), Gpus(1, 8, 8, 8), Gpus(4, 8, 8, 8)
+ONE, EIGHT, THIRTY_TWO = Gpus(1, 1, 1, 1, 1), Gpus(1, 8, 8, 8, 8), Gpus(4, 8, 8, 8, 32)
 JUDGE = 150.0  # seconds
 
 
@@ -65,7 +65,7 @@ def test_step_by_step_the_share_of_busy_gpus_falls_as_by_hand(gpus: Gpus, busy: 
 
 
 def test_ranks_that_share_candidates_sample_quicker_than_those_that_take_groups() -> None:
-    for gpus in (EIGHT, THIRTY_TWO, Gpus(2, 8, 8, 8)):
+    for gpus in (EIGHT, THIRTY_TWO, Gpus(2, 8, 8, 8, 16)):
         shared, groups = (step_by_step(work(share_candidates=flag), gpus, JUDGE) for flag in (True, False))
         mean = work().iteration()["sampling"] / 450 / (gpus.workers * gpus.each)
         assert 0.99 * mean < shared.seconds["sampling"] < 0.9 * groups.seconds["sampling"]
@@ -216,6 +216,26 @@ def test_a_cluster_file_says_which_gpus(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["plan", "paper", "--cluster", str(file), "--workers", "3", "--json"]) == 0
     (layout,) = json.loads(capsys.readouterr().out)["layouts"]
     assert [layout[key] for key in ("workers", "each", "update", "evaluate", "total")] == [3, 4, 8, 4, 12]
+
+
+def test_a_resident_run_has_the_gpus_of_its_one_pod(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`compile --resident` makes one pod of `gpus`: workers add nothing to it."""
+    digest = "@sha256:" + "0" * 64
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"images: {{policy: 'r/p{digest}', light: 'r/l{digest}'}}\ngpus: 2\n")
+    assert main(["plan", "paper", "--cluster", str(file), "--workers", "4", "--json"]) == 0
+    (layout,) = json.loads(capsys.readouterr().out)["layouts"]
+    assert [(way["way"], way["gpus"]) for way in layout["ways"]] == [
+        ("step by step", 8), ("resident", 2), ("resident, lag 1", 2),
+    ]  # fmt: skip
+    for way in layout["ways"]:
+        total, hours = way["campaign"], 200 * way["wall_seconds"] / 3600
+        expected = hours * way["gpus"] + total["evaluation_hours"] * 2
+        assert total["gpu_hours"] == pytest.approx(expected, rel=1e-4)
+    assert main(["plan", "paper", "--cluster", str(file), "--workers", "4"]) == 0
+    assert "\n  resident, on its pod's 2 GPUs  " in capsys.readouterr().out
+    assert main(["plan", "paper", "--workers", "4"]) == 2
+    assert "workers is 4, and no cluster file says which GPUs each has" in capsys.readouterr().err
 
 
 def test_what_is_no_assumption_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """What a run is made of: packages and registered pipelines, and their parameters."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,48 @@ def test_text_becomes_what_the_pipeline_declares(package: Path) -> None:
     [
         ({"text": "a", "cuont": "1"}, "cuont is not a parameter of work: known are "),
         ({}, "text is missing: work needs"),
-        ({"text": "a", "count": "1.5"}, "count is '1.5': work wants number integer"),
-        ({"text": "a", "flag": "maybe"}, "flag is 'maybe': work wants boolean"),
-        ({"text": "a", "table": "{"}, "table is '{': work wants struct"),
-        ({"text": "a", "table": "[1]"}, r"table is '\[1\]': work wants struct"),
-        ({"text": "a", "many": "{}"}, "many is '{}': work wants list"),
+        ({"text": "a", "count": "1.5"}, "count is '1.5': work wants a whole number"),
+        ({"text": "a", "flag": "maybe"}, "flag is 'maybe': work wants true or false"),
+        ({"text": "a", "table": "{"}, "table is '{': work wants a mapping as JSON"),
+        ({"text": "a", "table": "[1]"}, r"table is '\[1\]': work wants a mapping as JSON"),
+        ({"text": "a", "many": "{}"}, "many is '{}': work wants a list as JSON"),
         ({"text": "a", "campaign": "mine"}, "campaign is 'mine', a folder, which the pods of a cluster do not share"),
     ],
 )
 def test_wrong_parameters_are_refused_before_anything_is_sent(package: Path, given: Any, line: str) -> None:
     with pytest.raises(LayerloopError, match=line):
         typed_parameters(read_package(package), given)
+
+
+OURS = {"campaign": "s3://b/c", "images": "s3://b/i"}
+
+
+@pytest.mark.parametrize(
+    "given, line",
+    [
+        ({"overrides": '{"update": {"learning_rat": 1}}'}, "overrides: recipe.update.learning_rat is not a known key"),
+        ({"overrides": '{"seed": -1}', "recipe": " tiny "}, "overrides: recipe.seed is -1"),
+        ({"runtime": '{"judge": {"concurency": 4}}'}, "runtime.judge.concurency is not a known key: did you mean"),
+    ],
+)
+def test_what_the_first_step_would_refuse_is_refused_before_anything_is_sent(given: Any, line: str) -> None:
+    pipeline = read_package(Path(__file__).parents[2] / "pipelines/compiled/train.yaml")
+    with pytest.raises(LayerloopError, match=re.escape(line)):
+        typed_parameters(pipeline, OURS | given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"overrides": '{"update": {"learning_rate": 1e-4}}', "runtime": '{"judge": {"concurrency": 64.0}}'},
+        {"overrides": '{"anything": 1}', "recipe": "s3://b/mine.yaml"},  # the first step reads it
+    ],
+)
+def test_what_is_right_or_cannot_be_known_here_is_sent_as_it_is(given: dict[str, str]) -> None:
+    pipeline = read_package(Path(__file__).parents[2] / "pipelines/compiled/train.yaml")
+    sent = typed_parameters(pipeline, OURS | given)
+    assert sent["overrides"] == json.loads(given["overrides"])
+    assert sent.get("runtime", {}) == json.loads(given.get("runtime", "{}"))
 
 
 @pytest.mark.parametrize("text", ["", "a: 1", "- 1", "{", "\x00"])
@@ -71,7 +103,7 @@ def test_the_command_uploads_and_prints_what_runs_are_told(kfp_api: Any, package
     assert run["pipeline_version_reference"] == {"pipeline_id": "pipeline-0", "pipeline_version_id": "version-0"}
     assert "pipeline_spec" not in run
     assert main(["submit", "work", "-p", "text=a", "-p", "count=x", "--host", kfp_api.url]) == 2  # checked all the same
-    assert "count is 'x': work wants number integer" in capsys.readouterr().err
+    assert "count is 'x': work wants a whole number" in capsys.readouterr().err
 
 
 def test_a_name_alone_is_the_latest_version_though_it_is_on_another_page(

@@ -12,10 +12,13 @@ import pytest
 import yaml
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.runtime import Runtime
+from layerloop.components.storage.runtime import runtime_values
+from layerloop.pipelines import job
 from layerloop.pipelines.cli import main
 from layerloop.pipelines.cluster import Cluster
 from layerloop.pipelines.evaluate import evaluate_pipeline
-from layerloop.pipelines.inputs import packaged_recipes
+from layerloop.pipelines.inputs import packaged_recipes, runtime_text
 from layerloop.pipelines.packages import count_tasks, read_spec, write_pipeline
 from layerloop.pipelines.train import EVALUATE, MAX_TASKS, container_tasks, train_pipeline
 
@@ -153,6 +156,24 @@ def test_every_step_gets_the_runtime(tmp_path: Path) -> None:
             given = task["inputs"]["parameters"]
             passed = given.get("runtime") or given["pipelinechannel--runtime"]  # a loop's own name for it
             assert passed["componentInputParameter"].endswith("runtime")
+
+
+def test_the_runtime_that_is_printed_can_be_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`layerloop runtime > here.yaml` has a null, which no parameter of KFP holds: its default is null anyway."""
+    printed = runtime_values(runtime_text())
+    assert printed["judge"]["price"] == {"input": 0.0, "cached_input": None, "output": 0.0}
+    pipelines = (
+        train_pipeline(iterations=1, workers=1, recipe=RECIPE, runtime=printed),
+        evaluate_pipeline(recipe=RECIPE, runtime=printed),
+    )
+    given = [read_spec(write_pipeline(pipeline, tmp_path / "pipeline.yaml")) for pipeline in pipelines]
+    defaults = [spec["root"]["inputDefinitions"]["parameters"]["runtime"]["defaultValue"] for spec in given]
+    monkeypatch.setattr(job, "run_pipeline", lambda package, arguments, **_: defaults.append(arguments["runtime"]))
+    job._run(job.Job(campaign=str(tmp_path / "c"), images="", recipe=RECIPE, runtime=printed), tmp_path)
+    assert len(defaults) == 3
+    for values in defaults:
+        assert values["judge"]["price"] == {"input": 0.0, "output": 0.0}
+        assert Runtime.model_validate(values) == Runtime.model_validate(printed)
 
 
 def test_an_iteration_is_a_loop_over_workers_then_score_then_update(tmp_path: Path) -> None:

@@ -330,6 +330,11 @@ def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCa
                                      "low": -0.02, "high": 0.003, "n": 12, "better": "lower", "clear": False},
         "designs.slot_l1.L3": {"title": "slot L1", "base": 0.3, "tuned": 0.1, "difference": -0.2, "low": -0.3,
                                "high": -0.1, "n": 12, "better": "lower", "clear": True},
+        "designs.slot_l1.L3.slot0": {"title": "slot L1, 3 layers, slot 0", "base": 0.2, "tuned": 0.1,
+                                     "difference": -0.1, "low": -0.2, "high": 0.1, "n": 12,
+                                     "better": "lower", "clear": False},
+        "pictures.holes": {"title": "holes", "base": 2e-5, "tuned": 0.0, "difference": -2e-5, "low": -3e-5,
+                           "high": -1e-5, "n": 8, "better": "lower", "clear": False, "decimals": 3},
         "pictures.evenness": {"title": "evenness", "base": 0.5, "tuned": None, "difference": None, "low": None,
                               "high": None, "n": 8, "better": "higher", "clear": False},
         "definitions": {"bad_layers": "..."},
@@ -341,15 +346,17 @@ def test_the_card_quotes_the_evaluation_with_its_intervals(make_campaign: MakeCa
     file = add_file(campaign.store, f"{folder}/metrics.json", json.dumps(metrics).encode())
     commit(campaign.store, f"{folder}/{MANIFEST}", Manifest(kind="evaluation", iteration=1, files=(file,)))
     card = card_of(campaign)
-    rows = [line for line in card.splitlines() if line.startswith(("| bad", "| slot", "| even", "| measure"))]
+    rows = [line for line in card.splitlines() if line.startswith(("| bad", "| slot", "| even", "| hol", "| meas"))]
     assert rows == [
         "| measure | n | base | this adapter | difference | 95 % interval |",
         "| bad layers ↓ | 32 | 1.65 | 0.4 | **-1.25** | -1.5 to -1 |",
         "| slot L1, 3 layers ↓ | 12 | 0.3 | 0.1 | **-0.2** | -0.3 to -0.1 |",
+        "| slot L1, 3 layers, slot 0 ↓ | 12 | 0.2 | 0.1 | -0.1 | -0.2 to 0.1 |",
         "| slot L1, 3 layers, layer 1 ↓ | 12 | 0.0879 | 0.0767 | -0.0112 | -0.02 to 0.003 |",
         "| slot L1, 10 layers ↓ | 4 | 0.2 | 0.1 | -0.1 | -0.2 to -0.05 |",
         "| measure | n | base | this adapter | difference | 95 % interval |",
         "| evenness ↑ | 8 | 0.5 | – | – | – |",
+        "| holes ↓ | 8 | 0.000 | 0.000 | 0.000 | 0.000 to 0.000 |",
     ]
     assert "bold where it is clear: its interval excludes 0, n is 8 or more, and its p-value" in card
     assert "of other weights" not in card

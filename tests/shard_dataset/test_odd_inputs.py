@@ -33,7 +33,7 @@ from layerloop.components.shard_dataset.files import InputError
 from layerloop.components.shard_dataset.inputs import find_inputs, read_items
 from layerloop.components.shard_dataset.items import Item
 from layerloop.components.shard_dataset.layered import find_designs, layer_order, read_designs
-from layerloop.components.shard_dataset.samples import Prepared, Refused, prepare_image
+from layerloop.components.shard_dataset.samples import Gathered, Prepared, Refused, account, prepare_image
 from layerloop.components.shard_dataset.step import run
 from layerloop.components.storage.campaign import Campaign
 from layerloop.components.storage.images import decode_image
@@ -336,6 +336,21 @@ def test_a_folder_inside_one_that_may_not_be_entered_is_one_line(tmp_path: Path)
     assert done.stdout == (
         f"LayerloopError {images} cannot be reached (Permission denied): allow it, or correct it\n"
     ), done.stderr  # fmt: skip
+
+
+def test_rejects_are_counted_by_their_sort_in_words_that_can_be_read() -> None:
+    narrow = "image is {} x 20, at most 0.4 pixels on its short side at 64: crop it"
+    cut = "image is truncated or damaged (image file is truncated (78 bytes not processed)): save it again"
+    reasons = [narrow.format(3000), cut, cut.replace("78", "9"), "image is empty (0 bytes): give a PNG"]
+    line = account(Gathered(["a"], [Refused("x", "reject", reason) for reason in reasons]), [], what="images")
+    assert line == (
+        "images: 1 used, 0 duplicates, 4 rejects (2 image is truncated or damaged, 1 image is 3000 x 20, at most 0.4 "
+        "pixels on its short side at 64, 1 image is empty), 0 passed over"
+    )
+    two = account(
+        Gathered([], [Refused("x", "reject", narrow.format(width)) for width in (3000, 9)]), [], what="images"
+    )
+    assert "(2 image is N x N, at most N pixels on its short side at N)" in two
 
 
 def test_suffixes_that_are_not_read_are_counted_and_listed(

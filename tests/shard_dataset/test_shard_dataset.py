@@ -394,7 +394,9 @@ def test_designs_that_are_none_are_one_line(tmp_path: Path, recipe: str, folder:
         LayerloopError, match=r"/t\.parquet lacks the columns id, length, canvas_width, .*: give parquet in"
     ):
         run(campaign=f"{tmp_path}/c", recipe=recipe, images=str(folder), designs=str(tmp_path / "t.parquet"))
-    with pytest.raises(LayerloopError, match=r"^designs /nowhere does not exist"):
+    with pytest.raises(
+        LayerloopError, match=r"^designs /nowhere does not exist: give parquet in Crello's columns, or a folder with"
+    ):
         run(campaign=f"{tmp_path}/c", recipe=recipe, images=str(folder), designs="/nowhere")
     assert not (tmp_path / "c").exists()
 
@@ -426,7 +428,7 @@ def test_other_images_than_the_campaigns_are_refused(
     local_campaign: str, recipe: str, folder: Path, tmp_path: Path
 ) -> None:
     run(campaign=local_campaign, recipe=recipe, images=str(folder))
-    remedy = "leave it empty to continue with the committed sources, or start another campaign"
+    remedy = "leave it empty (`layerloop continue`) to go on with the committed sources, or start another campaign"
     with pytest.raises(LayerloopError) as caught:
         run(campaign=local_campaign, recipe=recipe, images=str(folder / "more"))
     assert str(caught.value) == f"images is {folder}/more but the campaign's sources were made of {folder}: {remedy}"
