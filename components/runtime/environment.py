@@ -82,7 +82,8 @@ def open_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - as long as we live
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # of a stream whose file was exchanged below it
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _is_of_a_full_disk(error: BaseException) -> bool:
