@@ -103,9 +103,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _decoded(data: bytes, max_pixels: int) -> Image.Image:
     image = open_image(data, max_pixels=max_pixels)
-    _scale_clear(image, data)
+    clear = _take_clear(image, data)
     try:
         image.load()
+        if clear is not None:
+            image.putalpha(_unlike(image, data, clear))
     except MemoryError:
         size = " x ".join(map(str, image.size))
         raise LayerloopError(f"image of {size} pixels does not fit in memory: make it smaller") from None
@@ -114,18 +116,31 @@ def _decoded(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
-def _scale_clear(image: Image.Image, data: bytes) -> None:
-    """Bring the clear colour of a PNG's tRNS to the 8 bits of Pillow's pixels, which it does not: of 2 or 4 bits grey,
-    and of 16 bits colour, where it is clear to within a level."""
+def _take_clear(image: Image.Image, data: bytes) -> tuple[int, ...] | None:
+    """Bring the clear colour of a PNG's tRNS to the 8 bits of Pillow's pixels, which it does not: of 2 or 4 bits grey.
+    That of 16 bits colour has no 8 bits and is taken away and returned."""
     clear, depth = image.info.get("transparency"), data[24] if data[12:16] == b"IHDR" else 8
     if image.format != "PNG" or clear is None:
-        return
+        return None
+    if image.mode == "RGB" and depth == 16 and isinstance(clear, tuple):
+        return tuple(image.info.pop("transparency"))
     if image.mode == "L" and depth in (2, 4) and isinstance(clear, int):
-        image.info["transparency"] = clear * 255 // (2**depth - 1) if clear < 2**depth else None
-    elif image.mode == "RGB" and depth == 16 and isinstance(clear, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
-    if image.info["transparency"] is None:
-        del image.info["transparency"]
+        if clear >= 2**depth:
+            del image.info["transparency"]
+        else:
+            image.info["transparency"] = clear * 255 // (2**depth - 1)
+    return None
+
+
+def _unlike(image: Image.Image, data: bytes, clear: tuple[int, ...]) -> Image.Image:
+    """Alpha of a decoded PNG of 16 bits colour: 0 where a pixel is the clear colour in all its bits. Pillow decodes the
+    high bytes; read as little-endian, the low ones are the high ones."""
+    from PIL import Image
+
+    low = open_image(data, max_pixels=image.width * image.height)
+    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # type: ignore[attr-defined]
+    values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+    return Image.fromarray(np.where((values == clear).all(axis=-1), 0, 255).astype(np.uint8))
 
 
 def _bare_png(data: bytes) -> bytes | None:

@@ -73,6 +73,8 @@ def test_the_clear_colour_of_a_png_of_16_bits_is_clear_and_no_other() -> None:
     assert tuple(read[0, 0]) == (0x10, 0x20, 0x30, 0) and read[0, 7, 3] == 255
     other = pixels(png(16, 2, row, clear=(0x0110, 0x0220, 0x0330)))
     assert (other[..., 3] == 255).all(), "the low bytes of the one are the high bytes of another colour"
+    near = pixels(png(16, 2, row, clear=(0x1000, 0x2000, 0x3001)))
+    assert near.shape[-1] == 3 or (near[..., 3] == 255).all(), "one level of 65,536 apart"
     beyond = pixels(png(4, 0, b"\xff\xff\x33\x33", clear=(51,)))
     assert beyond.shape[-1] == 3 or (beyond[..., 3] == 255).all(), "51 is no value of four bits"
 
