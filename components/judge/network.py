@@ -195,7 +195,7 @@ async def plain_body(stream: AsyncIterable[bytes], coding: str, most: int) -> As
     """A body without its coding, which some gateways add whatever is asked; one that is marked and plain is left.
 
     Raises:
-        BodyError: over `most` bytes, packed or not, of which no more are unpacked; or what is packed is damaged.
+        BodyError: over `most` bytes, packed or not, of which no more are unpacked; or packed and damaged or cut off.
     """
     size, unpacker = 0, None
     head: bytes | None = b""  # the first two bytes may come one by one
@@ -218,5 +218,7 @@ async def plain_body(stream: AsyncIterable[bytes], coding: str, most: int) -> As
             if size > most:
                 raise TooLargeError(most)
             yield part
+    if unpacker is not None and not unpacker.eof:
+        raise BodyError(UnusableError("body_compressed", "and cut off"))
     if head:
         yield head

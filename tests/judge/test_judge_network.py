@@ -68,6 +68,9 @@ def test_a_packed_refusal_is_read_and_a_coding_that_is_not_is_named(scripted: Sc
     scripted.answer = http(b"\x0b\x02", headers="Content-Encoding: br\r\n")
     with pytest.raises(UnusableError, match=r"^body_compressed: br, which was not asked for: switch compression off"):
         asked(scripted.url, one)
+    scripted.answer = http(gzip.compress(BODY)[:-9], headers="Content-Encoding: gzip\r\n")
+    with pytest.raises(UnusableError, match=r"^body_compressed: and cut off$"):
+        asked(scripted.url, one)
 
 
 def test_no_more_is_unpacked_than_is_read() -> None:
