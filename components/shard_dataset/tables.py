@@ -65,10 +65,8 @@ def parquet_rows(table: Any, columns: list[str] | None, *, batch: int) -> Iterat
     """(number, row) of all rows, or instead of a row why it cannot be read: a damaged page spoils its rows only."""
     first = 0
     for group in range(table.num_row_groups):
-        count = table.metadata.row_group(group).num_rows
+        count, unpacked, problem = _described(table, group, columns)
         done = 0
-        packed, unpacked, entries = _sizes(table.metadata.row_group(group), columns)
-        problem = _bomb(packed, unpacked, max(entries, count)) or "row is missing"
         batch = max(
             1, min(batch, _BATCH_BYTES // max(1, unpacked))
         )  # a dictionary may give every row its largest value
@@ -91,6 +89,18 @@ def parquet_rows(table: Any, columns: list[str] | None, *, batch: int) -> Iterat
             for number in range(done, count):
                 yield first + number, problem
         first += count
+
+
+def _described(table: Any, group: int, columns: list[str] | None) -> tuple[int, int, str]:
+    """(rows, bytes unpacked, why they are not read, or "row is missing") of a row group, by the file's own words."""
+    count = 1
+    try:
+        found = table.metadata.row_group(group)
+        count = found.num_rows
+        packed, unpacked, entries = _sizes(found, columns)
+    except Exception as error:  # as in `open_parquet`
+        return count, 0, f"row cannot be read, the parquet is damaged ({one_line(error)}): make it again"
+    return count, unpacked, _bomb(packed, unpacked, max(entries, count)) or "row is missing"
 
 
 def _sizes(group: Any, columns: list[str] | None) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -230,6 +231,18 @@ def test_a_damaged_parquet_is_one_problem(tmp_path: Path) -> None:
     items = read(find(str(tmp_path)))
     assert [origin for origin, _ in items] == ["t.parquet"]
     assert str(items[0][1]).startswith("parquet is damaged (")
+
+
+def test_a_parquet_whose_description_of_a_row_group_is_damaged_has_rows_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": [b"one", b"two"]}), path, store_schema=False)
+    schema, of_column = (place.start() for place in re.finditer(b"image", path.read_bytes()))
+    data = bytearray(path.read_bytes())
+    data[of_column] = 0x80  # where the group says which column its pages are of
+    path.write_bytes(bytes(data))
+    items = read(find(str(tmp_path)))
+    assert [origin for origin, _ in items] == ["t.parquet:0", "t.parquet:1"] and schema < of_column
+    assert str(items[1][1]).startswith("row cannot be read, the parquet is damaged (")
 
 
 def test_images_tars_and_parquet_may_lie_in_one_folder(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
