@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.messages import printable
+from layerloop.components.schema.messages import counted, printable
 from layerloop.components.shard_dataset.items import Item, broken_item, one_line, sized_item
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "data")
@@ -15,6 +15,7 @@ IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp
 _FREE_BYTES, _MOST_RATIO = 64_000_000, 100
 _FREE_ENTRIES = 1_000_000
 _BATCH_BYTES = 256_000_000  # unpacked at once
+_MISSING = "missing, the parquet is damaged: make it again"
 _MOST_TOLD = 10_000  # rows of a group that cannot be read, each in the table of rejects
 
 
@@ -70,7 +71,7 @@ def parquet_rows(table: Any, columns: list[str] | None, *, batch: int) -> Iterat
         batch = max(
             1, min(batch, _BATCH_BYTES // max(1, unpacked))
         )  # a dictionary may give every row its largest value
-        for size in (batch, 1) if problem == "row is missing" else ():  # one by one where a batch cannot be read
+        for size in (batch, 1) if problem == _MISSING else ():  # one by one where a batch cannot be read
             try:
                 start = 0
                 for part in table.iter_batches(batch_size=size, row_groups=[group], columns=columns):
@@ -83,8 +84,8 @@ def parquet_rows(table: Any, columns: list[str] | None, *, batch: int) -> Iterat
                 problem = f"row cannot be read, the parquet is damaged ({one_line(error)}): make it again"
                 continue
             break
-        if count - done > _MOST_TOLD:
-            yield first + done, f"{count - done} rows: {problem}"
+        if count - done > (0 if problem == _MISSING else _MOST_TOLD):  # nothing says that missing ones ever were
+            yield first + done, f"{counted(count - done, 'rows')}: {problem}"
         else:
             for number in range(done, count):
                 yield first + number, problem
@@ -92,7 +93,7 @@ def parquet_rows(table: Any, columns: list[str] | None, *, batch: int) -> Iterat
 
 
 def _described(table: Any, group: int, columns: list[str] | None) -> tuple[int, int, str]:
-    """(rows, bytes unpacked, why they are not read, or "row is missing") of a row group, by the file's own words."""
+    """(rows, bytes unpacked, why they are not read, or _MISSING) of a row group, by the file's own words."""
     count = 1
     try:
         found = table.metadata.row_group(group)
@@ -100,7 +101,7 @@ def _described(table: Any, group: int, columns: list[str] | None) -> tuple[int, 
         packed, unpacked, entries = _sizes(found, columns)
     except Exception as error:  # as in `open_parquet`
         return count, 0, f"row cannot be read, the parquet is damaged ({one_line(error)}): make it again"
-    return count, unpacked, _bomb(packed, unpacked, max(entries, count)) or "row is missing"
+    return count, unpacked, _bomb(packed, unpacked, max(entries, count)) or _MISSING
 
 
 def _sizes(group: Any, columns: list[str] | None) -> tuple[int, int, int]:

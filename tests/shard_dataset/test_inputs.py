@@ -233,6 +233,19 @@ def test_a_damaged_parquet_is_one_problem(tmp_path: Path) -> None:
     assert str(items[0][1]).startswith("parquet is damaged (")
 
 
+def test_a_parquet_that_says_more_rows_than_it_has_is_told_so_once(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": [b"one", b"two"]}), path, store_schema=False)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"\x16\x04") + 1] = 0x7E  # of the row group's two rows, 63: Thrift's compact protocol
+    path.write_bytes(bytes(data))
+    items = read(find(str(tmp_path)))
+    assert [content for _, content in items[:2]] == [b"one", b"two"]
+    assert [(origin, str(why)) for origin, why in items[2:]] == [
+        ("t.parquet:2", "61 rows: missing, the parquet is damaged: make it again")
+    ]
+
+
 def test_a_parquet_whose_description_of_a_row_group_is_damaged_has_rows_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"image": [b"one", b"two"]}), path, store_schema=False)
