@@ -20,8 +20,8 @@ from layerloop.components.storage.folders import local_folder
 
 @dataclasses.dataclass(frozen=True)
 class CheckedBase:
-    """A base that the recipe fits. `folder` is a local copy of one at a URI, else None; `commit` is what the revision
-    of one on the Hugging Face hub stands for now, and `model` names it, so that all is read from the same."""
+    """A base that the recipe fits. `folder` is a local copy of one at a URI, else None; `commit` is the one
+    that the revision of a Hugging Face base points to, and `model` names it, so that all is read from the same."""
 
     model: ModelRecipe
     folder: Path | None

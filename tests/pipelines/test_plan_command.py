@@ -209,10 +209,15 @@ def test_the_plan_as_json_counts_what_the_text_says(capsys: pytest.CaptureFixtur
     assert total["days"] * 24 == pytest.approx(10 * way["wall_seconds"] / 3600 + total["evaluation_hours"], rel=1e-4)
 
 
+def cluster_file(folder: Path, gpus: str) -> Path:
+    """A cluster file of two images and these lines."""
+    digest, file = "@sha256:" + "0" * 64, folder / "cluster.yaml"
+    file.write_text(f"images: {{policy: 'r/p{digest}', light: 'r/l{digest}'}}\n{gpus}")
+    return file
+
+
 def test_a_cluster_file_says_which_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    digest = "@sha256:" + "0" * 64
-    file = tmp_path / "cluster.yaml"
-    file.write_text(f"images: {{policy: 'r/p{digest}', light: 'r/l{digest}'}}\ngpus: 4\nupdate_gpus: 8\n")
+    file = cluster_file(tmp_path, "gpus: 4\nupdate_gpus: 8\n")
     assert main(["plan", "paper", "--cluster", str(file), "--workers", "3", "--json"]) == 0
     (layout,) = json.loads(capsys.readouterr().out)["layouts"]
     assert [layout[key] for key in ("workers", "each", "update", "evaluate", "total")] == [3, 4, 8, 4, 12]
@@ -220,9 +225,7 @@ def test_a_cluster_file_says_which_gpus(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_resident_run_has_the_gpus_of_its_one_pod(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`compile --resident` makes one pod of `gpus`: workers add nothing to it."""
-    digest = "@sha256:" + "0" * 64
-    file = tmp_path / "cluster.yaml"
-    file.write_text(f"images: {{policy: 'r/p{digest}', light: 'r/l{digest}'}}\ngpus: 2\n")
+    file = cluster_file(tmp_path, "gpus: 2\n")
     assert main(["plan", "paper", "--cluster", str(file), "--workers", "4", "--json"]) == 0
     (layout,) = json.loads(capsys.readouterr().out)["layouts"]
     assert [(way["way"], way["gpus"]) for way in layout["ways"]] == [
