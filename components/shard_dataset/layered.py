@@ -32,7 +32,7 @@ from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.shard_dataset.files import Files, InputError, Passed, suffix_of
 from layerloop.components.shard_dataset.inputs import Inputs, find_inputs
 from layerloop.components.shard_dataset.items import IMAGE_SUFFIXES, one_line
-from layerloop.components.shard_dataset.tables import open_parquet, parquet_rows
+from layerloop.components.shard_dataset.tables import Table, open_parquet, parquet_rows
 from layerloop.components.storage.folders import local_folder
 from layerloop.components.storage.images import decode_image
 
@@ -139,10 +139,10 @@ def _parquet_designs(store: Files, name: str, data: DataRecipe, fonts: FontFiles
         table = open_parquet(file)
         if isinstance(table, str):
             raise LayerloopError(f"{where}: {table}; {_REMEDY}")
-        missing = [column for column in NEEDED_COLUMNS if column not in table.schema_arrow.names]
+        missing = [column for column in NEEDED_COLUMNS if column not in table.schema.names]
         if missing:
             raise LayerloopError(f"{where} lacks the columns {', '.join(missing)}: {_REMEDY}")
-        labels = class_labels(table.schema_arrow.metadata)
+        labels = class_labels(table.schema.metadata)
         _refuse_old_revision(table, labels, where)
         for number, row in parquet_rows(table, None, batch=4):
             if isinstance(row, str):
@@ -163,7 +163,7 @@ def _nothing(_: Any) -> Truth:
     raise AssertionError("what cannot be loaded is not rendered")
 
 
-def _refuse_old_revision(table: Any, labels: Mapping[str, Any], where: str) -> None:
+def _refuse_old_revision(table: Table, labels: Mapping[str, Any], where: str) -> None:
     """Refuse a table of Crello's revisions 3 and 4: the canvas is the index of a class, boxes are shares of the canvas
     and angles radians, in columns of the same names.
 

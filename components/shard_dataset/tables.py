@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.messages import counted, printable
+from layerloop.components.shard_dataset.footers import RowGroup, read_row_groups
 from layerloop.components.shard_dataset.items import Item, broken_item, one_line, sized_item
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "data")
@@ -15,6 +17,7 @@ IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp
 _FREE_BYTES, _MOST_RATIO = 64_000_000, 100
 _FREE_ENTRIES = 1_000_000
 _BATCH_BYTES = 256_000_000  # unpacked at once
+_DAMAGED = "row cannot be read, the parquet is damaged ({}): make it again"
 _MISSING = "missing, the parquet is damaged: make it again"
 _MOST_TOLD = 10_000  # rows of a group that cannot be read, each in the table of rejects
 
@@ -34,7 +37,7 @@ def parquet_items(file: BinaryIO, where: str, *, folder: str, max_bytes: int) ->
     if isinstance(table, str):
         yield broken_item(where, table)
         return
-    column = _image_column(table.schema_arrow, f"{folder}/{where}")
+    column = _image_column(table.schema, f"{folder}/{where}")
     for number, row in parquet_rows(table, [column], batch=16):  # a few images in memory, not a row group
         origin = f"{where}:{number}"
         if isinstance(row, str):
@@ -50,68 +53,66 @@ def parquet_items(file: BinaryIO, where: str, *, folder: str, max_bytes: int) ->
                 yield sized_item(one_of, len(data), max_bytes, lambda data=data: data)  # type: ignore[misc]
 
 
-def open_parquet(file: BinaryIO) -> Any:
+@dataclass(frozen=True)
+class Table:
+    """A parquet that Arrow has opened: its reader, the schema, and what it says of its row groups."""
+
+    reader: Any
+    schema: Any
+    groups: Sequence[RowGroup]
+
+
+def open_parquet(file: BinaryIO) -> Table | str:
     """The table, or a description of its fault."""
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.ParquetFile(file)
-        table.schema_arrow.names  # noqa: B018 - read here, where it may fail
+        reader = pyarrow.parquet.ParquetFile(file)
+        schema, count = reader.schema_arrow, reader.num_row_groups
+        schema.names  # noqa: B018 - read here, where it may fail
     except Exception as error:  # Arrow raises its own kinds, OSError, ValueError and others on hostile bytes
         return f"parquet is damaged ({one_line(error)}): make it again"
-    return table
+    return Table(reader, schema, read_row_groups(file, count))
 
 
-def parquet_rows(table: Any, columns: list[str] | None, *, batch: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def parquet_rows(table: Table, columns: list[str] | None, *, batch: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(number, row) of all rows, or instead of a row why it cannot be read: a damaged page spoils its rows only."""
     first = 0
-    for group in range(table.num_row_groups):
-        count, unpacked, problem = _described(table, group, columns)
-        done = 0
-        batch = max(
-            1, min(batch, _BATCH_BYTES // max(1, unpacked))
-        )  # a dictionary may give every row its largest value
-        for size in (batch, 1) if problem == _MISSING else ():  # one by one where a batch cannot be read
+    for number, group in enumerate(table.groups):
+        count, done = group.rows, 0
+        packed, unpacked, entries = _sizes(group, columns)
+        problem = _DAMAGED.format(group.problem) if group.problem else _bomb(packed, unpacked, max(entries, count))
+        batch = max(1, min(batch, _BATCH_BYTES // max(1, unpacked)))  # a dictionary may give each row its largest value
+        for size in () if problem else (batch, 1):  # one by one where a batch cannot be read
             try:
                 start = 0
-                for part in table.iter_batches(batch_size=size, row_groups=[group], columns=columns):
+                for part in table.reader.iter_batches(batch_size=size, row_groups=[number], columns=columns):
                     rows = part.to_pylist() if start + part.num_rows > done else []
                     for row in rows[max(0, done - start) :]:
                         yield first + done, row
                         done += 1
                     start += part.num_rows
             except Exception as error:  # as in `open_parquet`
-                problem = f"row cannot be read, the parquet is damaged ({one_line(error)}): make it again"
+                problem = _DAMAGED.format(one_line(error))
                 continue
             break
-        if count - done > (0 if problem == _MISSING else _MOST_TOLD):  # nothing says that missing ones ever were
+        if problem is None and count > done:  # nothing says that they ever were
+            yield first + done, f"{counted(count - done, 'rows')}: {_MISSING}"
+        elif problem and count - done > _MOST_TOLD:
             yield first + done, f"{counted(count - done, 'rows')}: {problem}"
-        else:
-            for number in range(done, count):
-                yield first + number, problem
+        elif problem:
+            for row_number in range(first + done, first + count):
+                yield row_number, problem
         first += count
 
 
-def _described(table: Any, group: int, columns: list[str] | None) -> tuple[int, int, str]:
-    """(rows, bytes unpacked, why they are not read, or _MISSING) of a row group, by the file's own words."""
-    count = 1
-    try:
-        found = table.metadata.row_group(group)
-        count = found.num_rows
-        packed, unpacked, entries = _sizes(found, columns)
-    except Exception as error:  # as in `open_parquet`
-        return count, 0, f"row cannot be read, the parquet is damaged ({one_line(error)}): make it again"
-    return count, unpacked, _bomb(packed, unpacked, max(entries, count)) or _MISSING
-
-
-def _sizes(group: Any, columns: list[str] | None) -> tuple[int, int, int]:
+def _sizes(group: RowGroup, columns: list[str] | None) -> tuple[int, int, int]:
     """(bytes as stored, bytes unpacked, most entries of a column) of a row group's columns, by the file's own words."""
-    chunks = [group.column(index) for index in range(group.num_columns)]
-    read = [c for c in chunks if columns is None or c.path_in_schema.partition(".")[0] in columns]
+    read = [chunk for chunk in group.chunks if columns is None or chunk.column in columns]
     return (
-        sum(chunk.total_compressed_size for chunk in read),
-        sum(chunk.total_uncompressed_size for chunk in read),
-        max((chunk.num_values for chunk in read), default=0),
+        sum(chunk.packed for chunk in read),
+        sum(chunk.unpacked for chunk in read),
+        max((chunk.entries for chunk in read), default=0),
     )
 
 

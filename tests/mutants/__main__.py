@@ -189,8 +189,9 @@ class Runner:
             return Outcome("stale", str(error))
         finally:
             self.copies.put(copy)
-        # 1: a test failed. 2..5: interrupted, internal error, usage, nothing collected: that says nothing of the fault.
-        state = {0: "survived", 1: "caught", HUNG: "caught"}.get(status, "broken")
+        # 1: a test failed. SIGABRT: C++ ended the process over the fault. 2..5: interrupted, internal error, usage,
+        # nothing collected: that says nothing of the fault.
+        state = {0: "survived", 1: "caught", HUNG: "caught", -signal.SIGABRT: "caught"}.get(status, "broken")
         if state == "broken" and re.search(r"ERROR collecting |errors? during collection", output):
             state = "caught"  # the patched module cannot even be imported
         return Outcome(state, output)

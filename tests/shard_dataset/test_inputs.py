@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.shard_dataset import footers
 from layerloop.components.shard_dataset.files import InputError, LocalFiles
+from layerloop.components.shard_dataset.footers import MOST_ENDED
 from layerloop.components.shard_dataset.inputs import Inputs, find_inputs, read_items
 from layerloop.components.storage.stores import open_store, read_uri
 
@@ -256,6 +258,52 @@ def test_a_parquet_whose_description_of_a_row_group_is_damaged_has_rows_that_can
     items = read(find(str(tmp_path)))
     assert [origin for origin, _ in items] == ["t.parquet:0", "t.parquet:1"] and schema < of_column
     assert str(items[1][1]).startswith("row cannot be read, the parquet is damaged (")
+
+
+def test_a_parquet_whose_description_ends_arrow_spoils_its_row_group_alone(tmp_path: Path) -> None:
+    # pyarrow lets C++ end the process over a histogram of a wrong length (facts in footers.py)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [b"one", b"two", b"three"]}), path, row_group_size=1, store_schema=False)
+    pq.write_table(pa.table({"image": [b"four"]}), tmp_path / "b.parquet")
+    data = path.read_bytes()
+    two_levels, three = b"\x19\x26\x00\x02", b"\x19\x36\x00\x00\x02"  # a list of 0, 1 and one of 0, 0, 1
+    start, first, second, third = data[:-8].split(two_levels)
+    length = (int.from_bytes(data[-8:-4], "little") + 1).to_bytes(4, "little")
+    path.write_bytes(two_levels.join([start, first + three + second, third]) + length + b"PAR1")
+    told = (
+        "row cannot be read, the parquet is damaged (Definition level histogram size mismatch, size: 3, expected: 2): "
+        "make it again"
+    )
+    assert read(find(str(tmp_path))) == [
+        ("a.parquet:0", b"one"), ("a.parquet:1", told), ("a.parquet:2", b"three"), ("b.parquet:0", b"four"),
+    ]  # fmt: skip
+
+
+def test_a_parquet_each_of_whose_row_groups_ends_arrow_is_given_up_soon(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [b"one"] * 40}), path, row_group_size=1, store_schema=False)
+    optional, required = b"\x25\x02\x18\x05image", b"\x25\x00\x18\x05image"  # where levels have one value, not two
+    path.write_bytes(path.read_bytes().replace(optional, required, 1))
+    items = read(find(str(tmp_path)))
+    assert [origin for origin, _ in items] == [f"a.parquet:{row}" for row in range(40)]
+    ended = [str(problem) for _, problem in items if "size: 2, expected: 1" in str(problem)]
+    assert len(ended) == MOST_ENDED and all("the parquet is damaged (" in str(problem) for _, problem in items)
+
+
+def test_a_reader_of_descriptions_that_is_ended_from_outside_condemns_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"image": [b"one"]}), tmp_path / "a.parquet")
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -KILL $$\n")
+    killed.chmod(0o700)
+    monkeypatch.setattr(footers, "_CHILD", footers._Child())
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.executable", str(killed))
+        with pytest.raises(UnavailableError, match=r"ended with status -9 \(no word\): give the step more memory"):
+            read(find(str(tmp_path)))
+    assert read(find(str(tmp_path))) == [("a.parquet:0", b"one")]
+    footers._CHILD.close()
 
 
 def test_images_tars_and_parquet_may_lie_in_one_folder(tmp_path: Path, encoded: Callable[..., bytes]) -> None:
