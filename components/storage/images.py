@@ -35,14 +35,19 @@ _STARTS = {
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _MAX_PROFILE = 1 << 20  # bytes; Pillow's own limit of an unpacked chunk
 
+_NEW_SUBFILE_TYPE, _SUB_IFDS = 254, 330  # tags of TIFF
+_MOST_THUMBNAILS = 8  # pages looked at
+
 MAX_PIXELS = 100_000_000  # of our own PNGs too: a shard may have been made by someone else
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The first frame of an untrusted image with its header read and its size checked; no pixel is decoded yet.
 
+    Of a TIFF it is the first page that is not marked as a thumbnail of another.
+
     Raises:
-        LayerloopError: empty, not an image, without pixels, or larger than `max_pixels`.
+        LayerloopError: empty, not an image, without pixels, only a thumbnail, or larger than `max_pixels`.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -54,6 +59,9 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
+        _skip_thumbnails(image)
+    except LayerloopError:
+        raise
     except UnidentifiedImageError:
         if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
             raise LayerloopError("image is HEIC or AVIF, truncated or damaged: save it again") from None
@@ -78,6 +86,28 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             "allowed: make it smaller or raise recipe.data.max_megapixels"
         )
     return image
+
+
+def _skip_thumbnails(image: Image.Image) -> None:
+    """Go to the first page of a TIFF that is a picture and not a smaller version of one (TIFF 6.0, section 8,
+    NewSubfileType). One that is alone with its mark is taken for a picture.
+
+    Raises:
+        LayerloopError: the picture is where it is not read from, as in the raw files of cameras.
+    """
+    if image.format != "TIFF":
+        return
+    elsewhere = _SUB_IFDS in image.tag_v2  # type: ignore[attr-defined]
+    for page in range(1, _MOST_THUMBNAILS):
+        if not int(image.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & 1:  # type: ignore[attr-defined]
+            return
+        try:
+            image.seek(page)
+        except EOFError:
+            break
+    if elsewhere:
+        raise LayerloopError("image is a raw or layered TIFF, of which only a thumbnail can be read: export it as PNG")
+    image.seek(0)
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pillow_heif
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.images import decode_image, decode_png, encode_png, open_image
@@ -189,3 +189,38 @@ def test_a_phones_photograph_that_is_cut_off_is_said_to_be(share: float) -> None
     data = heic(1)
     with pytest.raises(LayerloopError, match="HEIC or AVIF, truncated or damaged|truncated or damaged"):
         decode_image(data[: int(len(data) * share)])
+
+
+def tiff_of(*pages: tuple[int, tuple[int, int], dict[int, int]]) -> bytes:
+    """A TIFF of grey pages: level, size, and further tags."""
+    images, tags = [], []
+    for level, size, further in pages:
+        images.append(Image.new("L", size, level))
+        info = TiffImagePlugin.ImageFileDirectory_v2()
+        for tag, value in further.items():
+            info[tag] = value
+        tags.append(info)
+    buffer = io.BytesIO()
+    with TiffImagePlugin.AppendingTiffWriter(buffer, new=True) as writer:
+        for image, info in zip(images, tags, strict=True):
+            image.save(writer, "TIFF", tiffinfo=info)
+            writer.newFrame()
+    return buffer.getvalue()
+
+
+def test_a_thumbnail_before_the_picture_of_a_tiff_is_not_taken_for_it() -> None:
+    small, large = (90, (4, 6), {254: 1}), (200, (64, 40), {274: 6})
+    for data in (tiff_of(large, small), tiff_of(small, large), tiff_of(small, small, large)):
+        assert open_image(data).getexif().get(274) == 6
+        image = decode_image(data)
+        assert (image.size, image.getpixel((2, 2))) == ((40, 64), 200), "the picture, turned by its own tag"
+    alone = decode_image(tiff_of(small, small))
+    assert (alone.size, alone.getpixel((2, 2))) == ((4, 6), 90)
+    with pytest.raises(LayerloopError, match="only a thumbnail can be read: export it as PNG"):
+        decode_image(tiff_of((90, (4, 6), {254: 1, 330: 8})))
+
+
+def test_the_size_of_a_tiffs_picture_is_checked_and_not_that_of_its_thumbnail() -> None:
+    data = tiff_of((90, (4, 6), {254: 1}), (200, (640, 400), {}))
+    with pytest.raises(LayerloopError, match=r"640 x 400, 0\.3 megapixels, over the 0\.1 allowed"):
+        open_image(data, max_pixels=100_000)
