@@ -52,6 +52,8 @@ _REMEDIES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 1 a failure, 2 bad input (one `error: ...` line), 130 interrupted."""
     open_streams()
+    if argv is None:  # else `random.py` in the user's folder is what the processes that we start import
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
     parser = build_parser()
     if not (sys.argv[1:] if argv is None else argv):
         parser.print_help(sys.stderr)

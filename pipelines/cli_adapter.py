@@ -52,7 +52,7 @@ def _adapter_merge(arguments: argparse.Namespace) -> int:
 
 def _fetched(adapter: str) -> str:
     """`URI=WEIGHT` with a local copy in the URI's place; anything else as it is, for the merge to judge."""
-    from layerloop.components.storage.folders import local_folder
+    from layerloop.components.storage.folders import local_adapter
 
     uri, mark, weight = adapter.rpartition("=")
     if not mark:
@@ -63,6 +63,6 @@ def _fetched(adapter: str) -> str:
         return adapter
     if "://" not in uri:
         return adapter
-    folder = local_folder(uri)
+    folder = local_adapter(uri)
     print(f"{uri} is in {folder}", flush=True)
     return f"{folder}={weight}"

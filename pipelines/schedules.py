@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.errors import LayerloopError, SeveralErrors
 from layerloop.components.schema.record import Record, validate
 from layerloop.components.schema.yaml_text import load_yaml, read_by_hand
 from layerloop.pipelines.kfp_api import KfpApi, equals, experiment, find_experiment, required
@@ -145,7 +145,7 @@ def read_schedules(path: Path, defaults: Mapping[str, Any]) -> list[Schedule]:
 def refuse(problems: Sequence[str]) -> None:
     """Raise LayerloopError with a line for each problem, if there is one."""
     if problems:
-        raise LayerloopError("\nerror: ".join(problems))
+        raise SeveralErrors(problems)
 
 
 def apply_schedule(

@@ -16,7 +16,7 @@ from layerloop.components.schema.run_recipe import overridden, packaged_recipes
 from layerloop.components.schema.runtime import Runtime
 from layerloop.components.storage.campaign import MANIFEST, RECIPE, Campaign
 from layerloop.components.storage.final_weights import final_weights
-from layerloop.components.storage.folders import HUB_ID, hub_uri, local_folder
+from layerloop.components.storage.folders import HUB_ID, WEIGHTS, hub_uri, local_adapter, local_folder
 from layerloop.components.storage.runtime import read_runtime
 from layerloop.components.storage.stores import open_store
 
@@ -216,21 +216,26 @@ def _find_adapter(text: str | None) -> tuple[Campaign | None, Path | None, Manif
     """
     if text is None:
         return None, None, None
-    if "://" in text and not text.startswith("hf://"):
+    path = Path(text).expanduser()
+    try:
+        exists, is_campaign = path.exists(), (path / RECIPE).is_file()
+    except OSError as error:
+        raise LayerloopError(f"adapter {text} cannot be read ({error.strerror}): give one that can") from None
+    if not text.strip():
+        raise LayerloopError("--adapter is empty: give an adapter, or leave the option out")
+    if "://" in text and not text.startswith("hf://") and not text.endswith(WEIGHTS):
         is_campaign = open_store(text).exists(RECIPE)
-    else:
-        is_campaign = (Path(text) / RECIPE).is_file()
     if is_campaign:
-        campaign = Campaign.open(text)
+        campaign = Campaign.open(text if "://" in text else str(path))
         if campaign.head() < 1:
             raise LayerloopError(f"campaign {campaign.uri} has no adapter yet: train an iteration first")
         return campaign, None, None
     if "://" in text:
-        folder = local_folder(text)
-    elif Path(text).expanduser().exists():
-        folder = Path(text).expanduser()
+        folder = local_adapter(text)
+    elif exists:
+        folder = path
     elif (hub := hub_uri(text)) is not None:
-        folder = local_folder(hub)
+        folder = local_adapter(hub)
     else:
         raise LayerloopError(
             f"adapter {text} does not exist: give a folder, a campaign, s3://..., or a repository of the hub as "
@@ -247,11 +252,14 @@ def _base_of(folder: Path, published: Manifest | None) -> str | None:
         if named is None and config.is_file():
             try:
                 named = json.loads(config.read_bytes()).get("base_model_name_or_path")
-            except (ValueError, AttributeError):
+            except (OSError, ValueError, AttributeError, RecursionError):
                 named = None  # reading the adapter says what is wrong
-    if not isinstance(named, str):
+    if not isinstance(named, str) or not named.strip():  # empty, as peft writes it of a model without a name
         return None
-    return named if named in SHIPPED or HUB_ID.fullmatch(named) or Path(named).is_dir() else None
+    try:
+        return named if named in SHIPPED or HUB_ID.fullmatch(named) or Path(named).is_dir() else None
+    except OSError:  # too long for a path
+        return None
 
 
 def _recipe_of(base: str) -> Recipe:

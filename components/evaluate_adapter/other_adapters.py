@@ -14,7 +14,7 @@ from layerloop.components.runtime.distributed import process_group
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.manifest import Manifest
 from layerloop.components.storage.campaign import Campaign
-from layerloop.components.storage.folders import hub_uri, local_folder
+from layerloop.components.storage.folders import hub_uri, local_adapter
 from layerloop.components.storage.lease import EVALUATION, hold
 from layerloop.components.storage.stores import open_store
 
@@ -70,4 +70,4 @@ def sample_adapters(campaign: Campaign, cases: Cases, adapters: Mapping[str, str
 
 def _folder(uri: str) -> Path:
     hub = hub_uri(uri)
-    return local_folder(hub or uri) if hub is not None or "://" in uri else Path(uri)
+    return local_adapter(hub or uri) if hub is not None or "://" in uri else Path(uri)

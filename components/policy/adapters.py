@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
+import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from layerloop.components.policy.layouts import plain_state
+from layerloop.components.policy.alphas import Scales
+from layerloop.components.policy.layouts import check_keys, plain_state
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import size_text
 from layerloop.components.schema.record import parse_json
 from layerloop.components.schema.tensor_files import LENGTH, PICKLE, check_header
 
@@ -32,8 +34,8 @@ PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")  # what old versions
 DIFFUSERS_BFLOAT16 = "pytorch_lora_weights.bf16.safetensors"
 PEFT, DIFFUSERS = "peft", "diffusers"  # subfolders by layout: peft's of every publication, diffusers' of old ones
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
-PATTERN_SECONDS, LONGEST_PATTERN = 0.2, 1000  # of a key of alpha_pattern: to match one module, and its characters
 LONGEST_CONFIG = 10_000_000  # bytes of an adapter_config.json
+MOST_NUMBERS = 2**32  # in matrices of one rank: 16 GB; rank 256 on every layer of a 20 B model is a third of it
 # Fields of peft's config that make more of an adapter than two matrices beside a layer's own, with their usual values.
 UNSUPPORTED = {
     "use_dora": False, "lora_bias": False, "modules_to_save": None, "bias": "none", "fan_in_fan_out": False,
@@ -94,17 +96,17 @@ def read_adapter(path: Path | str) -> Adapter:
     file = _weights_file(Path(path))
     tensors, metadata = _read_tensors(file)
     config, config_of = None, file
-    if file.name == PEFT_WEIGHTS or (file.parent / PEFT_CONFIG).is_file():
-        config, config_of = _peft_config(file), file.parent / PEFT_CONFIG
-    elif "lora_adapter_metadata" in metadata:
+    if file.name != PEFT_WEIGHTS and "lora_adapter_metadata" in metadata:  # its own, whatever lies beside it
         config = _transformer_metadata(metadata["lora_adapter_metadata"], file) or None
         _refuse_more(config or {}, file)
+    elif file.name == PEFT_WEIGHTS or (file.parent / PEFT_CONFIG).is_file():
+        config, config_of = _peft_config(file), file.parent / PEFT_CONFIG
     tensors, alphas = plain_state(tensors, file)
     if alphas and config is not None:
         raise LayerloopError(
             f"{file}: {next(iter(alphas))}.alpha and {config_of.name} both give a scale: leave out one of them"
         )
-    return _uniform(tensors, config, file, config_of, alphas)
+    return _uniform(tensors, Scales(config, config_of, alphas), file)
 
 
 def _weights_file(path: Path) -> Path:
@@ -118,6 +120,7 @@ def _weights_file(path: Path) -> Path:
                 return path / name
         exists = path.exists()
         inner = [file for name in names for file in sorted(path.glob(f"*/{name}"))]
+        others = sorted(file for file in path.glob("*.safetensors") if file.is_file() and file.name[0] != ".")
     except OSError as error:
         raise LayerloopError(f"{path} cannot be read ({error.strerror}): give an adapter that can") from None
     if not exists:
@@ -127,6 +130,10 @@ def _weights_file(path: Path) -> Path:
         return inner[0]
     if found:
         raise LayerloopError(f"{path} has several adapters, {found[0].name} and {found[1].name}: give one of them")
+    if len(others) == 1:  # as people share theirs
+        return others[0]
+    if others:
+        raise LayerloopError(f"{path} has several files, {others[0].name} and {others[1].name}: give one of them")
     if pickled := next((name for name in PICKLED if (path / name).is_file()), None):
         raise LayerloopError(f"{path / pickled} is {PICKLE}")
     raise LayerloopError(
@@ -139,17 +146,26 @@ def weights_sha256(path: Path | str) -> str:
     """SHA-256, hex, of an adapter's weights file in either layout.
 
     Raises:
-        LayerloopError: no adapter at `path`.
+        LayerloopError: no adapter at `path`, or one that cannot be read.
     """
-    with _weights_file(Path(path)).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    found = _weights_file(Path(path))
+    try:
+        with found.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise LayerloopError(f"{found} cannot be read ({error.strerror}): give an adapter that can") from None
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}$", file.stem):
+        raise LayerloopError(f"{file} is one of several parts of an adapter: save all of them as one file")
+    if not _is_unicode(str(file)):
+        raise LayerloopError(f"{file} has a name that is not UTF-8, which safetensors cannot open: rename it")
     try:
         with file.open("rb") as opened:
             check_header(opened.read(LENGTH), where=str(file))
         with safe_open(str(file), framework="pt") as reader:
+            check_keys(reader.keys(), file)  # before any number of a file that may be a whole model
             tensors = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - it is not a mapping
             metadata = reader.metadata() or {}
     except (SafetensorError, OSError) as error:
@@ -168,6 +184,14 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
                     f"{file}: {key} has NaN or infinite values: the adapter is broken, take an earlier one"
                 )
     return tensors, metadata
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _peft_config(file: Path) -> dict[str, Any]:
@@ -212,19 +236,10 @@ def _transformer_metadata(text: str, file: Path) -> dict[str, Any]:
         raise LayerloopError(f"{file} has lora_adapter_metadata that is not JSON: write the adapter again") from None
 
 
-def _uniform(
-    tensors: dict[str, torch.Tensor],
-    config: dict[str, Any] | None,
-    file: Path,
-    config_of: Path,
-    alphas: Mapping[str, float],
-) -> Adapter:
-    """An adapter of one rank and one scale from checked tensors; `file` and `config_of` are named in errors. `alphas`
-    are those of modules that have their own in the file."""
+def _uniform(tensors: dict[str, torch.Tensor], scales_of: Scales, file: Path) -> Adapter:
+    """An adapter of one rank and one scale from checked tensors; `file` is named in errors."""
     modules = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
     for key in tensors:
-        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
-            raise LayerloopError(f"{file}: {key} is not a LoRA weight: only plain LoRA of linear layers is supported")
         if not tensors[key].is_floating_point():
             raise LayerloopError(
                 f"{file}: {key} has dtype {str(tensors[key].dtype).removeprefix('torch.')}, which a LoRA weight cannot "
@@ -247,13 +262,16 @@ def _uniform(
     if not modules:
         raise LayerloopError(f"{file} has no LoRA weights")
     ranks = {module: tensors[f"{module}.lora_A.weight"].shape[0] for module in modules}
-    scales = {
-        module: alphas[module] / rank if module in alphas else _scale(module, rank, config, config_of)
-        for module, rank in ranks.items()
-    }
+    scales = {module: scales_of.scale(module, rank) for module, rank in ranks.items()}
     rank = max(ranks.values())
     if len(set(scales.values())) == 1 and len(set(ranks.values())) == 1:
         return Adapter(dict(sorted(tensors.items())), rank, next(iter(scales.values())) * rank)
+    widths = sum(t.numel() // ranks[key.rsplit(".lora_", 1)[0]] for key, t in tensors.items())
+    if rank * widths > MOST_NUMBERS:
+        raise LayerloopError(
+            f"{file} has ranks from {min(ranks.values())} to {rank}, as one rank {size_text(4.0 * rank * widths)}: "
+            "reduce the largest"
+        )
     state = {}
     for module in modules:
         a, b = tensors[f"{module}.lora_A.weight"], tensors[f"{module}.lora_B.weight"] * scales[module]
@@ -265,60 +283,6 @@ def _uniform(
 def shape_text(tensor: torch.Tensor) -> str:
     """A shape for messages, such as `4x64`."""
     return "x".join(map(str, tensor.shape))
-
-
-def _scale(module: str, rank: int, config: dict[str, Any] | None, where: Path) -> float:
-    """alpha / r, or alpha / sqrt(r) with `use_rslora`, with peft's choice of alpha: that of the first pattern (a
-    regular expression) that matches, else `lora_alpha`, else its default. Without a config alpha is r, as in diffusers.
-
-    The rank is that of the weights; peft refuses a `rank_pattern` that contradicts them.
-    """
-    if config is None:
-        return 1.0
-    from peft import LoraConfig
-
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise LayerloopError(
-            f"{where} has alpha_pattern {reprlib.repr(patterns)}, which is not a mapping: write it as "
-            '{"to_q": 8} with the alpha of each module'
-        )
-    pattern = _matching(patterns, module, where)
-    field, alpha = "lora_alpha", config.get("lora_alpha", LoraConfig.lora_alpha)
-    if pattern is not None:
-        field, alpha = f"alpha_pattern[{pattern!r}]", patterns[pattern]
-    largest = torch.finfo(torch.float32).max
-    if alpha == 0 and isinstance(alpha, int | float) and not isinstance(alpha, bool):
-        raise LayerloopError(
-            f"{where} has {field} 0, with which the adapter does nothing: set it to the alpha that it was trained "
-            "with, such as 16"
-        )
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= largest:
-        raise LayerloopError(
-            f"{where} has {field} {reprlib.repr(alpha)}, which is not a finite number: set it to the alpha that the "
-            "adapter was trained with, such as 16"
-        )
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _matching(patterns: dict[str, Any], module: str, where: Path) -> str | None:
-    """The first pattern that matches a module as peft's `get_pattern_key` does, but never for longer than
-    `PATTERN_SECONDS`: a pattern such as `(a+)+b` takes Python's own matcher longer than anybody lives."""
-    import regex
-
-    for pattern in patterns:
-        try:
-            if len(pattern) > LONGEST_PATTERN:
-                raise regex.error(f"{len(pattern)} characters")
-            if regex.match(rf"(.*\.)?({pattern})$", module, timeout=PATTERN_SECONDS):
-                return pattern
-        except (regex.error, TimeoutError, RecursionError, OverflowError, MemoryError) as error:
-            why = "it takes too long" if isinstance(error, TimeoutError) else " ".join(str(error).split())[:120]
-            raise LayerloopError(
-                f"{where} has alpha_pattern {reprlib.repr(pattern)}, which is not a regular expression that can be "
-                f"used ({why}): correct it, or name modules in full"
-            ) from None
-    return None
 
 
 # ---- merging

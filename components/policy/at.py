@@ -15,7 +15,7 @@ from layerloop.components.schema.manifest import Manifest
 from layerloop.components.schema.tensor_files import check_header
 from layerloop.components.storage.campaign import BASE_COMMIT, Campaign
 from layerloop.components.storage.final_weights import SAMPLING, final_weights
-from layerloop.components.storage.folders import local_folder, node_copy
+from layerloop.components.storage.folders import local_adapter, local_folder, node_copy
 from layerloop.components.storage.manifests import read_file
 from layerloop.components.storage.owners import scratch_folder
 
@@ -197,7 +197,7 @@ def _apply_initial_adapter(campaign: Campaign, policy: LayeredPolicy, *, trainab
 
     recipe, adapter, sha256, where = campaign.recipe, None, None, "adapter"
     if recipe.lora.start_from is not None:
-        folder = local_folder(recipe.lora.start_from)
+        folder = local_adapter(recipe.lora.start_from)
         adapter, sha256, where = (
             starting_adapter(policy.transformer, recipe.lora, folder),
             weights_sha256(folder),

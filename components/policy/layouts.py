@@ -16,6 +16,7 @@ matrices (DoRA, LoHa, LoKr and others) is refused by name: read as plain LoRA it
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -71,16 +72,31 @@ _SIDES = re.compile(
 )
 
 
-def plain_state(tensors: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """(state, alphas): tensors by `<module>.lora_A.weight` `[r, in]` and `<module>.lora_B.weight` `[out, r]`, and the
-    alpha of each module that has one of its own. Keys that are no LoRA weights are left for the caller to name.
+LONGEST_KEY = 300  # characters
+
+
+def check_keys(keys: Iterable[str], file: Path) -> None:
+    """Refuse a file by its keys, before anything of it is read.
 
     Raises:
-        LayerloopError: another kind of adapter, a layer that the transformer does not have, an alpha that is no number
-            or of no module, or one weight under two keys.
+        LayerloopError: another kind of adapter, a layer that the transformer does not have, or no LoRA weight.
     """
-    for key in tensors:
+    for key in keys:
+        if len(key) > LONGEST_KEY:
+            raise LayerloopError(f"{file} has a key of {len(key)} characters, {key[:60]}...: it is no adapter")
         _refuse_other_kinds(key, file)
+        name = _plain_key(key, file)
+        if not name.endswith((".lora_A.weight", ".lora_B.weight", ".alpha")):
+            raise LayerloopError(f"{file}: {name} is not a LoRA weight: only plain LoRA of linear layers is supported")
+
+
+def plain_state(tensors: dict[str, torch.Tensor], file: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """(state, alphas): tensors by `<module>.lora_A.weight` `[r, in]` and `<module>.lora_B.weight` `[out, r]`, and the
+    alpha of each module that has one of its own. The keys have been checked (`check_keys`).
+
+    Raises:
+        LayerloopError: an alpha that is no number or of no module, or one weight under two keys.
+    """
     state: dict[str, torch.Tensor] = {}
     alphas: dict[str, float] = {}
     written: dict[str, str] = {}

@@ -61,6 +61,8 @@ def token_for(repository: str) -> str:
     token = os.environ.get("HF_TOKEN", "").strip()
     if not token:
         raise LayerloopError("HF_TOKEN is not set: put a token that may write to the hub into the environment")
+    if any(not "!" <= letter <= "~" for letter in token):  # an error about it would quote it
+        raise LayerloopError("HF_TOKEN has a blank, a line break or a letter that no token has: set it without")
     return token
 
 

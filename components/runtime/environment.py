@@ -12,9 +12,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
 
+# What the library of the Hugging Face hub reads as it is imported, also by diffusers and transformers.
+_INTEGERS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -26,10 +30,12 @@ def usable_environment() -> Iterator[None]:
     Python takes another folder silently where TMPDIR cannot be written, which may be small, or memory.
 
     Raises:
-        LayerloopError: TMPDIR cannot be written, no folder for temporary files can, it or another disk became full
-            meanwhile, a home is needed and unknown, or a package of an extra is imported that was not installed.
+        LayerloopError: a variable that no library could be imported with, TMPDIR cannot be written, no folder for
+            temporary files can, it or another disk became full meanwhile, a home is needed and unknown, or a package of
+            an extra is imported that was not installed.
     """
     open_streams()
+    _check_variables()
     name = next((name for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)), None)
     try:
         used = tempfile.gettempdir()
@@ -52,6 +58,11 @@ def usable_environment() -> Iterator[None]:
             f"{error.name} is needed and not installed here: pip install 'layerloop[{extra}]'"
         ) from None
     except RuntimeError as error:
+        if "AttentionBackendName" in str(error):  # diffusers' import
+            raise LayerloopError(
+                f"DIFFUSERS_ATTN_BACKEND is {os.environ.get('DIFFUSERS_ATTN_BACKEND')!r}, which diffusers does not "
+                "know: unset it, and set runtime.model.attention"
+            ) from None
         if "home directory" not in str(error):  # of Path.expanduser, which has no class of its own for it
             raise
         raise LayerloopError(
@@ -84,6 +95,21 @@ def open_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         with contextlib.suppress(OSError):  # of a stream whose file was exchanged below it
             sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _check_variables() -> None:
+    """Raises LayerloopError for a variable with which the hub's library ends in a traceback."""
+    for name in _INTEGERS:
+        text = os.environ.get(name)
+        if text is not None and not re.fullmatch(r"\s*\d+\s*", text, re.ASCII):
+            raise LayerloopError(f"{name} is {text!r}: give seconds, an integer such as 10, or unset it")
+    text = os.environ.get("HF_ENDPOINT", "")
+    try:
+        _ = urlsplit(text).port
+    except ValueError:  # a port that is no number or over 65535, or brackets that do not match
+        raise LayerloopError(
+            f"HF_ENDPOINT is {without_secrets(text)!r}, which is no address: write https://host, or unset it"
+        ) from None
 
 
 def _is_of_a_full_disk(error: BaseException) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from layerloop.components.schema.messages import printable
 
 
 class LayerloopError(Exception):
@@ -15,9 +17,23 @@ class LayerloopError(Exception):
 
     status: int = 2
 
+    def __str__(self) -> str:
+        """One line, whatever names of files and words of others it quotes."""
+        return printable(super().__str__())
+
     def reworded(self, line: str) -> LayerloopError:
         """The same refusal in other words: whether it may last stays."""
         return (UnavailableError if isinstance(self, UnavailableError) else LayerloopError)(line)
+
+
+class SeveralErrors(LayerloopError):
+    """Refusals that are known at once, a line each."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__(*lines)
+
+    def __str__(self) -> str:
+        return "\nerror: ".join(printable(line) for line in self.args)
 
 
 class UnavailableError(LayerloopError):

@@ -26,7 +26,7 @@ class LoraRecipe(Record):
     rank: int = Field(default=16, ge=1, le=1024)  # r (paper: 16)
     alpha: float = Field(default=16.0, gt=0)  # the product is scaled by alpha / rank (paper: 16)
     targets: tuple[str, ...] = LORA_TARGETS  # linear layers of the transformer's blocks, by the end of their names
-    start_from: str | None = None  # an adapter (either layout) to start with: a folder, s3://, hf://owner/name[/sub]
+    start_from: str | None = None  # an adapter to start with: a folder or file, s3://, hf://owner/name[/sub]
 
     @model_validator(mode="after")
     def _targets(self) -> Self:

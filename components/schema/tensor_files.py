@@ -10,7 +10,10 @@ PICKLE = "a pickle of torch.save, which may run code: save it as safetensors"
 _OTHERS = (  # first bytes of what people have instead
     ((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"), PICKLE),
     ((b"version ",), "a pointer of Git LFS: fetch the file that it stands for (git lfs pull)"),
-    ((b"<!DOCTYP", b"<!doctyp", b"<html", b"<HTML", b"<?xml"), "a page of a web site: download the file again"),
+    ((b"<",), "a page of a web site: download the file again"),
+    ((b"{", b"["), "JSON, an answer of a server perhaps: download the file again"),
+    ((b"GGUF",), "GGUF, quantised: take the safetensors file that it was made from"),
+    ((b"7z\xbc\xaf", b"Rar!", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "an archive: unpack it"),
 )
 
 
@@ -22,6 +25,8 @@ def check_header(beginning: bytes, *, where: str, longest: int = LONGEST) -> Non
     """
     said = int.from_bytes(beginning[:LENGTH], "little")
     if said > longest:
-        if other := next((what for starts, what in _OTHERS if beginning.startswith(starts)), None):
+        if other := next((what for starts, what in _OTHERS if beginning.lstrip().startswith(starts)), None):
             raise LayerloopError(f"{where} is not safetensors but {other}")
-        raise LayerloopError(f"{where} is not safetensors (its header has {said} bytes, over {longest}): restore it")
+        raise LayerloopError(
+            f"{where} is not safetensors (its header has {said} bytes, over {longest}): restore or download it again"
+        )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +16,7 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.recipe import ModelRecipe, Recipe
 from layerloop.components.schema.runtime import ModelRuntime
 from layerloop.components.storage.campaign import BASE_COMMIT
-from layerloop.components.storage.folders import local_folder
+from layerloop.components.storage.folders import local_adapter, local_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,8 @@ class CheckedBase:
 
         base, start = recipe.model.base, recipe.lora.start_from
         remote = "://" in base and not base.startswith("file://")
-        folder = _fetched("recipe.model.base", base) if remote else None
-        adapter = _fetched("recipe.lora.start_from", start) if start is not None else None
+        folder = _fetched("recipe.model.base", base, local_folder) if remote else None
+        adapter = _fetched("recipe.lora.start_from", start, local_adapter) if start is not None else None
         commit = preflight(recipe, runtime, folder=folder, start=adapter)
         model = recipe.model.model_copy(update={"revision": commit}) if commit else recipe.model
         return cls(model, folder, commit)
@@ -70,8 +71,8 @@ def base_commit(embedding: bytes) -> str | None:
     return (header.get("__metadata__") or {}).get(BASE_COMMIT)
 
 
-def _fetched(field: str, uri: str) -> Path:
+def _fetched(field: str, uri: str, fetch: Callable[[str], Path]) -> Path:
     try:
-        return local_folder(uri)
+        return fetch(uri)
     except LayerloopError as error:
         raise error.reworded(f"{field} is {without_secrets(uri)}: {error}") from None

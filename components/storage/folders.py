@@ -16,6 +16,8 @@ from layerloop.components.schema.messages import reason_of, size_text
 from layerloop.components.storage.store import Store
 from layerloop.components.storage.stores import LocalStore, open_store
 
+WEIGHTS = ".safetensors"  # the end of a URI that names an adapter's file, not its folder
+_BESIDE = "adapter_config.json"  # peft's, which such a file may need
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:/[\w./-]+)?")  # owner/name, or a folder in it
 
 
@@ -32,7 +34,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LAYERLOOP_CACHE") or "~/.cache/layerloop").expanduser()
 
 
-def local_folder(uri: str, *, cache: Path | None = None) -> Path:
+def local_adapter(uri: str) -> Path:
+    """A local copy of an adapter: of a folder, or of the one file that a URI names, with peft's config beside it.
+
+    Raises:
+        LayerloopError: as `local_folder`, or there is no such file.
+    """
+    folder, _, name = uri.rpartition("/")
+    if "://" not in uri and Path(uri).is_file():
+        return Path(uri).absolute()
+    if "://" not in uri or not name.endswith(WEIGHTS):
+        return local_folder(uri)
+    found = local_folder(folder, only=(name, _BESIDE)) / name
+    if not found.is_file():
+        raise LayerloopError(f"{uri} does not exist: correct the name")
+    return found
+
+
+def local_folder(uri: str, *, cache: Path | None = None, only: Sequence[str] = ()) -> Path:
     """A local folder with the objects under `uri`: the folder itself where it is local, else a copy, made only once.
 
     A copy is identified by the URI and by the names, sizes and ETags of all objects; of several processes that want it
@@ -41,21 +60,23 @@ def local_folder(uri: str, *, cache: Path | None = None) -> Path:
     Args:
         uri: a folder path, `file://`, `s3://bucket/prefix`, or `hf://owner/name[/subfolder]` of the Hugging Face hub.
         cache: where copies are kept, by default `cache_folder()`; those of the hub lie in its own cache.
+        only: names of the objects that are wanted; by default all.
 
     Raises:
         LayerloopError: nothing is there; the cache cannot be written to, or is full.
     """
     if uri.startswith("hf://"):
-        return _from_hub(uri)
+        return _from_hub(uri, only)
     store = open_store(uri)
     if isinstance(store, LocalStore):
         if not store.root.is_dir():
             raise LayerloopError(f"folder {store.root} does not exist: correct the path, or give an s3:// URI")
         return store.root
-    entries = store.entries()
+    entries = {name: entry for name, entry in store.entries().items() if not only or name in only}
     sizes = {name: entry.size for name, entry in entries.items()}
     if not sizes:
-        raise LayerloopError(f"{store.uri} has no objects: correct the URI, or upload the files first")
+        what = only[0] if only else "objects"
+        raise LayerloopError(f"{store.uri} has no {what}: correct the URI, or upload the files first")
     text = "\n".join([store.uri, *(f"{name} {entry.size} {entry.etag}" for name, entry in entries.items())])
     base = (cache or cache_folder()) / "folders"
     final = base / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -177,7 +198,7 @@ def _same_disk(one: Path, other: Path) -> bool:
     return one.stat().st_dev == other.stat().st_dev
 
 
-def _from_hub(uri: str) -> Path:
+def _from_hub(uri: str, only: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     owner, _, rest = uri.removeprefix("hf://").partition("/")
@@ -185,7 +206,8 @@ def _from_hub(uri: str) -> Path:
     if not owner or not name:
         raise LayerloopError(f"{uri} names no repository: give hf://owner/name or hf://owner/name/subfolder")
     try:
-        folder = Path(snapshot_download(f"{owner}/{name}", allow_patterns=f"{inner}/*" if inner else None)) / inner
+        names = [f"{inner}/{file}" if inner else file for file in only] or ([f"{inner}/*"] if inner else None)
+        folder = Path(snapshot_download(f"{owner}/{name}", allow_patterns=names)) / inner
     except Exception as error:  # the hub raises a dozen kinds; each means that the repository is not available
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise hub_error(

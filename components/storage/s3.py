@@ -72,6 +72,8 @@ class S3Store(Store):
             raise LayerloopError(
                 f"store URI {without_secrets(uri)} is not s3://bucket/prefix: set the rest by AWS_* variables"
             )
+        if any("\ud800" <= letter <= "\udfff" for letter in uri):  # bytes of a command line
+            raise LayerloopError(f"store URI {uri} is not UTF-8, as the names of all objects are: correct it")
         prefix = prefix.strip("/")
         return cls(bucket, checked_name(prefix) if prefix else "", client())
 

@@ -17,11 +17,16 @@ import base64
 import functools
 import hashlib
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
+from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import reason_of
 from layerloop.components.storage.s3_pace import keep_pace
 
 ENCRYPTION: Final = "LAYERLOOP_S3_ENCRYPTION"
@@ -30,6 +35,9 @@ ADDRESSING: Final = "LAYERLOOP_S3_ADDRESSING"
 ATTEMPTS = 8  # of a request that was throttled, lost or answered with 5xx, by boto3 itself
 
 _CHOICES = {ENCRYPTION: ("AES256", "aws:kms", "aws:kms:dsse"), ADDRESSING: ("virtual", "path")}
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+_TOKEN_FILES = ("AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE")
 _SENT = "layerloop-crc32"  # in the context of a call: the value that went with it
 _WRITES = ("PutObject", "CreateMultipartUpload", "CopyObject")  # the calls that make an object
 
@@ -46,7 +54,42 @@ def client() -> Any:
 def endpoint(made: Any) -> str:
     """Scheme and host that a client's requests go to, without credentials of the URL."""
     scheme, _, rest = str(made.meta.endpoint_url).partition("://")
-    return f"{scheme}://{rest.partition('/')[0].rpartition('@')[2]}"
+    return f"{scheme}://{re.split('[/?#]', rest)[0].rpartition('@')[2]}"
+
+
+def _check_variables(given: Mapping[str, str]) -> None:
+    """Refuse what boto3 would find out late, in words that do not name it, or would send to another host.
+
+    Raises:
+        LayerloopError: a key with a character that no key has, an endpoint that is none, a token's file that cannot be
+            read; never with a value that is secret.
+    """
+    for name in _KEYS:
+        if any(not "!" <= letter <= "~" for letter in given.get(name, "")):
+            raise LayerloopError(f"{name} has a blank, a line break or a letter that no key has: set it without")
+    for name in _ENDPOINTS:
+        if (url := given.get(name, "")) and not _is_endpoint(url):
+            raise LayerloopError(
+                f"{name} is {without_secrets(url)!r}, which is no address of a store: write it as https://host:port"
+            )
+    for name in _TOKEN_FILES if not given.get(_KEYS[0]) else ():
+        if path := given.get(name):
+            try:
+                Path(path).read_text()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = reason_of(error) if isinstance(error, OSError) else "it is not text"
+                raise LayerloopError(
+                    f"{name} is {path}, which cannot be read ({reason}): correct it, or mount the token"
+                ) from None
+
+
+def _is_endpoint(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number or over 65535, or brackets that do not match
+        return False
+    return good and not parts.query and not parts.fragment and url.isprintable() and " " not in url
 
 
 @functools.lru_cache(maxsize=8)
@@ -56,6 +99,7 @@ def _new_client(settings: frozenset[tuple[str, str]]) -> Any:
     from botocore.exceptions import BotoCoreError
 
     given = dict(settings)
+    _check_variables(given)
     encryption, addressing = _encryption(given), _choice(given, ADDRESSING)
     config = Config(
         retries={"mode": "standard", "max_attempts": ATTEMPTS},  # waits between them double, with jitter
@@ -72,8 +116,9 @@ def _new_client(settings: frozenset[tuple[str, str]]) -> Any:
         session = boto3.session.Session()
         region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
         made = session.client("s3", config=config, region_name=region)
-    except (BotoCoreError, ValueError) as error:
-        raise LayerloopError(f"S3 settings are refused ({error}): check the AWS_* variables and profile") from None
+    except (BotoCoreError, ValueError, OSError, AttributeError, TypeError) as error:  # of files and values of a profile
+        reason = " ".join(str(error).split())[:300]
+        raise LayerloopError(f"S3 settings are refused ({reason}): check the AWS_* variables and profile") from None
     keep_pace(made)
     ours = checksums(endpoint(made))
     for operation in ("PutObject", "UploadPart"):

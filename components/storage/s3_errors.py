@@ -99,7 +99,7 @@ def explanation(error: Any, bucket: str) -> str:
 
 def no_answer(error: Exception, where: str) -> str:
     """What is wrong where no S3 store has answered at the endpoint `where`."""
-    from botocore.exceptions import SSLError
+    from botocore.exceptions import ProxyConnectionError, SSLError
     from botocore.parsers import ResponseParserError
 
     kind = type(error).__name__
@@ -109,6 +109,11 @@ def no_answer(error: Exception, where: str) -> str:
         return f"is not an S3 store at {where} ({kind}): correct AWS_ENDPOINT_URL"
     if isinstance(error, SSLError):
         return f"cannot be trusted at {where} ({kind}): set AWS_CA_BUNDLE to its CA's certificate, or correct the URL"
+    if isinstance(error, ProxyConnectionError):
+        name = f"{where.partition(':')[0].upper()}_PROXY"
+        return (
+            f"does not answer at {where} through the proxy of {name} ({kind}): correct it, or add the host to NO_PROXY"
+        )
     return f"does not answer at {where} ({kind}): check AWS_ENDPOINT_URL and the network"
 
 

@@ -71,6 +71,7 @@ class Requests:
         """boto3's exceptions as one line each, without anything secret; error codes in `let` pass through."""
         from boto3.exceptions import Boto3Error
         from botocore import exceptions as boto
+        from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
 
         try:
@@ -100,5 +101,5 @@ class Requests:
             ) from None
         except boto.ParamValidationError:
             raise LayerloopError(f"{self._uri} names no bucket that can exist: correct the URI") from None
-        except (boto.BotoCoreError, Boto3Error, HTTPError) as error:
+        except (boto.BotoCoreError, Boto3Error, HTTPError, ResponseParserError) as error:
             raise UnavailableError(f"{self._uri} {no_answer(error, self._endpoint)}") from None

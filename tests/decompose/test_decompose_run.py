@@ -22,7 +22,7 @@ from layerloop.components.decompose.output import OutputFolder
 from layerloop.components.decompose.pictures import Picture
 from layerloop.components.policy import memory
 from layerloop.components.policy.adapter_files import write_layouts
-from layerloop.components.policy.adapters import PEFT
+from layerloop.components.policy.adapters import PEFT, weights_sha256
 from layerloop.components.policy.lora import new_adapter
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
@@ -296,6 +296,31 @@ def test_whoever_decomposes_with_a_toy_is_told_so_first_whatever_adapter_is_on_i
     told = choose(DecomposeOptions(base="tiny", adapter=str(adapter))).description
     assert told.startswith(f"the adapter {adapter.name}, on the tiny policy that ships with layerloop, a toy of 64")
     assert choose(DecomposeOptions(base="Qwen/x")).description == "Qwen/x, as asked for"
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, json.dumps({"base_model_name_or_path": "x" * 5000}), '{"base_model_name_or_path": ""}']
+)
+def test_a_config_that_names_no_base_leaves_the_choice_open(text: str, adapter: Path, tmp_path: Path) -> None:
+    odd = Path(shutil.copytree(adapter / PEFT, tmp_path / "odd"))
+    (odd / "adapter_config.json").write_text(text)
+    assert choose(DecomposeOptions(adapter=str(odd))).base == "tiny"
+
+
+def test_adapters_are_found_by_every_way_to_write_a_path(
+    adapter: Path, lab: CampaignBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(adapter.parent))
+    file = adapter / "pytorch_lora_weights.safetensors"
+    for text in (f"~/{adapter.name}", f"file://{adapter}", str(file), f"file://{file}"):
+        assert choose(DecomposeOptions(adapter=text)).adapter_sha256 == weights_sha256(adapter), text
+    lab.adapter(1)
+    monkeypatch.setenv("HOME", str(Path(lab.uri).parent))
+    assert choose(DecomposeOptions(adapter=f"~/{Path(lab.uri).name}")).campaign is not None
+    with pytest.raises(LayerloopError, match=r"adapter x+ cannot be read \(File name too long\): give one that can"):
+        choose(DecomposeOptions(adapter="x" * 300))
+    with pytest.raises(LayerloopError, match="--adapter is empty: give an adapter, or leave the option out"):
+        choose(DecomposeOptions(adapter=" "))
 
 
 @pytest.mark.parametrize("name", ["no such thing", "campaigns/mien"])

@@ -391,6 +391,14 @@ def test_a_slip_of_the_fingers_is_one_line_with_what_was_meant(
     assert re.search(line, said), said
 
 
+def test_programs_of_the_users_folder_are_not_taken_for_pythons_own(tmp_path: Path) -> None:
+    """A process that a command starts would import `shutil.py` where the user stands."""
+    (tmp_path / "shutil.py").write_text("raise SystemExit('not Python')")
+    command = [str(Path(sys.executable).with_name("layerloop")), "adapter", "merge", "out", "a=x"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr == "error: adapter 'a=x' is not ADAPTER=WEIGHT: write a number after the sign, such as a/b=0.5\n"
+
+
 def test_the_version_says_what_a_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from layerloop.components.policy import adapter_files, adapters
 from layerloop.components.policy.adapters import read_adapter, weights_sha256
+from layerloop.components.policy.alphas import Scales
+from layerloop.components.policy.layouts import BLOCK
 from layerloop.components.policy.model import LayeredPolicy
 from layerloop.components.schema.errors import LayerloopError
 
@@ -46,7 +51,7 @@ def adapter_folder(tmp_path: Path) -> Path:
     "fields",
     [
         {"alpha_pattern": {"to_q": 8}},
-        {"alpha_pattern": {"attn.to_q": 8, "net.0.proj": 1}},
+        {"alpha_pattern": {"attn.to.q": 8, "net.0.proj": 1, "n.to_q": 3}},
         {"alpha_pattern": {"transformer_blocks.1.attn.to_q": 8}},
         {"alpha_pattern": {r"attn\.to_q": 8}},
         {"alpha_pattern": {r"^transformer_blocks\.1\..*": 8, r"to_[qk]": 2}},
@@ -250,3 +255,109 @@ def rename(folder: Path, old: str, new: str) -> None:
     """Another name for a module of the adapter in `folder`."""
     file = folder / "adapter_model.safetensors"
     save_file({name.replace(old, new): value for name, value in load_file(file).items()}, file)
+
+
+# ---- what lies beside a file, and what it is
+
+
+def test_a_files_own_scale_counts_whatever_config_lies_beside_it(adapter_folder: Path) -> None:
+    """diffusers reads a file's metadata and no config; peft reads the config of its own file only."""
+    tensors = {f"transformer.{key}": value for key, value in read_adapter(adapter_folder).state.items()}
+    set_config(adapter_folder, lora_alpha=8)
+    own = {"lora_adapter_metadata": json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})}
+    save_file(tensors, adapter_folder / "pytorch_lora_weights.safetensors", metadata=own)
+    assert read_adapter(adapter_folder / "pytorch_lora_weights.safetensors").alpha == 2
+    assert read_adapter(adapter_folder / "adapter_model.safetensors").alpha == 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"r": 8}, "has r 8 where transformer_blocks.0.attn.to_q has rank 4: it is not of these weights"),
+        ({"rank_pattern": {"attn.to_q": 2}}, "has rank_pattern['attn.to_q'] 2 where transformer_blocks.0.attn.to_q"),
+        ({"rank_pattern": [4]}, "has rank_pattern [4], which is not a mapping"),
+        ({"use_rslora": "false"}, "has use_rslora 'false': write true or false"),
+        ({"r": 8, "rank_pattern": {"to_q": 4}}, ""),
+        ({"r": ...}, ""),
+    ],
+    ids=str,
+)
+def test_a_config_of_other_weights_is_refused(adapter_folder: Path, fields: dict[str, Any], said: str) -> None:
+    set_config(adapter_folder, **fields)
+    if not said:
+        assert read_adapter(adapter_folder).alpha == 4
+        return
+    with pytest.raises(LayerloopError, match=re.escape(said)):
+        read_adapter(adapter_folder)
+
+
+def test_a_pattern_for_every_layer_takes_no_minutes() -> None:
+    """As converters write them: each pair of a pattern and a layer would be tried, 700,000 of the real model's."""
+    modules = [f"transformer_blocks.{block}.{name}" for block in range(25) for name in BLOCK]
+    alphas = {module: 4 + index for index, module in enumerate(modules)}
+    scales = Scales({"alpha_pattern": alphas, "rank_pattern": dict.fromkeys(modules, 2)}, Path("x"), {})
+    scales.scale("elsewhere", 8)  # which imports peft
+    began = time.process_time()
+    assert [scales.scale(module, 2) for module in modules] == [alpha / 2 for alpha in alphas.values()]
+    assert time.process_time() - began < 2
+
+
+def test_ranks_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    shapes = {"to_q": ((2**20, 1), (1, 2**20)), "to_k": ((1, 8192), (8192, 1))}
+    save_file(
+        {
+            f"transformer.transformer_blocks.0.attn.{name}.lora_{side}.weight": torch.ones(shape, dtype=torch.bfloat16)
+            for name, pair in shapes.items()
+            for side, shape in zip("AB", pair, strict=True)
+        },
+        tmp_path / "x.safetensors",
+    )
+    with pytest.raises(LayerloopError, match=r"has ranks from 1 to 1048576, as one rank 68\.7 GB: reduce the largest"):
+        read_adapter(tmp_path / "x.safetensors")
+
+
+def test_a_part_of_an_adapter_is_not_taken_for_the_whole(adapter_folder: Path) -> None:
+    file = adapter_folder / "adapter_model.safetensors"
+    part = file.rename(adapter_folder / "adapter_model-00001-of-00002.safetensors")
+    for place in (part, adapter_folder):
+        with pytest.raises(LayerloopError, match="00002.safetensors is one of several parts of an adapter: save all"):
+            read_adapter(place)
+    part.rename(adapter_folder / "adapter_model-00001-of-00001.safetensors")
+    assert read_adapter(adapter_folder).rank == 4
+
+
+def test_the_only_file_of_a_folder_is_its_adapter_whatever_its_name(adapter_folder: Path, tmp_path: Path) -> None:
+    adapter = read_adapter(adapter_folder)
+    folder = tmp_path / "shared"
+    adapter_files.write_diffusers(adapter, tmp_path)
+    folder.mkdir()
+    (tmp_path / "pytorch_lora_weights.safetensors").rename(folder / "Layers-v2 猫.safetensors")
+    assert read_adapter(folder).modules == adapter.modules
+    (tmp_path / "pytorch_lora_weights.bf16.safetensors").rename(folder / "b.safetensors")
+    with pytest.raises(LayerloopError, match="has several files, Layers-v2 猫.safetensors and b.safetensors: give one"):
+        read_adapter(folder)
+
+
+def test_a_whole_model_is_refused_by_its_first_key_before_a_number_is_read(tmp_path: Path) -> None:
+    """F6_E2M3 is a dtype that torch does not have: to read it fails."""
+    header = json.dumps({"a.weight": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    with pytest.raises(LayerloopError, match=r"a\.weight is not a LoRA weight: only plain LoRA"):
+        read_adapter(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [("a\n\x1b[31mb", r"a\n\x1b[31mb is not a LoRA weight"), ("x" * 9999, "a key of 9999 characters")]
+)
+def test_a_key_of_any_letters_is_one_short_line(adapter_folder: Path, key: str, said: str) -> None:
+    save_file({key: torch.ones(1)}, adapter_folder / "adapter_model.safetensors")
+    with pytest.raises(LayerloopError, match=re.escape(said)) as caught:
+        read_adapter(adapter_folder)
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+def test_a_name_that_is_not_utf_8_is_told_so(adapter_folder: Path) -> None:
+    file = adapter_folder / "adapter_model.safetensors"
+    named = file.rename(adapter_folder / os.fsdecode(b"caf\xe9.safetensors"))
+    with pytest.raises(LayerloopError, match=r"caf\\xe9\.safetensors has a name that is not UTF-8, .*: rename it"):
+        read_adapter(named)

@@ -195,6 +195,10 @@ def test_a_config_of_more_than_two_matrices_is_refused_in_either_layout(
         (b"<!doctype html><title>Sign in</title>", "but a page of a web site: download the file again"),
         (pickle.dumps({"a": 1}, protocol=4), "but a pickle of torch.save, which may run code: save it as safetensors"),
         (b"PK\x03\x04" + bytes(40), "but a pickle of torch.save"),
+        (b"GGUF\x03\0\0\0" + bytes(40), "but GGUF, quantised: take the safetensors file that it was made from"),
+        (b'{"error":"Repository not found"}', "but JSON, an answer of a server perhaps: download the file again"),
+        (b"\n\n<p>Entry", "but a page of a web site"),
+        (b"7z\xbc\xaf\x27\x1c" + bytes(40), "but an archive: unpack it"),
         (b"GARBAGE!" * 9, r"\(its header has \d+ bytes"),
     ],
 )

@@ -16,7 +16,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
+from layerloop.components.publish_adapter.hub import token_for
 from layerloop.components.publish_adapter.step import run
+from layerloop.components.schema.errors import LayerloopError
 
 from .conftest import MakeCampaign
 
@@ -172,3 +176,14 @@ def test_nothing_is_sent_unless_asked_and_refusals_are_one_line_without_the_toke
             assert re.match(message.replace("(", r"\("), done.stderr.splitlines()[-1]), done.stderr[-2000:]
             assert (token or TOKEN) not in done.stdout + done.stderr
     assert hub.repositories.get("me/layers", {}) == {}
+
+
+@pytest.mark.parametrize("token", ["hf_secret\nmore", "hf_secret é", "hf_ secret"])
+def test_a_token_that_no_header_carries_is_refused_without_being_quoted(
+    token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(LayerloopError, match="^HF_TOKEN has a blank, a line break or a letter that no token has"):
+        token_for("me/layers")
+    monkeypatch.setenv("HF_TOKEN", f" {TOKEN}\n")
+    assert token_for("me/layers") == TOKEN

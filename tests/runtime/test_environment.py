@@ -120,3 +120,26 @@ def test_a_tmpdir_that_is_relative_is_one(tmp_path: Path, monkeypatch: pytest.Mo
 def test_other_errors_pass_through() -> None:
     with pytest.raises(RuntimeError, match="other"), usable_environment():
         raise RuntimeError("other")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "soon", "HF_HUB_DOWNLOAD_TIMEOUT is 'soon': give seconds, an integer"),
+        ("HF_HUB_ETAG_TIMEOUT", "", "HF_HUB_ETAG_TIMEOUT is '': give seconds"),
+        ("HF_ENDPOINT", "http://me:secret@hub:port", "HF_ENDPOINT is 'http://...@hub:port', which is no address"),
+    ],
+)
+def test_a_variable_with_which_the_hubs_library_cannot_be_imported_is_one_line(
+    name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(LayerloopError, match=said), usable_environment():
+        pass
+
+
+def test_an_attention_that_diffusers_does_not_know_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "fast")
+    said = "DIFFUSERS_ATTN_BACKEND is 'fast', which diffusers does not know: unset it"
+    with pytest.raises(LayerloopError, match=said), usable_environment():
+        raise RuntimeError("Failed to import diffusers...: 'fast' is not a valid AttentionBackendName")

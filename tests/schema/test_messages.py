@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from layerloop.components.schema.errors import LayerloopError, SeveralErrors, UnavailableError
 from layerloop.components.schema.messages import counted, reason_of, size_text
 
 
@@ -41,3 +42,10 @@ def test_every_error_of_the_operating_system_has_a_reason(tmp_path: Path) -> Non
 )
 def test_what_is_counted_is_in_the_singular_where_there_is_one(count: int, plural: str, words: str) -> None:
     assert counted(count, plural) == words
+
+
+@pytest.mark.parametrize("kind", [LayerloopError, UnavailableError])
+def test_a_refusal_is_one_line_whatever_it_quotes(kind: type[LayerloopError]) -> None:
+    error = kind("caf\udce9\n\x1b[31m\u202e 猫 is odd: rename it")
+    assert str(error) == r"caf\xe9\n\x1b[31m\u202e 猫 is odd: rename it" == str(error.reworded(str(error)))
+    assert str(SeveralErrors(["a\nb", "c"])) == "a\\nb\nerror: c"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.storage.folders import local_folder
+from layerloop.components.storage.folders import local_adapter, local_folder
 from layerloop.components.storage.stores import Store, open_store
 
 FILES = {"model_index.json": b"{}", "vae/config.json": b"{1}", "vae/weights.safetensors": b"w" * 1000}
@@ -129,6 +129,24 @@ def test_what_the_hub_does_not_have_is_one_line(hub: Path, uri: str, words: str)
     with pytest.raises(LayerloopError, match=words) as caught:
         local_folder(uri)
     assert "\n" not in str(caught.value)
+
+
+def test_a_uri_may_name_an_adapters_file_and_nothing_else_is_fetched(
+    remote: Store, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAYERLOOP_CACHE", str(tmp_path / "cache"))
+    remote.write("vae/adapter_config.json", b"{2}")
+    found = local_adapter(f"{remote.uri}/vae/weights.safetensors")
+    assert contents(found.parent) == {"weights.safetensors": b"w" * 1000, "adapter_config.json": b"{2}"}
+    with pytest.raises(LayerloopError, match=r"vae/w\.safetensors does not exist: correct the name"):
+        local_adapter(f"{remote.uri}/vae/w.safetensors")
+    with pytest.raises(LayerloopError, match=r"nothing has no w\.safetensors: correct the URI"):
+        local_adapter(f"{remote.uri}/nothing/w.safetensors")
+    (hub / "mine.safetensors").write_bytes(b"m")
+    assert local_adapter("hf://someone/adapters/mine.safetensors") == hub / "mine.safetensors"
+    assert local_adapter("hf://someone/adapters/checkpoint-600") == hub / "checkpoint-600"
+    for uri in (f"file://{hub}/mine.safetensors", str(hub / "mine.safetensors")):
+        assert local_adapter(uri) == hub / "mine.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -68,16 +68,40 @@ def prefix_of(store: Store) -> str:
             "LAYERLOOP_S3_KMS_KEY is set but LAYERLOOP_S3_ENCRYPTION is not: set it to aws",
         ),
         ({"LAYERLOOP_S3_ADDRESSING": "host"}, "LAYERLOOP_S3_ADDRESSING is 'host': choose virtual, path, or leave it"),
+        (
+            {"AWS_SECRET_ACCESS_KEY": "se cret\n"},
+            "^AWS_SECRET_ACCESS_KEY has a blank, a line break or a letter .*without$",
+        ),
+        ({"AWS_SESSION_TOKEN": "to\nken"}, "^AWS_SESSION_TOKEN has a blank, a line break or a letter that no key has"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:99999"}, "^AWS_ENDPOINT_URL is 'http://127.0.0.1:99999', which is no"),
+        ({"AWS_ENDPOINT_URL_S3": "https://h/?key=secret"}, r"^AWS_ENDPOINT_URL_S3 is 'https://h/\?\.\.\.', which"),
+        (
+            {"AWS_ACCESS_KEY_ID": "", "AWS_WEB_IDENTITY_TOKEN_FILE": "/nowhere/token"},
+            r"^AWS_WEB_IDENTITY_TOKEN_FILE is /nowhere/token, which cannot be read \(No such file or directory\)",
+        ),
+        ({"AWS_CONFIG_FILE": "s3=nonsense"}, "S3 settings are refused .*check the AWS_. variables and profile"),
+        ({"AWS_CONFIG_FILE": "credential_process=/nowhere/x"}, "S3 settings are refused .*/nowhere/x.*check the AWS_."),
         ({"AWS_PROFILE": "nobody"}, "S3 settings are refused .*nobody.*check the AWS_. variables and profile"),
     ],
 )
 def test_a_setting_that_means_nothing_is_one_line(
-    s3_bucket: str, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], message: str
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, str], message: str
 ) -> None:
     for name, value in settings.items():
+        if name == "AWS_CONFIG_FILE":  # of a profile, which gives its own keys
+            (tmp_path / "config").write_text(f"[profile mine]\n{value}\n")
+            value = str(tmp_path / "config")
+            monkeypatch.setenv("AWS_PROFILE", "mine")
+            monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.setenv(name, value)
-    with pytest.raises(LayerloopError, match=message):
+    with pytest.raises(LayerloopError, match=message) as caught:
         open_store(s3_bucket)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_prefix_that_is_not_utf_8_is_refused(s3_bucket: str) -> None:
+    with pytest.raises(LayerloopError, match=r"caf\\xe9 is not UTF-8, as the names of all objects are: correct it"):
+        open_store(f"{s3_bucket}/caf\udce9")
 
 
 @pytest.mark.parametrize(
