@@ -98,7 +98,11 @@ def open_streams() -> None:
 
 
 def _check_variables() -> None:
-    """Raises LayerloopError for a variable with which the hub's library ends in a traceback."""
+    """Raises LayerloopError for a variable with which the hub's library or we end in a traceback."""
+    if sys.flags.optimize > 1:  # definitions of measures and helps of options are docstrings
+        raise LayerloopError(
+            "PYTHONOPTIMIZE is 2 (-OO), which leaves out texts that are needed: set it to 1 or unset it"
+        )
     for name in _INTEGERS:
         text = os.environ.get(name)
         if text is not None and not re.fullmatch(r"\s*\d+\s*", text, re.ASCII):

@@ -143,3 +143,10 @@ def test_an_attention_that_diffusers_does_not_know_is_one_line(monkeypatch: pyte
     said = "DIFFUSERS_ATTN_BACKEND is 'fast', which diffusers does not know: unset it"
     with pytest.raises(LayerloopError, match=said), usable_environment():
         raise RuntimeError("Failed to import diffusers...: 'fast' is not a valid AttentionBackendName")
+
+
+def test_a_python_that_leaves_out_texts_is_one_line() -> None:
+    program = "from layerloop.pipelines.cli import main; raise SystemExit(main(['recipe', 'tiny']))"
+    done = subprocess.run([sys.executable, "-OO", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: PYTHONOPTIMIZE is 2 (-OO), which leaves out texts that are needed: set it")
