@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -52,24 +54,48 @@ def output_folder(out: Path) -> Iterator[Path]:
     Raises:
         LayerloopError: `out` is not empty, or cannot be made or written.
     """
-    partial, made = out / PARTIAL, []
+    partial, made = out / PARTIAL, [folder for folder in (out, *out.parents) if not os.path.lexists(folder)]
     try:
-        if out.exists() and (not out.is_dir() or any(path.name != PARTIAL for path in out.iterdir())):
+        if os.path.lexists(out) and not out.is_dir():
             raise LayerloopError(f"{out} is not an empty folder: give another one for the merged adapter")
-        made = [folder for folder in (out, *out.parents) if not folder.exists()]
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        for path in sorted(partial.iterdir()):
-            path.rename(out / path.name)
+        out.mkdir(parents=True, exist_ok=True)
+        with _held(out):
+            if any(path.name != PARTIAL for path in out.iterdir()):
+                raise LayerloopError(f"{out} is not an empty folder: give another one for the merged adapter")
+            try:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                yield partial
+                for path in sorted(partial.iterdir()):
+                    path.rename(out / path.name)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else error
         raise LayerloopError(f"{out} cannot be written ({reason}): give another folder, one with room") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):  # not empty: all went well
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder against another process that would write there.
+
+    Raises:
+        LayerloopError: one does.
+    """
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LayerloopError(f"{folder} is being written by another process: give another folder") from None
+        yield
+    finally:
+        os.close(opened)
 
 
 def merge(out: Path, parts: Sequence[tuple[str, float]], *, rank: int | None = None) -> str:
@@ -104,10 +130,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise LayerloopError(f"--rank is {arguments.rank}: choose 1 or more")
         if "://" in arguments.out:
             raise LayerloopError(f"{arguments.out} is a URI: give a local folder for the merged adapter")
-        print(merge(Path(arguments.out), [parse_part(text) for text in arguments.adapters], rank=arguments.rank))
+        parts = [parse_part(text) for text in arguments.adapters]
+        print(merge(Path(arguments.out), parts, rank=arguments.rank))
     except LayerloopError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

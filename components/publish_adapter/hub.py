@@ -6,6 +6,7 @@ manifest; the programs of the card name the repository.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from layerloop.components.publish_adapter.names import HUB_ID
 from layerloop.components.publish_adapter.step import CARD, run
 from layerloop.components.publish_adapter.usage import card_for_hub
+from layerloop.components.runtime.environment import usable_environment
 from layerloop.components.runtime.parser import OneLineParser
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.errors import LayerloopError
@@ -76,17 +78,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true", help="a repository that is made is private")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.hub:
-            token_for(arguments.hub)  # before the work
-        done = run(campaign=arguments.campaign, publish_as=arguments.publish_as, iteration=arguments.iteration)
-        print(done.parameters["published"])
-        if arguments.hub:
-            name = str(done.manifests["adapter"].metadata["name"])
-            print(upload(Campaign.open(arguments.campaign), name, arguments.hub, private=arguments.private))
+        with usable_environment():
+            _publish(arguments)
     except LayerloopError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    if arguments.hub:
+        token_for(arguments.hub)  # before the work
+    done = run(campaign=arguments.campaign, publish_as=arguments.publish_as, iteration=arguments.iteration)
+    print(done.parameters["published"])
+    if arguments.hub:
+        name = str(done.manifests["adapter"].metadata["name"])
+        print(upload(Campaign.open(arguments.campaign), name, arguments.hub, private=arguments.private))
 
 
 if __name__ == "__main__":

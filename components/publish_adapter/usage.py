@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -92,7 +93,7 @@ def programs(recipe: Recipe, *, steps: int) -> dict[str, str]:
         "resolution": recipe.data.resolution,
         "multiple": recipe.data.multiple,
         "dtype": recipe.model.dtype,
-        "prompt": recipe.model.prompt.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
+        "prompt": json.dumps(recipe.model.prompt, ensure_ascii=False)[1:-1],
         "layers": layers_to_ask_for(recipe),
         "steps": steps,
     }

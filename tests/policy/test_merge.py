@@ -129,3 +129,20 @@ def test_the_output_of_a_merge_is_merged_again_as_it_stands(part, tmp_path) -> N
     assert files(second) == MERGED
     once, twice = adapters.read_adapter(first).state, adapters.read_adapter(second / "peft").state
     assert torch.equal(twice[f"{KEY}.lora_B.weight"], 0.5 * once[f"{KEY}.lora_B.weight"])
+
+
+def test_two_merges_into_one_folder_make_no_mixture(part, tmp_path, refusal) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "out"
+    with merge.output_folder(out) as folder:
+        (folder / "first").write_bytes(b"1")
+        assert refusal(out, part) == f"{out} is being written by another process: give another folder"
+    assert files(out) == ["first"]
+
+
+def test_a_merge_that_is_interrupted_is_no_traceback(part, tmp_path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter_files, "write_layouts", interrupted)
+    assert merge.main([str(tmp_path / "out"), str(part)]) == 130
+    assert capsys.readouterr().err == "" and not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -155,6 +156,13 @@ def test_programs_ask_for_layers_that_were_trained_for() -> None:
         return layers_to_ask_for(Recipe.model_validate({"name": "r", "rollout": rollout}))
 
     assert [asked(2, 5), asked(2, 3), asked(6, 8), asked(4, 4)] == [4, 3, 6, 4]
+
+
+def test_programs_give_the_prompt_of_training_whatever_its_letters() -> None:
+    prompt = 'a "b" \\\\n\\ \r\n\t\u2028 {c} 猫'
+    for program in programs(Recipe.model_validate(RECIPE | {"model": {"prompt": prompt}}), steps=3).values():
+        texts = {node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)}
+        assert prompt in texts
 
 
 def test_on_the_hub_the_programs_name_the_repository(published: tuple[Path, str]) -> None:
