@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import reprlib
 import time
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ from layerloop.components.schema.errors import LayerloopError
 
 PATTERN_SECONDS, LONGEST_PATTERN = 0.2, 1000  # of a key of a pattern: to match one module, and its characters
 ALL_SECONDS = 60.0  # for all patterns and modules: one for each layer of a 20 B model takes two
-_PLAIN = re.compile(r"[\w.]+")  # a name, not an expression, but for the dot, which means any character
 
 
 class Scales:
@@ -101,16 +99,13 @@ class _Patterns:
                 f"{where} has {field} {reprlib.repr(self.values)}, which is not a mapping: write it as "
                 '{"to_q": 8} with the number of each module'
             )
-        self.plain = {name: name.rpartition(".")[2] for name in self.values if _PLAIN.fullmatch(name)}
-        self.compiled: dict[str, Any] = {}
+        self.compiled: dict[str, Any] = {}  # regex itself keeps 500; converters write a pattern for every layer
 
     def first(self, module: str) -> str | None:
         """The first pattern that matches a module's name; None where none does."""
         import regex
 
         for pattern in self.values:
-            if len(pattern) <= LONGEST_PATTERN and self._cannot_match(pattern, module):
-                continue
             try:
                 if len(pattern) > LONGEST_PATTERN:
                     raise regex.error(f"{len(pattern)} characters")
@@ -127,11 +122,3 @@ class _Patterns:
                     f"can be used ({why}): correct it, or name modules in full"
                 ) from None
         return None
-
-    def _cannot_match(self, pattern: str, module: str) -> bool:
-        """Whether a pattern that is a plain name has another length or end than a module: most have, and a file with
-        a pattern for every layer has hundreds, whose every pair would take minutes to match."""
-        if (end := self.plain.get(pattern)) is None:
-            return False
-        whole = len(module) == len(pattern) or module[-len(pattern) - 1 : -len(pattern)] == "."
-        return not whole or not module.endswith(end)

@@ -292,14 +292,14 @@ def test_a_config_of_other_weights_is_refused(adapter_folder: Path, fields: dict
 
 
 def test_a_pattern_for_every_layer_takes_no_minutes() -> None:
-    """As converters write them: each pair of a pattern and a layer would be tried, 700,000 of the real model's."""
-    modules = [f"transformer_blocks.{block}.{name}" for block in range(25) for name in BLOCK]
+    """As converters write them, more than the matcher keeps compiled."""
+    modules = [f"transformer_blocks.{block}.{name}" for block in range(40) for name in BLOCK]
     alphas = {module: 4 + index for index, module in enumerate(modules)}
-    scales = Scales({"alpha_pattern": alphas, "rank_pattern": dict.fromkeys(modules, 2)}, Path("x"), {})
-    scales.scale("elsewhere", 8)  # which imports peft
+    scales = Scales({"alpha_pattern": alphas, "r": 2}, Path("x"), {})
+    scales.scale("elsewhere", 2)  # which imports peft
     began = time.process_time()
     assert [scales.scale(module, 2) for module in modules] == [alpha / 2 for alpha in alphas.values()]
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 5
 
 
 def test_ranks_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
