@@ -42,6 +42,8 @@ UNSUPPORTED = {
     "use_qalora": False, "use_bdlora": None, "target_parameters": None, "layer_replication": None, "arrow_config": None,
     "alora_invocation_tokens": None, "trainable_token_indices": None,
 }  # fmt: skip
+# What trainers write into a file's metadata of other bases (kohya's sd-scripts, musubi-tuner; Stability's ModelSpec).
+OTHER_BASES = r"flux|chroma|stable-|sd[_-]?[v\dx]|wan|hunyuan|framepack|ltx|lumina|hidream|z-?image|kandinsky|cogvideo"
 # Values of `init_lora_weights` with which peft changes the base's own weights: without that it is another function.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -95,6 +97,7 @@ def read_adapter(path: Path | str) -> Adapter:
     """
     file = _weights_file(Path(path))
     tensors, metadata = _read_tensors(file)
+    _refuse_other_bases(metadata, file)
     config, config_of = None, file
     if file.name != PEFT_WEIGHTS and "lora_adapter_metadata" in metadata:  # its own, whatever lies beside it
         config = _transformer_metadata(metadata["lora_adapter_metadata"], file) or None
@@ -210,6 +213,14 @@ def _peft_config(file: Path) -> dict[str, Any]:
         raise LayerloopError(f"{path} is not a JSON object: fetch it again")
     _refuse_more(config, path)
     return config
+
+
+def _refuse_other_bases(metadata: dict[str, str], file: Path) -> None:
+    """Refuse a file that names another base than Qwen-Image's. FLUX has layers of the same names and width."""
+    for field in ("modelspec.architecture", "ss_base_model_version"):
+        said = metadata.get(field, "")
+        if re.match(OTHER_BASES, said, re.IGNORECASE):
+            raise LayerloopError(f"{file} has {field} {said[:60]!r}: it is for another base; give one of Qwen-Image's")
 
 
 def _refuse_more(config: dict[str, Any], path: Path) -> None:

@@ -208,6 +208,26 @@ def test_what_is_no_safetensors_is_called_what_it_is(data: bytes, said: str, tmp
         read_adapter(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "read"),
+    [
+        ("modelspec.architecture", "flux-1-dev/lora", False),
+        ("ss_base_model_version", "sdxl_base_v1-0", False),
+        ("modelspec.architecture", "Qwen-Image/lora", True),
+        ("ss_base_model_version", "qwen_image_layered", True),
+    ],
+)
+def test_a_file_that_names_another_base_is_refused(field: str, value: str, read: bool, tmp_path: Path) -> None:
+    """Whose layers may have the same names and shapes: FLUX's two-stream blocks do."""
+    file = written("kohya", tmp_path / "x.safetensors")
+    save_file(load_file(file), file, metadata={field: value})
+    if read:
+        assert read_adapter(file).modules == sorted(MODULES)
+        return
+    with pytest.raises(LayerloopError, match=f"has {field} '{value}': it is for another base; give one of Qwen-Image"):
+        read_adapter(file)
+
+
 def test_a_folder_with_a_pickle_says_so(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1)}, tmp_path / "adapter_model.bin")
     with pytest.raises(
