@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ProxyConnectionError
+from botocore.parsers import ResponseParserError
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.shard_dataset.inputs import find_inputs, read_items
 from layerloop.components.storage import s3, s3_client
+from layerloop.components.storage.s3_requests import Requests
 from layerloop.components.storage.stores import Store, open_store
 
 from ..conftest import BUCKET
@@ -97,6 +100,18 @@ def test_a_setting_that_means_nothing_is_one_line(
     with pytest.raises(LayerloopError, match=message) as caught:
         open_store(s3_bucket)
     assert "\n" not in str(caught.value)
+
+
+def test_what_stands_before_the_store_is_one_line() -> None:
+    """A proxy, and the service that gives a pod its credentials: what that answers is raised by a parser's error."""
+    requests = Requests("https://store", "bucket", "s3://bucket")
+    for error, said in (
+        (ProxyConnectionError(proxy_url="http://me:secret@proxy"), r"through the proxy of HTTPS_PROXY \(Proxy"),
+        (ResponseParserError("no XML"), r"is not an S3 store at https://store \(ResponseParserError\)"),
+    ):
+        with pytest.raises(LayerloopError, match=said) as caught, requests._one_line("x"):
+            raise error
+        assert "secret" not in str(caught.value)
 
 
 def test_a_prefix_that_is_not_utf_8_is_refused(s3_bucket: str) -> None:
