@@ -111,7 +111,7 @@ def look_at(origin: str) -> Picture:
     except LayerloopError as error:  # no recipe is in play
         raise LayerloopError(str(error).replace(" or raise recipe.data.max_megapixels", "")) from None
     width, height = image.size
-    if orientation(image) in SIDEWAYS:
+    if orientation(image) in SIDEWAYS and image.format != "TIFF":  # of which Pillow gives the size upright
         width, height = height, width
     frames = int(getattr(image, "n_frames", 1)) if image.format != "MPO" else 1
     note = f"has {frames} frames, of which the first is taken" if frames > 1 else ""

@@ -77,12 +77,12 @@ class GreyRange:
 
     @classmethod
     def of(cls, image: Image.Image) -> Self:
-        """Of a decoded image; of TIFF by its tags BitsPerSample and PhotometricInterpretation (TIFF 6.0, section 8),
-        which Pillow applies to 8 bits only."""
+        """Of a decoded image; of TIFF by its tags BitsPerSample, SampleFormat and PhotometricInterpretation (TIFF
+        6.0, sections 8 and 19), which Pillow applies to 8 bits only."""
         tags = getattr(image, "tag_v2", None) or {}
         bits, photometric = tags.get(258) or (16,), tags.get(262)
-        wide = image.mode in ("I", "F")
-        top = {"F": 1.0, "I": 65535.0}.get(image.mode, 4095.0 if tuple(bits) == (12,) else 65535.0)
+        wide, signed = image.mode in ("I", "F"), tags.get(339) == (2,) and tuple(bits) == (16,)
+        top = 1.0 if image.mode == "F" else 4095.0 if tuple(bits) == (12,) else 32767.0 if signed else 65535.0
         return cls(top, inverted=photometric == 0, unsaid=wide and tuple(bits) == (32,))
 
     def scaled(self, values: npt.NDArray[np.generic]) -> Pixels:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.tiffs import choose_page, set_layout
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,9 +35,6 @@ _STARTS = {
 }  # fmt: skip
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _MAX_PROFILE = 1 << 20  # bytes; Pillow's own limit of an unpacked chunk
-
-_NEW_SUBFILE_TYPE, _SUB_IFDS = 254, 330  # tags of TIFF
-_MOST_THUMBNAILS = 8  # pages looked at
 
 MAX_PIXELS = 100_000_000  # of our own PNGs too: a shard may have been made by someone else
 
@@ -59,7 +57,9 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-        _skip_thumbnails(image)
+        if image.format == "TIFF":
+            choose_page(image)
+            set_layout(image)
     except LayerloopError:
         raise
     except UnidentifiedImageError:
@@ -86,28 +86,6 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             "allowed: make it smaller or raise recipe.data.max_megapixels"
         )
     return image
-
-
-def _skip_thumbnails(image: Image.Image) -> None:
-    """Go to the first page of a TIFF that is a picture and not a smaller version of one (TIFF 6.0, section 8,
-    NewSubfileType). One that is alone with its mark is taken for a picture.
-
-    Raises:
-        LayerloopError: the picture is where it is not read from, as in the raw files of cameras.
-    """
-    if image.format != "TIFF":
-        return
-    elsewhere = _SUB_IFDS in image.tag_v2  # type: ignore[attr-defined]
-    for page in range(1, _MOST_THUMBNAILS):
-        if not int(image.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & 1:  # type: ignore[attr-defined]
-            return
-        try:
-            image.seek(page)
-        except EOFError:
-            break
-    if elsewhere:
-        raise LayerloopError("image is a raw or layered TIFF, of which only a thumbnail can be read: export it as PNG")
-    image.seek(0)
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
