@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import numpy.typing as npt
 
+from layerloop.components.layers.colours import profile_of
 from layerloop.components.schema.errors import LayerloopError
 
 if TYPE_CHECKING:
@@ -52,13 +53,13 @@ def resized(image: Image.Image, data: DataRecipe) -> Pixels:
 def upright_srgb(image: Image.Image) -> Image.Image:
     """A decoded image as 8-bit RGB or RGBA: the one form of source images, of layers and of elements.
 
-    The EXIF orientation is applied and an embedded ICC profile is converted to sRGB. Metadata that are damaged say
-    nothing, and spoil no image.
+    The EXIF orientation is applied, and colours of which the image says that they are others (colours.py) are converted
+    to sRGB. Metadata that are damaged say nothing, and spoil no image.
 
     Raises:
-        LayerloopError: a pixel format that has no sensible 8-bit form.
+        LayerloopError: a pixel format that has no sensible 8-bit form, or colours of high dynamic range.
     """
-    profile, grey = image.info.get("icc_profile"), GreyRange.of(image)
+    profile, grey = profile_of(image), GreyRange.of(image)
     image = _upright(image)
     image, alpha = _eight_bit(image, grey)
     image = _to_srgb(image, profile)
@@ -205,6 +206,12 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     from PIL import Image, ImageCms
 
     target = "RGBA" if image.mode == "RGBA" else "RGB"
+    if profile and image.mode in ("RGB", "RGBA") and profile[16:20] == b"GRAY" and _is_grey(image):
+        alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        image = _to_srgb(image.getchannel("R"), profile)  # grey in a format that has none, such as WebP
+        if alpha is not None:
+            image.putalpha(alpha)
+        return image
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -220,6 +227,11 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         if converted is not None:
             return converted
     return image.convert(target)
+
+
+def _is_grey(image: Image.Image) -> bool:
+    values = np.asarray(image)
+    return bool((values[..., :1] == values[..., 1:3]).all())
 
 
 def _lab_to_srgb(image: Image.Image) -> Image.Image:
