@@ -19,6 +19,7 @@ from layerloop.components.shard_dataset.items import (
     passed_over,
     sized_item,
 )
+from layerloop.components.storage.foreign import HEAD, foreign_kind
 
 _EXTENSIONS = (  # types of headers that are not of a member
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
@@ -113,6 +114,9 @@ def _members(file: BinaryIO) -> tuple[list[_Member], str | None]:
                 "tar goes on behind its end, as tars that were put together with cat do: give each by itself",
             )
     except Exception as error:  # hostile headers raise nearly anything
+        file.seek(0)
+        if not members and (foreign := foreign_kind(file.read(HEAD))):
+            return members, f"file named .tar is {foreign[0]}: {foreign[1]}"
         return members, f"tar is damaged ({one_line(error)}): make it again"
     return members, None if complete else "tar has no end-of-archive mark, it was cut short: make it again"
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.colour_boxes import bare_avif, note_colours
+from layerloop.components.storage.foreign import HEAD, foreign_kind
 from layerloop.components.storage.pngs import SIGNATURE, bare_png, check_palette, check_rows, take_clear, unlike
 from layerloop.components.storage.tiffs import choose_page, set_layout
 
@@ -75,6 +76,8 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
                 f"image is {kind} by its first bytes, but cut off, damaged or of a kind that is not read: save it "
                 "again as PNG with 8 bits"
             ) from None
+        if foreign := foreign_kind(data[:HEAD]):
+            raise LayerloopError(f"image starts with {data[:12]!r}, it is {foreign[0]}: {foreign[1]}") from None
         raise LayerloopError(f"image starts with {data[:12]!r}, not a known format: give a {_KINDS}") from None
     except Image.DecompressionBombError:
         raise LayerloopError(

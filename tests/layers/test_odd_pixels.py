@@ -132,5 +132,5 @@ def test_what_is_known_and_cannot_be_read_is_not_called_unknown() -> None:
     of_64_bits = tiff(64, bytes(8 * WIDTH * HEIGHT), photometric=1, kind=3)
     with pytest.raises(LayerloopError, match=r"^image is TIFF by its first bytes, but cut off, damaged or of a kind"):
         decode_image(of_64_bits)
-    with pytest.raises(LayerloopError, match=r"^image starts with b'%PDF-1.7', not a known format"):
-        decode_image(b"%PDF-1.7")
+    with pytest.raises(LayerloopError, match=r"^image starts with b'\\x00\\x01', not a known format"):
+        decode_image(b"\0\1")
