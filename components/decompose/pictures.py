@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from layerloop.components.layers.normalise import on_white, orientation, target_
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.decomposition import MOST_MEGAPIXELS
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import counted, printable
 from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.storage.images import decode_image, open_image
 from layerloop.components.storage.stores import open_store, read_uri
@@ -139,9 +141,17 @@ def suffix(name: str) -> str:
 def _images_in(folder: str) -> list[str]:
     names = open_store(folder).sizes() if "://" in folder else _local_names(folder)
     ours = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == RECORD}
-    return [
-        name for name in names if suffix(name) in SUFFIXES and not _hidden(name) and name.rpartition("/")[0] not in ours
-    ]
+    shown = [name for name in names if not _hidden(name) and name.rpartition("/")[0] not in ours]
+    if over := Counter(_suffix_text(name) for name in shown if suffix(name) not in SUFFIXES):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(over.items(), key=lambda one: (-one[1], one[0])))
+        count = counted(sum(over.values()), "files")
+        log(f"passed over {count} of {printable(folder)}, no pictures by suffix ({kinds}): name one to have it taken")
+    return [name for name in shown if suffix(name) in SUFFIXES]
+
+
+def _suffix_text(name: str) -> str:
+    base = name.rpartition("/")[2]
+    return f".{printable(suffix(base))}" if "." in base else "without suffix"
 
 
 def _local_names(folder: str) -> list[str]:

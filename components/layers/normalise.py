@@ -28,6 +28,7 @@ _ENDS: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]] = 
     "CMYK": ((0, 0, 0, 0), (0, 0, 0, 255)),
 }  # fmt: skip
 _WHITE, _BLACK = 192, 128
+_AT_ONCE = 1 << 18  # grey values that are scaled at once
 
 
 def normalise(image: Image.Image, data: DataRecipe) -> Pixels:
@@ -87,9 +88,14 @@ class GreyRange:
         return cls(top, inverted=photometric == 0, unsaid=wide and tuple(bits) == (32,))
 
     def scaled(self, values: npt.NDArray[np.generic]) -> Pixels:
-        """Values as 8 bits."""
-        shares = values.astype(np.float64) * (255 / self.top)
-        return np.rint(255 - shares if self.inverted else shares).astype(np.uint8)
+        """Values `(H, W)` as 8 bits, a few rows at a time: as float64 they take eight bytes each."""
+        out = np.empty(values.shape, np.uint8)
+        step = max(1, _AT_ONCE // values.shape[1])
+        for start in range(0, len(values), step):
+            rows = slice(start, start + step)
+            shares = values[rows].astype(np.float64) * (255 / self.top)
+            out[rows] = np.rint(255 - shares if self.inverted else shares)
+        return out
 
 
 def target_size(width: int, height: int, data: DataRecipe, *, stretch: bool = False) -> tuple[int, int]:

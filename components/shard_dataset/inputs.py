@@ -18,7 +18,7 @@ from pathlib import Path
 
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.messages import printable
+from layerloop.components.schema.messages import counted, printable
 from layerloop.components.shard_dataset.files import (
     Files,
     InputError,
@@ -120,7 +120,7 @@ def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXE
     passed = [*listing.passed, *(passed_over(name) for name in listing.sizes if name not in useful)]
     if not useful:
         raise LayerloopError(
-            f"{what} {_shown(uri)} has {len(listing.sizes)} files but no image, tar or parquet: {remedy}"
+            f"{what} {_shown(uri)} has {counted(len(listing.sizes), 'files')} but no image, tar or parquet: {remedy}"
         )
     return Inputs(_shown(text), store, useful, passed)
 

@@ -56,6 +56,9 @@ def tar_items(file: BinaryIO, where: str, passed: list[Passed], *, max_bytes: in
                 passed.append(Passed(origin, reason[0], reason[1]))
             continue
         data = b""
+        if member.size < 0:  # which would be read to the tar's end
+            yield broken_item(origin, f"member has a size of {member.size} bytes: make the tar again")
+            continue
         if member.size <= max_bytes:
             try:
                 file.seek(member.offset)

@@ -394,3 +394,13 @@ def test_a_row_without_bytes_is_told_with_the_beginning_of_its_path(tmp_path: Pa
     pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
     ((_, problem),) = read(find(str(tmp_path)))
     assert str(problem).startswith("row has no image bytes (path 'ppp") and len(str(problem)) < 300
+
+
+def test_a_member_of_negative_size_is_not_read_to_the_end_of_its_tar(tmp_path: Path) -> None:
+    data = bytearray(tar_of([("a.png", b"a"), ("b.png", b"b")]))
+    data[124:136] = b"\xff" * 12  # -1 in base 256
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    (tmp_path / "a.tar").write_bytes(data)
+    found = dict(read(find(str(tmp_path))))
+    assert found["a.tar:a.png"] == "member has a size of -1 bytes: make the tar again"
