@@ -118,7 +118,8 @@ def _members(file: BinaryIO) -> tuple[list[_Member], str | None]:
             )
     except Exception as error:  # hostile headers raise nearly anything
         file.seek(0)
-        if not members and (foreign := foreign_kind(file.read(HEAD))):
+        head = file.read(HEAD)
+        if not members and head[257:262] != b"ustar" and (foreign := foreign_kind(head)):
             return members, f"file named .tar is {foreign[0]}: {foreign[1]}"
         return members, f"tar is damaged ({one_line(error)}): make it again"
     return members, None if complete else "tar has no end-of-archive mark, it was cut short: make it again"

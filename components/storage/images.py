@@ -14,6 +14,7 @@ import numpy as np
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.colour_boxes import bare_avif, note_colours
 from layerloop.components.storage.foreign import HEAD, foreign_kind
+from layerloop.components.storage.jpegs import START, without_excess
 from layerloop.components.storage.pngs import SIGNATURE, bare_png, check_palette, check_rows, take_clear, unlike
 from layerloop.components.storage.tiffs import choose_page, set_layout
 
@@ -58,6 +59,8 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     formats = ("PNG",) if data.startswith(SIGNATURE) else _formats()  # all others take a tenth of a second to load
     # Pillow's own bound may be below ours: it is raised, never lowered, to what the caller allows.
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+    if data.startswith(START):
+        data = without_excess(data)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
         if image.format == "TIFF":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import struct
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from layerloop.components.decompose.pictures import look_at
 from layerloop.components.layers.normalise import upright_srgb
@@ -106,3 +107,24 @@ def test_a_bmp_whose_alpha_nobody_filled_in_is_opaque() -> None:
         header = struct.pack("<IiiHHIIiiII", 108, 2, 2, 1, 32, 3, len(pixels), 0, 0, 0, 0) + masks + bytes(52)
         data = b"BM" + struct.pack("<IHHI", 122 + len(pixels), 0, 0, 122) + header + pixels
         assert np.asarray(upright_srgb(decode_image(data)))[0, 0].tolist() == [200, 100, 50, expected]
+
+
+@pytest.mark.timeout(60)
+def test_megabytes_of_remarks_cost_a_jpeg_neither_time_nor_its_orientation_and_profile() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    buffer = io.BytesIO()
+    picture = Image.new("CMYK", (40, 24), (0, 255, 255, 0))
+    picture.save(buffer, "JPEG", quality=100, exif=exif, icc_profile=profile)
+    plain = buffer.getvalue()
+    extra = b"Exif\0\0" + bytes(65_000)
+    segment = b"\xff\xe1" + struct.pack(">H", len(extra) + 2) + extra
+    last = plain.index(b"\xff\xdb")
+    for count in (1, 400):
+        full = plain[:last] + segment * count + plain[last:]
+        began = time.process_time()
+        image = decode_image(full)
+        assert time.process_time() - began < 2, "it grew with the square of their number"
+        assert upright_srgb(image).size == (24, 40) and image.info["icc_profile"] == profile
+        assert (np.asarray(image) == np.asarray(decode_image(plain))).all(), "Adobe's mark of CMYK is kept"
