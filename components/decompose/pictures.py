@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,9 @@ from layerloop.components.schema.messages import counted, printable
 from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.storage.images import decode_image, open_image
 from layerloop.components.storage.stores import open_store, read_uri
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 # Of files that are taken from a folder; a file that is named is taken whatever its suffix.
@@ -45,6 +49,7 @@ SUFFIXES = frozenset(
 )
 MOST_BYTES = 1 << 30  # of one encoded picture
 RECORD = "layers.json"  # in a folder of results, written last
+_ORIENTATION = 274  # tag of TIFF
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 
 
@@ -113,11 +118,16 @@ def look_at(origin: str) -> Picture:
     except LayerloopError as error:  # no recipe is in play
         raise LayerloopError(str(error).replace(" or raise recipe.data.max_megapixels", "")) from None
     width, height = image.size
-    if orientation(image) in SIDEWAYS and image.format != "TIFF":  # of which Pillow gives the size upright
+    if orientation(image) in SIDEWAYS and not _is_turned(image):
         width, height = height, width
     frames = int(getattr(image, "n_frames", 1)) if image.format != "MPO" else 1
     note = f"has {frames} frames, of which the first is taken" if frames > 1 else ""
     return Picture(origin, hashlib.sha256(data).hexdigest(), width, height, note)
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether an opened image's size is upright already, as that of a TIFF by its tag."""
+    return getattr(image, "tag_v2", {}).get(_ORIENTATION) in SIDEWAYS
 
 
 def working_size(picture: Picture, data: DataRecipe) -> tuple[int, int]:

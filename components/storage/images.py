@@ -68,6 +68,8 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
             set_layout(image)
         elif image.format == "PNG":
             check_palette(image)
+        elif image.format == "AVIF":
+            image.info.pop("xmp", None)  # Pillow would turn it by that; its boxes alone do (ISO 23000-22, 7.2)
         note_colours(image, data)
     except LayerloopError:
         raise

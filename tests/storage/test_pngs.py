@@ -100,6 +100,16 @@ def test_an_avif_with_exif_that_makes_no_sense_is_used_and_turned_by_its_own_box
         decode_image(data[: len(data) // 2])
 
 
+def test_an_avif_is_turned_by_its_box_and_not_by_xmp() -> None:
+    for said, kept in ((b"1", b"6"), (b"6", b"1")):
+        xmp, exif = b'<x:xmpmeta><rdf:Description tiff:Orientation="%s"/></x:xmpmeta>', Image.Exif()
+        exif[0x0112] = int(said)
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 24)).save(buffer, "AVIF", exif=exif, xmp=xmp % said)
+        data = buffer.getvalue().replace(xmp % said, xmp % kept)
+        assert upright_srgb(decode_image(data)).size == ((40, 24) if said == b"1" else (24, 40))
+
+
 def test_a_bmp_whose_alpha_nobody_filled_in_is_opaque() -> None:
     for alpha, expected in ((0, 255), (128, 128)):
         pixels = bytes([50, 100, 200, alpha]) * 4

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from layerloop.components.decompose.pictures import look_at
 from layerloop.components.layers.normalise import upright_srgb
@@ -135,3 +136,10 @@ def test_a_tiff_is_looked_at_in_the_size_in_which_it_is_read(orientation: int, t
     (tmp_path / "a.tif").write_bytes(data)
     seen = look_at(str(tmp_path / "a.tif"))
     assert (seen.height, seen.width) == seen.read().shape[:2] == ((16, 24) if orientation < 5 else (24, 16))
+
+
+def test_a_tiff_that_is_turned_by_its_xmp_alone_is_looked_at_turned(tmp_path: Path) -> None:
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.new("RGB", (24, 16)).save(tmp_path / "a.tif", tiffinfo={700: xmp})
+    seen = look_at(str(tmp_path / "a.tif"))
+    assert (seen.height, seen.width) == seen.read().shape[:2] == (24, 16)
