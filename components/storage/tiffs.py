@@ -73,8 +73,6 @@ def _by_libtiff(image: Any, layout: str) -> None:
     """Decode an uncompressed page by libtiff, as Pillow decodes compressed ones (TiffImageFile._setup)."""
     from PIL import ImageFile
 
-    if image.mode == "RGBA" and _PREMULTIPLIED in _tags(image).get(_EXTRA, ()):
-        layout = layout.replace("RGBA", "RGBa")
     image.use_load_libtiff = True
     image.tile = [ImageFile._Tile("libtiff", (0, 0, *image._tile_size), 0, (layout, False, image.tag_v2.offset))]
 
