@@ -26,12 +26,14 @@ from unittest.mock import patch
 
 import numpy as np
 import peft  # noqa: F401 - the reader imports it when it needs it, which would count as an example's time
+import pillow_heif
 import torch
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
-from PIL import Image
+from PIL import Image, ImageCms
 from psd_tools.constants import Tag
 
+from layerloop.components.decompose.pictures import look_at
 from layerloop.components.judge.address import judge_address
 from layerloop.components.judge.errors import read_error, shown
 from layerloop.components.judge.features import EndpointFeatures
@@ -146,6 +148,59 @@ def _holds_prepared(data: bytes) -> None:
     assert abs(record["width"] / record["height"] / (original[0] / original[1]) - 1) < 0.1
     pixel = Image.open(io.BytesIO(result.members["png"])).convert("RGB").getpixel((5, 5))
     assert max(abs(a - b) for a, b in zip(pixel, (200, 30, 60), strict=True)) < 12  # type: ignore[arg-type]
+
+
+def _pictures() -> list[bytes]:
+    """Files of every format that is read, with what they say of their colours and of how they are turned."""
+    picture, rng = Image.new("RGB", SIZE, (200, 30, 60)), np.random.default_rng(0)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    clear = picture.copy()
+    clear.putalpha(128)
+    pillow_heif.register_heif_opener()
+
+    def saved(kind: str, image: Image.Image = picture, **options: Any) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    said = (
+        (b"cICP", bytes([12, 13, 0, 1])),
+        (b"gAMA", struct.pack(">I", 70_000)),
+        (b"cHRM", struct.pack(">8I", *[32_000] * 8)),
+    )
+    chunks = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in said)
+    png = saved("PNG", exif=turned)
+    grey = Image.fromarray(rng.integers(0, 60_000, SIZE[::-1]).astype(np.uint16))
+    return [
+        png[:33] + chunks + png[33:], saved("PNG", picture.convert("P")), saved("PNG", grey),
+        saved("JPEG", exif=turned, icc_profile=profile), saved("JPEG", picture.convert("CMYK")),
+        saved("AVIF", exif=turned), saved("HEIF", exif=turned.tobytes()), saved("JPEG2000", clear),
+        saved("WEBP", save_all=True, append_images=[clear], exif=turned), saved("GIF", picture.convert("P")),
+        saved("BMP", clear), saved("TIFF", grey, compression="tiff_lzw"), saved("TIFF", tiffinfo={274: 6}),
+        saved("TIFF", picture.convert("YCbCr")), saved("TIFF", picture.convert("LAB"), compression="tiff_lzw"),
+        saved("MPO", save_all=True, append_images=[picture]),
+    ]  # fmt: skip
+
+
+def _holds_picture(data: bytes) -> None:
+    """Sharding uses it or says why not; where decompose can look at it and read it, both give one size."""
+    recipe = DataRecipe(max_megapixels=1)
+    prepared = prepare_image(Item("picture", lambda: data), recipe)
+    if not isinstance(prepared, Prepared):
+        assert prepared.kind == "reject"
+        one_line(prepared.reason)
+        assert "cannot be used" not in prepared.reason, prepared.reason  # what no reader of pictures foresaw
+    with tempfile.NamedTemporaryFile(prefix="layerloop-fuzz-") as file:
+        file.write(data)
+        file.flush()
+        try:
+            seen = look_at(file.name)
+            if seen.width * seen.height < 1_000_000:
+                assert seen.read().shape[:2] == (seen.height, seen.width)
+        except LayerloopError as error:
+            one_line(str(error))
 
 
 @st.composite
@@ -997,6 +1052,7 @@ def _holds_document(data: bytes) -> None:
 TARGETS: dict[str, Target] = {
     "documents": Target(mutated(_documents()), _holds_document),
     "exif": Target(st.tuples(mutated(_exif()), st.sampled_from(["JPEG", "PNG"])), _holds_image),
+    "pictures": Target(mutated(_pictures()), _holds_picture),
     "pixels": Target(_pngs(), _holds_pixels),
     "grey": Target(_grey_tiffs(), _holds_grey),
     "replies": Target(_REPLY, _holds_reply),
