@@ -120,9 +120,17 @@ def look_at(origin: str) -> Picture:
     width, height = image.size
     if orientation(image) in SIDEWAYS and not _is_turned(image):
         width, height = height, width
-    frames = int(getattr(image, "n_frames", 1)) if image.format != "MPO" else 1
+    frames = _frames(image)
     note = f"has {frames} frames, of which the first is taken" if frames > 1 else ""
     return Picture(origin, hashlib.sha256(data).hexdigest(), width, height, note)
+
+
+def _frames(image: Image.Image) -> int:
+    """Frames or pages of an opened image, those that are views of one scene as one."""
+    try:
+        return int(getattr(image, "n_frames", 1)) if image.format != "MPO" else 1
+    except Exception:  # of pages behind the first Pillow raises nearly anything, as they are no part of it
+        return 1
 
 
 def _is_turned(image: Image.Image) -> bool:

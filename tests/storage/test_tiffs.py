@@ -143,3 +143,11 @@ def test_a_tiff_that_is_turned_by_its_xmp_alone_is_looked_at_turned(tmp_path: Pa
     Image.new("RGB", (24, 16)).save(tmp_path / "a.tif", tiffinfo={700: xmp})
     seen = look_at(str(tmp_path / "a.tif"))
     assert (seen.height, seen.width) == seen.read().shape[:2] == (24, 16)
+
+
+def test_a_page_that_is_nowhere_behind_the_picture_keeps_nobody_from_it(tmp_path: Path) -> None:
+    data = bytearray(tiff(picture().astype(np.uint8).tobytes(), {258: (8, 8, 8), 262: (2,), 277: (3,)}))
+    (count,) = struct.unpack_from("<H", data, 8)
+    data[10 + 12 * count : 14 + 12 * count] = b"\xff\xff\xff\xff"
+    (tmp_path / "a.tif").write_bytes(data)
+    assert look_at(str(tmp_path / "a.tif")).read()[2, 2].tolist() == list(ONE)
