@@ -20,6 +20,7 @@ _MOST_BOXES = 10_000
 # Enumerated colour spaces of JPEG 2000 (ISO 15444-1 and -2, M.11.7.3) that decode to RGB, grey or CMYK.
 _READ_SPACES = frozenset({0, 12, 15, 16, 17, 18, 24})
 _EXIF_ITEM = re.compile(rb"(infe[\2\3]\0{2}.(?:.{4}|.{6}))Exif", re.DOTALL)  # ISO 14496-12, 8.11.6
+_COLOUR, _PREMULTIPLIED = 0, 2  # types of channels
 _ENUMERATED = 1  # method of a colour box; 2 and 3 are a profile
 
 
@@ -29,7 +30,7 @@ def note_colours(image: Image.Image, data: bytes) -> None:
     Boxes that are damaged say nothing.
 
     Raises:
-        LayerloopError: JPEG 2000 of a colour space that would be taken for RGB.
+        LayerloopError: JPEG 2000 of a colour space, or with channels, that would be taken for RGB.
     """
     points: tuple[int, int] | None = None
     if image.format == "HEIF":
@@ -113,8 +114,9 @@ def _note_jp2_colours(image: Image.Image, data: bytes) -> None:
     try:
         header = _find(data, 0, len(data), b"jp2h")
         colours = _find(data, *header, b"colr") if header else None
-        if colours is None:
+        if header is None or colours is None:
             return
+        _check_channels(data, *header)
         start, end = colours
         if data[start] != _ENUMERATED:
             image.info.setdefault("icc_profile", data[start + 3 : end])
@@ -126,6 +128,25 @@ def _note_jp2_colours(image: Image.Image, data: bytes) -> None:
         raise LayerloopError(
             f"image is JPEG 2000 in the colour space {space} of its standard, which is not read: save it as PNG"
         )
+
+
+def _check_channels(data: bytes, start: int, end: int) -> None:
+    """Refuse channels that Pillow takes in another meaning (ISO 15444-1, I.5.3.6): it looks at no box `cdef`.
+
+    Raises:
+        LayerloopError: colours that are premultiplied, or in another order than that of their channels.
+    """
+    box = _find(data, start, end, b"cdef")
+    if box is None:
+        return
+    (count,) = struct.unpack_from(">H", data, box[0])
+    for place in range(min(count, (box[1] - box[0] - 2) // 6)):
+        channel, kind, colour = struct.unpack_from(">3H", data, box[0] + 2 + 6 * place)
+        if kind == _PREMULTIPLIED or (kind == _COLOUR and colour != channel + 1):
+            raise LayerloopError(
+                "image is JPEG 2000 with colours that are premultiplied or in another order, which is not read: save "
+                "it as PNG"
+            )
 
 
 def _find(data: bytes, start: int, end: int, wanted: bytes) -> tuple[int, int] | None:

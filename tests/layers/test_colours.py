@@ -191,6 +191,15 @@ def test_jpeg_2000_of_colours_that_would_be_taken_for_rgb_is_refused() -> None:
                 read(bytes(data))
 
 
+@pytest.mark.parametrize("entry", [(3, 2, 0), (0, 0, 3)])
+def test_channels_of_jpeg_2000_that_would_be_taken_for_others_are_refused(entry: tuple[int, int, int]) -> None:
+    data = bytearray(saved("JPEG2000", mode="RGBA"))
+    assert np.abs(read(bytes(data))[:3] - COLOUR).max() <= 3
+    struct.pack_into(">3H", data, data.index(b"cdef") + 6 + 6 * entry[0], *entry)  # premultiplied; blue comes first
+    with pytest.raises(LayerloopError, match="JPEG 2000 with colours that are premultiplied or in another order"):
+        read(bytes(data))
+
+
 def test_boxes_that_are_damaged_say_nothing() -> None:
     data = avif(12, 13)
     for name in (b"pitm", b"iprp", b"ipco", b"ipma", b"colr"):
