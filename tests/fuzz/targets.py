@@ -26,11 +26,11 @@ from unittest.mock import patch
 
 import numpy as np
 import peft  # noqa: F401 - the reader imports it when it needs it, which would count as an example's time
-import pillow_heif
 import torch
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image, ImageCms
+from pillow_heif import register_heif_opener
 from psd_tools.constants import Tag
 
 from layerloop.components.decompose.pictures import look_at
@@ -59,7 +59,7 @@ from layerloop.components.shard_dataset import listed
 from layerloop.components.shard_dataset.inputs import find_inputs, read_items
 from layerloop.components.shard_dataset.items import Item
 from layerloop.components.shard_dataset.samples import Prepared, Refused, guarded, prepare_image
-from layerloop.components.storage.images import decode_image
+from layerloop.components.storage.images import decode_image, decode_png
 from layerloop.components.storage.local import LocalStore
 from layerloop.components.storage.shards import read_sample, read_shard, sample_ranges
 
@@ -151,47 +151,55 @@ def _holds_prepared(data: bytes) -> None:
 
 
 def _pictures() -> list[bytes]:
-    """Files of every format that is read, with what they say of their colours and of how they are turned."""
-    picture, rng = Image.new("RGB", SIZE, (200, 30, 60)), np.random.default_rng(0)
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    clear = picture.copy()
-    clear.putalpha(128)
-    pillow_heif.register_heif_opener()
-
-    def saved(kind: str, image: Image.Image = picture, **options: Any) -> bytes:
+    """A small picture in every format that is read, of several modes and packings, some with profile and EXIF."""
+    register_heif_opener()
+    colour = Image.linear_gradient("L").resize(SIZE).convert("RGB")
+    colour.paste((200, 30, 60), (4, 4, 20, 20))
+    clear = colour.convert("RGBA")
+    clear.putalpha(Image.radial_gradient("L").resize(SIZE))
+    grey, palette = colour.convert("L"), clear.quantize(8)
+    extra = {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), "exif": _exif()[0]}
+    two = {"save_all": True, "append_images": [clear]}
+    kinds: list[tuple[Image.Image, str, dict[str, Any]]] = [
+        (colour, "JPEG", {"progressive": True, **extra}), (colour.convert("CMYK"), "JPEG", {}), (grey, "JPEG", {}),
+        (clear, "PNG", extra), (palette, "PNG", {}), (grey.convert("I;16"), "PNG", {}), (grey.convert("1"), "PNG", {}),
+        (clear, "PNG", two), (clear, "WEBP", {"lossless": True, **extra}), (clear, "WEBP", two), (palette, "GIF", {}),
+        (colour, "BMP", {}), (grey, "PPM", {}), (clear, "TIFF", {}), (clear, "TIFF", two),
+        (colour, "TIFF", {"compression": "jpeg"}), (grey.convert("1"), "TIFF", {"compression": "group4"}),
+        (palette, "TIFF", {"compression": "tiff_lzw"}), (colour, "TIFF", {"compression": "packbits"}),
+        (Image.new("LAB", SIZE, (120, 20, 200)), "TIFF", {"compression": "tiff_adobe_deflate"}),
+        (clear, "JPEG2000", {}), (colour, "JPEG2000", {"irreversible": True, "num_resolutions": 2}),
+        (clear, "AVIF", {}), (colour, "HEIF", extra), (colour, "MPO", {"save_all": True, "append_images": [colour]}),
+        (colour, "AVIF", extra), (clear, "BMP", {}), (colour.convert("YCbCr"), "TIFF", {}),
+        (colour, "TIFF", {"tiffinfo": {274: 6}}), (grey.convert("I;16"), "TIFF", {"compression": "tiff_lzw"}),
+    ]  # fmt: skip
+    out = [_png_with_colours(colour)]
+    for image, kind, options in kinds:
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
-        return buffer.getvalue()
+        out.append(buffer.getvalue())
+    return out
 
-    said = (
-        (b"cICP", bytes([12, 13, 0, 1])),
-        (b"gAMA", struct.pack(">I", 70_000)),
-        (b"cHRM", struct.pack(">8I", *[32_000] * 8)),
-    )
-    chunks = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in said)
-    png = saved("PNG", exif=turned)
-    grey = Image.fromarray(rng.integers(0, 60_000, SIZE[::-1]).astype(np.uint16))
-    return [
-        png[:33] + chunks + png[33:], saved("PNG", picture.convert("P")), saved("PNG", grey),
-        saved("JPEG", exif=turned, icc_profile=profile), saved("JPEG", picture.convert("CMYK")),
-        saved("AVIF", exif=turned), saved("HEIF", exif=turned.tobytes()), saved("JPEG2000", clear),
-        saved("WEBP", save_all=True, append_images=[clear], exif=turned), saved("GIF", picture.convert("P")),
-        saved("BMP", clear), saved("TIFF", grey, compression="tiff_lzw"), saved("TIFF", tiffinfo={274: 6}),
-        saved("TIFF", picture.convert("YCbCr")), saved("TIFF", picture.convert("LAB"), compression="tiff_lzw"),
-        saved("MPO", save_all=True, append_images=[picture]),
-    ]  # fmt: skip
+
+def _png_with_colours(picture: Image.Image) -> bytes:
+    """A PNG that says its colours by code points, gamma and chromaticities."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    said = {b"cICP": bytes([12, 13, 0, 1]), b"gAMA": b"\0\1\x11\x70", b"cHRM": struct.pack(">8I", *[32_000] * 8)}
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in said.items()]
+    return buffer.getvalue()[:33] + b"".join(chunks) + buffer.getvalue()[33:]
 
 
 def _holds_picture(data: bytes) -> None:
-    """Sharding uses it or says why not; where decompose can look at it and read it, both give one size."""
-    recipe = DataRecipe(max_megapixels=1)
-    prepared = prepare_image(Item("picture", lambda: data), recipe)
-    if not isinstance(prepared, Prepared):
-        assert prepared.kind == "reject"
-        one_line(prepared.reason)
-        assert "cannot be used" not in prepared.reason, prepared.reason  # what no reader of pictures foresaw
+    """A picture of the size that is told, or a reject; where decompose can look at it and read it, of one size."""
+    result = prepare_image(Item("picture", lambda: data), DataRecipe())
+    if isinstance(result, Prepared):
+        record = json.loads(result.members["json"])
+        assert decode_png(result.members["png"]).shape == (record["height"], record["width"], 3)
+    else:
+        assert result.kind == "reject"
+        one_line(result.reason)
+        assert "cannot be used" not in result.reason, "what no reader of pictures foresaw"
     with tempfile.NamedTemporaryFile(prefix="layerloop-fuzz-") as file:
         file.write(data)
         file.flush()
