@@ -140,8 +140,8 @@ def _check_channels(data: bytes, start: int, end: int) -> None:
     if box is None:
         return
     (count,) = struct.unpack_from(">H", data, box[0])
-    for place in range(min(count, (box[1] - box[0] - 2) // 6)):
-        channel, kind, colour = struct.unpack_from(">3H", data, box[0] + 2 + 6 * place)
+    for entry in range(min(count, (box[1] - box[0] - 2) // 6)):
+        channel, kind, colour = struct.unpack_from(">3H", data, box[0] + 2 + 6 * entry)
         if kind == _PREMULTIPLIED or (kind == _COLOUR and colour != channel + 1):
             raise LayerloopError(
                 "image is JPEG 2000 with colours that are premultiplied or in another order, which is not read: save "
