@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +17,13 @@ from layerloop.components.layers.normalise import on_white, orientation, target_
 from layerloop.components.runtime.progress import log
 from layerloop.components.schema.decomposition import MOST_MEGAPIXELS
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import counted, printable
 from layerloop.components.schema.recipe import DataRecipe
 from layerloop.components.storage.images import decode_image, open_image
 from layerloop.components.storage.stores import open_store, read_uri
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 # Of files that are taken from a folder; a file that is named is taken whatever its suffix.
@@ -43,6 +49,7 @@ SUFFIXES = frozenset(
 )
 MOST_BYTES = 1 << 30  # of one encoded picture
 RECORD = "layers.json"  # in a folder of results, written last
+_ORIENTATION = 274  # tag of TIFF
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 
 
@@ -111,11 +118,24 @@ def look_at(origin: str) -> Picture:
     except LayerloopError as error:  # no recipe is in play
         raise LayerloopError(str(error).replace(" or raise recipe.data.max_megapixels", "")) from None
     width, height = image.size
-    if orientation(image) in SIDEWAYS:
+    if orientation(image) in SIDEWAYS and not _is_turned(image):
         width, height = height, width
-    frames = int(getattr(image, "n_frames", 1)) if image.format != "MPO" else 1
+    frames = _frames(image)
     note = f"has {frames} frames, of which the first is taken" if frames > 1 else ""
     return Picture(origin, hashlib.sha256(data).hexdigest(), width, height, note)
+
+
+def _frames(image: Image.Image) -> int:
+    """Frames or pages of an opened image, those that are views of one scene as one."""
+    try:
+        return int(getattr(image, "n_frames", 1)) if image.format != "MPO" else 1
+    except Exception:  # of pages behind the first Pillow raises nearly anything, as they are no part of it
+        return 1
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether an opened image's size is upright already, as that of a TIFF by its tag."""
+    return getattr(image, "tag_v2", {}).get(_ORIENTATION) in SIDEWAYS
 
 
 def working_size(picture: Picture, data: DataRecipe) -> tuple[int, int]:
@@ -139,9 +159,17 @@ def suffix(name: str) -> str:
 def _images_in(folder: str) -> list[str]:
     names = open_store(folder).sizes() if "://" in folder else _local_names(folder)
     ours = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] == RECORD}
-    return [
-        name for name in names if suffix(name) in SUFFIXES and not _hidden(name) and name.rpartition("/")[0] not in ours
-    ]
+    shown = [name for name in names if not _hidden(name) and name.rpartition("/")[0] not in ours]
+    if over := Counter(_suffix_text(name) for name in shown if suffix(name) not in SUFFIXES):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(over.items(), key=lambda one: (-one[1], one[0])))
+        count = counted(sum(over.values()), "files")
+        log(f"passed over {count} of {printable(folder)}, no pictures by suffix ({kinds}): name one to have it taken")
+    return [name for name in shown if suffix(name) in SUFFIXES]
+
+
+def _suffix_text(name: str) -> str:
+    base = name.rpartition("/")[2]
+    return f".{printable(suffix(base))}" if "." in base else "without suffix"
 
 
 def _local_names(folder: str) -> list[str]:

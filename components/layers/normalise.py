@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import numpy.typing as npt
 
+from layerloop.components.layers.colours import profile_of
 from layerloop.components.schema.errors import LayerloopError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ _ENDS: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]] = 
     "CMYK": ((0, 0, 0, 0), (0, 0, 0, 255)),
 }  # fmt: skip
 _WHITE, _BLACK = 192, 128
+_AT_ONCE = 1 << 18  # grey values that are scaled at once
 
 
 def normalise(image: Image.Image, data: DataRecipe) -> Pixels:
@@ -52,13 +54,13 @@ def resized(image: Image.Image, data: DataRecipe) -> Pixels:
 def upright_srgb(image: Image.Image) -> Image.Image:
     """A decoded image as 8-bit RGB or RGBA: the one form of source images, of layers and of elements.
 
-    The EXIF orientation is applied and an embedded ICC profile is converted to sRGB. Metadata that are damaged say
-    nothing, and spoil no image.
+    The EXIF orientation is applied, and colours of which the image says that they are others (colours.py) are converted
+    to sRGB. Metadata that are damaged say nothing, and spoil no image.
 
     Raises:
-        LayerloopError: a pixel format that has no sensible 8-bit form.
+        LayerloopError: a pixel format that has no sensible 8-bit form, or colours of high dynamic range.
     """
-    profile, grey = image.info.get("icc_profile"), GreyRange.of(image)
+    profile, grey = profile_of(image), GreyRange.of(image)
     image = _upright(image)
     image, alpha = _eight_bit(image, grey)
     image = _to_srgb(image, profile)
@@ -77,18 +79,23 @@ class GreyRange:
 
     @classmethod
     def of(cls, image: Image.Image) -> Self:
-        """Of a decoded image; of TIFF by its tags BitsPerSample and PhotometricInterpretation (TIFF 6.0, section 8),
-        which Pillow applies to 8 bits only."""
+        """Of a decoded image; of TIFF by its tags BitsPerSample, SampleFormat and PhotometricInterpretation (TIFF
+        6.0, sections 8 and 19), which Pillow applies to 8 bits only."""
         tags = getattr(image, "tag_v2", None) or {}
         bits, photometric = tags.get(258) or (16,), tags.get(262)
-        wide = image.mode in ("I", "F")
-        top = {"F": 1.0, "I": 65535.0}.get(image.mode, 4095.0 if tuple(bits) == (12,) else 65535.0)
+        wide, signed = image.mode in ("I", "F"), tags.get(339) == (2,) and tuple(bits) == (16,)
+        top = 1.0 if image.mode == "F" else 4095.0 if tuple(bits) == (12,) else 32767.0 if signed else 65535.0
         return cls(top, inverted=photometric == 0, unsaid=wide and tuple(bits) == (32,))
 
     def scaled(self, values: npt.NDArray[np.generic]) -> Pixels:
-        """Values as 8 bits."""
-        shares = values.astype(np.float64) * (255 / self.top)
-        return np.rint(255 - shares if self.inverted else shares).astype(np.uint8)
+        """Values `(H, W)` as 8 bits, a few rows at a time: as float64 they take eight bytes each."""
+        out = np.empty(values.shape, np.uint8)
+        step = max(1, _AT_ONCE // values.shape[1])
+        for start in range(0, len(values), step):
+            rows = slice(start, start + step)
+            shares = values[rows].astype(np.float64) * (255 / self.top)
+            out[rows] = np.rint(255 - shares if self.inverted else shares)
+        return out
 
 
 def target_size(width: int, height: int, data: DataRecipe, *, stretch: bool = False) -> tuple[int, int]:
@@ -205,6 +212,12 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     from PIL import Image, ImageCms
 
     target = "RGBA" if image.mode == "RGBA" else "RGB"
+    if profile and image.mode in ("RGB", "RGBA") and profile[16:20] == b"GRAY" and _is_grey(image):
+        alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        image = _to_srgb(image.getchannel("R"), profile)  # grey in a format that has none, such as WebP
+        if alpha is not None:
+            image.putalpha(alpha)
+        return image
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -220,6 +233,11 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         if converted is not None:
             return converted
     return image.convert(target)
+
+
+def _is_grey(image: Image.Image) -> bool:
+    values = np.asarray(image)
+    return bool((values[..., :1] == values[..., 1:3]).all())
 
 
 def _lab_to_srgb(image: Image.Image) -> Image.Image:

@@ -145,6 +145,8 @@ class LocalFiles:
     def open(self, name: str) -> Iterator[BinaryIO]:
         try:
             file = open_regular(self._path(name))
+        except IsADirectoryError:
+            raise InputError("a folder is no file: give its files, one a line") from None
         except OSError as error:
             raise InputError(f"file cannot be read ({error.strerror}): allow it, or restore it") from None
         except ValueError:  # a zero byte, which no name has

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
-from layerloop.components.schema.messages import printable
+from layerloop.components.schema.messages import counted, printable
 from layerloop.components.shard_dataset.files import (
     Files,
     InputError,
@@ -39,7 +39,7 @@ from layerloop.components.shard_dataset.items import (
 )
 from layerloop.components.shard_dataset.listed import SUFFIXES as LIST_SUFFIXES
 from layerloop.components.shard_dataset.listed import ListedFiles
-from layerloop.components.shard_dataset.tables import parquet_items
+from layerloop.components.shard_dataset.tables import NoImagesError, parquet_items
 from layerloop.components.shard_dataset.tars import tar_items
 
 _CONTAINERS = ("tar", "parquet")
@@ -120,28 +120,40 @@ def find_inputs(uri: str, *, what: str, suffixes: frozenset[str] = IMAGE_SUFFIXE
     passed = [*listing.passed, *(passed_over(name) for name in listing.sizes if name not in useful)]
     if not useful:
         raise LayerloopError(
-            f"{what} {_shown(uri)} has {len(listing.sizes)} files but no image, tar or parquet: {remedy}"
+            f"{what} {_shown(uri)} has {counted(len(listing.sizes), 'files')} but no image, tar or parquet: {remedy}"
         )
     return Inputs(_shown(text), store, useful, passed)
 
 
 def read_items(inputs: Inputs, *, max_bytes: int) -> Iterator[Item]:
-    """The images of all files, in the order of their names. One over `max_bytes` encoded is a problem, and not read."""
+    """The images of all files, in the order of their names. One over `max_bytes` encoded is a problem, and not read.
+
+    Raises:
+        LayerloopError: a table with several image columns, or none of them where there is nothing else.
+    """
+    found, without = False, None
     for name, size in inputs.sizes.items():
         where = printable(name)
         if suffix_of(name) not in _CONTAINERS:
+            found = True
             yield sized_item(where, size, max_bytes, functools.partial(inputs.store.read, name))
             continue
         before, count = len(inputs.passed), 0
         try:
             for item in _contained(inputs, name, where, max_bytes):
-                count += 1
+                count, found = count + 1, True
                 yield item
+        except NoImagesError as error:
+            without = without or error
+            reason = str(error).removeprefix(f"{inputs.store.uri}/{where} ")
+            inputs.passed.append(Passed(where, "tables without images", reason))
         except InputError as error:  # the container itself cannot be opened
-            count += 1
+            count, found = count + 1, True
             yield broken_item(where, str(error))
         if not count and len(inputs.passed) == before:
             inputs.passed.append(Passed(where, "empty containers", "has no image: leave it out, or fill it"))
+    if without is not None and not found:
+        raise without
 
 
 def _contained(inputs: Inputs, name: str, where: str, max_bytes: int) -> Iterator[Item]:

@@ -56,6 +56,8 @@ def passed_over(name: str) -> Passed:
     if not suffix:
         return Passed(printable(name), "without suffix", "a file without a suffix is not read: name it .png or .jpg")
     kind = f".{printable(suffix)}"
+    if suffix in ("tar", "parquet"):
+        return Passed(printable(name), kind, f"{kind} within a tar is not read: give it by itself")
     if suffix in _PACKED:
         return Passed(printable(name), kind, f"{kind} is packed, which is not read: unpack it")
     return Passed(printable(name), kind, f"{kind} is not read: convert it to PNG or JPEG if it is an image")

@@ -47,7 +47,8 @@ class ListedFiles:
         self._stores: dict[str, Files] = {}
 
     def _add(self, uri: str) -> None:
-        scheme = uri.partition("://")[0] if "://" in uri else "file"
+        scheme, mark, rest = uri.partition("://")
+        scheme, uri = (scheme.lower(), f"{scheme.lower()}{mark}{rest}") if mark else ("file", uri)
         if scheme not in ("file", "s3", "hf", "http", "https"):
             shown = printable(_without_secrets(uri))
             raise LayerloopError(f"list {printable(self.uri)} has {shown}: give paths, s3://, hf:// or http(s)://")

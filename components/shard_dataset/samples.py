@@ -110,7 +110,7 @@ def prepare_image(item: Item, data: DataRecipe) -> Prepared | Refused:
         image = decode_image(loaded, max_pixels=int(data.max_megapixels * 1e6))
         target_size(*image.size, data)  # refused before the work is done
         flat = on_white(upright_srgb(image))
-        return _prepared(item.origin, resized(flat, data), hash_image(flat), image.size)
+        return _prepared(item.origin, resized(flat, data), hash_image(flat), flat.size)
 
     return guarded(item.origin, item.load, work)
 

@@ -52,6 +52,7 @@ from layerloop.components.storage.shards import existing_shards, write_shard
 from layerloop.components.storage.stores import Store, open_store
 
 REJECTS = "rejects.parquet"
+_SAID_BY_NAME = ("unreadable folders", "linked folders", "empty containers", "tables without images")
 PROMPT = f"{Campaign.sources_dir}/prompt.safetensors"
 
 
@@ -296,9 +297,7 @@ def _say_what_became(read: Mapping[str, tuple[Gathered, Inputs | None]]) -> None
     parts = [account(gathered, inputs.passed, what=what) for what, (gathered, inputs) in read.items() if inputs]
     log("; ".join(reversed(parts)))  # images first
     for item in [item for _, inputs in read.values() if inputs for item in inputs.passed]:
-        if item.kind in ("unreadable folders", "linked folders", "empty containers") or item.reason.endswith(
-            "unpack it"
-        ):
+        if item.kind in _SAID_BY_NAME or item.reason.endswith("unpack it"):
             log(f"passed over {item.origin}: {item.reason}")
 
 

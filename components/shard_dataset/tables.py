@@ -10,6 +10,12 @@ from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.messages import counted, printable
 from layerloop.components.shard_dataset.footers import RowGroup, read_row_groups
 from layerloop.components.shard_dataset.items import Item, broken_item, one_line, sized_item
+from layerloop.components.storage.foreign import HEAD, foreign_kind
+
+
+class NoImagesError(LayerloopError):
+    """A table has no column with images, as one about the images beside it."""
+
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "data")
 
@@ -19,6 +25,7 @@ _FREE_ENTRIES = 1_000_000
 _BATCH_BYTES = 256_000_000  # unpacked at once
 _DAMAGED = "row cannot be read, the parquet is damaged ({}): make it again"
 _MISSING = "missing, the parquet is damaged: make it again"
+_LONGEST_PATH = 200  # characters of a row's path that are told
 _MOST_TOLD = 10_000  # rows of a group that cannot be read, each in the table of rejects
 
 
@@ -31,7 +38,7 @@ def parquet_items(file: BinaryIO, where: str, *, folder: str, max_bytes: int) ->
         max_bytes: an image of more is a problem, and is not read.
 
     Raises:
-        LayerloopError: no image column, or several without a usual name.
+        LayerloopError: several image columns without a usual name, or (NoImagesError) none.
     """
     table = open_parquet(file)
     if isinstance(table, str):
@@ -48,9 +55,14 @@ def parquet_items(file: BinaryIO, where: str, *, folder: str, max_bytes: int) ->
             one_of = origin if index is None else f"{origin}/{index}"
             data, path = (one.get("bytes"), one.get("path")) if isinstance(one, dict) else (one, None)
             if data is None:
-                yield broken_item(one_of, f"row has no image bytes (path {path!r}): embed them")
+                yield broken_item(one_of, f"row has no image bytes (path {_path(path)}): embed them")
             else:
                 yield sized_item(one_of, len(data), max_bytes, lambda data=data: data)  # type: ignore[misc]
+
+
+def _path(path: object) -> str:
+    text = repr(path)
+    return text if len(text) <= _LONGEST_PATH else f"{text[:_LONGEST_PATH]}..."
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,10 @@ def open_parquet(file: BinaryIO) -> Table | str:
         schema, count = reader.schema_arrow, reader.num_row_groups
         schema.names  # noqa: B018 - read here, where it may fail
     except Exception as error:  # Arrow raises its own kinds, OSError, ValueError and others on hostile bytes
+        file.seek(0)
+        head = file.read(HEAD)
+        if not head.startswith(b"PAR") and (foreign := foreign_kind(head)):
+            return f"file named .parquet is {foreign[0]}: {foreign[1]}"
         return f"parquet is damaged ({one_line(error)}): make it again"
     return Table(reader, schema, read_row_groups(file, count))
 
@@ -129,7 +145,7 @@ def _image_column(schema: Any, where: str) -> str:
     """The column with encoded images: binary, or the `datasets` library's struct with `bytes`, or lists of these.
 
     Raises:
-        LayerloopError: no image column, or several without a usual name.
+        LayerloopError: several image columns without a usual name, or (NoImagesError) none.
     """
     from pyarrow import types
 
@@ -155,7 +171,7 @@ def _image_column(schema: Any, where: str) -> str:
             f"{where} has several image columns among {names}: name the one with encoded images 'image'"
         )
     found = printable(", ".join(f"{field.name}: {str(field.type)[:40]}" for field in schema))[:300] or "no columns"
-    raise LayerloopError(
+    raise NoImagesError(
         f"{where} has no image column among {found}: store the bytes of image files in a binary column 'image', or "
         "give their addresses as a list (.txt)"
     )

@@ -19,6 +19,7 @@ from layerloop.components.shard_dataset.items import (
     passed_over,
     sized_item,
 )
+from layerloop.components.storage.foreign import HEAD, foreign_kind
 
 _EXTENSIONS = (  # types of headers that are not of a member
     tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
@@ -55,6 +56,9 @@ def tar_items(file: BinaryIO, where: str, passed: list[Passed], *, max_bytes: in
                 passed.append(Passed(origin, reason[0], reason[1]))
             continue
         data = b""
+        if member.size < 0:  # which would be read to the tar's end
+            yield broken_item(origin, f"member has a size of {member.size} bytes: make the tar again")
+            continue
         if member.size <= max_bytes:
             try:
                 file.seek(member.offset)
@@ -113,6 +117,10 @@ def _members(file: BinaryIO) -> tuple[list[_Member], str | None]:
                 "tar goes on behind its end, as tars that were put together with cat do: give each by itself",
             )
     except Exception as error:  # hostile headers raise nearly anything
+        file.seek(0)
+        head = file.read(HEAD)
+        if not members and head[257:262] != b"ustar" and (foreign := foreign_kind(head)):
+            return members, f"file named .tar is {foreign[0]}: {foreign[1]}"
         return members, f"tar is damaged ({one_line(error)}): make it again"
     return members, None if complete else "tar has no end-of-archive mark, it was cut short: make it again"
 

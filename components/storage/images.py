@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import io
 import re
-import struct
 import warnings
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.storage.colour_boxes import bare_avif, note_colours
+from layerloop.components.storage.foreign import HEAD, foreign_kind
+from layerloop.components.storage.jpegs import START, without_excess
+from layerloop.components.storage.pngs import SIGNATURE, bare_png, check_palette, check_rows, take_clear, unlike
+from layerloop.components.storage.tiffs import choose_page, set_layout
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,7 +26,6 @@ _KINDS = "PNG, JPEG, WebP, HEIC, GIF, BMP, TIFF, JPEG 2000 or AVIF"
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM")
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
-_PNG = b"\x89PNG\r\n\x1a\n"
 _STARTS = {
     re.compile(start, re.DOTALL): kind
     for start, kind in (
@@ -32,11 +34,6 @@ _STARTS = {
         (rb"P[1-6]\s", "PPM"),
     )
 }  # fmt: skip
-_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
-_MAX_PROFILE = 1 << 20  # bytes; Pillow's own limit of an unpacked chunk
-
-_NEW_SUBFILE_TYPE, _SUB_IFDS = 254, 330  # tags of TIFF
-_MOST_THUMBNAILS = 8  # pages looked at
 
 MAX_PIXELS = 100_000_000  # of our own PNGs too: a shard may have been made by someone else
 
@@ -44,22 +41,36 @@ MAX_PIXELS = 100_000_000  # of our own PNGs too: a shard may have been made by s
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The first frame of an untrusted image with its header read and its size checked; no pixel is decoded yet.
 
-    Of a TIFF it is the first page that is not marked as a thumbnail of another.
+    Of a TIFF it is the first page that is not marked as a thumbnail of another. One whose remarks (texts, profiles,
+    EXIF) cannot be read is opened without them.
 
     Raises:
         LayerloopError: empty, not an image, without pixels, only a thumbnail, or larger than `max_pixels`.
     """
+    return _with_or_without_remarks(_opened, data, max_pixels)
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
     from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise LayerloopError(f"image is empty (0 bytes): give a {_KINDS}")
     _silence()
-    formats = ("PNG",) if data.startswith(_PNG) else _formats()  # all others take a tenth of a second to load
+    formats = ("PNG",) if data.startswith(SIGNATURE) else _formats()  # all others take a tenth of a second to load
     # Pillow's own bound may be below ours: it is raised, never lowered, to what the caller allows.
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)
+    if data.startswith(START):
+        data = without_excess(data)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
-        _skip_thumbnails(image)
+        if image.format == "TIFF":
+            choose_page(image)
+            set_layout(image)
+        elif image.format == "PNG":
+            check_palette(image)
+        elif image.format == "AVIF":
+            image.info.pop("xmp", None)  # Pillow would turn it by that; its boxes alone do (ISO 23000-22, 7.2)
+        note_colours(image, data)
     except LayerloopError:
         raise
     except UnidentifiedImageError:
@@ -70,6 +81,8 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 f"image is {kind} by its first bytes, but cut off, damaged or of a kind that is not read: save it "
                 "again as PNG with 8 bits"
             ) from None
+        if foreign := foreign_kind(data[:HEAD]):
+            raise LayerloopError(f"image starts with {data[:12]!r}, it is {foreign[0]}: {foreign[1]}") from None
         raise LayerloopError(f"image starts with {data[:12]!r}, not a known format: give a {_KINDS}") from None
     except Image.DecompressionBombError:
         raise LayerloopError(
@@ -88,123 +101,50 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
-def _skip_thumbnails(image: Image.Image) -> None:
-    """Go to the first page of a TIFF that is a picture and not a smaller version of one (TIFF 6.0, section 8,
-    NewSubfileType). One that is alone with its mark is taken for a picture.
-
-    Raises:
-        LayerloopError: the picture is where it is not read from, as in the raw files of cameras.
-    """
-    if image.format != "TIFF":
-        return
-    elsewhere = _SUB_IFDS in image.tag_v2  # type: ignore[attr-defined]
-    for page in range(1, _MOST_THUMBNAILS):
-        if not int(image.tag_v2.get(_NEW_SUBFILE_TYPE, 0)) & 1:  # type: ignore[attr-defined]
-            return
-        try:
-            image.seek(page)
-        except EOFError:
-            break
-    if elsewhere:
-        raise LayerloopError("image is a raw or layered TIFF, of which only a thumbnail can be read: export it as PNG")
-    image.seek(0)
-
-
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the first frame of an untrusted image; its size is checked before any pixel is decoded.
 
-    A PNG whose ancillary chunks (texts, profiles, EXIF) cannot be read is decoded without them.
+    One whose remarks (texts, profiles, EXIF) cannot be read is decoded without them.
 
     Raises:
         LayerloopError: as `open_image`, or truncated or damaged.
     """
+    image = _with_or_without_remarks(_decoded, data, max_pixels)
+    if image.format == "PNG":
+        check_rows(image, data)
+    return image
+
+
+def _with_or_without_remarks(read: Callable[[bytes, int], Image.Image], data: bytes, max_pixels: int) -> Image.Image:
+    """What `read` makes of an image or, where that fails, of the image without what is no part of its pixels."""
     try:
-        return _decoded(data, max_pixels)
+        return read(data, max_pixels)
     except LayerloopError:
-        bare = _bare_png(data)
+        bare = bare_png(data) or bare_avif(data)
         if bare is None:
             raise
         try:
-            return _decoded(bare, max_pixels)
+            return read(bare, max_pixels)
         except LayerloopError:
             pass
         raise
 
 
 def _decoded(data: bytes, max_pixels: int) -> Image.Image:
-    image = open_image(data, max_pixels=max_pixels)
-    clear = _take_clear(image, data)
+    image = _opened(data, max_pixels)
+    clear = take_clear(image, data) if image.format == "PNG" else None
     try:
         image.load()
         if clear is not None:
-            image.putalpha(_unlike(image, data, clear))
+            image.putalpha(unlike(image, _opened(data, max_pixels), clear))
     except MemoryError:
         size = " x ".join(map(str, image.size))
         raise LayerloopError(f"image of {size} pixels does not fit in memory: make it smaller") from None
     except Exception as error:  # as above, on hostile pixels
         raise LayerloopError(f"image is truncated or damaged ({_short(error)}): save it again") from None
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0):
+        image.putalpha(255)  # a byte that Windows leaves at 0, as browsers take it
     return image
-
-
-def _take_clear(image: Image.Image, data: bytes) -> tuple[int, ...] | None:
-    """Bring the clear colour of a PNG's tRNS to the 8 bits of Pillow's pixels, which it does not: of 2 or 4 bits grey.
-    That of 16 bits colour has no 8 bits and is taken away and returned."""
-    clear, depth = image.info.get("transparency"), data[24] if data[12:16] == b"IHDR" else 8
-    if image.format != "PNG" or clear is None:
-        return None
-    if image.mode == "RGB" and depth == 16 and isinstance(clear, tuple):
-        return tuple(image.info.pop("transparency"))
-    if image.mode == "L" and depth in (2, 4) and isinstance(clear, int):
-        if clear >= 2**depth:
-            del image.info["transparency"]
-        else:
-            image.info["transparency"] = clear * 255 // (2**depth - 1)
-    return None
-
-
-def _unlike(image: Image.Image, data: bytes, clear: tuple[int, ...]) -> Image.Image:
-    """Alpha of a decoded PNG of 16 bits colour: 0 where a pixel is the clear colour in all its bits. Pillow decodes the
-    high bytes; read as little-endian, the low ones are the high ones."""
-    from PIL import Image
-
-    low = open_image(data, max_pixels=image.width * image.height)
-    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # type: ignore[attr-defined]
-    values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
-    return Image.fromarray(np.where((values == clear).all(axis=-1), 0, 255).astype(np.uint8))
-
-
-def _bare_png(data: bytes) -> bytes | None:
-    """A PNG's chunks that make its pixels, and those of its colours and orientation that are whole; None where nothing
-    is left out. Nothing is decompressed beyond what Pillow itself allows."""
-    if not data.startswith(_PNG):
-        return None
-    kept, position, left_out = [_PNG], len(_PNG), False
-    while position + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 12 + length
-        if kind in _PIXEL_CHUNKS or (kind in (b"iCCP", b"eXIf") and _is_whole(data[position + 4 : end])):
-            kept.append(data[position:end])
-        else:
-            left_out = True
-        position = end
-        if kind == b"IEND":
-            break
-    return b"".join(kept) if left_out else None
-
-
-def _is_whole(chunk: bytes) -> bool:
-    """Whether a chunk (its name, data and CRC) has the right CRC and, if it is a profile, unpacks to a usual size."""
-    if len(chunk) < 8 or zlib.crc32(chunk[:-4]) != int.from_bytes(chunk[-4:], "big"):
-        return False
-    if not chunk.startswith(b"iCCP"):
-        return True
-    packed = chunk[4:-4].partition(b"\0")[2][1:]
-    try:
-        unpacker = zlib.decompressobj()
-        unpacker.decompress(packed, _MAX_PROFILE)
-    except zlib.error:
-        return False
-    return not unpacker.unconsumed_tail
 
 
 def encode_png(array: np.ndarray) -> bytes:
@@ -228,7 +168,7 @@ def decode_png(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         LayerloopError: as `decode_image`, or a PNG of another kind than `encode_png` makes.
     """
-    image = decode_image(data, max_pixels=max_pixels)
+    image = _with_or_without_remarks(_decoded, data, max_pixels)
     if image.format != "PNG" or image.mode not in ("L", "RGB", "RGBA"):
         raise LayerloopError(
             f"image is {image.format} {image.mode}, not an 8-bit PNG of layerloop: make the shard again"
@@ -252,7 +192,7 @@ def read_png(
     if name not in members:
         raise LayerloopError(f"{where} lacks {name}: {remedy}")
     try:
-        if size is not None and (found := open_image(members[name]).size[::-1]) != size:
+        if size is not None and (found := _opened(members[name], MAX_PIXELS).size[::-1]) != size:
             sizes = " x ".join(map(str, found)), " x ".join(map(str, size))
             raise LayerloopError(f"image is {sizes[0]}, its group's record says {sizes[1]}: {remedy}")
         return decode_png(members[name])

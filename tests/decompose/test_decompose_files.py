@@ -44,6 +44,18 @@ def test_links_that_lead_nowhere_are_said_and_the_rest_is_found(tmp_path: Path) 
             look_at(origin)
 
 
+def test_files_of_a_folder_that_are_no_pictures_by_their_names_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.png", "b.PSD", "c.psd", "notes", ".hidden.txt", "done/layers.json", "done/0-background.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert find_pictures([tmp_path]) == [f"{tmp_path}/a.png"]
+    said = "no pictures by suffix (2 .psd, 1 without suffix): name one to have it taken"
+    captured = capsys.readouterr()
+    assert f"passed over 3 files of {tmp_path}, {said}" in captured.out + captured.err
+
+
 def test_everything_that_can_be_used_is_made_and_the_rest_fails_in_one_line(ran: Ran) -> None:
     made = {outcome.folder.name for outcome in ran.summary.outcomes if outcome.folder is not None}
     assert made == set(ran.pictures)

@@ -33,6 +33,7 @@ from PIL import Image, ImageCms
 from pillow_heif import register_heif_opener
 from psd_tools.constants import Tag
 
+from layerloop.components.decompose.pictures import look_at
 from layerloop.components.judge.address import judge_address
 from layerloop.components.judge.errors import read_error, shown
 from layerloop.components.judge.features import EndpointFeatures
@@ -142,9 +143,9 @@ def _holds_prepared(data: bytes) -> None:
         one_line(result.reason)
         return
     record = json.loads(result.members["json"])
-    assert (record["original_width"], record["original_height"]) == SIZE
-    shape, upright = record["width"] / record["height"], SIZE[0] / SIZE[1]
-    assert min(abs(shape / upright - 1), abs(shape * upright - 1)) < 0.1  # as it is or turned, and nothing else
+    original = record["original_width"], record["original_height"]
+    assert original in (SIZE, SIZE[::-1])  # as it is or turned, and nothing else
+    assert abs(record["width"] / record["height"] / (original[0] / original[1]) - 1) < 0.1
     pixel = Image.open(io.BytesIO(result.members["png"])).convert("RGB").getpixel((5, 5))
     assert max(abs(a - b) for a, b in zip(pixel, (200, 30, 60), strict=True)) < 12  # type: ignore[arg-type]
 
@@ -169,8 +170,10 @@ def _pictures() -> list[bytes]:
         (Image.new("LAB", SIZE, (120, 20, 200)), "TIFF", {"compression": "tiff_adobe_deflate"}),
         (clear, "JPEG2000", {}), (colour, "JPEG2000", {"irreversible": True, "num_resolutions": 2}),
         (clear, "AVIF", {}), (colour, "HEIF", extra), (colour, "MPO", {"save_all": True, "append_images": [colour]}),
+        (colour, "AVIF", extra), (clear, "BMP", {}), (colour.convert("YCbCr"), "TIFF", {}),
+        (colour, "TIFF", {"tiffinfo": {274: 6}}), (grey.convert("I;16"), "TIFF", {"compression": "tiff_lzw"}),
     ]  # fmt: skip
-    out = []
+    out = [_png_with_colours(colour)]
     for image, kind, options in kinds:
         buffer = io.BytesIO()
         image.save(buffer, kind, **options)
@@ -178,8 +181,17 @@ def _pictures() -> list[bytes]:
     return out
 
 
+def _png_with_colours(picture: Image.Image) -> bytes:
+    """A PNG that says its colours by code points, gamma and chromaticities."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    said = {b"cICP": bytes([12, 13, 0, 1]), b"gAMA": b"\0\1\x11\x70", b"cHRM": struct.pack(">8I", *[32_000] * 8)}
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in said.items()]
+    return buffer.getvalue()[:33] + b"".join(chunks) + buffer.getvalue()[33:]
+
+
 def _holds_picture(data: bytes) -> None:
-    """A picture of the size that is told, or a reject."""
+    """A picture of the size that is told, or a reject; where decompose can look at it and read it, of one size."""
     result = prepare_image(Item("picture", lambda: data), DataRecipe())
     if isinstance(result, Prepared):
         record = json.loads(result.members["json"])
@@ -187,6 +199,16 @@ def _holds_picture(data: bytes) -> None:
     else:
         assert result.kind == "reject"
         one_line(result.reason)
+        assert "cannot be used" not in result.reason, "what no reader of pictures foresaw"
+    with tempfile.NamedTemporaryFile(prefix="layerloop-fuzz-") as file:
+        file.write(data)
+        file.flush()
+        try:
+            seen = look_at(file.name)
+            if seen.width * seen.height < 1_000_000:
+                assert seen.read().shape[:2] == (seen.height, seen.width)
+        except LayerloopError as error:
+            one_line(str(error))
 
 
 @st.composite

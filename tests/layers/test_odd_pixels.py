@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from layerloop.components.layers.normalise import upright_srgb
+from layerloop.components.layers.normalise import GreyRange, upright_srgb
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.storage.images import decode_image
 
@@ -100,6 +101,19 @@ def test_grey_of_32_bits_that_may_be_of_8_is_refused() -> None:
         pixels(tiff(32, np.full(WIDTH * HEIGHT, 200, "<u4").tobytes(), photometric=1))
 
 
+@pytest.mark.parametrize("kind", ["u2", "f4"])
+def test_grey_of_many_bits_takes_no_memory_beyond_its_own(kind: str) -> None:
+    values = np.linspace(0, 1, 1500 * 2000).reshape(1500, 2000)
+    values = (values * 65535).astype(kind) if kind == "u2" else values.astype(kind)
+    grey = GreyRange(65535.0 if kind == "u2" else 1.0)
+    tracemalloc.start()
+    found = grey.scaled(values)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (found[0, 0], found[-1, -1]) == (0, 255) and (np.diff(found.astype(int).ravel()) >= 0).all()
+    assert peak < 15e6, "three million pixels, of which each as float64 took 24 bytes"
+
+
 @pytest.mark.parametrize("kind", [1, 3, 4])
 def test_an_orientation_of_any_whole_number_type_turns(kind: int) -> None:
     value = struct.pack({1: "<B", 3: "<H", 4: "<I"}[kind], 6).ljust(4, b"\0")
@@ -132,5 +146,5 @@ def test_what_is_known_and_cannot_be_read_is_not_called_unknown() -> None:
     of_64_bits = tiff(64, bytes(8 * WIDTH * HEIGHT), photometric=1, kind=3)
     with pytest.raises(LayerloopError, match=r"^image is TIFF by its first bytes, but cut off, damaged or of a kind"):
         decode_image(of_64_bits)
-    with pytest.raises(LayerloopError, match=r"^image starts with b'%PDF-1.7', not a known format"):
-        decode_image(b"%PDF-1.7")
+    with pytest.raises(LayerloopError, match=r"^image starts with b'\\x00\\x01', not a known format"):
+        decode_image(b"\0\1")

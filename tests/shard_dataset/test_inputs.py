@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
 import os
 import re
 import tarfile
@@ -341,3 +344,63 @@ def test_a_few_bytes_of_parquet_are_not_unpacked_to_gigabytes(tmp_path: Path, en
     pq.write_table(nulls, tmp_path / "nulls.parquet", row_group_size=3_000_000)
     [(origin, problem)] = read(find(f"{tmp_path}/nulls.parquet"))
     assert origin == "nulls.parquet:0" and "3000000 rows: row group has 3000000 entries in" in str(problem)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet"])
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (gzip.compress(b"x"), "packed by gzip: unpack it"),
+        (bz2.compress(b"x"), "packed by bzip2: unpack it"),
+        (lzma.compress(b"x"), "packed by xz: unpack it"),
+        (b"PK\x03\x04" + bytes(600), "a zip: unpack it"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a pointer of Git LFS and not the file itself: fetch it with",
+        ),
+        (b"ARROW1\0\0", "an Arrow table: write it as parquet"),
+        (b"<!doctype html>", "a web page: download the file itself"),
+    ],
+)
+def test_a_container_that_is_something_else_is_told_what_it_is(
+    tmp_path: Path, name: str, data: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    ((origin, problem),) = read(find(str(tmp_path)))
+    assert origin == name and str(problem).startswith(f"file named {name[1:]} is {said}")
+
+
+def test_a_tar_within_a_tar_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of([("in.tar", b"x"), ("k.png", b"k")]))
+    inputs = find(str(tmp_path))
+    assert read(inputs) == [("a.tar:k.png", b"k")]
+    assert [item.reason for item in inputs.passed] == [".tar within a tar is not read: give it by itself"]
+
+
+def test_a_table_about_the_images_beside_it_is_passed_over_and_one_alone_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"file_name": ["a.png"]}), tmp_path / "metadata.parquet")
+    with pytest.raises(LayerloopError, match=r"metadata\.parquet has no image column among file_name: string: store"):
+        read(find(str(tmp_path)))
+    (tmp_path / "z.png").write_bytes(b"z")
+    inputs = find(str(tmp_path))
+    assert read(inputs) == [("z.png", b"z")]
+    (passed,) = inputs.passed
+    assert (passed.origin, passed.kind) == ("metadata.parquet", "tables without images")
+    assert passed.reason.startswith("has no image column among file_name: string: store the bytes")
+
+
+def test_a_row_without_bytes_is_told_with_the_beginning_of_its_path(tmp_path: Path) -> None:
+    cells = pa.array([{"bytes": None, "path": "p" * 5_000}], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    pq.write_table(pa.table({"image": cells}), tmp_path / "a.parquet")
+    ((_, problem),) = read(find(str(tmp_path)))
+    assert str(problem).startswith("row has no image bytes (path 'ppp") and len(str(problem)) < 300
+
+
+def test_a_member_of_negative_size_is_not_read_to_the_end_of_its_tar(tmp_path: Path) -> None:
+    data = bytearray(tar_of([("a.png", b"a"), ("b.png", b"b")]))
+    data[124:136] = b"\xff" * 12  # -1 in base 256
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    (tmp_path / "a.tar").write_bytes(data)
+    found = dict(read(find(str(tmp_path))))
+    assert found["a.tar:a.png"] == "member has a size of -1 bytes: make the tar again"

@@ -212,3 +212,12 @@ def test_a_list_that_is_none_is_one_line(tmp_path: Path, text: bytes, line: str)
     (tmp_path / "l.txt").write_bytes(text)
     with pytest.raises(LayerloopError, match=line):
         find_inputs(str(tmp_path / "l.txt"), what="benchmark")
+
+
+def test_a_scheme_may_be_in_capitals_and_a_folder_is_no_line(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"a")
+    (tmp_path / "l.txt").write_text(f"FILE://{tmp_path}/a.png\n{tmp_path}\n")
+    items = {item.origin: item for item in read_items(find_inputs(str(tmp_path / "l.txt"), what="images"), max_bytes=9)}
+    assert items[f"file://{tmp_path}/a.png"].load() == b"a"
+    with pytest.raises(InputError, match=r"^a folder is no file: give its files, one a line$"):
+        items[str(tmp_path)].load()

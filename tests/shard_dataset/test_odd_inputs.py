@@ -137,6 +137,15 @@ def test_the_orientation_counts_whatever_the_other_tags_are(
         assert np.abs(also - np.rot90(normalise(image, DATA), -1)).mean() < 1  # Pillow resizes rows first
 
 
+def test_the_original_size_of_a_turned_image_is_its_upright_size(draw_image: Callable[..., Image.Image]) -> None:
+    data = with_chunk(png(draw_image(2)), chunk(b"eXIf", directory(ORIENTED)))
+    prepared = prepare_image(Item("a.png", lambda: data), DATA)
+    assert isinstance(prepared, Prepared)
+    record = json.loads(prepared.members["json"])
+    sizes = record["width"], record["height"], record["original_width"], record["original_height"]
+    assert sizes[0] < sizes[1] and sizes[2:] == draw_image(2).size[::-1]
+
+
 @pytest.mark.parametrize(
     "extra",
     [

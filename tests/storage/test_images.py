@@ -77,20 +77,31 @@ def test_an_empty_file_is_one_line() -> None:
         decode_image(b"")
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"this is no image",
-        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        b"%!PS-Adobe-3.0 EPSF-3.0\n",
-        b"8BPS\0\1",
-        b"\0" * 99,
-    ],
-)
-def test_text_and_formats_that_are_not_taken_are_told_by_their_first_bytes(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"this is no image", b"\0" * 99])
+def test_what_is_no_image_is_told_by_its_first_bytes(data: bytes) -> None:
     with pytest.raises(LayerloopError) as caught:
         decode_image(data)
     assert str(caught.value).startswith(f"image starts with {data[:12]!r}, not a known format: give a PNG, JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing: export it as PNG"),
+        (b'<?xml version="1.0"?>\n<svg/>', "an SVG drawing: export it as PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "PostScript: export it as PNG"),
+        (b"8BPS\0\1", "a Photoshop document: export it as PNG"),
+        (b"%PDF-1.7", "a PDF: export it as PNG"),
+        (b"\xff\x0a\xfa\x7f", "JPEG XL: convert it to PNG"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a pointer of Git LFS and not the file itself: fetch it "),
+        (b"\n<!DOCTYPE html><title>Sign in</title>", "a web page: download the file itself"),
+        (b"\x1f\x8b\x08\0", "packed by gzip: unpack it"),
+    ],
+)
+def test_files_of_other_kinds_are_told_by_what_they_are(data: bytes, said: str) -> None:
+    with pytest.raises(LayerloopError) as caught:
+        decode_image(data)
+    assert str(caught.value).startswith(f"image starts with {data[:12]!r}, it is {said}")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
