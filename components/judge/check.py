@@ -23,7 +23,8 @@ from layerloop.components.judge.replies import PAID, SWITCH, Reply, UnusableErro
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.judge.serving import try_prefixes, try_thinking
-from layerloop.components.judge.transport import TransportError
+from layerloop.components.judge.transport import BUSY, TransportError
+from layerloop.components.schema.errors import UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
 
@@ -31,6 +32,8 @@ IMAGE_COUNTS = (4, 8, 16, 32)  # images in one request that are tried, in order,
 ATTEMPTS = 3  # of a probe: one answer, good or bad, is no finding
 ENOUGH = 2  # answers of these that must be good
 MOST_REFUSALS = 8  # features that are given up one after another
+BUSY_REASONS = frozenset(f"http_{status}" for status in BUSY)
+WAITS, LONGEST_WAIT = 3, 20.0  # for a judge that is busy, and seconds of one
 NEEDED_IMAGES = 8  # source, recomposition and the layers of L = 5 on one backdrop, with room for one
 GOOD_AGREEMENT, POOR_AGREEMENT = 0.8, 0.5  # rank agreement with the canaries' grades
 
@@ -155,7 +158,7 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
         logprobs=logprobs,
         images_per_request=images,
         thinking=_thinking(thoughts),
-        prefix_caching="not known: the request was refused" if prefixes is None else str(prefixes),
+        prefix_caching="not known: no answer came" if prefixes is None else str(prefixes),
         latency_p50_seconds=statistics.percentile(0.5),
         latency_p95_seconds=statistics.percentile(0.95),
         requests=statistics.answered,
@@ -213,13 +216,18 @@ async def _post(judge: Judge, request: Request, wanted: EndpointFeatures, *, att
     UnusableError.
     """
     kept = replace(judge.features, response_format=wanted.response_format, logprobs=wanted.logprobs)
-    for _ in range(MOST_REFUSALS):
+    waits = 0
+    for _ in range(MOST_REFUSALS + WAITS):
         temperature = judge.recipe.temperature if not attempt else max(judge.recipe.temperature, RETRY_TEMPERATURE)
         payload = kept.payload(request, judge.recipe, seed=1 + attempt, temperature=temperature)
         try:
             reply = read_body(await judge.connection.post(payload, timeout=judge.runtime.timeout_seconds))
             judge.connection.saw_answer()
         except TransportError as error:
+            if error.status in BUSY and waits < WAITS:
+                await asyncio.sleep(min(error.retry_after or 2.0**waits, LONGEST_WAIT))
+                waits += 1
+                continue
             simpler = judge.simpler(kept, error) if error.status in REFUSALS else None
             if simpler is None:
                 raise error.problem from None
@@ -236,13 +244,17 @@ def _thinking(thoughts: list[str | None]) -> str:
     """What some answers say about thinking."""
     some = [thought for thought in thoughts if thought is not None]
     if not thoughts:
-        return "not known: the request was refused"
+        return "not known: no answer came"
     return f"on in {len(some)} of {len(thoughts)} answers, {some[0]}" if some else f"off ({len(thoughts)} answers)"
 
 
 async def _answers(judge: Judge, request: Request, features: EndpointFeatures) -> bool:
-    """Whether the endpoint answers with usable JSON by this format, most of the times that it is asked."""
-    good = 0
+    """Whether the endpoint answers with usable JSON by this format, most of the times that it is asked.
+
+    Raises:
+        UnavailableError: it was busy each time, which says nothing of the format.
+    """
+    good, busy = 0, 0
     for attempt in range(ATTEMPTS):
         try:
             reply, as_wanted = await _post(judge, request, features, attempt=attempt)
@@ -252,6 +264,9 @@ async def _answers(judge: Judge, request: Request, features: EndpointFeatures) -
         except UnusableError as error:
             if error.reason.startswith("http_4") and not error.retry:
                 return False
+            busy += error.reason in BUSY_REASONS
+            if busy == ATTEMPTS:
+                raise UnavailableError(f"judge {judge.url} is busy ({error}): check it again later") from None
             continue
         good += reply.text.lstrip().startswith("{")
     return good >= ENOUGH

@@ -19,10 +19,10 @@ from layerloop.components.judge.canaries import make_canaries
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.images import candidate_images, encode_image, fitted
 from layerloop.components.judge.methods import PHASE1
-from layerloop.components.judge.replies import UnusableError, read_usage
+from layerloop.components.judge.replies import THOUGHTS, UnusableError, is_thought, read_usage
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
-from layerloop.components.judge.thoughts import answer_of
+from layerloop.components.judge.thoughts import thinks
 from layerloop.components.judge.transport import Connection, TransportError
 from layerloop.components.schema.judging import JudgeRecipe
 
@@ -115,19 +115,19 @@ def thought_in(body: bytes) -> str | None:
     try:
         value: Any = json.loads(body)
         message = value["choices"][0]["message"]
-        fields = [name for name in ("reasoning_content", "reasoning", "thinking") if message.get(name)]
+        fields = [name for name in THOUGHTS if message.get(name)]
         details = (value.get("usage") or {}).get("completion_tokens_details") or {}
         count = details.get("reasoning_tokens") or 0
-        text = message.get("content")
+        content = message.get("content")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
     if fields:
         return f"in the field {fields[0]}"
     if isinstance(count, int) and count > 0:
         return f"{count} tokens, hidden"
-    if isinstance(text, str) and (answer := answer_of(text)) is not None and answer.strip() == text.strip():
-        return None
-    return "in the text" if isinstance(text, str) else None
+    if isinstance(content, list) and any(is_thought(part) for part in content):
+        return "in a part of the content"
+    return "in the text" if isinstance(content, str) and thinks(content) else None
 
 
 async def try_thinking(
