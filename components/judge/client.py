@@ -42,7 +42,7 @@ NEVER = 1e6  # runtime.judge.give_up_seconds from which a judge never counts as 
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds between attempts, doubling, times a random 0.5..1
 ABOUT_CONTENT = re.compile(  # of a refused request, not of a feature: another one may be answered as it is
     r"image|picture|token|context|length|large|model|content|filter|polic|safety|moderat|flagged|prohibit|violat|harm|"
-    r"inappropriate|sensitive|\u654f\u611f|\u8fdd\u89c4",  # the last two: "sensitive" and "against the rules", in Chinese
+    r"inappropriate|sensitive|\u654f\u611f|\u8fdd\u89c4",  # Chinese: "sensitive", "against the rules"
     re.IGNORECASE,
 )
 

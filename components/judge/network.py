@@ -119,7 +119,7 @@ def is_direct(url: str) -> bool:
     from urllib.request import proxy_bypass
 
     host = urlsplit(url).hostname or ""
-    here = host in {"localhost", "::1", "0.0.0.0", "::"} or host.startswith("127.")  # noqa: S104
+    here = host in {"localhost", "::1", "0.0.0.0", "::"} or host.startswith("127.")
     return here or bool(proxy_bypass(host))
 
 

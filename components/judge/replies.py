@@ -140,7 +140,9 @@ def _nothing_in(message: dict[str, Any], finish: str) -> UnusableError:
         what = f"content is empty, the text is in {where}, which is thought and not read: {SWITCH}"
         return UnusableError("truncated" if finish == "length" else "empty", what)
     if (call := next((name for name in _CALLS if message.get(name)), None)) is not None:
-        return UnusableError("empty", f"content is empty, it answers by {call}, which were not offered: switch off tools")
+        return UnusableError(
+            "empty", f"content is empty, it answers by {call}, which were not offered: switch off tools"
+        )
     return UnusableError("empty", f"no text, finish_reason {finish[:80] or 'missing'}")
 
 
