@@ -22,7 +22,7 @@ from layerloop.components.judge.parsing import parse
 from layerloop.components.judge.replies import PAID, SWITCH, Reply, UnusableError, read_body
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
-from layerloop.components.judge.serving import try_prefixes, try_thinking
+from layerloop.components.judge.serving import post, try_prefixes, try_thinking
 from layerloop.components.judge.transport import BUSY, TransportError
 from layerloop.components.schema.errors import UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
@@ -33,7 +33,6 @@ ATTEMPTS = 3  # of a probe: one answer, good or bad, is no finding
 ENOUGH = 2  # answers of these that must be good
 MOST_REFUSALS = 8  # features that are given up one after another
 BUSY_REASONS = frozenset(f"http_{status}" for status in BUSY)
-WAITS, LONGEST_WAIT = 3, 20.0  # for a judge that is busy, and seconds of one
 NEEDED_IMAGES = 8  # source, recomposition and the layers of L = 5 on one backdrop, with room for one
 GOOD_AGREEMENT, POOR_AGREEMENT = 0.8, 0.5  # rank agreement with the canaries' grades
 
@@ -216,18 +215,13 @@ async def _post(judge: Judge, request: Request, wanted: EndpointFeatures, *, att
     UnusableError.
     """
     kept = replace(judge.features, response_format=wanted.response_format, logprobs=wanted.logprobs)
-    waits = 0
-    for _ in range(MOST_REFUSALS + WAITS):
+    for _ in range(MOST_REFUSALS):
         temperature = judge.recipe.temperature if not attempt else max(judge.recipe.temperature, RETRY_TEMPERATURE)
         payload = kept.payload(request, judge.recipe, seed=1 + attempt, temperature=temperature)
         try:
-            reply = read_body(await judge.connection.post(payload, timeout=judge.runtime.timeout_seconds))
+            reply = read_body((await post(judge.connection, payload, timeout=judge.runtime.timeout_seconds))[0])
             judge.connection.saw_answer()
         except TransportError as error:
-            if error.status in BUSY and waits < WAITS:
-                await asyncio.sleep(min(error.retry_after or 2.0**waits, LONGEST_WAIT))
-                waits += 1
-                continue
             simpler = judge.simpler(kept, error) if error.status in REFUSALS else None
             if simpler is None:
                 raise error.problem from None

@@ -7,6 +7,7 @@ this endpoint: the same prefix twice, against prefixes that it cannot have seen.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import statistics
 import time
@@ -23,13 +24,32 @@ from layerloop.components.judge.replies import THOUGHTS, UnusableError, is_thoug
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.judge.thoughts import thinks
-from layerloop.components.judge.transport import Connection, TransportError
+from layerloop.components.judge.transport import BUSY, Connection, TransportError
 from layerloop.components.schema.judging import JudgeRecipe
 
+WAITS, LONGEST_WAIT = 3, 20.0  # for a judge that is busy, and seconds of one
 ROUNDS = 3  # prefixes that are sent twice
 SHORT = 16  # tokens of an answer, so that its time is that of its prefix
 FASTER = 0.8  # share of the time of a new prefix, below which a known one counts as cached
 SOME = 0.1  # share of a request's tokens that are reported as cached, from which they count
+
+
+async def post(connection: Connection, payload: bytes, *, timeout: float) -> tuple[bytes, float]:
+    """A completion's body and the seconds that it took; a judge that is busy is asked again, a few times, as it says.
+
+    Raises:
+        TransportError: as `Connection.post`.
+    """
+    wait = 0
+    while True:
+        began = time.monotonic()
+        try:
+            return await connection.post(payload, timeout=timeout), time.monotonic() - began
+        except TransportError as error:
+            if error.status not in BUSY or wait == WAITS:
+                raise
+            await asyncio.sleep(min(error.retry_after or 2.0**wait, LONGEST_WAIT))
+        wait += 1
 
 
 @dataclass(frozen=True)
@@ -69,14 +89,13 @@ async def try_prefixes(
         noise = rng.integers(0, 256, (recipe.resolution, recipe.resolution, 3), np.uint8)
         for known in (False, True):
             request = _shared(rubric, recipe, noise, design=int(known))
-            began = time.monotonic()
             try:
-                body = await connection.post(
-                    features.payload(request, recipe, seed=1, temperature=0.0), timeout=timeout
+                body, took = await post(
+                    connection, features.payload(request, recipe, seed=1, temperature=0.0), timeout=timeout
                 )
             except TransportError:
                 return None
-            seconds[known].append(time.monotonic() - began)
+            seconds[known].append(took)
             if known:
                 count, reported = _cached_tokens(body)
                 tokens.append(count)
@@ -138,7 +157,7 @@ async def try_thinking(
     for seed in range(ROUNDS):
         payload = features.payload(request, recipe, seed=seed, temperature=recipe.temperature)
         try:
-            found.append(thought_in(await connection.post(payload, timeout=timeout)))
+            found.append(thought_in((await post(connection, payload, timeout=timeout))[0]))
         except (TransportError, UnusableError):
             continue
     return found
