@@ -20,7 +20,7 @@ from layerloop.components.judge.canaries import make_canaries
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.images import candidate_images, encode_image, fitted
 from layerloop.components.judge.methods import PHASE1
-from layerloop.components.judge.replies import THOUGHTS, UnusableError, is_thought, read_usage
+from layerloop.components.judge.replies import THOUGHTS, is_thought, read_usage
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
 from layerloop.components.judge.thoughts import thinks
@@ -31,6 +31,7 @@ WAITS, LONGEST_WAIT = 3, 20.0  # for a judge that is busy, and seconds of one
 ROUNDS = 3  # prefixes that are sent twice
 SHORT = 16  # tokens of an answer, so that its time is that of its prefix
 FASTER = 0.8  # share of the time of a new prefix, below which a known one counts as cached
+LEAST = 0.05  # seconds that this saves at least: less is chance
 SOME = 0.1  # share of a request's tokens that are reported as cached, from which they count
 
 
@@ -66,7 +67,7 @@ class Prefixes:
         """Whether the shared part is computed once, by the endpoint's report, else by the time."""
         if self.cached is not None:
             return self.cached >= SOME * self.tokens
-        return self.seconds_known <= FASTER * self.seconds_new
+        return self.seconds_known <= min(FASTER * self.seconds_new, self.seconds_new - LEAST)
 
     def __str__(self) -> str:
         took = f"a known prefix takes {self.seconds_known:.2f} s, a new one {self.seconds_new:.2f} s"
@@ -151,13 +152,15 @@ def thought_in(body: bytes) -> str | None:
 
 async def try_thinking(
     connection: Connection, request: Request, recipe: JudgeRecipe, features: EndpointFeatures, *, timeout: float
-) -> list[str | None]:
-    """Of some answers to one request, each with another seed, where they have thought, None where they have not."""
+) -> tuple[list[str | None], str]:
+    """Of some answers to one request, each with another seed, where they have thought, None where they have not; and
+    why the last one that did not come did not."""
     found: list[str | None] = []
+    why = ""
     for seed in range(ROUNDS):
         payload = features.payload(request, recipe, seed=seed, temperature=recipe.temperature)
         try:
             found.append(thought_in((await post(connection, payload, timeout=timeout))[0]))
-        except (TransportError, UnusableError):
-            continue
-    return found
+        except TransportError as error:
+            why = str(error)
+    return found, why

@@ -199,6 +199,27 @@ def test_check_waits_for_a_busy_judge_and_finds_what_it_finds_without(
     assert report.thinking == "off (3 answers)" and "not known" not in report.prefix_caching
 
 
+def test_check_says_once_why_nothing_is_known_of_an_endpoint_that_takes_four_images(scripted: ScriptedJudge) -> None:
+    limit = http('{"error": {"message": "At most 4 image(s) may be provided"}}', status="400 Bad Request")
+
+    def answer(body: dict[str, Any], number: int) -> bytes:
+        return limit if json.dumps(body["messages"]).count('"image_url": {') > 4 else FINE
+
+    scripted.answer = answer
+    report = check(scripted.url, recipe=SMALL, designs=1)
+    why = "http_400: At most 4 image(s) may be provided"
+    assert (
+        report.verdict == "unfit"
+        and report.images_per_request == 4
+        and not any("thinking" in p for p in report.problems)
+    )
+    assert f"it answers no request of 5 images ({why})" in report.problems
+    lines = report.lines()
+    assert "JSON schema           not known: no answer came" in lines
+    assert [line for line in lines if line.endswith(f"perfect-0, unfilled-0: {why}")] and len(lines) < 25
+    assert not any("JSON schema:" in problem for problem in report.problems)
+
+
 def test_check_draws_no_conclusion_from_a_judge_that_is_only_busy(
     scripted: ScriptedJudge, monkeypatch: pytest.MonkeyPatch
 ) -> None:

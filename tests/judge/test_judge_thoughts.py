@@ -99,6 +99,7 @@ TEXTS: dict[str, tuple[str, str, str | None]] = {
         )
     },
     "cut in a fence of thought": (f"```thinking\n{DRAFT}\nbut", "stop", "no_json"),
+    "a fence of thought without an end after the answer": (f"{FINAL}\n```thinking\n{DRAFT}\nbut", "stop", "no_json"),
     "details of something else": (f"<details><summary>Scores</summary>{FINAL}</details>", "stop", None),
     "a thought and nothing": (f"<think>{DRAFT}</think>", "stop", "no_json"),
     "only a close": (f"{DRAFT}</think>", "stop", "no_json"),
