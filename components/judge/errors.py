@@ -32,7 +32,20 @@ SHOWN = 300  # characters that are shown
 DEEPEST = 12
 _FIRST = ("message", "msg", "error", "errormessage", "errordescription", "detail", "details", "description", "title")
 _NAMES = ("param", "field", "code", "type", "status", "reason")  # short words that say what is meant
-_ECHOES = ("input", "ctx", "url", "request", "body", "documentationurl", "help", "@type", "trace", "stack", "userid")
+_ECHOES = (
+    "input",
+    "content",
+    "ctx",
+    "url",
+    "request",
+    "body",
+    "documentationurl",
+    "help",
+    "@type",
+    "trace",
+    "stack",
+    "userid",
+)
 _SAYS = re.compile(r"message|msg|error|fault|reason|detail|descr|cause|exception|title|text|hint|info")
 _MARKUP = re.compile(r"<(script|style|head)\b.*?</\1>|<!--.*?-->|<[^<>]{1,2000}>", re.DOTALL | re.IGNORECASE)
 _TITLE = re.compile(r"<title[^<>]*>([^<]*)", re.IGNORECASE)
