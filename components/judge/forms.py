@@ -82,12 +82,14 @@ def forms_in(value: Any, request: Request) -> Iterator[Any]:
         return
     key, by_candidate = letters(request.answer.key), request.answer.by_candidate
     used = [k for k in value if letters(k) == key]
+    whole = set(map(letters, request.names)) <= set(map(letters, value))
     if used:
         forms = [value[k] for k in used if value[k] is not None]
         forms = [next(forms_in(form, request), form) if isinstance(form, str) else form for form in forms]
+        if whole and not by_candidate:  # the criteria are given beside it once more
+            forms.append({k: value[k] for k in value if letters(k) in set(map(letters, request.names))})
     else:
         used = [k for k in value if is_candidate_label(k)]
-        whole = set(map(letters, request.names)) <= set(map(letters, value))
         forms = [value] if used or (whole if by_candidate else named(value, request)) else []
     if forms:
         check_scale(value, request.names)

@@ -23,10 +23,17 @@ from layerloop.components.judge.logprobs import TokenProbabilities
 from layerloop.components.judge.relaxed import read_relaxed, unique
 from layerloop.components.judge.replies import Reply, UnusableError, looks_like_refusal
 from layerloop.components.judge.requests import Request, Scores
+from layerloop.components.judge.rubric import TOP
 from layerloop.components.judge.thoughts import answer_of
+from layerloop.components.judge.values import TOLERANCE
 
 _FENCE = re.compile(r"(```|~~~)[A-Za-z]*\s*(.*?)(?:\1|\Z)", re.DOTALL)
-_GIVES = r"[\s*_`'\"|]*(?:[:=|]|\bis\b|[\u2013\u2014-])[\s*_`'\"]*(\d+(?:\.\d+)?(?:\s*(?:/|out of|of)\s*\d+)?)"
+_GIVES = (  # what lies between a criterion's name and its score, "(0-5)" too
+    r"[\s*_`'\"|]*(?:\([^()\d]*0[^()\d]*5[^()\d]*\)[\s*_`'\"|]*)?(?:[:=|\u2192]|\bis\b|[\u2013\u2014-]{verbs})[\s*_`'\"]*"
+    r"(\d+(?:\.\d+)?(?:\s*(?:/|out of|of)\s*\d+)?)"
+)
+_CORRECTS = r"|\b(?:should|must|ought to) be\b|\bbecomes\b|\bto\b"
+_SAID = re.compile(r"\s*(?:\d+(?:\.\d+)?\s*(?:$|/|of\b|out\b|[(:;-])|(?:yes|no|true|false)\s*$)", re.IGNORECASE)
 _ENDS = re.compile(  # what may follow a score in words: not "4 or 5", "4,5", "3 halos", nor another cell with a number
     r"[^\S\n]*[*_`'\"]*[^\S\n]*(?:\Z|\n|[(!\u2605]|\.(?!\d)|[;,:|)\]\u2013\u2014-](?![\s*_`]*[\d>])|(?:points?|stars?|because|since)\b)",
     re.IGNORECASE,
@@ -50,9 +57,11 @@ def parse(request: Request, reply: Reply) -> Scores:
         UnusableError: refused, truncated, no_json, ambiguous, wrong_count, wrong_labels, missing_criterion,
             not_a_number or out_of_range.
     """
-    answer, complete = _find_answer(request, reply)
+    answer, complete, after = _find_answer(request, reply)
     try:
-        return request.answer.read(request, answer)
+        scores = request.answer.read(request, answer)
+        _check_uncorrected(scores, after, request)
+        return scores
     except UnusableError as error:
         if complete or error.reason not in ("missing_criterion", "wrong_count", "wrong_labels"):
             raise
@@ -79,8 +88,9 @@ def expected_scores(request: Request, reply: Reply, scores: Scores) -> tuple[Sco
 # ----------------------------------------------------------------------------------------------------- finding the JSON
 
 
-def _find_answer(request: Request, reply: Reply) -> tuple[Any, bool]:
-    """The one JSON value in the text that can be the answer, and whether the text is complete up to its end.
+def _find_answer(request: Request, reply: Reply) -> tuple[Any, bool, str]:
+    """The one JSON value in the text that can be the answer, whether the text is complete up to its end, and what
+    follows it.
 
     Raises:
         UnusableError: refused, truncated, no_json or ambiguous.
@@ -102,16 +112,44 @@ def _find_answer(request: Request, reply: Reply) -> tuple[Any, bool]:
             rest = _closed(text, decimals=request.answer.decimals)
             found, complete = list(forms_in(rest, request)), False
         if not found and "{" not in text and not reply.cut:
-            found, complete = _in_words(text, request), True
+            found, complete, tail = _in_words(text, request), True, ""
     except RecursionError:
         raise UnusableError("no_json", "nested too deep") from None
     if not found:
         if looks_like_refusal(text):
             raise UnusableError("refused", " ".join(text.split())[:200])
         raise UnusableError("truncated" if reply.cut else "no_json", " ".join(text.split())[:80])
+    found = [form for form in found if _says_something(form)] or found  # the example of the question is no answer
     if any(value != found[0] for value in found[1:]):
         raise UnusableError("ambiguous", f"{len(found)} different answers in one reply")
-    return found[0], complete
+    return found[0], complete, tail
+
+
+def _says_something(form: Any) -> bool:
+    """Whether a form has any score or yes or no, and not only words ("0 to 5", "clean")."""
+    if isinstance(form, dict | list):
+        return any(map(_says_something, form.values() if isinstance(form, dict) else form))
+    return isinstance(form, int | float) or (isinstance(form, str) and _SAID.match(form) is not None)
+
+
+def _check_uncorrected(scores: Scores, after: str, request: Request) -> None:
+    """Refuse a form after which words give one of its criteria another number ("alpha cleanliness should be 1").
+
+    Raises:
+        UnusableError: ambiguous.
+    """
+    for name in request.names if request.rows == 1 and request.answer.key == "scores" else ():
+        for given in _given(name, after, _GIVES.format(verbs=_CORRECTS)):
+            number = float(re.split(r"[^\d.]", given[1])[0])
+            ends = _ENDS.match(after, given.end()) or re.match(r"\s*(?:instead|rather|now)\b", after[given.end() :])
+            if ends and abs(number / TOP - scores[0][name]) > TOLERANCE:
+                raise UnusableError("ambiguous", f"after the form {name} is {given[1]}")
+
+
+def _given(name: str, text: str, gives: str) -> list[re.Match[str]]:
+    """Where words give a criterion a number, their first group."""
+    words = r"[\s_-]+".join(map(re.escape, name.split("_")))
+    return list(re.finditer(rf"(?<!\w){words}{gives}", text, re.IGNORECASE))
 
 
 def _decoded(text: str) -> str:
@@ -137,13 +175,13 @@ def _forms(text: str, request: Request) -> tuple[list[Any], str]:
         )
     )
     found, tail = [], text
-    for part in (*(fence[2] for fence in fences), outside):
+    for part, rest in (*((fence[2], text[fence.end() :]) for fence in fences), (outside, "")):
         words, at = "", 0
         for value, start, end in _values(part):
             words, at = words + part[at:start], end
             if forms := list(forms_in(value, request)):
                 found += forms
-                tail = part[end:]
+                tail = part[end:] + rest
         if found and (said := _SCALE_SAID.search(words + part[at:])):
             raise UnusableError("out_of_range", f"it speaks of another scale: {said[0]!r}")
     return found, tail
@@ -168,8 +206,7 @@ def _in_words(text: str, request: Request) -> list[dict[str, str]]:
         return []
     form = {}
     for name in request.names:
-        words = r"[\s_-]+".join(map(re.escape, name.split("_")))
-        given = list(re.finditer(rf"(?<!\w){words}{_GIVES}", text, re.IGNORECASE))
+        given = _given(name, text, _GIVES.format(verbs=""))
         if len({match[1] for match in given}) != 1 or not all(_ENDS.match(text, match.end()) for match in given):
             return []
         form[name] = given[0][1]

@@ -110,6 +110,7 @@ TEXTS: dict[str, tuple[str, str, str | None]] = {
     "fenced and the same plain": (f"```json\n{FINAL}\n```\nThat is {FINAL}", "stop", None),
     "tildes and another plain": (f"~~~json\n{DRAFT}\n~~~\n{FINAL}", "stop", "ambiguous"),
     "two final channels": (f"<|channel|>final {DRAFT}<|end|><|channel|>final {FINAL}", "stop", "ambiguous"),
+    "a second fence that is cut": (f"{FENCED}\n```json\n{FINAL[:60]}", "length", "truncated"),
     "a second form that is cut": (f'{DRAFT} No: {{"scores": {{"{NAMES[0]}": 4', "length", "truncated"),
     # words
     "no fault found": (f"I can't find any fault in this one.\n\n{WORDS}", "stop", None),
