@@ -243,7 +243,8 @@ class S3Store(Store):
         return [upload for upload in found if is_name(upload[0])]
 
     def _head(self, name: str) -> Any:
-        """What the store says of an object. A refused HEAD has no words, so a call that has some asks the same."""
+        """What the store says of an object. A refused HEAD has no words, so a call that has some asks the same: of a
+        404 too while nothing in the bucket has been read, since there may be no such bucket."""
         from botocore.exceptions import ClientError
 
         key = self._key(name)
@@ -253,10 +254,9 @@ class S3Store(Store):
             answer["Body"].close()
             return answer
 
+        wordless = _WORDLESS if self._requests.have_succeeded else (*_WORDLESS, "404")
         try:
-            return self._requests.ask(
-                name, lambda: self._client.head_object(Bucket=self.bucket, Key=key), let=_WORDLESS
-            )
+            return self._requests.ask(name, lambda: self._client.head_object(Bucket=self.bucket, Key=key), let=wordless)
         except ClientError:
             return self._requests.ask(name, get)
 

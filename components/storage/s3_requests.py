@@ -37,6 +37,11 @@ class Requests:
         self._endpoint, self._bucket, self._uri = endpoint, bucket, uri
         self.where = f"{endpoint}/{bucket}"
 
+    @property
+    def have_succeeded(self) -> bool:
+        """Whether this process has had an answer from the bucket that is no error."""
+        return self.where in _answered
+
     def ask(self, name: str, request: Callable[[], T], *, let: tuple[str, ...] = (), again: tuple[str, ...] = ()) -> T:
         """The answer to a request, which is made again where the connection broke or the error's code is in `again`:
         boto3 repeats what failed before its answer began, and a broken answer of few calls. It stops early where many
@@ -64,7 +69,7 @@ class Requests:
             return True
         if is_broken_answer(error) and attempt < ATTEMPTS and (attempt == 0 or seconds < PATIENCE):
             return True
-        return is_passing(error) and self.where in _answered and seconds < PATIENCE
+        return is_passing(error) and self.have_succeeded and seconds < PATIENCE
 
     @contextlib.contextmanager
     def _one_line(self, name: str, *, let: tuple[str, ...] = ()) -> Iterator[None]:

@@ -29,7 +29,8 @@ import peft  # noqa: F401 - the reader imports it when it needs it, which would 
 import torch
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
-from PIL import Image
+from PIL import Image, ImageCms
+from pillow_heif import register_heif_opener
 from psd_tools.constants import Tag
 
 from layerloop.components.judge.address import judge_address
@@ -57,7 +58,7 @@ from layerloop.components.shard_dataset import listed
 from layerloop.components.shard_dataset.inputs import find_inputs, read_items
 from layerloop.components.shard_dataset.items import Item
 from layerloop.components.shard_dataset.samples import Prepared, Refused, guarded, prepare_image
-from layerloop.components.storage.images import decode_image
+from layerloop.components.storage.images import decode_image, decode_png
 from layerloop.components.storage.local import LocalStore
 from layerloop.components.storage.shards import read_sample, read_shard, sample_ranges
 
@@ -146,6 +147,46 @@ def _holds_prepared(data: bytes) -> None:
     assert min(abs(shape / upright - 1), abs(shape * upright - 1)) < 0.1  # as it is or turned, and nothing else
     pixel = Image.open(io.BytesIO(result.members["png"])).convert("RGB").getpixel((5, 5))
     assert max(abs(a - b) for a, b in zip(pixel, (200, 30, 60), strict=True)) < 12  # type: ignore[arg-type]
+
+
+def _pictures() -> list[bytes]:
+    """A small picture in every format that is read, of several modes and packings, some with profile and EXIF."""
+    register_heif_opener()
+    colour = Image.linear_gradient("L").resize(SIZE).convert("RGB")
+    colour.paste((200, 30, 60), (4, 4, 20, 20))
+    clear = colour.convert("RGBA")
+    clear.putalpha(Image.radial_gradient("L").resize(SIZE))
+    grey, palette = colour.convert("L"), clear.quantize(8)
+    extra = {"icc_profile": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), "exif": _exif()[0]}
+    two = {"save_all": True, "append_images": [clear]}
+    kinds: list[tuple[Image.Image, str, dict[str, Any]]] = [
+        (colour, "JPEG", {"progressive": True, **extra}), (colour.convert("CMYK"), "JPEG", {}), (grey, "JPEG", {}),
+        (clear, "PNG", extra), (palette, "PNG", {}), (grey.convert("I;16"), "PNG", {}), (grey.convert("1"), "PNG", {}),
+        (clear, "PNG", two), (clear, "WEBP", {"lossless": True, **extra}), (clear, "WEBP", two), (palette, "GIF", {}),
+        (colour, "BMP", {}), (grey, "PPM", {}), (clear, "TIFF", {}), (clear, "TIFF", two),
+        (colour, "TIFF", {"compression": "jpeg"}), (grey.convert("1"), "TIFF", {"compression": "group4"}),
+        (palette, "TIFF", {"compression": "tiff_lzw"}), (colour, "TIFF", {"compression": "packbits"}),
+        (Image.new("LAB", SIZE, (120, 20, 200)), "TIFF", {"compression": "tiff_adobe_deflate"}),
+        (clear, "JPEG2000", {}), (colour, "JPEG2000", {"irreversible": True, "num_resolutions": 2}),
+        (clear, "AVIF", {}), (colour, "HEIF", extra), (colour, "MPO", {"save_all": True, "append_images": [colour]}),
+    ]  # fmt: skip
+    out = []
+    for image, kind, options in kinds:
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        out.append(buffer.getvalue())
+    return out
+
+
+def _holds_picture(data: bytes) -> None:
+    """A picture of the size that is told, or a reject."""
+    result = prepare_image(Item("picture", lambda: data), DataRecipe())
+    if isinstance(result, Prepared):
+        record = json.loads(result.members["json"])
+        assert decode_png(result.members["png"]).shape == (record["height"], record["width"], 3)
+    else:
+        assert result.kind == "reject"
+        one_line(result.reason)
 
 
 @st.composite
@@ -1015,6 +1056,7 @@ def _holds_document(data: bytes) -> None:
 TARGETS: dict[str, Target] = {
     "documents": Target(mutated(_documents()), _holds_document),
     "exif": Target(st.tuples(mutated(_exif()), st.sampled_from(["JPEG", "PNG"])), _holds_image),
+    "pictures": Target(mutated(_pictures()), _holds_picture),
     "pixels": Target(_pngs(), _holds_pixels),
     "grey": Target(_grey_tiffs(), _holds_grey),
     "replies": Target(_REPLY, _holds_reply),

@@ -10,6 +10,7 @@ from .targets import TARGETS
 EXAMPLES = {
     "documents": 80,
     "exif": 60,
+    "pictures": 60,
     "pixels": 60,
     "grey": 40,
     "replies": 150,

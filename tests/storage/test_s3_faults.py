@@ -510,6 +510,9 @@ def test_unfinished_uploads_are_left_over_and_removed(faulty: FaultyServer, stor
 def test_a_bucket_that_does_not_exist_is_one_line(s3_environment: dict[str, str]) -> None:
     with pytest.raises(LayerloopError, match="bucket no-such-bucket does not exist: create it or correct the URI"):
         open_store("s3://no-such-bucket/x").create("m.json", b"")
+    for ask in (lambda store: store.exists("m.json"), lambda store: store.size("m.json")):
+        with pytest.raises(LayerloopError, match="bucket no-such-bucket does not exist"):
+            ask(open_store("s3://no-such-bucket/x"))  # a HEAD's 404 says not of what
 
 
 def test_a_server_that_is_not_there_is_one_line(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
