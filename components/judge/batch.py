@@ -12,19 +12,22 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
+from layerloop.components.judge.errors import read_error, shown
 from layerloop.components.judge.network import TooLargeError
 from layerloop.components.judge.replies import UnusableError
 from layerloop.components.judge.transport import MAX_FILE, Connection, TransportError
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.runtime import BatchRuntime
 
+T = TypeVar("T")
 ENDPOINT = "/v1/chat/completions"
 OVER = frozenset({"completed", "failed", "expired", "cancelled"})
 LABEL = "layerloop"  # metadata key under which a batch carries the digest of its requests
+ODD_ANSWERS = 3  # to one call that are none of the API, until it has no batches
 POLL_FAILURES = 20  # in a row, until the judge counts as gone
 CALL_SECONDS = 120.0  # of a call about a batch, in all
 FILE_SECONDS = 3600.0  # of sending or fetching a file
@@ -174,18 +177,18 @@ class Batches:
             gathering.file.close()
         api = self.connection.openai
         uploaded = await self._call_with_retries(
-            lambda: api.files.create(file=("requests.jsonl", data), purpose="batch"), seconds=FILE_SECONDS
+            lambda: api.files.create(file=("requests.jsonl", data), purpose="batch"), _id, seconds=FILE_SECONDS
         )
-        batch = await self._call_with_retries(
+        entry["batch"] = await self._call_with_retries(
             lambda: api.batches.create(
-                input_file_id=uploaded.id,
+                input_file_id=uploaded,
                 endpoint=ENDPOINT,  # type: ignore[arg-type]
                 completion_window="24h",
                 metadata={LABEL: name},
-            )
+            ),
+            _id,
         )
         self.sent += 1
-        entry["batch"] = batch.id
         await asyncio.to_thread(self.ledger.enter, name, entry)
         await self._collect_answers(name, gathering.waiting)
 
@@ -208,8 +211,10 @@ class Batches:
                     future.set_exception(error)
 
     async def _find_batch(self, name: str) -> str | None:
-        page = await self._call_with_retries(lambda: self.connection.openai.batches.list(limit=100))
-        return next((batch.id for batch in page.data if (batch.metadata or {}).get(LABEL) == name), None)
+        return await self._call_with_retries(
+            lambda: self.connection.openai.batches.list(limit=100),
+            lambda page: next((_id(batch) for batch in page.data if (batch.metadata or {}).get(LABEL) == name), None),
+        )
 
     # ------------------------------------------------------------------------------------------------------ collecting
 
@@ -218,27 +223,28 @@ class Batches:
         entry, api = self._entries[name], self.connection.openai
         until = time.monotonic() + self.runtime.max_hours * 3600
         while True:
-            batch = await self._call_with_retries(lambda: api.batches.retrieve(entry["batch"]))
+            batch = await self._call_with_retries(lambda: api.batches.retrieve(entry["batch"]), _State.of)
             if batch.status in OVER:
                 break
             if time.monotonic() > until:
                 raise UnavailableError(
-                    f"batch {batch.id} is {batch.status} after {self.runtime.max_hours:g} h: run the step again later, "
-                    "it will collect the same batch"
+                    f"batch {entry['batch']} is {batch.status} after {self.runtime.max_hours:g} h: run the step again "
+                    "later, it will collect the same batch"
                 )
             await asyncio.sleep(self.runtime.poll_seconds)
         answers: dict[str, tuple[int, bytes]] = {}
-        for file in (batch.output_file_id, batch.error_file_id):
-            if file:
-                content = await self._call_with_retries(lambda file=file: api.files.content(file), seconds=FILE_SECONDS)
-                answers |= read_output(content.content)
+        for file in batch.files:
+            answers |= await self._call_with_retries(
+                lambda file=file: api.files.content(file),  # type: ignore[misc]
+                lambda content: read_output(content.content),
+                seconds=FILE_SECONDS,
+            )
         entry["failed"] = [key for key in entry["keys"] if answers.get(key, (0, b""))[0] != 200]
         await asyncio.to_thread(self.ledger.enter, name, entry)
         for key in entry["keys"]:
             self._known.pop(key, None)
         if batch.status == "failed" and not answers:
-            errors = [e.message for e in (batch.errors.data or [])] if batch.errors else []
-            raise LayerloopError(f"batch {batch.id} failed ({'; '.join(map(str, errors[:3])) or 'no reason given'})")
+            raise LayerloopError(f"batch {entry['batch']} failed ({shown(batch.errors) or 'no reason given'})")
         self._deliver(answers, waiting, f"batch_{batch.status}")
 
     def _deliver(
@@ -262,18 +268,30 @@ class Batches:
                     future.set_exception(error)
         self._early |= {key: body for key, (status, body) in answers.items() if status == 200 and key not in waiting}
 
-    async def _call_with_retries(self, call: Any, *, seconds: float = CALL_SECONDS) -> Any:
-        """An API call about batches of at most so many seconds, retried while the judge cannot be reached or is busy.
+    async def _call_with_retries(
+        self, call: Callable[[], Awaitable[Any]], read: Callable[[Any], T], *, seconds: float = CALL_SECONDS
+    ) -> T:
+        """What `read` finds in an API call about batches, which takes at most so many seconds and is retried while the
+        judge cannot be reached or is busy, and a few times where the answer is none of the API (a proxy's page).
 
         Raises:
-            LayerloopError: it refuses batches, a file is too large, or it cannot be reached for long.
+            LayerloopError: it refuses batches or has none, a file is too large, or it cannot be reached for long.
         """
         import openai
 
+        odd = 0
         for attempt in range(POLL_FAILURES):
             try:
                 async with asyncio.timeout(seconds):
-                    return await call()
+                    answer = await call()
+                return read(answer)
+            except (AttributeError, KeyError, TypeError, ValueError, openai.APIResponseValidationError):
+                odd, wait = odd + 1, None
+                if odd == ODD_ANSWERS or read is _id:  # what may have made something is not sent twice
+                    raise LayerloopError(
+                        f"judge {self.connection.url} answers calls about batches with something else: "
+                        "set runtime.judge.batch.enabled to false, or see what stands before it"
+                    ) from None
             except openai.APIStatusError as error:
                 problem = self.connection.status_error(error)
                 if not problem.problem.retry:
@@ -293,6 +311,31 @@ class Batches:
         raise UnavailableError(f"judge {self.connection.url} cannot be reached: run the step again when it is back")
 
 
+def _id(value: Any) -> str:
+    """The id of an object of the API. Raises AttributeError or TypeError: it is none."""
+    if not isinstance(value.id, str) or not value.id:
+        raise TypeError("no id")
+    return value.id
+
+
+@dataclass(frozen=True)
+class _State:
+    """Where a batch stands: its status, the files of its answers and errors, and why it failed."""
+
+    status: str
+    files: list[str]
+    errors: str
+
+    @classmethod
+    def of(cls, batch: Any) -> _State:
+        """Raises AttributeError or TypeError: it is no batch."""
+        if not isinstance(batch.status, str):
+            raise TypeError("no status")
+        errors = batch.errors.model_dump() if hasattr(batch.errors, "model_dump") else batch.errors
+        files = [file for file in (batch.output_file_id, batch.error_file_id) if isinstance(file, str) and file]
+        return cls(batch.status, files, read_error(errors))
+
+
 def read_output(data: bytes) -> dict[str, tuple[int, bytes]]:
     """Request key -> (status, body) of an output or error file; lines without an answer are left out."""
     answers: dict[str, tuple[int, bytes]] = {}
@@ -301,6 +344,8 @@ def read_output(data: bytes) -> dict[str, tuple[int, bytes]]:
             value = json.loads(line)
             key = value["custom_id"]
         except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if not isinstance(key, str):
             continue
         response = value.get("response")
         if isinstance(response, dict) and isinstance(response.get("status_code"), int):

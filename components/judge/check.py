@@ -22,15 +22,19 @@ from layerloop.components.judge.parsing import parse
 from layerloop.components.judge.replies import PAID, SWITCH, Reply, UnusableError, read_body
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
-from layerloop.components.judge.serving import try_prefixes, try_thinking
-from layerloop.components.judge.transport import TransportError
+from layerloop.components.judge.serving import post, try_prefixes, try_thinking
+from layerloop.components.judge.transport import BUSY, TransportError
+from layerloop.components.schema.errors import UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
 
 IMAGE_COUNTS = (4, 8, 16, 32)  # images in one request that are tried, in order, until one is refused
 ATTEMPTS = 3  # of a probe: one answer, good or bad, is no finding
 ENOUGH = 2  # answers of these that must be good
+PROBED_LAYERS = 3
+NOT_KNOWN = "not known: no answer came"
 MOST_REFUSALS = 8  # features that are given up one after another
+BUSY_REASONS = frozenset(f"http_{status}" for status in BUSY)
 NEEDED_IMAGES = 8  # source, recomposition and the layers of L = 5 on one backdrop, with room for one
 GOOD_AGREEMENT, POOR_AGREEMENT = 0.8, 0.5  # rank agreement with the canaries' grades
 
@@ -48,6 +52,7 @@ class CheckReport:
     logprobs: bool
     images_per_request: int
     thinking: str  # "off", or where the thought lies
+    refusal: str  # why no probe brought a completion, so that of its form nothing is known; empty where one did
     prefix_caching: str
     latency_p50_seconds: float
     latency_p95_seconds: float
@@ -67,9 +72,9 @@ class CheckReport:
         rows = {
             "judge": f"{self.model} at {self.url}",
             "says it is": self.version or "nothing",
-            "JSON schema": "yes" if self.json_schema else "no: answers are repaired or repeated",
-            "JSON object": "yes" if self.json_object else "no",
-            "log-probabilities": "yes" if self.logprobs else "no: extraction must be sampled",
+            "JSON schema": NOT_KNOWN if self.refusal else _yes(self.json_schema, "answers are repaired or repeated"),
+            "JSON object": NOT_KNOWN if self.refusal else _yes(self.json_object),
+            "log-probabilities": NOT_KNOWN if self.refusal else _yes(self.logprobs, "extraction must be sampled"),
             "images per request": f"{self.images_per_request}{more}",
             "thinking": self.thinking,
             "prefix caching": self.prefix_caching,
@@ -82,7 +87,9 @@ class CheckReport:
         for name, reward in sorted(canaries.rewards.items(), key=lambda item: (-item[1], item[0])):
             rows[f"  {name}"] = f"{_number(reward)} phase 1, {_number(canaries.phase2.get(name))} phase 2"
         out = [f"{label:<22}{text}" for label, text in rows.items()]
-        out += [f"  no judgement of {name}: {why}" for name, why in canaries.failures.items()]
+        for why in dict.fromkeys(canaries.failures.values()):  # which often are one
+            names = [name for name, reason in canaries.failures.items() if reason == why]
+            out.append(f"  no judgement of {', '.join(names)}: {why}")
         out += self.given_up
         out += [f"problem: {problem}" for problem in self.problems]
         return [*out, f"verdict: {self.verdict} ({self.requests} requests in {self.seconds:.1f} s)"]
@@ -132,7 +139,7 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
         judge.log = given_up.append
         await judge.check_reachable(probe=True)
         rubric = rubric_of(recipe)
-        probe = _probe(rubric, recipe, layers=3)
+        probe = _probe(rubric, recipe, layers=PROBED_LAYERS)
         json_schema = await _answers(judge, probe, EndpointFeatures())
         json_object = await _answers(judge, probe, EndpointFeatures(response_format="json_object"))
         logprobs = await _has_logprobs(judge, probe, json_schema)
@@ -141,7 +148,7 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
         )
         images = await _images(judge, rubric, recipe)
         connection, features, most = judge.connection, judge.features, runtime.timeout_seconds
-        thoughts = await try_thinking(connection, probe, recipe, features, timeout=most)
+        thoughts, refusal = await try_thinking(connection, probe, recipe, features, timeout=most)
         prefixes = await try_prefixes(connection, rubric, recipe, features, timeout=most)
         canaries = await score_canaries(judge, rubric, recipe, designs=designs)
         statistics = judge.statistics
@@ -155,7 +162,8 @@ async def _check(url: str, model: str, api_key: str | None, recipe: JudgeRecipe,
         logprobs=logprobs,
         images_per_request=images,
         thinking=_thinking(thoughts),
-        prefix_caching="not known: the request was refused" if prefixes is None else str(prefixes),
+        refusal="" if thoughts else refusal,
+        prefix_caching=NOT_KNOWN if prefixes is None else str(prefixes),
         latency_p50_seconds=statistics.percentile(0.5),
         latency_p95_seconds=statistics.percentile(0.95),
         requests=statistics.answered,
@@ -183,13 +191,15 @@ def _judged(report: CheckReport) -> CheckReport:
         grave.append(f"in phase 2 it hardly separates good from bad (rank agreement {phase2:.2f})")
     if gain is not None and gain > FOOLED:
         grave.append(f"it obeys text inside images (reward +{gain:.2f})")
+    if report.refusal:
+        grave.append(f"it answers no request of {PROBED_LAYERS + 2} images ({report.refusal})")
     if report.images_per_request < NEEDED_IMAGES:
         grave.append(
             f"it takes {report.images_per_request} images per request, {NEEDED_IMAGES} are needed for five layers"
         )
-    if not report.json_schema:
+    if not report.json_schema and not report.refusal:
         light.append("it does not hold itself to a JSON schema: more answers will be repaired or repeated")
-    if not report.thinking.startswith("off"):
+    if not report.thinking.startswith("off") and not report.refusal:
         light.append(f"thinking is {report.thinking}: {SWITCH}")
     if report.canaries.failures and not grave:
         light.append(f"{len(report.canaries.failures)} canaries got no judgement")
@@ -217,7 +227,7 @@ async def _post(judge: Judge, request: Request, wanted: EndpointFeatures, *, att
         temperature = judge.recipe.temperature if not attempt else max(judge.recipe.temperature, RETRY_TEMPERATURE)
         payload = kept.payload(request, judge.recipe, seed=1 + attempt, temperature=temperature)
         try:
-            reply = read_body(await judge.connection.post(payload, timeout=judge.runtime.timeout_seconds))
+            reply = read_body((await post(judge.connection, payload, timeout=judge.runtime.timeout_seconds))[0])
             judge.connection.saw_answer()
         except TransportError as error:
             simpler = judge.simpler(kept, error) if error.status in REFUSALS else None
@@ -236,13 +246,17 @@ def _thinking(thoughts: list[str | None]) -> str:
     """What some answers say about thinking."""
     some = [thought for thought in thoughts if thought is not None]
     if not thoughts:
-        return "not known: the request was refused"
+        return NOT_KNOWN
     return f"on in {len(some)} of {len(thoughts)} answers, {some[0]}" if some else f"off ({len(thoughts)} answers)"
 
 
 async def _answers(judge: Judge, request: Request, features: EndpointFeatures) -> bool:
-    """Whether the endpoint answers with usable JSON by this format, most of the times that it is asked."""
-    good = 0
+    """Whether the endpoint answers with usable JSON by this format, most of the times that it is asked.
+
+    Raises:
+        UnavailableError: it was busy each time, which says nothing of the format.
+    """
+    good, busy = 0, 0
     for attempt in range(ATTEMPTS):
         try:
             reply, as_wanted = await _post(judge, request, features, attempt=attempt)
@@ -252,6 +266,9 @@ async def _answers(judge: Judge, request: Request, features: EndpointFeatures) -
         except UnusableError as error:
             if error.reason.startswith("http_4") and not error.retry:
                 return False
+            busy += error.reason in BUSY_REASONS
+            if busy == ATTEMPTS:
+                raise UnavailableError(f"judge {judge.url} is busy ({error}): check it again later") from None
             continue
         good += reply.text.lstrip().startswith("{")
     return good >= ENOUGH
@@ -289,6 +306,10 @@ async def _images(judge: Judge, rubric: Rubric, recipe: JudgeRecipe) -> int:
         else:
             return most
     return most
+
+
+def _yes(found: bool, otherwise: str = "") -> str:
+    return "yes" if found else f"no{': ' if otherwise else ''}{otherwise}"
 
 
 def _number(value: float | None) -> str:

@@ -40,7 +40,11 @@ RETRY_TEMPERATURE = 0.4  # at least, when an answer was unusable: at 0 the same 
 REFUSED = frozenset({"refused", "http_400", "http_403", "http_422", "http_451"})  # reasons that a judge would not
 NEVER = 1e6  # runtime.judge.give_up_seconds from which a judge never counts as gone, and every failure is a mask
 FIRST_DELAY, LONGEST_DELAY = 0.25, 20.0  # seconds between attempts, doubling, times a random 0.5..1
-ABOUT_CONTENT = re.compile(r"image|picture|token|context|length|large|model", re.IGNORECASE)  # of a refused request
+ABOUT_CONTENT = re.compile(  # of a refused request, not of a feature: another one may be answered as it is
+    r"image|picture|token|context|length|large|model|content|filter|polic|safety|moderat|flagged|prohibit|violat|harm|"
+    r"inappropriate|sensitive|\u654f\u611f|\u8fdd\u89c4",  # Chinese: "sensitive", "against the rules"
+    re.IGNORECASE,
+)
 
 
 class ReplyStore(Protocol):

@@ -7,15 +7,21 @@ import json
 import re
 import time
 
-from layerloop.components.judge.errors import shown
+from layerloop.components.judge.errors import read_error, shown
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.replies import PAID, UnusableError, read_body
 from layerloop.components.judge.transport import Connection, TransportError
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.schema.messages import printable
 from layerloop.components.schema.runtime import JudgeRuntime
 
 REFUSALS = frozenset({400, 404, 415, 422, 501})  # statuses that may be about a parameter of the request
 NO_ROUTE = frozenset({404, 405, 410})  # statuses of a URL or model that does not exist
+_NOWHERE = re.compile(  # the same with status 200, of LM Studio and of gateways
+    r"unexpected endpoint|not found|no route|cannot post|(?:unknown|invalid|no such) (?:endpoint|path|route|url|model)|"
+    r"code 40[45]\b",
+    re.IGNORECASE,
+)
 
 
 class Endpoint:
@@ -47,18 +53,18 @@ class Endpoint:
         listed = any(_same_model(self._model, model) for model in models)
         if probe or not listed:
             answers = await self._answers(models)
-            if models and not listed and not answers:
-                served = ", ".join(sorted(models)[:6])
+            if models and not listed and answers is False:
+                served = printable(", ".join(sorted(models)[:6]))
                 what = f"recipe.judge.model is {self._model!r}, judge {self._connection.url} serves {served}"
                 raise LayerloopError(f"{what}: choose one of these")
         return models
 
-    async def _answers(self, models: list[str]) -> bool:
-        """Whether the model answers a short question. What only says that the question was bad, or that the judge is
-        busy, is no answer and no error.
+    async def _answers(self, models: list[str]) -> bool | None:
+        """Whether the model answers a short question; None where the judge is busy or its trouble may pass, which says
+        nothing. What only says that the question was bad is no answer and no error.
 
         Raises:
-            LayerloopError: nothing is served at the URL, or the key is refused.
+            LayerloopError: nothing is served at the URL, the key is refused, or there is no credit.
         """
         features = EndpointFeatures(response_format="none", seed=False, temperature=False)
         for _ in range(4):
@@ -76,15 +82,26 @@ class Endpoint:
                     raise self.not_served(error) from None
                 simpler = features.without(error.text) if error.status in REFUSALS else None
                 if simpler is None:
-                    return False
+                    return None if error.problem.retry else False
                 features = simpler
                 continue
             try:
                 read_body(body)
             except UnusableError as error:
-                return error.reason in PAID
+                return True if error.reason in PAID else self._says_nothing(error, body, models)
             return True
         return False
+
+    def _says_nothing(self, problem: UnusableError, body: bytes, models: list[str]) -> bool | None:
+        """What a body with status 200 that is no completion says of the model. Raises LayerloopError as `_answers`."""
+        self._connection.error_in_body(problem, body)
+        text = read_error(body)
+        page = problem.reason == "body_not_json" and body.lstrip()[:1] == b"<"
+        if not page and not _NOWHERE.search(text):
+            return None
+        if models and "model" in text.lower():
+            return False
+        raise self.not_served(TransportError(problem, status=200, text=text))
 
     def not_served(self, error: TransportError) -> LayerloopError:
         """The refusal of a URL behind which there is no judge, or not this model."""
@@ -94,7 +111,7 @@ class Endpoint:
                 f"judge {self._connection.url} does not serve recipe.judge.model {self._model!r} ({said}): choose "
                 "another"
             )
-        base = self._connection.url.rstrip("/")
+        base = self._connection.url.partition("?")[0].rstrip("/")
         if base.endswith("/chat/completions"):
             hint = f"leave out /chat/completions: {base.removesuffix('/chat/completions')}"
         elif not re.search(r"/v\d+(?:beta\d*|alpha\d*)?(?:/|$)", base):

@@ -7,6 +7,8 @@ Shapes that are read, alone or inside one another:
     {"error": "text"}                                          LM Studio, Ollama's own API
     {"object": "error", "message": "text" | {"detail": [...]}} SGLang, earlier vLLM, Mistral
     {"detail": [{"loc": ["body", "seed"], "msg": ...}]}        FastAPI: Mistral, gateways
+    {"errors": {"seed": ["Unknown field."]}}                   Rails, Django, .NET
+    {"Message": ...}, {"fault": {"faultstring": ...}}          AWS, Apigee: keys in any case, that say what they hold
     {"error": {"metadata": {"raw": "{...}"}}}                  OpenRouter: the provider's own body as text
     JSON, or a Python literal of it, inside a text             LiteLLM: "litellm.BadRequestError: ... - {...}"
     HTML                                                       proxies
@@ -28,9 +30,23 @@ from layerloop.components.schema.messages import printable
 LONGEST = 100_000  # characters of a body that are read
 SHOWN = 300  # characters that are shown
 DEEPEST = 12
-_FIRST = ("message", "msg", "error", "error_message", "error_description", "detail", "details", "description", "title")
+_FIRST = ("message", "msg", "error", "errormessage", "errordescription", "detail", "details", "description", "title")
 _NAMES = ("param", "field", "code", "type", "status", "reason")  # short words that say what is meant
-_ECHOES = ("input", "ctx", "url", "request", "body", "documentation_url", "help", "@type", "trace", "stack", "user_id")
+_ECHOES = (
+    "input",
+    "content",
+    "ctx",
+    "url",
+    "request",
+    "body",
+    "documentationurl",
+    "help",
+    "@type",
+    "trace",
+    "stack",
+    "userid",
+)
+_SAYS = re.compile(r"message|msg|error|fault|reason|detail|descr|cause|exception|title|text|hint|info")
 _MARKUP = re.compile(r"<(script|style|head)\b.*?</\1>|<!--.*?-->|<[^<>]{1,2000}>", re.DOTALL | re.IGNORECASE)
 _TITLE = re.compile(r"<title[^<>]*>([^<]*)", re.IGNORECASE)
 
@@ -72,29 +88,43 @@ def _words(value: Any, depth: int) -> Iterator[str]:
 
 
 def _of_object(value: dict[Any, Any], depth: int) -> Iterator[str]:
-    loc = value.get("loc")
-    if isinstance(loc, list | tuple) and isinstance(value.get("msg"), str):  # FastAPI
-        yield f"{'.'.join(map(str, loc))}: {value['msg']}"
+    loc, given = value.get("loc"), {_name(key): item for key, item in value.items()}
+    if isinstance(loc, list | tuple) and isinstance(why := given.get("msg") or given.get("type"), str):  # FastAPI
+        yield f"{'.'.join(map(str, loc))}: {why}"
         return
-    for key in _FIRST:
-        yield from _words(value.get(key), depth + 1)
-    for key in _NAMES:
-        if isinstance(item := value.get(key), str | int) and not isinstance(item, bool) and item != "":
-            yield f"{key} {str(item)[:200]}"
-    for key, item in value.items():
-        if (key not in (*_FIRST, *_NAMES, *_ECHOES, "loc") and isinstance(item, dict | list)) or key == "raw":
-            yield from _words(item, depth + 1)
+    found = [piece for name in _FIRST for piece in _words(given.get(name), depth + 1)]
+    yield from found
+    for name in _NAMES:
+        if isinstance(item := given.get(name), str | int) and not isinstance(item, bool) and item != "":
+            yield f"{name} {str(item)[:200]}"
+    others = {name: item for name, item in given.items() if name not in (*_FIRST, *_NAMES, *_ECHOES, "loc")}
+    for name, item in others.items():
+        if isinstance(item, list) and item and all(isinstance(part, str) for part in item):
+            item = f"{name}: {', '.join(item)}"  # field and what is wrong with it
+        elif not (isinstance(item, dict | list) or name == "raw" or _SAYS.search(name)):
+            continue
+        pieces = list(_words(item, depth + 1))
+        found += pieces
+        yield from pieces
+    if not found:  # in words of its own
+        yield from (f"{name} {item[:200]}" for name, item in others.items() if isinstance(item, str) and item.strip())
+
+
+def _name(key: Any) -> str:
+    """A key as it is compared: in lower case, without what parts words."""
+    return re.sub(r"[_\s-]", "", str(key).lower())
 
 
 def _of_text(text: str, depth: int) -> Iterator[str]:
-    """The text, or what the JSON in it says; HTML without its markup."""
+    """The text, or what the JSON in it says and what is around that; HTML without its markup."""
     start = min((at for at in (text.find("{"), text.find("[")) if at >= 0), default=-1)
-    inner = _decoded(text[start:]) if start >= 0 else None
+    inner, length = _decoded(text[start:]) if start >= 0 else (None, 0)
     if isinstance(inner, dict | list) and inner:
-        before = text[:start].strip(" -:\n\t\"'b")
+        before, after = text[:start].strip(" -:\n\t\"'b\ufeff"), text[start + length :].strip(" -:.\n\t\"'")
         if before:
             yield before
         yield from _words(inner, depth + 1)
+        yield from _words(after, depth + 1)
         return
     if re.search(r"<\s*(?:!doctype|html|head|body|h1|title|p|pre|center)\b", text[:3000], re.IGNORECASE):
         title = _TITLE.search(text)
@@ -106,16 +136,16 @@ def _of_text(text: str, depth: int) -> Iterator[str]:
     yield text
 
 
-def _decoded(text: str) -> Any:
-    """The JSON value, or Python literal, that a text begins with; None if there is none."""
+def _decoded(text: str) -> tuple[Any, int]:
+    """The JSON value, or Python literal, that a text begins with, and its length; None if there is none."""
     try:
-        return json.JSONDecoder().raw_decode(text)[0]
+        return json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         pass
     end = max(text.rfind("}"), text.rfind("]")) + 1
     if 0 < end <= 20_000:
         try:
-            return ast.literal_eval(text[:end])
+            return ast.literal_eval(text[:end]), end
         except (ValueError, SyntaxError, MemoryError, TypeError, RecursionError):
-            return None
-    return None
+            return None, 0
+    return None, 0

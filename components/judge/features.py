@@ -10,7 +10,8 @@ from layerloop.components.judge.requests import Request
 from layerloop.components.schema.judging import JudgeRecipe
 
 _ABOUT_FORMAT = re.compile(
-    r"response[_ ]?format|json[_ ]?(?:schema|object|mode)|\bschema\b|guided|grammar|structured[_ ]?output|xgrammar"
+    r"response[_ ]?format|json[_ ]?(?:schema|object|mode|output|response|repl)|\bschema\b|guided|grammar|"
+    r"structured[_ ]?(?:output|response|generation)|constrained|xgrammar|\bstrict\b"
 )
 _REFUSED = re.compile(
     r"support|unknown|unrecogni[sz]ed|unexpected|extra|not permitted|not allowed|forbidden|"

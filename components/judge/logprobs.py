@@ -18,16 +18,17 @@ MIN_MASS = 0.5  # probability that valid answers must have together: else this i
 
 
 class TokenProbabilities:
-    """A reply's text, and the alternatives of the token at any index of it."""
+    """A reply's text, and the alternatives of the token at any index of it. The answer begins at `begin`."""
 
-    def __init__(self, reply: Reply) -> None:
-        self.text = reply.text
+    def __init__(self, reply: Reply, begin: int = 0) -> None:
+        self.text, self.begin = reply.text, begin
         self._tokens = reply.tokens if "".join(t["token"] for t in reply.tokens).startswith(reply.text) else ()
 
-    def end_of_last(self, pattern: str) -> int | None:
-        """Index behind the last match of a regular expression in the text; None without a match."""
-        ends = [found.end() for found in re.finditer(pattern, self.text)]
-        return ends[-1] if ends else None
+    def end_of_only(self, pattern: str) -> int | None:
+        """Index behind the one match of a regular expression in the answer; None without one, or with several, of which
+        all but one are of something else ("confidence": {...})."""
+        ends = [found.end() for found in re.compile(pattern).finditer(self.text, self.begin)]
+        return ends[0] if len(ends) == 1 else None
 
     def end_of_next(self, pattern: str, start: int | None) -> int | None:
         """Index behind the first match at or after `start`; None without one, or where `start` is None."""

@@ -82,6 +82,15 @@ def refused_proxy(url: str, error: Exception) -> LayerloopError:
     )
 
 
+def refused_by_proxy(url: str, said: str) -> str:
+    """The line about a proxy that wants a password."""
+    name = (_proxies(url) or ["the environment"])[0]
+    return (
+        f"the proxy of {name} refuses judge {without_secrets(url)} (HTTP 407{': ' if said else ''}{said}): write its "
+        "user and password into it, http://user:password@proxy:3128, or put the judge's host in NO_PROXY"
+    )
+
+
 def certificates() -> Any:
     """The TLS context of the environment.
 
@@ -110,7 +119,8 @@ def is_direct(url: str) -> bool:
     from urllib.request import proxy_bypass
 
     host = urlsplit(url).hostname or ""
-    return host in {"localhost", "::1"} or host.startswith("127.") or bool(proxy_bypass(host))
+    here = host in {"localhost", "::1", "0.0.0.0", "::"} or host.startswith("127.")
+    return here or bool(proxy_bypass(host))
 
 
 def no_answer(url: str, error: BaseException) -> LayerloopError:

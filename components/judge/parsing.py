@@ -4,30 +4,45 @@
 never completed with a number of our own: what cannot be read becomes `UnusableError` with a reason, which the client
 answers by asking again and, in the end, by a mask.
 
-In the answer every form counts, fenced or plain: equal ones are one answer, different ones are ambiguous. Where there
-is no JSON at all, a list in words that gives every criterion one number ("Alpha cleanliness: 4/5") is a form too.
+In the answer every form counts, fenced or plain, or under a key that says that it is one too ("final_scores"): equal
+ones are one answer, different ones are ambiguous. JSON is read as models write it (`relaxed.py`), and may be wrapped
+(`forms.py`). Where there is none, a list in words that gives every criterion one number ("Alpha cleanliness: 4/5") is a
+form too.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from layerloop.components.judge.forms import forms_in
 from layerloop.components.judge.logprobs import TokenProbabilities
+from layerloop.components.judge.relaxed import read_relaxed, unique
 from layerloop.components.judge.replies import Reply, UnusableError, looks_like_refusal
 from layerloop.components.judge.requests import Request, Scores
+from layerloop.components.judge.rubric import TOP
 from layerloop.components.judge.thoughts import answer_of
-from layerloop.components.judge.values import is_candidate_label, plain
+from layerloop.components.judge.values import TOLERANCE
 
 _FENCE = re.compile(r"(```|~~~)[A-Za-z]*\s*(.*?)(?:\1|\Z)", re.DOTALL)
-_TRAILING_COMMA = re.compile(r",(\s*[}\]])")
-_GIVES = r"[\s*_`'\"|]*(?:[:=|]|\bis\b|[\u2013\u2014-])[\s*_`'\"]*(\d+(?:\.\d+)?(?:\s*(?:/|out of|of)\s*\d+)?)"
+_GIVES = (  # what lies between a criterion's name and its score, "(0-5)" too
+    r"[\s*_`'\"|]*(?:\([^()\d]*0[^()\d]*5[^()\d]*\)[\s*_`'\"|]*)?(?:[:=|\u2192]|\bis\b|[\u2013\u2014-]{verbs})[\s*_`'\"]*"
+    r"(\d+(?:\.\d+)?(?:\s*(?:/|out of|of)\s*\d+)?)"
+)
+_CORRECTS = r"|\b(?:should|must|ought to) be\b|\bbecomes\b|\bto\b"
+_SAID = re.compile(r"\s*(?:\d+(?:\.\d+)?\s*(?:$|/|of\b|out\b|[(:;-])|(?:yes|no|true|false)\s*$)", re.IGNORECASE)
 _ENDS = re.compile(  # what may follow a score in words: not "4 or 5", "4,5", "3 halos", nor another cell with a number
     r"[^\S\n]*[*_`'\"]*[^\S\n]*(?:\Z|\n|[(!\u2605]|\.(?!\d)|[;,:|)\]\u2013\u2014-](?![\s*_`]*[\d>])|(?:points?|stars?|because|since)\b)",
+    re.IGNORECASE,
+)
+_OTHER_SCALE = re.compile(  # "out of 10", "4/10", "a scale of 1 to 10", "max 10"; amid words only of scores
+    r"(?:/|\bout of|\bof|\bto|\bmax(?:imum)?\.?(?: of| is|:)?|[\u2013-])\s*(?:10|100)\b(?!\s*%)", re.IGNORECASE
+)
+_SCALE_SAID = re.compile(
+    r"\b(?:scale|scor(?:es?|ed|ing)|rat(?:ed|ings?))\b[^.\n{}]{0,40}?(?:/|out of|to|[\u2013-])\s*(?:10|100)\b",
     re.IGNORECASE,
 )
 LONGEST = 100_000  # characters of a reply that are read; a judgement has a few thousand
@@ -42,9 +57,11 @@ def parse(request: Request, reply: Reply) -> Scores:
         UnusableError: refused, truncated, no_json, ambiguous, wrong_count, wrong_labels, missing_criterion,
             not_a_number or out_of_range.
     """
-    answer, complete = _find_answer(request, reply)
+    answer, complete, after = _find_answer(request, reply)
     try:
-        return request.answer.read(request, answer)
+        scores = request.answer.read(request, answer)
+        _check_uncorrected(scores, after, request)
+        return scores
     except UnusableError as error:
         if complete or error.reason not in ("missing_criterion", "wrong_count", "wrong_labels"):
             raise
@@ -61,17 +78,19 @@ def expected_scores(request: Request, reply: Reply, scores: Scores) -> tuple[Sco
     """
     if request.answer.expected is None:
         return scores, 0
-    answer = answer_of(reply.text)
-    if answer is None or not reply.text.rstrip().endswith(answer.strip()):
-        reply = replace(reply, tokens=())  # something follows the answer, so that the last digits may not be its own
-    return request.answer.expected(request, TokenProbabilities(reply), scores)
+    answer, ends = answer_of(reply.text), reply.text.rstrip()
+    if answer is None or not ends.endswith(answer.strip()):
+        reply = replace(reply, tokens=())  # something follows the answer, so that digits may not be its own
+    begin = len(ends) - len((answer or "").strip())
+    return request.answer.expected(request, TokenProbabilities(reply, begin), scores)
 
 
 # ----------------------------------------------------------------------------------------------------- finding the JSON
 
 
-def _find_answer(request: Request, reply: Reply) -> tuple[Any, bool]:
-    """The one JSON value in the text that can be the answer, and whether the text is complete up to its end.
+def _find_answer(request: Request, reply: Reply) -> tuple[Any, bool, str]:
+    """The one JSON value in the text that can be the answer, whether the text is complete up to its end, and what
+    follows it.
 
     Raises:
         UnusableError: refused, truncated, no_json or ambiguous.
@@ -84,30 +103,70 @@ def _find_answer(request: Request, reply: Reply) -> tuple[Any, bool]:
             "truncated" if reply.cut else "no_json",
             "it ends inside a thought, where drafts do not count: raise recipe.judge.max_tokens or switch thinking off",
         )
-    key, complete = request.answer.key, True
+    complete = True
     try:
-        found, tail = _forms(text, request)
+        found, tail = _forms(_decoded(text), request)
         if reply.cut and found and (_begins_another(tail, request) or _goes_on(text)):
             raise UnusableError("truncated", "it was cut off in what follows a form, which may be a draft")
         if not found:
             rest = _closed(text, decimals=request.answer.decimals)
-            found, complete = [rest] if _is_answer(rest, request) else [], False
+            found, complete = list(forms_in(rest, request)), False
         if not found and "{" not in text and not reply.cut:
-            found, complete = _in_words(text, request), True
+            found, complete, tail = _in_words(text, request), True, ""
     except RecursionError:
         raise UnusableError("no_json", "nested too deep") from None
     if not found:
         if looks_like_refusal(text):
             raise UnusableError("refused", " ".join(text.split())[:200])
         raise UnusableError("truncated" if reply.cut else "no_json", " ".join(text.split())[:80])
+    found = [form for form in found if _says_something(form)] or found  # the example of the question is no answer
     if any(value != found[0] for value in found[1:]):
         raise UnusableError("ambiguous", f"{len(found)} different answers in one reply")
-    inner = [v for k, v in found[0].items() if plain(k) == key] if isinstance(found[0], dict) else []
-    return (inner[0] if inner else found[0]), complete
+    return found[0], complete, tail
+
+
+def _says_something(form: Any) -> bool:
+    """Whether a form has any score or yes or no, and not only words ("0 to 5", "clean")."""
+    if isinstance(form, dict | list):
+        return any(map(_says_something, form.values() if isinstance(form, dict) else form))
+    return isinstance(form, int | float) or (isinstance(form, str) and _SAID.match(form) is not None)
+
+
+def _check_uncorrected(scores: Scores, after: str, request: Request) -> None:
+    """Refuse a form after which words give one of its criteria another number ("alpha cleanliness should be 1").
+
+    Raises:
+        UnusableError: ambiguous.
+    """
+    for name in request.names if request.rows == 1 and request.answer.key == "scores" else ():
+        for given in _given(name, after, _GIVES.format(verbs=_CORRECTS)):
+            number = float(re.split(r"[^\d.]", given[1])[0])
+            ends = _ENDS.match(after, given.end()) or re.match(r"\s*(?:instead|rather|now)\b", after[given.end() :])
+            if ends and abs(number / TOP - scores[0][name]) > TOLERANCE:
+                raise UnusableError("ambiguous", f"after the form {name} is {given[1]}")
+
+
+def _given(name: str, text: str, gives: str) -> list[re.Match[str]]:
+    """Where words give a criterion a number, their first group."""
+    words = r"[\s_-]+".join(map(re.escape, name.split("_")))
+    return list(re.finditer(rf"(?<!\w){words}{gives}", text, re.IGNORECASE))
+
+
+def _decoded(text: str) -> str:
+    """The text, or what is in it where all of it is one JSON string."""
+    try:
+        value = json.loads(text) if text.lstrip().startswith('"') else text
+    except ValueError:
+        return text
+    return value if isinstance(value, str) else text
 
 
 def _forms(text: str, request: Request) -> tuple[list[Any], str]:
-    """Every JSON value that can be the answer, fenced and plain, and what follows the last of them."""
+    """Every JSON value that can be the answer, fenced and plain, and what follows the last of them.
+
+    Raises:
+        UnusableError: ambiguous, or out_of_range: the words around them speak of another scale.
+    """
     fences = list(_FENCE.finditer(text))
     outside = "\n".join(
         text[start:end]
@@ -116,11 +175,15 @@ def _forms(text: str, request: Request) -> tuple[list[Any], str]:
         )
     )
     found, tail = [], text
-    for part in (*(fence[2] for fence in fences), outside):
-        for value, end in _values(part):
-            if _is_answer(value, request):
-                found.append(value)
-                tail = part[end:]
+    for part, rest in (*((fence[2], text[fence.end() :]) for fence in fences), (outside, "")):
+        words, at = "", 0
+        for value, start, end in _values(part):
+            words, at = words + part[at:start], end
+            if forms := list(forms_in(value, request)):
+                found += forms
+                tail = part[end:] + rest
+        if found and (said := _SCALE_SAID.search(words + part[at:])):
+            raise UnusableError("out_of_range", f"it speaks of another scale: {said[0]!r}")
     return found, tail
 
 
@@ -132,7 +195,7 @@ def _begins_another(tail: str, request: Request) -> bool:
 
 def _goes_on(text: str) -> bool:
     """Whether a form stands amid words: before a cut it is as likely a draft as the answer."""
-    begins = re.match(r"\s*(?:```|~~~)?[A-Za-z]*\s*(?:\[\s*)?\{\s*[\"']", text)
+    begins = re.match(r"\s*(?:(?:```|~~~)[A-Za-z]*|json)?\s*(?:\[\s*)?\{\s*[\"']", text)
     return begins is None and re.search(r"\w", text[max(text.rfind("}"), text.rfind("]")) + 1 :]) is not None
 
 
@@ -143,17 +206,18 @@ def _in_words(text: str, request: Request) -> list[dict[str, str]]:
         return []
     form = {}
     for name in request.names:
-        words = r"[\s_-]+".join(map(re.escape, name.split("_")))
-        given = list(re.finditer(rf"(?<!\w){words}{_GIVES}", text, re.IGNORECASE))
+        given = _given(name, text, _GIVES.format(verbs=""))
         if len({match[1] for match in given}) != 1 or not all(_ENDS.match(text, match.end()) for match in given):
             return []
         form[name] = given[0][1]
+    if said := _OTHER_SCALE.search(text):
+        raise UnusableError("out_of_range", f"it speaks of another scale: {said[0]!r}")
     return [form]
 
 
-def _values(text: str) -> Iterator[tuple[Any, int]]:
-    """Outermost JSON (or Python literal) objects and arrays in `text`, in order, each with the index behind it."""
-    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+def _values(text: str) -> Iterator[tuple[Any, int, int]]:
+    """Outermost JSON objects and arrays in `text`, in order, each with its index and the one behind it."""
+    decoder = json.JSONDecoder(object_pairs_hook=unique, strict=False)  # models write newlines into strings
     at, failed = 0, 0
     while (start := _next_open(text, at)) >= 0:
         try:
@@ -162,39 +226,18 @@ def _values(text: str) -> Iterator[tuple[Any, int]]:
             failed += 1
             if failed > BRACKETS:
                 return
-            end = _matching(text, start) if failed <= REPAIRS else -1
-            value = _lenient(text[start:end]) if end > 0 else None
-            if value is None:
+            read = read_relaxed(text, start) if failed <= REPAIRS else None
+            if read is None:
                 at = start + 1
                 continue
-        yield value, end
+            value, end = read
+        yield value, start, end
         at = end
 
 
 def _next_open(text: str, at: int) -> int:
     found = [index for index in (text.find("{", at), text.find("[", at)) if index >= 0]
     return min(found, default=-1)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out and out[key] != value:
-            raise UnusableError("ambiguous", f"{key!r} is given twice")
-        out[key] = value
-    return out
-
-
-def _lenient(text: str) -> Any:
-    """JSON with trailing commas, or a Python literal; None if it is neither."""
-    try:
-        return json.loads(_TRAILING_COMMA.sub(r"\1", text), object_pairs_hook=_unique)
-    except ValueError:
-        pass
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, TypeError):
-        return None
 
 
 def _walk(text: str, start: int) -> Iterator[tuple[int, list[str], bool]]:
@@ -214,13 +257,6 @@ def _walk(text: str, start: int) -> Iterator[tuple[int, list[str], bool]]:
         yield index, stack, inside
 
 
-def _matching(text: str, start: int) -> int:
-    for index, stack, inside in _walk(text, start):
-        if not stack and not inside:
-            return index + 1
-    return -1
-
-
 def _closed(text: str, *, decimals: bool) -> Any:
     """The value of a text whose end was cut off, if what is there is complete; None if a number may have been cut."""
     start = text.find("{")
@@ -230,15 +266,5 @@ def _closed(text: str, *, decimals: bool) -> Any:
     *_, (_, stack, inside) = _walk(body, 0)
     if inside or not stack or not body or body[-1] in ":.-+eE" or (decimals and body[-1].isdigit()):
         return None
-    return _lenient(body.rstrip(", \n") + "".join(reversed(stack)))
-
-
-def _is_answer(value: Any, request: Request) -> bool:
-    """Whether a JSON value can be meant as the answer, however wrong in detail."""
-    by_candidate = request.answer.by_candidate
-    if isinstance(value, dict):
-        keys = {plain(k) for k in value}
-        if not by_candidate and keys & set(request.names):
-            return True
-        return request.answer.key in keys or any(is_candidate_label(k) for k in keys)
-    return isinstance(value, list) and by_candidate and any(isinstance(item, dict) for item in value)
+    read = read_relaxed(body.rstrip(", \n") + "".join(reversed(stack)))
+    return None if read is None else read[0]

@@ -27,8 +27,15 @@ _REFUSAL = re.compile(  # declines the task; "I can't find any fault" does not
     re.IGNORECASE,
 )
 _STREAMED = re.compile(rb"\s*(?:data|event|id|retry|):")  # server-sent events
-_IS_THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)  # types of a message's parts
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details")  # fields of a message
+_IS_THOUGHT = re.compile(r"think|thought|reason|analysis|summary", re.IGNORECASE)  # types of a message's parts
+THOUGHTS = (  # fields of a message
+    "reasoning_content", "reasoning", "thinking", "reasoning_details", "reasoning_text", "thinking_blocks", "thoughts",
+)  # fmt: skip
+_CALLS = ("tool_calls", "function_call")  # fields of a message that may hold the answer's JSON, where tools were given
+# Reasons for which a completion ended, besides "length": of Mistral, Gemini, Anthropic, Zhipu, and of none.
+_CUT = frozenset({"model_length", "max_tokens", "max_output_tokens", "token_limit", "model_context_window_exceeded"})
+_STOPPED = re.compile(r"filter|safety|sensitive|refus|prohibit|recitation|block|spii|moderat|guardrail", re.IGNORECASE)
+_BROKEN = re.compile(r"error|abort|cancel|insufficient|time_?out|interrupt|unavailable", re.IGNORECASE)
 SWITCH = (
     "switch thinking off at the server (vLLM: --default-chat-template-kwargs '{\"enable_thinking\":false}', llama.cpp: "
     "--reasoning-budget 0, Ollama: a model without thinking), or raise recipe.judge.max_tokens"
@@ -100,30 +107,43 @@ def read_body(body: bytes) -> Reply:
         raise UnusableError("no_choices", shown(read_error(value)) or f"keys {sorted(map(str, value))[:8]}")
     choice = choices[0]
     message = choice.get("message")
-    if choice.get("finish_reason") == "error" and not choice.get("error"):
-        raise UnusableError("error_body", "finish_reason error")
+    finish = str(choice.get("finish_reason") or "").removeprefix("FinishReason.")
     if choice.get("error"):  # of OpenRouter, where a provider failed on the way
         raise UnusableError("error_body", shown(read_error(choice["error"])))
+    if _BROKEN.search(finish):
+        raise UnusableError("error_body", f"finish_reason {finish[:80]}")
     if not isinstance(message, dict):
         raise UnusableError("no_choices", "a choice without a message")
-    finish = str(choice.get("finish_reason") or "")
-    if message.get("refusal"):
-        raise UnusableError("refused", str(message["refusal"])[:200])
-    if finish == "content_filter":
-        raise UnusableError("refused", "finish_reason content_filter")
+    if refusal := message.get("refusal") or _refusal_of(message.get("content")):
+        raise UnusableError("refused", str(refusal)[:200])
+    if _STOPPED.search(finish):
+        raise UnusableError("refused", f"finish_reason {finish[:80]}")
+    finish = "length" if finish.lower() in _CUT else finish
     text = _text_of(message.get("content"))
     if not text.strip():
-        where = next((name for name in _THOUGHTS if message.get(name)), None)
-        if where is not None:
-            what = f"content is empty, the text is in {where}, which is thought and not read: {SWITCH}"
-            raise UnusableError("truncated" if finish == "length" else "empty", what)
-        raise UnusableError("empty", f"no text, finish_reason {finish or 'missing'}")
+        raise _nothing_in(message, finish)
     return Reply(
         text=text,
         finish_reason=finish,
         usage=read_usage(value),
         tokens=_tokens(choice.get("logprobs")),
     )
+
+
+def _nothing_in(message: dict[str, Any], finish: str) -> UnusableError:
+    """Why a message without content has no answer, and where its text lies."""
+    where = next((name for name in THOUGHTS if message.get(name)), None)
+    parts = message.get("content")
+    if where is None and isinstance(parts, list) and any(is_thought(part) for part in parts):
+        where = "parts of content that are marked so"
+    if where is not None:
+        what = f"content is empty, the text is in {where}, which is thought and not read: {SWITCH}"
+        return UnusableError("truncated" if finish == "length" else "empty", what)
+    if (call := next((name for name in _CALLS if message.get(name)), None)) is not None:
+        return UnusableError(
+            "empty", f"content is empty, it answers by {call}, which were not offered: switch off tools"
+        )
+    return UnusableError("empty", f"no text, finish_reason {finish[:80] or 'missing'}")
 
 
 def read_usage(value: Any) -> Usage:
@@ -156,14 +176,31 @@ def _word(value: Any) -> str:
     return printable(value[:120]) if isinstance(value, str) else ""
 
 
+def is_thought(part: Any) -> bool:
+    """Whether a part of a message's content is marked as thought, by its type or a flag (`"thought": true`)."""
+    if not isinstance(part, dict):
+        return False
+    return _IS_THOUGHT.search(str(part.get("type"))) is not None or any(
+        item and _IS_THOUGHT.search(str(key)) for key, item in part.items()
+    )
+
+
 def _text_of(content: Any) -> str:
     if isinstance(content, str):
         return content
+    if isinstance(content, dict):  # a part, or the answer's JSON as it is
+        return _text_of([content]) if "text" in content else json.dumps(content)
     if isinstance(content, list):  # some servers answer in parts
         parts = [{"text": part} if isinstance(part, str) else part for part in content]
         parts = [part for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        return "".join(part["text"] for part in parts if not _IS_THOUGHT.search(str(part.get("type"))))
+        return "".join(part["text"] for part in parts if not is_thought(part))
     return ""
+
+
+def _refusal_of(content: Any) -> Any:
+    """The words of a part of a message's content that declines."""
+    parts = content if isinstance(content, list) else []
+    return next((part["refusal"] for part in parts if isinstance(part, dict) and part.get("refusal")), None)
 
 
 def _tokens(logprobs: Any) -> tuple[dict[str, Any], ...]:

@@ -7,6 +7,7 @@ this endpoint: the same prefix twice, against prefixes that it cannot have seen.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import statistics
 import time
@@ -19,17 +20,37 @@ from layerloop.components.judge.canaries import make_canaries
 from layerloop.components.judge.features import EndpointFeatures
 from layerloop.components.judge.images import candidate_images, encode_image, fitted
 from layerloop.components.judge.methods import PHASE1
-from layerloop.components.judge.replies import UnusableError, read_usage
+from layerloop.components.judge.replies import THOUGHTS, is_thought, read_usage
 from layerloop.components.judge.requests import Request
 from layerloop.components.judge.rubric import Rubric
-from layerloop.components.judge.thoughts import answer_of
-from layerloop.components.judge.transport import Connection, TransportError
+from layerloop.components.judge.thoughts import thinks
+from layerloop.components.judge.transport import BUSY, Connection, TransportError
 from layerloop.components.schema.judging import JudgeRecipe
 
+WAITS, LONGEST_WAIT = 3, 20.0  # for a judge that is busy, and seconds of one
 ROUNDS = 3  # prefixes that are sent twice
 SHORT = 16  # tokens of an answer, so that its time is that of its prefix
 FASTER = 0.8  # share of the time of a new prefix, below which a known one counts as cached
+LEAST = 0.05  # seconds that this saves at least: less is chance
 SOME = 0.1  # share of a request's tokens that are reported as cached, from which they count
+
+
+async def post(connection: Connection, payload: bytes, *, timeout: float) -> tuple[bytes, float]:
+    """A completion's body and the seconds that it took; a judge that is busy is asked again, a few times, as it says.
+
+    Raises:
+        TransportError: as `Connection.post`.
+    """
+    wait = 0
+    while True:
+        began = time.monotonic()
+        try:
+            return await connection.post(payload, timeout=timeout), time.monotonic() - began
+        except TransportError as error:
+            if error.status not in BUSY or wait == WAITS:
+                raise
+            await asyncio.sleep(min(error.retry_after or 2.0**wait, LONGEST_WAIT))
+        wait += 1
 
 
 @dataclass(frozen=True)
@@ -46,7 +67,7 @@ class Prefixes:
         """Whether the shared part is computed once, by the endpoint's report, else by the time."""
         if self.cached is not None:
             return self.cached >= SOME * self.tokens
-        return self.seconds_known <= FASTER * self.seconds_new
+        return self.seconds_known <= min(FASTER * self.seconds_new, self.seconds_new - LEAST)
 
     def __str__(self) -> str:
         took = f"a known prefix takes {self.seconds_known:.2f} s, a new one {self.seconds_new:.2f} s"
@@ -69,14 +90,13 @@ async def try_prefixes(
         noise = rng.integers(0, 256, (recipe.resolution, recipe.resolution, 3), np.uint8)
         for known in (False, True):
             request = _shared(rubric, recipe, noise, design=int(known))
-            began = time.monotonic()
             try:
-                body = await connection.post(
-                    features.payload(request, recipe, seed=1, temperature=0.0), timeout=timeout
+                body, took = await post(
+                    connection, features.payload(request, recipe, seed=1, temperature=0.0), timeout=timeout
                 )
             except TransportError:
                 return None
-            seconds[known].append(time.monotonic() - began)
+            seconds[known].append(took)
             if known:
                 count, reported = _cached_tokens(body)
                 tokens.append(count)
@@ -115,30 +135,32 @@ def thought_in(body: bytes) -> str | None:
     try:
         value: Any = json.loads(body)
         message = value["choices"][0]["message"]
-        fields = [name for name in ("reasoning_content", "reasoning", "thinking") if message.get(name)]
+        fields = [name for name in THOUGHTS if message.get(name)]
         details = (value.get("usage") or {}).get("completion_tokens_details") or {}
         count = details.get("reasoning_tokens") or 0
-        text = message.get("content")
+        content = message.get("content")
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
     if fields:
         return f"in the field {fields[0]}"
     if isinstance(count, int) and count > 0:
         return f"{count} tokens, hidden"
-    if isinstance(text, str) and (answer := answer_of(text)) is not None and answer.strip() == text.strip():
-        return None
-    return "in the text" if isinstance(text, str) else None
+    if isinstance(content, list) and any(is_thought(part) for part in content):
+        return "in a part of the content"
+    return "in the text" if isinstance(content, str) and thinks(content) else None
 
 
 async def try_thinking(
     connection: Connection, request: Request, recipe: JudgeRecipe, features: EndpointFeatures, *, timeout: float
-) -> list[str | None]:
-    """Of some answers to one request, each with another seed, where they have thought, None where they have not."""
+) -> tuple[list[str | None], str]:
+    """Of some answers to one request, each with another seed, where they have thought, None where they have not; and
+    why the last one that did not come did not."""
     found: list[str | None] = []
+    why = ""
     for seed in range(ROUNDS):
         payload = features.payload(request, recipe, seed=seed, temperature=recipe.temperature)
         try:
-            found.append(thought_in(await connection.post(payload, timeout=timeout)))
-        except (TransportError, UnusableError):
-            continue
-    return found
+            found.append(thought_in((await post(connection, payload, timeout=timeout))[0]))
+        except TransportError as error:
+            why = str(error)
+    return found, why

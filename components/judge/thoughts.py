@@ -7,9 +7,11 @@ The grammar, in EBNF; `text` is anything, and letters of tags may be of either c
     channels = { text, "<|channel|>", name, [ text, "<|message|>" ], body }      (harmony, of gpt-oss)
     marked   = [ thought, close ], { text, open, thought, close }, text, [ open, thought ]
     open     = "<name>" | "[NAME]" | "◁name▷" | "<|name|>" | "<|begin_of_name|>" | "<|start_name|>" | "<|channel>name"
+             | "<unused94>" | "<|inner_prefix|>" | "<details type='reasoning'>" | a fence of the language name
     close    = "</name>" | "[/NAME]" | "◁/name▷" | "<|/name|>" | "<|end_of_name|>" | "<|end_name|>" | "<channel|>"
+             | "<unused95>" | "<|inner_suffix|>" | "</details>" | the fence's end
     name     = think, thinking, thought, thoughts, reasoning, reflection, scratchpad, analysis, ..., or one of these
-               behind a prefix ("seed:think")
+               behind a prefix ("seed:think", "inner_thoughts") or before a suffix ("thought_process")
 
 - The answer is every `text` outside of thoughts. All forms in it, fenced and plain, are compared by `parsing.py`.
 - A close without an open makes a thought of everything before it, so only what follows the last of them counts: chat
@@ -20,7 +22,8 @@ The grammar, in EBNF; `text` is anything, and letters of tags may be of either c
   drop special tokens leave "analysis...assistantfinal...", which is read alike.
 
 Sources: DeepSeek-R1, Qwen3 (think), Magistral ([THINK]), Kimi-VL (◁think▷), Seed-OSS (seed:think), Cohere Command A
-(<|START_THINKING|>), OpenThinker (<|begin_of_thought|>), Gemma 4 (<|channel>thought), and OpenAI's harmony format.
+(<|START_THINKING|>), OpenThinker (<|begin_of_thought|>), Gemma 4 (<|channel>thought), MedGemma (<unused94>), Apertus
+(<|inner_prefix|>), Open WebUI (details), and OpenAI's harmony format.
 """
 
 from __future__ import annotations
@@ -29,8 +32,8 @@ import json
 import re
 
 _NAME = (
-    r"(?:[a-z]+[:_])?(?:think|thinking|thought|thoughts|reason|reasoning|reflection|reflections|rationale|scratchpad|"
-    r"analysis|monologue|deliberation|chain_of_thought|cot)"
+    r"(?:[a-z]+[:_-])?(?:(?:ant)?think|(?:ant)?thinking|thought|thoughts|reason|reasoning|reflection|reflections|"
+    r"rationale|scratchpad|analysis|monologue|deliberation|chain[_-]of[_-]thoughts?|cot)(?:[:_-][a-z0-9]+){0,4}"
 )
 _TAG = re.compile(
     rf"""
@@ -39,8 +42,15 @@ _TAG = re.compile(
     | ◁\s*(?P<slash3>/?)\s*{_NAME}\s*▷
     | <\|\s*(?P<slash4>(?:begin|start|end)(?:_of)?_|/?){_NAME}\s*\|>
     | (?P<gemma><\|channel>\s*[a-z]+|<channel\|>)
+    | (?P<open><unused94>|<\|inner_prefix\|>)
+    | (?P<close><unused95>|<\|inner_suffix\|>)
     """,
     re.IGNORECASE | re.VERBOSE,
+)
+_BLOCK = re.compile(  # a thought whose end is one of other things too
+    rf"""<details\s[^<>]*?\btype\s*=\s*["']?reasoning\b[^<>]*>.*?(?P<end></details\s*>|\Z)
+    | ^[ ]*(?P<fence>```|~~~)[ ]*{_NAME}[ ]*$.*?(?P<fence_end>^[ ]*(?P=fence)|\Z)""",
+    re.IGNORECASE | re.VERBOSE | re.DOTALL | re.MULTILINE,
 )
 _CHANNEL = re.compile(
     r"<\|channel\|>\s*(?P<name>[a-z]+)(?:[^<{\[]*(?:<\|constrain\|>[^<{\[]*)?<\|message\|>)?", re.IGNORECASE
@@ -63,13 +73,23 @@ def answer_of(text: str) -> str | None:
     return _outside_of_tags(text)
 
 
+def thinks(text: str) -> bool:
+    """Whether a reply holds a thought of any words; tags around nothing are none."""
+    answer = answer_of(text)
+    return answer is None or _words(answer) not in (_words(text), _words(_TAG.sub("", text)))
+
+
+def _words(text: str) -> str:
+    return "".join(text.split())
+
+
 def _is_json(text: str) -> bool:
-    """Whether the text is one JSON object and nothing else."""
+    """Whether the text is one JSON object, or list, and nothing else."""
     inner = text.strip()
     if (fence := _FENCE.match(inner)) and inner.endswith("```"):
         inner = inner[fence.end() : -3]
     try:
-        return isinstance(json.loads(inner), dict)
+        return isinstance(json.loads(inner), dict | list)
     except (ValueError, RecursionError):
         return False
 
@@ -86,6 +106,9 @@ def _final_channels(text: str) -> str | None:
 
 
 def _outside_of_tags(text: str) -> str | None:
+    if any(not (block["end"] or block["fence_end"]) for block in _BLOCK.finditer(text)):
+        return None
+    text = _BLOCK.sub("\n", text)
     pieces: list[str] = []
     at, inside = 0, False
     for tag in _TAG.finditer(text):
@@ -103,6 +126,8 @@ def _outside_of_tags(text: str) -> str | None:
 
 
 def _closes(tag: re.Match[str]) -> bool:
+    if tag["open"] or tag["close"]:
+        return tag["close"] is not None
     if tag["gemma"]:
         return tag["gemma"].lower() == "<channel|>"
     mark = next((tag[name] for name in ("slash", "slash2", "slash3", "slash4") if tag[name]), "")

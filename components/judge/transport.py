@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urljoin
+from urllib.parse import parse_qsl, urljoin, urlsplit, urlunsplit
 
 from layerloop.components.judge.errors import read_error, shown
 from layerloop.components.judge.network import (
@@ -24,6 +24,7 @@ from layerloop.components.judge.network import (
     no_answer,
     plain_body,
     read_coding,
+    refused_by_proxy,
     refused_proxy,
     why_none,
 )
@@ -36,15 +37,18 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 FATAL = {401: "refuses the key", 403: "refuses access"}
-NO_CREDIT = re.compile(
+NO_CREDIT = re.compile(  # the last ones are of Moonshot, OpenAI, Alibaba, xAI and Zhipu ("balance is not enough")
     r"insufficient[_ ](?:quota|credits?|balance|funds)|not enough credits?|credit balance|out of credits?|"
-    r"billing_hard_limit|payment required",
+    r"billing_hard_limit|payment required|exceeded_current_quota_error|billing_not_active|\barrear|"
+    r"used all available credits|\u4f59\u989d\u4e0d\u8db3",
     re.IGNORECASE,
 )
-TRANSIENT = frozenset({408, 409, 425, 429})  # besides all 5xx
+# Besides all 5xx; 424, 498 and 499 are a generation that failed (TGI), capacity (Groq) and a call cut off on its way.
+TRANSIENT = frozenset({408, 409, 424, 425, 429, 498, 499})
 BUSY = frozenset({429, 503, 529})
 LONGEST_RETRY_AFTER = 120.0  # seconds of Retry-After that are obeyed
-FORBIDDEN = 8  # answers 403 in a row after good ones, until it is the key and not the requests
+GONE = {403: "refuses access", **dict.fromkeys((404, 405, 410), "is not there any more")}  # after good answers
+FORBIDDEN = 8  # of these in a row, until it is the key, or the endpoint, and not the requests
 
 MAX_FILE = 1 << 30  # bytes of a file of answers, of a batch; any other body has MAX_BODY
 LANE = 8  # connections of one HTTP client
@@ -97,10 +101,14 @@ class Connection:
             client = self._client()
         except (ValueError, ImportError, httpx2.InvalidURL) as error:  # of a proxy: SOCKS, or no URL
             raise refused_proxy(url, error) from None
-        self.openai = AsyncOpenAI(base_url=url, api_key=key, max_retries=0, http_client=client)
+        parts = urlsplit(url)  # what a URL asks for (?api-version=...) goes behind the path of each call
+        base, query = urlunsplit(parts._replace(query="", fragment="")), dict(parse_qsl(parts.query, True))
+        self.openai = AsyncOpenAI(
+            base_url=base, api_key=key, max_retries=0, http_client=client, default_query=query or None
+        )
         self._lanes = [_Lane(self.openai)]
         self.answered = False  # by a completion, since this was opened
-        self.forbidden = 0  # answers 403 in a row
+        self.forbidden = 0  # answers of GONE in a row
 
     def _client(self) -> Any:
         import httpx2
@@ -170,7 +178,8 @@ class Connection:
         """The TransportError of a status and its body.
 
         Raises:
-            LayerloopError: no request could succeed: the key is refused, or there is no credit.
+            LayerloopError: no request could succeed: the key or the proxy's is refused, there is no credit, or it is
+                gone.
         """
         text = self._words_of(body)
         if 300 <= status < 400 and not self.answered:
@@ -185,12 +194,14 @@ class Connection:
                 f"judge {self.url} {FATAL[status]} (HTTP {status}{': ' if text else ''}{shown(text)}): "
                 "set OPENAI_API_KEY to a key that it takes"
             )
-        if status == 403:
+        if status == 407:
+            raise LayerloopError(refused_by_proxy(self._url, shown(text)))
+        if status in GONE and self.answered:
             self.forbidden += 1
             if self.forbidden >= FORBIDDEN:
                 raise UnavailableError(
-                    f"judge {self.url} refuses access (HTTP 403, {self.forbidden} times in a row: {shown(text)}): see "
-                    "what it says; what it has answered is stored, so run the step again when that is settled"
+                    f"judge {self.url} {GONE[status]} (HTTP {status}, {self.forbidden} times in a row: {shown(text)}): "
+                    "see what it says; what it has answered is stored, so run the step again when that is settled"
                 )
         problem = UnusableError(f"http_{status}", shown(text), retry=status in TRANSIENT or not 400 <= status < 500)
         return TransportError(problem, status=status, retry_after=read_retry_after(headers), text=text)
@@ -288,7 +299,7 @@ def read_retry_after(headers: Any) -> float | None:
         except ValueError:
             try:
                 seconds = parsedate_to_datetime(value).timestamp() - time.time()
-            except ValueError:
+            except (ValueError, TypeError, OverflowError, OSError):
                 continue
         if seconds >= 0:  # NaN fails this too
             return min(seconds, LONGEST_RETRY_AFTER)

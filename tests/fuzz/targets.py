@@ -305,6 +305,20 @@ _FORM = st.one_of(
     ),
     st.dictionaries(st.sampled_from([*RUBRIC.names, "scores", "candidate_1"]), _NUMBERS, max_size=6),
 )
+_KEYS = st.sampled_from(
+    [
+        "scores",
+        "final_scores",
+        "result",
+        "thinking",
+        "draft",
+        "max_score",
+        "scale",
+        "candidate_2",
+        "Row 3",
+        *RUBRIC.names,
+    ]
+)
 _PIECES = st.one_of(
     st.sampled_from(
         [
@@ -346,6 +360,10 @@ _PIECES = st.one_of(
     _FORM.map(json.dumps),
     _FORM.map(lambda form: json.dumps({"scores": form})),
     _FORM.map(lambda form: repr({"scores": form})),
+    st.recursive(
+        _FORM, lambda inner: st.dictionaries(_KEYS, inner | _NUMBERS, max_size=3) | st.lists(inner, max_size=3)
+    ).map(json.dumps),
+    _FORM.map(lambda form: re.sub(r'"(\w+)":', r"\1: /* so */", json.dumps({"scores": form})).replace("}", ",}")),
     _FORM.map(lambda form: "\n".join(f"{name}: {value}" for name, value in form.items())),
     st.text(max_size=30),
 )

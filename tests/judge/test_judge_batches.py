@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from layerloop.components.judge.batch import LedgerMemory, read_output
+from layerloop.components.judge.batch import ODD_ANSWERS, LedgerMemory, _State, read_output
 from layerloop.components.judge.client import Judge, ReplyMemory
 from layerloop.components.judge.replies import UnusableError
 from layerloop.components.judge.requests import Request
@@ -17,6 +18,8 @@ from layerloop.components.reference_judge.batches import BatchDesk
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
 from layerloop.components.schema.judging import JudgeRecipe
 from layerloop.components.schema.runtime import JudgeRuntime
+
+from .conftest import http
 
 BATCH = {"enabled": True, "poll_seconds": 0.05, "linger_seconds": 0.3}
 
@@ -102,7 +105,45 @@ def test_an_endpoint_without_batches_is_one_clear_line(scripted: Any, one: Reque
     assert isinstance(answers[0], LayerloopError) and "runtime.judge.batch.enabled" in str(answers[0])
 
 
-@pytest.mark.parametrize("line", [b"", b"not json", b"[]", b"{}", b'{"custom_id": "a"}'])
+PAGE, MADE = ("text/html", "<html>Sign in</html>"), ("application/json", '{"id": "x", "status": "validating"}')
+
+
+@pytest.mark.parametrize(
+    ("answers", "asked"),
+    [
+        ({"POST /v1/files": PAGE}, 1),
+        ({"POST /v1/files": ("application/json", "{")}, 1),
+        ({"POST /v1/files": MADE, "POST /v1/batches": ("application/json", "[]")}, 2),  # it may have made a batch
+        ({"POST /v1/files": MADE, "POST /v1/batches": MADE, "GET /v1/batches": PAGE}, 2 + ODD_ANSWERS),
+    ],
+)
+def test_calls_about_batches_that_something_else_answers_are_one_clear_line(
+    answers: dict[str, tuple[str, str]], asked: int, scripted: Any, one: Request
+) -> None:
+    seen: list[str] = []
+
+    def serve(sock: Any) -> None:
+        with sock.makefile("rb") as file:
+            head = b"".join(iter(file.readline, b"\r\n")).decode()
+            length = next((line for line in head.lower().split("\r\n") if line.startswith("content-length:")), ":0")
+            file.read(int(length.split(":")[1]))
+        seen.append(head)
+        kind, body = next(answer for start, answer in answers.items() if head.startswith(start))
+        sock.sendall(http(body, content_type=kind, headers="Connection: close\r\n"))
+
+    scripted.serve = serve
+    [error] = asyncio.run(ask_all(Judge(scripted.url, *settings(linger_seconds=0.05)), [one]))
+    assert isinstance(error, LayerloopError) and "answers calls about batches with something else" in str(error)
+    assert len(seen) == asked
+
+
+def test_why_a_batch_failed_is_said_in_whatever_shape() -> None:
+    for errors in ("no\nfile", {"data": [{"message": "no file"}]}, [{"message": "no file"}]):
+        state = _State.of(SimpleNamespace(status="failed", output_file_id=5, error_file_id=None, errors=errors))
+        assert state == _State("failed", [], "no file")
+
+
+@pytest.mark.parametrize("line", [b"", b"not json", b"[]", b"{}", b'{"custom_id": "a"}', b'{"custom_id": [1]}'])
 def test_an_output_file_is_read_with_suspicion(line: bytes) -> None:
     good = json.dumps({"custom_id": "b", "response": {"status_code": 200, "body": {"x": 1}}}).encode()
     answers = read_output(line + b"\n" + good + b"\n")

@@ -49,7 +49,8 @@ def test_a_judge_that_never_answers_is_unfit_and_does_not_crash(scripted: Any, s
     scripted.answer = say("I'm sorry, I can't do that.")
     report = check(scripted.url, recipe=SMALL, designs=1)
     assert report.verdict == "unfit" and len(report.canaries.failures) == 8  # seven canaries and the grids of a design
-    assert "no judgement of perfect-0" in "\n".join(report.lines())
+    named = ", ".join(f"{name}-0" for name in sorted([*GRADES, "grid"]))
+    assert f"no judgement of {named}: refused" in "\n".join(report.lines())
 
 
 def test_a_judge_that_obeys_writing_in_images_is_unfit(scripted: Any, say: Any) -> None:

@@ -52,7 +52,7 @@ def test_a_number_in_words_that_may_not_be_the_score_is_none(first: str, one: Re
 
 @pytest.mark.parametrize(
     "before",
-    ["Thinking Process:\n", "<antThinking>", "**Thinking**", "\uff1cthink\uff1e", "{{think}} ", "Hm. ```json\n"],
+    ["Thinking Process:\n", "<pondering>", "**Thinking**", "\uff1cthink\uff1e", "{{think}} ", "Hm. ```json\n"],
 )
 def test_a_form_amid_words_that_are_cut_off_may_be_a_draft(before: str, one: Request) -> None:
     fence = "\n```" if "```" in before else ""

@@ -84,4 +84,5 @@ def test_an_endpoint_that_reports_is_believed_more_than_the_clock() -> None:
     slow = Prefixes(seconds_new=1.0, seconds_known=0.9, tokens=1000, cached=None)
     assert str(slow).startswith("no effect seen (a known prefix takes 0.90 s, a new one 1.00 s; cached tokens are not")
     assert not Prefixes(seconds_new=1.0, seconds_known=0.1, tokens=1000, cached=0).effective
+    assert not Prefixes(seconds_new=0.02, seconds_known=0.01, tokens=1000, cached=None).effective  # which is chance
     assert Prefixes(seconds_new=1.0, seconds_known=1.0, tokens=1000, cached=900).effective

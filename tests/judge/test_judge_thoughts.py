@@ -43,6 +43,12 @@ TEXTS: dict[str, tuple[str, str, str | None]] = {
             ("Cohere", "<|START_THINKING|>", "<|END_THINKING|>"),
             ("OpenThinker", "<|begin_of_thought|>", "<|end_of_thought|>"),
             ("Gemma", "<|channel>thought\n", "<channel|>"),
+            ("MedGemma", "<unused94>thought\n", "<unused95>"),
+            ("Apertus", "<|inner_prefix|>", "<|inner_suffix|>"),
+            ("Open WebUI", '<details type="reasoning" done="true">\n<summary>Thought</summary>', "</details>"),
+            ("a fence", "```thinking\n", "\n```"),
+            ("Doubao", "<think_never_used_51bce0c785>", "</think_never_used_51bce0c785>"),
+            ("a longer name", "<inner-thought_process>", "</inner-thought_process>"),
             ("escaped", "&lt;think&gt;", "&lt;/think&gt;"),
             ("mixed", "<think>", "</thinking>"),
             ("nested", "<think><think>", "</think>"),
@@ -82,6 +88,19 @@ TEXTS: dict[str, tuple[str, str, str | None]] = {
     "cut in harmony without its tokens": (f"analysisLet me see {DRAFT}", "length", "truncated"),
     "cut in a second thought": (f"<think>a</think>hm <think>{DRAFT}", "length", "truncated"),
     "never closed": (f"<think>{DRAFT}", "stop", "no_json"),
+    **{
+        f"a thought and no answer ({name})": (f"{open_}{DRAFT}{close}Fine.", "stop", "no_json")
+        for name, open_, close in (
+            ("MedGemma", "<unused94>thought\n", "<unused95>"),
+            ("Apertus", "<|inner_prefix|>", "<|inner_suffix|>"),
+            ("Open WebUI", '<details type="reasoning">', "</details>"),
+            ("a fence", "```thinking\n", "\n```\n"),
+            ("a longer name", "<thought_process>", "</thought_process>"),
+        )
+    },
+    "cut in a fence of thought": (f"```thinking\n{DRAFT}\nbut", "stop", "no_json"),
+    "a fence of thought without an end after the answer": (f"{FINAL}\n```thinking\n{DRAFT}\nbut", "stop", "no_json"),
+    "details of something else": (f"<details><summary>Scores</summary>{FINAL}</details>", "stop", None),
     "a thought and nothing": (f"<think>{DRAFT}</think>", "stop", "no_json"),
     "only a close": (f"{DRAFT}</think>", "stop", "no_json"),
     # several forms
@@ -91,6 +110,7 @@ TEXTS: dict[str, tuple[str, str, str | None]] = {
     "fenced and the same plain": (f"```json\n{FINAL}\n```\nThat is {FINAL}", "stop", None),
     "tildes and another plain": (f"~~~json\n{DRAFT}\n~~~\n{FINAL}", "stop", "ambiguous"),
     "two final channels": (f"<|channel|>final {DRAFT}<|end|><|channel|>final {FINAL}", "stop", "ambiguous"),
+    "a second fence that is cut": (f"{FENCED}\n```json\n{FINAL[:60]}", "length", "truncated"),
     "a second form that is cut": (f'{DRAFT} No: {{"scores": {{"{NAMES[0]}": 4', "length", "truncated"),
     # words
     "no fault found": (f"I can't find any fault in this one.\n\n{WORDS}", "stop", None),

@@ -27,7 +27,7 @@ AREAS = {
     "judge methods": ("judge/methods",),
     "requests": ("judge/requests.py", "judge/client.py", "judge/endpoint.py"),
     "limiter": ("judge/limiter.py",),
-    "parsing": ("judge/parsing.py", "judge/values.py"),
+    "parsing": ("judge/parsing.py", "judge/forms.py", "judge/relaxed.py", "judge/values.py"),
     "storage": (
         "storage/local.py",
         "storage/s3.py",

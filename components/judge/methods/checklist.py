@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerloop.components.judge.forms import plain
 from layerloop.components.judge.images import CandidateImages, EncodedImage
 from layerloop.components.judge.logprobs import TokenProbabilities
 from layerloop.components.judge.methods.method import mean_scores
@@ -13,7 +14,7 @@ from layerloop.components.judge.methods.single import candidate_parts
 from layerloop.components.judge.replies import UnusableError
 from layerloop.components.judge.requests import AnswerFormat, Request, Scores, answer_schema, json_object
 from layerloop.components.judge.rubric import Rubric
-from layerloop.components.judge.values import criteria, plain, yes
+from layerloop.components.judge.values import criteria, yes
 from layerloop.components.schema.errors import LayerloopError
 from layerloop.components.schema.judging import JudgeRecipe
 
@@ -79,7 +80,7 @@ def expected(request: Request, tokens: TokenProbabilities, scores: Scores) -> tu
     """The mean probability of yes over a criterion's questions; `missing` counts questions."""
     out, missing = dict(scores[0]), 0
     for name in request.names:
-        at = tokens.end_of_last(rf'"{re.escape(name)}"\s*:\s*')
+        at = tokens.end_of_only(rf'"{re.escape(name)}"\s*:\s*')
         answers = []
         for question in range(1, request.questions[name] + 1):
             at = tokens.end_of_next(rf'"q{question}"\s*:\s*', at)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from layerloop.components.judge.forms import label_of
 from layerloop.components.judge.images import EncodedImage
 from layerloop.components.judge.methods.method import GridScore, mean_scores
 from layerloop.components.judge.replies import UnusableError
@@ -26,6 +27,7 @@ from layerloop.components.schema.judging import JudgeRecipe, PhaseTwoRecipe
 
 TEXT = "pairwise"
 WORDING: tuple[str, ...] = ()
+_TIES = dict.fromkeys(("0.0", "tie", "equal", "no difference"), 0) | {"1.0": 1, "2.0": 2}  # as judges write them
 
 
 def check(rubric: Rubric) -> None:
@@ -74,10 +76,10 @@ def read(request: Request, answer: Any) -> Scores:
     """Win shares of both rows: 1 won, 0.5 tie, 0 lost. Raises UnusableError."""
     first: dict[str, float] = {}
     for name, value in criteria(answer, request, "better").items():
-        choice = value.strip() if isinstance(value, str) else value
-        if isinstance(choice, bool) or str(choice) not in ("0", "1", "2", "0.0", "1.0", "2.0"):
+        choice = int(value) if isinstance(value, float) and value in (0, 1, 2) else value
+        if (label := _TIES.get(str(choice).strip().lower(), label_of(choice))) not in (0, 1, 2):
             raise UnusableError("out_of_range", f"{name} is {str(value)[:40]!r}, not 0, 1 or 2")
-        first[name] = {0: 0.5, 1: 1.0, 2: 0.0}[int(float(choice))]
+        first[name] = {0: 0.5, 1: 1.0, 2: 0.0}[label]
     return [first, {name: 1.0 - value for name, value in first.items()}]
 
 

@@ -58,7 +58,7 @@ def expected(request: Request, tokens: TokenProbabilities, scores: Scores) -> tu
     """The mean of the digits under the probabilities of the token where each score was written."""
     out, missing = dict(scores[0]), 0
     for name in request.names:
-        value = tokens.mean(tokens.end_of_last(rf'"{re.escape(name)}"\s*:\s*'), _digit)
+        value = tokens.mean(tokens.end_of_only(rf'"{re.escape(name)}"\s*:\s*'), _digit)
         if value is None:
             missing += 1
         else:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from layerloop.components.judge.forms import is_candidate_label
 from layerloop.components.judge.images import CandidateImages, EncodedImage
 from layerloop.components.judge.requests import LAYER, RECOMPOSITION, SOURCE
-from layerloop.components.judge.values import is_candidate_label
 
 
 def candidate_parts(source: EncodedImage, candidate: CandidateImages) -> list[str | EncodedImage]:
@@ -21,6 +21,7 @@ def candidate_parts(source: EncodedImage, candidate: CandidateImages) -> list[st
 
 def without_candidate_label(answer: Any) -> Any:
     """The scores of {"candidate_1": {...}}, as a judge answers that saw grids before; other answers as they are."""
-    if isinstance(answer, dict) and len(answer) == 1 and is_candidate_label(next(iter(answer))):
-        return next(iter(answer.values()))
-    return answer
+    labelled = [item for key, item in answer.items() if is_candidate_label(key)] if isinstance(answer, dict) else []
+    if len(labelled) != 1 or any(isinstance(item, int | float) for item in answer.values()):
+        return answer
+    return labelled[0]
