@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from layerloop.components.schema.errors import LayerloopError, UnavailableError
+from layerloop.components.schema.messages import reason_of
 from layerloop.components.storage.s3_client import ATTEMPTS
 from layerloop.components.storage.s3_errors import (
     BUSY,
@@ -103,6 +104,17 @@ class Requests:
             raise LayerloopError(
                 f"{self._uri}: {self._endpoint} redirects every request: correct AWS_ENDPOINT_URL (https?), or "
                 "set AWS_REGION to the bucket's"
+            ) from None
+        except (
+            FileNotFoundError,
+            IsADirectoryError,
+            PermissionError,
+        ) as error:  # a profile's token, read when it signs
+            if error.filename is None:
+                raise
+            raise LayerloopError(
+                f"{self._uri}: {error.filename}, which the profile names, cannot be read ({reason_of(error)}): correct "
+                "it, or mount the token"
             ) from None
         except boto.ParamValidationError:
             raise LayerloopError(f"{self._uri} names no bucket that can exist: correct the URI") from None

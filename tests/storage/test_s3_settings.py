@@ -102,6 +102,21 @@ def test_a_setting_that_means_nothing_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_profiles_token_that_is_nowhere_is_one_line(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = "[profile mine]\nrole_arn = arn:aws:iam::123456789012:role/r\nweb_identity_token_file = /nowhere/token\n"
+    (tmp_path / "config").write_text(profile)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    said = (
+        r"/nowhere/token, which the profile names, cannot be read \(No such file or directory\): correct it, or mount"
+    )
+    with pytest.raises(LayerloopError, match=said):
+        open_store(s3_bucket).exists("x")
+
+
 def test_what_stands_before_the_store_is_one_line() -> None:
     """A proxy, and the service that gives a pod its credentials: what that answers is raised by a parser's error."""
     requests = Requests("https://store", "bucket", "s3://bucket")
