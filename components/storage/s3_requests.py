@@ -105,12 +105,8 @@ class Requests:
                 f"{self._uri}: {self._endpoint} redirects every request: correct AWS_ENDPOINT_URL (https?), or "
                 "set AWS_REGION to the bucket's"
             ) from None
-        except (
-            FileNotFoundError,
-            IsADirectoryError,
-            PermissionError,
-        ) as error:  # a profile's token, read when it signs
-            if error.filename is None:
+        except OSError as error:
+            if error.filename is None:  # not of a profile's token, which is read when a request is signed
                 raise
             raise LayerloopError(
                 f"{self._uri}: {error.filename}, which the profile names, cannot be read ({reason_of(error)}): correct "
