@@ -105,6 +105,10 @@ class Requests:
                 f"{self._uri}: {self._endpoint} redirects every request: correct AWS_ENDPOINT_URL (https?), or "
                 "set AWS_REGION to the bucket's"
             ) from None
+        except boto.ParamValidationError:
+            raise LayerloopError(f"{self._uri} names no bucket that can exist: correct the URI") from None
+        except (boto.BotoCoreError, Boto3Error, HTTPError, ResponseParserError) as error:
+            raise UnavailableError(f"{self._uri} {no_answer(error, self._endpoint)}") from None
         except OSError as error:
             if error.filename is None:  # not of a profile's token, which is read when a request is signed
                 raise
@@ -112,7 +116,3 @@ class Requests:
                 f"{self._uri}: {error.filename}, which the profile names, cannot be read ({reason_of(error)}): correct "
                 "it, or mount the token"
             ) from None
-        except boto.ParamValidationError:
-            raise LayerloopError(f"{self._uri} names no bucket that can exist: correct the URI") from None
-        except (boto.BotoCoreError, Boto3Error, HTTPError, ResponseParserError) as error:
-            raise UnavailableError(f"{self._uri} {no_answer(error, self._endpoint)}") from None
