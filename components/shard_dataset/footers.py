@@ -64,10 +64,9 @@ def read_row_groups(file: BinaryIO, count: int) -> list[RowGroup]:
     file.seek(-_TAIL.size - length, io.SEEK_END)
     footer = file.read(length + _TAIL.size)
     found: list[RowGroup] = []
-    ended = 0
-    while len(found) < count and ended < MOST_ENDED:
-        found += _CHILD.ask(footer, len(found))
-        ended += 1
+    for _ in range(MOST_ENDED):
+        if len(found) < count:
+            found += _CHILD.ask(footer, len(found))
     return found + [RowGroup(1, problem=_UNREADABLE)] * (count - len(found))
 
 
@@ -141,7 +140,12 @@ def _described(footer: bytes, first: int) -> Iterator[Any]:
     """For each row group its number of rows, and its chunks or why they are not known; None at the end."""
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_metadata(io.BytesIO(footer))
+    try:
+        table = pyarrow.parquet.read_metadata(io.BytesIO(footer))
+    except Exception as error:  # as below; the parent's reader took it, so that it is the table's fault all the same
+        yield one_line(error)
+        yield None
+        return
     for number in range(first, table.num_row_groups):
         try:
             group = table.row_group(number)

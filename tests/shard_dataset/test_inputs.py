@@ -293,6 +293,11 @@ def test_a_parquet_each_of_whose_row_groups_ends_arrow_is_given_up_soon(tmp_path
     assert len(ended) == MOST_ENDED and all("the parquet is damaged (" in str(problem) for _, problem in items)
 
 
+def test_a_description_that_the_child_alone_cannot_read_is_the_tables_fault() -> None:
+    problem, end = footers._described(b"PAR1\xff\xff\xff\xff\x02\0\0\0PAR1", 0)
+    assert isinstance(problem, str) and end is None
+
+
 def test_a_reader_of_descriptions_that_is_ended_from_outside_condemns_no_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
