@@ -10,12 +10,14 @@ import os
 import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from layerloop.components.schema.addresses import without_secrets
 from layerloop.components.schema.errors import LayerloopError
+from layerloop.components.schema.messages import printable
 
 # What the library of the Hugging Face hub reads as it is imported, also by diffusers and transformers.
 _INTEGERS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT")
@@ -70,6 +72,8 @@ def usable_environment() -> Iterator[None]:
             "write the path in full"
         ) from None
     except Exception as error:
+        if (refusal := _refusal_of_import(error)) is not None:
+            raise LayerloopError(refusal) from None
         if not _is_of_a_full_disk(error):  # which every library says in a class of its own
             raise
         raise LayerloopError(
@@ -114,6 +118,17 @@ def _check_variables() -> None:
         raise LayerloopError(
             f"HF_ENDPOINT is {without_secrets(text)!r}, which is no address: write https://host, or unset it"
         ) from None
+
+
+def _refusal_of_import(error: Exception) -> str | None:
+    """Words for an error that a library raised while it was imported, where variables are set that it reads then."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    library = str(frames[-1].f_globals.get("__name__")).partition(".")[0] if frames else ""
+    names = sorted(name for name in os.environ if name.startswith((library.upper(), "USE_")))
+    if library in ("", "layerloop", "__main__") or not names:
+        return None
+    reason = printable(" ".join(str(error).split()))[:200]
+    return f"{library} cannot be imported ({reason}): correct or unset what it reads of {', '.join(names)}"
 
 
 def _is_of_a_full_disk(error: BaseException) -> bool:

@@ -138,6 +138,28 @@ def test_a_variable_with_which_the_hubs_library_cannot_be_imported_is_one_line(
         pass
 
 
+def test_a_variable_that_ends_a_librarys_import_is_named() -> None:
+    program = "from layerloop.components.runtime.environment import usable_environment as u\nwith u():\n import tqdm"
+    environment = {**os.environ, "TQDM_MININTERVAL": "often"}
+    said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stderr
+    assert said.splitlines()[-1] == (
+        "layerloop.components.schema.errors.LayerloopError: tqdm cannot be imported (could not convert string to "
+        "float: 'often'): correct or unset what it reads of TQDM_MININTERVAL"
+    )
+
+
+def test_an_import_that_no_variable_ends_passes_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "oddlibrary.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in os.environ if name.startswith("USE_")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(ZeroDivisionError), usable_environment():
+        import oddlibrary
+    monkeypatch.setenv("ODDLIBRARY_X", "1")
+    with pytest.raises(LayerloopError, match=r"oddlibrary cannot be imported .* of ODDLIBRARY_X"), usable_environment():
+        import oddlibrary  # noqa: F401
+
+
 def test_an_attention_that_diffusers_does_not_know_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "fast")
     said = "DIFFUSERS_ATTN_BACKEND is 'fast', which diffusers does not know: unset it"
